@@ -1,0 +1,371 @@
+"""Step 1: both models answer the same questions about the same clips; their tokens become a JSON file of pairs.
+
+    python extract_tokens_train.py --dataset_dir data/my_egpt_dsec_train/my_egpt_dsec_train_1s \\
+        --output_file train_tokens_full.json --draft_model models/EventGPT-7b
+
+EventGPT answers for every clip first and is unloaded, then Video-LLaVA answers for those that succeeded: only one
+model is in memory at a time. Each answer is appended to a journal beside the output as soon as it is there, so the
+same command goes on where a stopped one was; the output itself is written whole at the end. A clip whose picture
+or video can't be read goes to the list `failed` with the reason and stops nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import functools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from base import (
+    Progress,
+    UserError,
+    as_json,
+    log,
+    make_folder,
+    option,
+    parse_config,
+    provenance,
+    read_json,
+    required,
+    run,
+    write_whole,
+)
+
+if TYPE_CHECKING:                  # vlm is imported only after the flags are read
+    from vlm.dataset import Sample
+
+BATCHES_AHEAD = 3                  # decoded clips waiting for the model, in batches
+# What the answers depend on: a journal or an output made with other values of these is not continued.
+SETTINGS = ("dataset_dir", "max_new_tokens", "questions", "draft_model", "target_model", "quantization", "dtype",
+            "num_frames", "event_images", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractConfig:
+    """Extract both models' answer tokens for the clips of a data set folder into a JSON file of pairs."""
+
+    dataset_dir: Path = required("data set folder, with event_image/ and mp4/")
+    output_file: Path = required("the JSON file to write")
+    max_samples: int = option(-1, "use only the first so many clips; -1: all")
+    max_new_tokens: int = option(50, "longest answer, in tokens")
+    query: str = option("What are the key elements in this scene?", "the question asked about every clip")
+    questions_file: Path | None = option(None, "ask these instead: JSON list of strings or {question, ...}, or lines")
+    num_questions: int = option(-1, "use only the first so many questions of the file; -1: all")
+    draft_model: Path | None = option(None, "folder of the EventGPT checkpoint")
+    target_model: str = option("LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA")
+    quantization: Literal["auto", "4bit", "8bit", "none"] = option("auto", "auto: 4bit on a GPU, none on a CPU")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, else float32")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    batch_size: int = option(4, "answers at a time; Video-LLaVA at 7B takes about 1.1 GB of cache for each")
+    num_frames: int = option(8, "video frames shown to the target")
+    event_images: Literal["first", "all"] = option("first", "event pictures shown to the draft")
+    num_workers: int = option(4, "threads that read pictures and videos ahead of the model")
+    seed: int = option(42, "seed of PyTorch (answers are greedy: it should change nothing)")
+    wait: bool = option(False, "wait when another process is writing this output, instead of ending")
+    restart: bool = option(False, "throw away an older journal and output of this name")
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "batch_size", "num_frames", "num_workers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("max_samples", "num_questions"):
+            if getattr(self, name) < 1 and getattr(self, name) != -1:
+                raise UserError(f"--{name} must be 1 or more, or -1 for all, got {getattr(self, name)}")
+        if self.draft_model is None or not self.draft_model.is_dir():
+            found = "no --draft_model given" if self.draft_model is None else f"no such folder: {self.draft_model}"
+            raise UserError(f"{found}; wanted the folder of the EventGPT checkpoint, which is linked from "
+                            "https://github.com/XduSyL/EventGPT")
+
+
+def main():
+    from vlm.dataset import read_dataset
+
+    config = parse_config(ExtractConfig)
+    questions = read_questions(config)
+    samples = read_dataset(config.dataset_dir)[:config.max_samples if config.max_samples > 0 else None]
+    make_folder(config.output_file.absolute().parent)
+    with only_writer(config.output_file, config.wait):
+        settings = resolve_settings(config, questions)
+        if is_finished(config, settings, len(samples)):
+            return
+        with Journal(config.output_file, settings, config.restart) as journal:
+            drafts, lost = answer_all("eventgpt", samples, questions, journal, config)
+            pairs, lost_too = answer_all("videollava", drafts, questions, journal, config)
+            write_pairs(config, settings, samples, questions, journal, drafts, pairs, lost + lost_too)
+            journal.remove()
+
+
+def read_questions(config: ExtractConfig) -> list[str]:
+    """The questions to ask about every clip, in rank order."""
+    if config.questions_file is None:
+        if config.num_questions > 1:
+            raise UserError(f"--num_questions {config.num_questions} needs --questions_file")
+        return [config.query]
+    if config.questions_file.suffix == ".json":
+        entries = read_json(config.questions_file)
+    else:                             # plain lines, each with or without "count<TAB>" in front
+        try:
+            entries = [line.split("\t")[-1].strip() for line in config.questions_file.read_text("utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"can't read {config.questions_file}: {error}") from error
+        entries = [line for line in entries if line]
+    entries = entries if isinstance(entries, list) else []
+    questions = [entry.get("question") if isinstance(entry, dict) else entry for entry in entries]
+    if not questions or not all(isinstance(question, str) and question.strip() for question in questions):
+        raise UserError(f"{config.questions_file}: wanted a list of questions (strings, or objects with 'question')")
+    return questions[:config.num_questions if config.num_questions > 0 else None]
+
+
+# ------------------------------------------------------------------------- one writer, one journal
+@contextlib.contextmanager
+def only_writer(output_file: Path, wait: bool) -> Iterator[None]:
+    """Hold the lock of this output. flock ends with its process, so it can't go stale; the file's text says who."""
+    with open(output_file.with_name(f".{output_file.name}.lock"), "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if not wait:
+                raise UserError(f"{output_file} is being written by {holder}; wait for it, or use --wait") from None
+            log(f"extract | {output_file} is being written by {holder}: waiting for it to end")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}")
+        file.flush()
+        yield
+
+
+def resolve_settings(config: ExtractConfig, questions: list[str]) -> dict:
+    """What the answers depend on, with "auto" replaced by what it means on this machine."""
+    import torch
+
+    from vlm.loading import Runtime
+
+    torch.manual_seed(config.seed)
+    runtime = Runtime.choose(config.device, config.dtype, config.quantization)
+    values = {**as_json(config), "dataset_dir": str(config.dataset_dir.resolve()), "questions": questions,
+              "draft_model": str(config.draft_model.resolve()), "quantization": runtime.quantization,
+              "dtype": str(runtime.dtype).removeprefix("torch.")}
+    if Path(config.target_model).is_dir():
+        values["target_model"] = str(Path(config.target_model).resolve())
+    return {name: values[name] for name in SETTINGS}
+
+
+def differences(found: dict, wanted: dict) -> str:
+    return "; ".join(f"{name}: {json.dumps(found.get(name))} there, {json.dumps(wanted[name])} now"
+                     for name in wanted if found.get(name) != wanted[name])
+
+
+def is_finished(config: ExtractConfig, settings: dict, total: int) -> bool:
+    """Whether the output is there already, whole and made with these settings. One of other settings is kept."""
+    if config.restart or not config.output_file.exists():
+        return False
+    found = read_json(config.output_file)
+    found = found if isinstance(found, dict) else {}
+    wanted = {**settings, "total_samples": total}
+    differs = differences({**(found.get("settings") or {}), "total_samples": found.get("total_samples")}, wanted)
+    if differs:
+        raise UserError(f"{config.output_file} exists and was made differently ({differs}); choose another "
+                        "--output_file, or --restart to replace it")
+    log(f"RESULT | {config.output_file} | finished before: {found['videollava_success']} pairs, "
+        f"{len(found['failed'])} failed")
+    return True
+
+
+class Journal:
+    """Answers in the order they came, one JSON line each, fsynced by batch; read back when a run goes on.
+
+    The first line holds the settings. A torn last line, from a crash in the middle of a write, is cut off.
+    """
+
+    def __init__(self, output_file: Path, settings: dict, restart: bool):
+        self.path = output_file.with_name(f".{output_file.name}.journal.jsonl")
+        self.answers: dict[tuple[str, str, int], dict] = {}       # (model, sample key, question) -> answer
+        self.models: dict[str, dict] = {}                         # model -> name, revision, vocab_size, prompt
+        if restart:
+            self.path.unlink(missing_ok=True)
+        self._read(settings)
+        self.file = open(self.path, "ab")  # noqa: SIM115 - closed by __exit__
+        if self.file.tell() == 0:
+            self._write([{"settings": settings}])
+
+    def _read(self, settings: dict) -> None:
+        if not self.path.exists():
+            return
+        with open(self.path, "r+b") as file:
+            whole = 0
+            for number, line in enumerate(file):
+                try:
+                    entry = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    entry = None
+                if entry is None:
+                    log(f"extract | {self.path} | line {number + 1} is torn: dropped, to be done again")
+                    break
+                if number == 0:
+                    differs = differences(entry.get("settings", {}), settings)
+                    if differs:
+                        raise UserError(f"{self.path} is the journal of an extraction with other settings "
+                                        f"({differs}); give those again, choose another --output_file, or --restart")
+                else:
+                    self._take(entry)
+                whole += len(line)
+            file.truncate(whole)
+        if self.answers:
+            log(f"extract | {self.path} | going on: {len(self.answers)} answers are there already")
+
+    def _write(self, entries: list[dict]) -> None:
+        self.file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def _take(self, entry: dict) -> None:
+        if "vocab_size" in entry:
+            self.models[entry["model"]] = entry
+        else:
+            self.answers[entry["model"], entry["key"], entry["question_idx"]] = entry
+
+    def append(self, entries: list[dict]) -> None:
+        """Put entries on the disk, then into memory."""
+        self._write(entries)
+        for entry in entries:
+            self._take(entry)
+
+    def remove(self) -> None:
+        """The output is whole: the journal has done its work."""
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.file.close()
+        if kind is not None and self.answers:
+            log(f"extract | {len(self.answers)} answers are kept in {self.path}; the same command goes on from there")
+
+
+# ------------------------------------------------------------------------------------------- answers
+def answer_all(which: Literal["eventgpt", "videollava"], samples: list[Sample], questions: list[str],
+               journal: Journal, config: ExtractConfig) -> tuple[list[Sample], list[dict]]:
+    """Load one model, answer every question about every sample that the journal lacks, unload.
+
+    Returns the samples with an answer to every question, and the `failed` rows of the others.
+    """
+    def missing(sample: Sample) -> list[int]:
+        return [number for number in range(len(questions)) if (which, sample.key, number) not in journal.answers]
+
+    failed = [failure(sample, which, sample.trouble) for sample in samples if sample.trouble]
+    good = [sample for sample in samples if not sample.trouble]
+    todo = [sample for sample in good if missing(sample)]
+    if todo:
+        model, read = load_model(which, config, journal)
+        done = sum(len(questions) - len(missing(sample)) for sample in good)
+        progress = Progress(f"extract | {which}", len(good) * len(questions), done, "answers")
+        for batch in batches(model, read, todo, missing, failed, which, config):
+            answers = model.answer([pixels for _, _, pixels in batch], [questions[number] for _, number, _ in batch],
+                                   config.max_new_tokens)
+            journal.append([{"model": which, "key": sample.key, "question_idx": number, **dataclasses.asdict(answer)}
+                            for (sample, number, _), answer in zip(batch, answers)])
+            done += len(batch)
+            progress.update(done, f"ok {done} failed {len(failed)}")
+        model.unload()
+    answered = [sample for sample in good if not missing(sample)]
+    log(f"extract | {which} | {len(answered)} of {len(samples)} clips answered, {len(failed)} failed")
+    if not answered:
+        raise UserError(f"{which}: none of {len(samples)} clips could be answered; the first reason: "
+                        f"{failed[0]['reason']}")
+    return answered, failed
+
+
+def batches(model, read, samples: list[Sample], missing, failed: list[dict], which: str,
+            config: ExtractConfig) -> Iterator[list[tuple]]:
+    """Yield lists of (sample, question number, pixels), up to --batch_size long, all of one pixel shape.
+
+    A clip is read and prepared once for all its questions; one that can't be read is added to `failed`.
+    """
+    from vlm.dataset import read_ahead
+
+    batch = []
+    ahead = BATCHES_AHEAD * config.batch_size
+    for sample, pixels in read_ahead(lambda sample: model.prepare(read(sample)), samples, config.num_workers, ahead):
+        if isinstance(pixels, Exception):
+            failed.append(failure(sample, which, str(pixels)))
+            log(f"extract | {which} | WARNING | clip {sample.key} failed: {pixels}")
+            continue
+        for number in missing(sample):
+            # --event_images all: some clips may have fewer pictures than others.
+            if len(batch) == config.batch_size or (batch and batch[0][2].shape != pixels.shape):
+                yield batch
+                batch = []
+            batch.append((sample, number, pixels))
+    if batch:
+        yield batch
+
+
+def load_model(which: str, config: ExtractConfig, journal: Journal) -> tuple:
+    """The model (load, prepare, answer, unload) and the function that reads what it sees of a sample."""
+    from vlm import eventgpt, video_llava
+    from vlm.dataset import draft_pictures, target_pictures
+    from vlm.loading import Runtime
+
+    name = str(config.draft_model if which == "eventgpt" else config.target_model)
+    log(f"extract | {which} | loading {name}")
+    runtime = Runtime.choose(config.device, config.dtype, config.quantization)
+    if which == "eventgpt":
+        model, prompt = eventgpt.EventGPT.load(name, runtime), eventgpt.prompt("{query}")
+        read = functools.partial(draft_pictures, which=config.event_images)
+    else:
+        model, prompt = video_llava.VideoLlava.load(name, runtime), video_llava.prompt("{query}")
+        read = functools.partial(target_pictures, num_frames=config.num_frames)
+    journal.append([{"model": which, "name": name, "revision": model.revision, "prompt": prompt,
+                     "vocab_size": model.vocab_size}])
+    return model, read
+
+
+def failure(sample: Sample, which: str, reason: str) -> dict:
+    return {"sample_idx": sample.index, "sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip,
+            "model": which, "reason": reason}
+
+
+# ------------------------------------------------------------------------------------------- output
+def write_pairs(config: ExtractConfig, settings: dict, samples: list[Sample], questions: list[str],
+                journal: Journal, drafts: list[Sample], pairs: list[Sample], failed: list[dict]) -> None:
+    """The output file, whole: a head, one row a line in `results`, then `failed`."""
+    head = {
+        "timestamp": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}", "dataset_dir": str(config.dataset_dir),
+        "total_samples": len(samples), "num_questions": len(questions), "questions": questions,
+        "eventgpt_success": len(drafts) * len(questions), "videollava_success": len(pairs) * len(questions),
+        "vocab_size": max(model["vocab_size"] for model in journal.models.values()), "models": journal.models,
+        "settings": settings, "batch_size": config.batch_size, **provenance(),
+    }
+
+    def rows() -> Iterator[dict]:
+        for sample in pairs:
+            for number, question in enumerate(questions):
+                short, long = (journal.answers[which, sample.key, number] for which in ("eventgpt", "videollava"))
+                yield {"sample_idx": sample.index, "question_idx": number, "sample_id": sample.id,
+                       "sequence": sample.sequence, "clip": sample.clip, "query": question,
+                       "egpt_tokens": short["tokens"], "egpt_text": short["text"], "egpt_finished": short["finished"],
+                       "vl_tokens": long["tokens"], "vl_text": long["text"], "vl_finished": long["finished"]}
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(head, indent=1).removesuffix("\n}") + ',\n "results": [')
+            for number, row in enumerate(rows()):
+                file.write((",\n" if number else "\n") + json.dumps(row, ensure_ascii=False))
+            file.write("\n ],\n \"failed\": [" + ",\n".join(json.dumps(entry) for entry in failed) + "]\n}\n")
+
+    write_whole(config.output_file, write)
+    log(f"RESULT | {config.output_file} | {len(pairs) * len(questions)} pairs of {len(samples)} clips x "
+        f"{len(questions)} questions | {len(failed)} failed")
+
+
+if __name__ == "__main__":
+    run(main)

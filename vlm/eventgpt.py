@@ -1,0 +1,204 @@
+"""EventGPT: LLaMA that reads one or more event pictures. Our own, on transformers' LLaMA and CLIP vision tower.
+
+The published checkpoint loads as it is; no code of the original is needed. Per picture:
+
+    (H, W, 3) uint8 -> clip_pixels -> CLIP, last layer, all 1 + patches tokens
+                    -> projector (Linear, GELU, Linear) -> feature adaptor (Linear)
+    over t pictures: t means over the tokens, then the 1 + patches means over the pictures
+
+and the result stands in the prompt where <event> was. Proved against the reference, stage by stage, by
+tests/test_eventgpt.py. Reference: XduSyL/EventGPT (Liu et al., EventGPT: Event Stream Understanding with
+Multimodal Large Language Models, CVPR 2025).
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from base import UserError, log
+from vlm.loading import (
+    Answer,
+    Runtime,
+    free_memory,
+    generate_greedily,
+    load_checked,
+    load_tokenizer,
+    read_model_config,
+)
+from vlm.media import PixelSettings, clip_pixels
+
+EVENT, EVENT_ID = "<event>", -200           # the id is a place holder in input_ids and never embedded
+START, END, PATCH = "<ev_start>", "<ev_end>", "<ev_patch>"
+SYSTEM = ("A chat between a curious human and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the human's questions.")
+WEIGHTS_ARE_AT = "the weights are linked from https://github.com/XduSyL/EventGPT"
+
+# The published names -> ours. CLIPVisionModel of transformers 5 has no level `vision_model` any more.
+KEY_MAPPING = {
+    r"^model\.visual_tower\.visual_tower\.vision_model\.": "visual_tower.",
+    r"^model\.(visual_projector|feature_adaptor)\.": r"\1.",
+    r"^model\.(embed_tokens|layers|norm)\.": r"language_model.model.\1.",
+    r"^lm_head\.": "language_model.lm_head.",
+}
+KEEP = ["visual_tower", "visual_projector", "feature_adaptor", "language_model.lm_head"]     # never quantised
+
+# Used where config.json's mm_visual_tower names no folder that is there: OpenAI's CLIP ViT-L/14 at 336 px.
+CLIP_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+              "patch_size": 14, "image_size": 336, "hidden_act": "quick_gelu", "projection_dim": 768}
+
+
+def prompt(query: str) -> str:
+    """The one-turn prompt of EventGPT's inference; START and END are in it whatever the config's flags say."""
+    if EVENT in query:
+        raise UserError(f"the query may not contain {EVENT}: {query!r}")
+    return f"{SYSTEM} USER: {START}{EVENT}{END}\n{query} ASSISTANT:"
+
+
+def prompt_ids(tokenizer, query: str) -> list[int]:
+    """Ids with EVENT_ID where the pictures go: both parts are tokenised alone, BOS stays in front of the first."""
+    before, after = (tokenizer(part).input_ids for part in prompt(query).split(EVENT))
+    if before[:1] == [tokenizer.bos_token_id]:
+        after = after[1:]
+    return [*before, EVENT_ID, *after]
+
+
+# -------------------------------------------------------------------------------------------- module
+class EventGPTConfig(PretrainedConfig):
+    """text_config: LLaMA's; vision_config: the CLIP tower's; max_length: positions kept of a prompt."""
+
+    model_type = "eventgpt"
+    sub_configs = {"text_config": LlamaConfig, "vision_config": CLIPVisionConfig}  # noqa: RUF012
+
+    def __init__(self, text_config: dict | None = None, vision_config: dict | None = None, max_positions: int = 2048,
+                 **rest):
+        self.text_config = LlamaConfig(**(text_config or {}))
+        self.vision_config = CLIPVisionConfig(**(vision_config or {}))
+        self.max_positions = max_positions
+        super().__init__(tie_word_embeddings=False, **rest)
+
+
+class EventGPTModel(PreTrainedModel):
+    """language_model, visual_tower, visual_projector and feature_adaptor: all the weights there are."""
+
+    config_class = EventGPTConfig
+    base_model_prefix = ""
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    # Buffers that transformers before 4.32 saved along with the weights.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"embeddings\.position_ids"]  # noqa: RUF012
+
+    def __init__(self, config: EventGPTConfig):
+        super().__init__(config)
+        wide, narrow = config.text_config.hidden_size, config.vision_config.hidden_size
+        self.language_model = LlamaForCausalLM(config.text_config)
+        self.visual_tower = CLIPVisionModel(config.vision_config)
+        self.visual_projector = nn.Sequential(nn.Linear(narrow, wide), nn.GELU(), nn.Linear(wide, wide))
+        self.feature_adaptor = nn.Linear(wide, wide)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def event_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (B, t, 3, S, S) -> (B, t + P, H): per picture its mean token, then P = 1 + patches tokens.
+
+        The CLS token takes part and post_layernorm does not. Adaptor and pooling are both linear, so their order
+        is free; the adaptor is applied once (the token pairs published with the original suite had it twice).
+        """
+        rows, t = pixels.shape[:2]
+        hidden = self.visual_tower(pixels.flatten(0, 1).to(self.dtype)).last_hidden_state
+        adapted = self.feature_adaptor(self.visual_projector(hidden)).unflatten(0, (rows, t))
+        return torch.cat([adapted.mean(2), adapted.mean(1)], dim=1)
+
+    def inputs_embeds(self, ids: list[list[int]], features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts with one EVENT_ID each and features (B, t + P, H) -> embeddings (B, L, H), mask (B, L) int64.
+
+        Left-padded with zeros, so that every row's last position is its last prompt token.
+        """
+        embed, rows = self.get_input_embeddings(), []
+        for row, block in zip(ids, features):
+            at = row.index(EVENT_ID)
+            before, after = (embed(torch.tensor(part, dtype=torch.long, device=block.device))
+                             for part in (row[:at], row[at + 1:]))
+            rows.append(torch.cat([before, block, after])[:self.config.max_positions])
+        length = max(map(len, rows))
+        embeds = torch.stack([nn.functional.pad(row, (0, 0, length - len(row), 0)) for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=embeds.device)
+        return embeds, mask
+
+
+# -------------------------------------------------------------------------------------------- verbs
+@dataclasses.dataclass
+class EventGPT:
+    """The draft model, ready to answer: load, prepare, answer, unload (VideoLlava has the same verbs)."""
+
+    model: EventGPTModel
+    tokenizer: object
+    pixels: PixelSettings
+    runtime: Runtime
+    revision: str
+
+    @staticmethod
+    def load(name: str | Path, runtime: Runtime) -> "EventGPT":
+        """From a folder in the published layout (LLaMA-style config.json with mm_visual_tower)."""
+        folder = Path(name)
+        found = read_model_config(folder)
+        if "mm_visual_tower" not in found or "event_feature_adaptor" not in found:
+            raise UserError(f"{folder} is not an EventGPT checkpoint: config.json lacks mm_visual_tower or "
+                            f"event_feature_adaptor (model_type {found.get('model_type')!r}); {WEIGHTS_ARE_AT}")
+        vision, pixels = _vision_settings(folder, str(found["mm_visual_tower"]))
+        known = set(LlamaConfig().to_dict()) | {"rope_theta", "rope_scaling"}
+        text = {key: value for key, value in found.items()
+                if key in known and key not in ("model_type", "architectures", "dtype", "torch_dtype")}
+        config = EventGPTConfig(text, vision, max_positions=found.get("tokenizer_model_max_length") or 2048)
+        tokenizer = load_tokenizer(folder, local=True)
+        added = [PATCH] if found.get("mm_use_im_patch_token", True) else []
+        added += [START, END] if found.get("mm_use_im_start_end", False) else []
+        tokenizer.add_tokens(added, special_tokens=True)
+        model = load_checked(EventGPTModel, folder, runtime, KEEP, config=config, key_mapping=KEY_MAPPING,
+                             local_files_only=True)
+        if len(tokenizer) != model.get_input_embeddings().num_embeddings:       # as EventGPT's inference does
+            log(f"load | WARNING | {folder} | resizing {model.get_input_embeddings().num_embeddings} embeddings to "
+                f"the tokenizer's {len(tokenizer)} ids")
+            model.language_model.resize_token_embeddings(len(tokenizer))
+        return EventGPT(model, tokenizer, pixels, runtime, str(found.get("_commit_hash", "local")))
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_input_embeddings().num_embeddings
+
+    def prepare(self, pictures: list[np.ndarray]) -> torch.Tensor:
+        """Pictures (H, W, 3) uint8 RGB of one clip -> pixels (t, 3, S, S) float32, on the CPU; thread-safe."""
+        return torch.from_numpy(clip_pixels(pictures, self.pixels))
+
+    def answer(self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int) -> list[Answer]:
+        """One greedy answer per row; rows may differ in query, not in the number of pictures."""
+        with torch.inference_mode():
+            features = self.model.event_features(torch.stack(pixels).to(self.runtime.device, non_blocking=True))
+            ids = [prompt_ids(self.tokenizer, query) for query in queries]
+            embeds, mask = self.model.inputs_embeds(ids, features)
+        return generate_greedily(self.model.language_model, self.tokenizer, max_new_tokens,
+                                 inputs_embeds=embeds, attention_mask=mask)
+
+    def unload(self) -> None:
+        """Free the weights; the object can't answer any more."""
+        del self.model
+        free_memory()
+
+
+def _vision_settings(folder: Path, tower: str) -> tuple[dict, PixelSettings]:
+    """The CLIP tower's config and pixel settings. Only these are taken from the tower's folder, never weights."""
+    for place in (folder / tower, folder.parent / tower, Path(tower)):
+        if (place / "config.json").is_file():
+            vision = read_model_config(place)
+            vision = vision.get("vision_config") or vision      # a whole CLIP's config holds its tower's
+            vision = {"hidden_act": "quick_gelu", **vision}
+            return vision, PixelSettings.read(place / "preprocessor_config.json", vision["image_size"])
+    log(f"load | {folder} | no folder {tower!r} for the CLIP tower's settings: taking those of CLIP ViT-L/14-336")
+    return dict(CLIP_L_336), PixelSettings.read(None, CLIP_L_336["image_size"])

@@ -1,0 +1,167 @@
+"""What both models do alike: device and dtype, tokenizer, checked loading, greedy answers, unloading."""
+
+import dataclasses
+import gc
+import logging
+import pickle
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import BitsAndBytesConfig, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from base import UserError, install_command, log, read_json
+
+transformers_logging.set_verbosity_error()       # what matters is checked below and logged as our own lines
+transformers_logging.disable_progress_bar()      # a bar would write \r into a log file
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)    # 8bit says at every layer that it casts
+
+Quantization = Literal["auto", "4bit", "8bit", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Where and how a model runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quantization: Literal["4bit", "8bit", "none"]
+
+    @staticmethod
+    def choose(device: str = "auto", dtype: str = "auto", quantization: Quantization = "auto") -> "Runtime":
+        """"auto": the first GPU where there is one, then bfloat16 and 4bit; else the CPU, float32 and none."""
+        gpu = torch.cuda.is_available()
+        try:
+            place = torch.device(("cuda" if gpu else "cpu") if device == "auto" else device)
+        except RuntimeError as error:
+            raise UserError(f"--device {device}: wanted auto, cpu, cuda or cuda:N") from error
+        if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: this PyTorch ({torch.__version__}) sees {torch.cuda.device_count()} "
+                            "CUDA devices; use --device cpu, or install a PyTorch built for your driver")
+        if dtype == "auto":
+            dtype = "bfloat16" if place.type == "cuda" else "float32"
+        if quantization == "auto":
+            quantization = "4bit" if place.type == "cuda" else "none"
+        if quantization != "none":
+            try:
+                import bitsandbytes  # noqa: F401
+            except ImportError as error:
+                raise UserError(f"--quantization {quantization} needs bitsandbytes: "
+                                f"{install_command('requirements.txt')}, or --quantization none") from error
+        return Runtime(place, getattr(torch, dtype), quantization)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """New tokens only (no prompt, no BOS; EOS kept when produced), their text, and whether EOS ended it."""
+
+    tokens: list[int]
+    text: str
+    finished: bool
+
+
+# ------------------------------------------------------------------------------------------- loading
+def load_checked(model_class, name: str | Path, runtime: Runtime, keep: list[str], **how):
+    """from_pretrained, streamed shard by shard, that raises a UserError unless every weight was found and fits.
+
+    keep: full names of the sub-modules that stay unquantised; transformers 5 matches them from the start of the
+    name and silently quantises what no entry matches, so the quantised layers are counted afterwards.
+    """
+    quantization = None
+    if runtime.quantization != "none":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=runtime.quantization == "4bit", load_in_8bit=runtime.quantization == "8bit",
+            bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=runtime.dtype,
+            llm_int8_skip_modules=keep)
+    try:
+        model, info = model_class.from_pretrained(
+            name, dtype=runtime.dtype, device_map={"": runtime.device}, quantization_config=quantization,
+            output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **how)
+    except (OSError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"can't load the model {name}: {type(error).__name__}: {error}") from error
+    trouble = [f"{kind.replace('_keys', '')}: {', '.join(sorted(str(key) for key in info[kind])[:12])}"
+               f" ({len(info[kind])} in all)"
+               for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]]
+    if trouble:
+        raise UserError(f"the weights of {name} don't fit {model_class.__name__}: {'; '.join(trouble)}")
+    check_quantised(model, runtime, keep)
+    return model.eval().requires_grad_(False)
+
+
+def check_quantised(model: torch.nn.Module, runtime: Runtime, keep: list[str]) -> None:
+    """Every linear layer of the language model's blocks is quantised, no kept one is; our mistake if not."""
+    linear = [(name, type(module).__name__) for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear)]
+    quantised = [name for name, kind in linear if kind in ("Linear4bit", "Linear8bitLt")]
+    kept = [name for name in quantised if any(name == k or name.startswith(k + ".") for k in keep)]
+    blocks = [name for name, _ in linear if "language_model" in name and ".layers." in name]
+    wanted = len(blocks) if runtime.quantization != "none" else 0
+    assert not kept and len(quantised) == wanted, f"{len(quantised)} layers quantised, wanted {wanted}; kept: {kept}"
+    log(f"load | {type(model).__name__} | {runtime.device} {str(runtime.dtype).removeprefix('torch.')} | quantised "
+        f"{len(quantised)} of {len(linear)} linear layers ({runtime.quantization}) | {weights_gib(model):.2f} GiB")
+
+
+def weights_gib(model: torch.nn.Module) -> float:
+    """What the weights occupy, in GiB (packed 4-bit weights as packed; their scales, 2-3 %, not counted)."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()) / 2**30
+
+
+def load_tokenizer(name: str | Path, local: bool):
+    """The tokenizer exactly as its files describe it.
+
+    tokenizer.json is read verbatim: transformers' LlamaTokenizer class would rebuild it and drop its normaliser.
+    A folder with tokenizer.model alone (EventGPT's published form) goes through LlamaTokenizer.
+    """
+    try:
+        verbatim = cached_file(name, "tokenizer.json", local_files_only=local,
+                               _raise_exceptions_for_missing_entries=False)
+        # PreTrainedTokenizerFast must not see a folder without tokenizer.json: it would make one, and not LLaMA's.
+        kind = PreTrainedTokenizerFast if verbatim else LlamaTokenizer
+        return kind.from_pretrained(name, local_files_only=local)
+    except Exception as error:       # the converters raise RuntimeError, TypeError, their own classes, ...
+        raise UserError(f"can't load a tokenizer from {name}: {type(error).__name__}: {error}") from error
+
+
+def read_model_config(folder: Path) -> dict:
+    """A model folder's config.json; a UserError when the folder or the file isn't there."""
+    if not folder.is_dir():
+        raise UserError(f"no such model folder: {folder}")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model folder: it has no config.json")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'} holds {type(config).__name__}, wanted an object")
+    return config
+
+
+# ----------------------------------------------------------------------------------------- answering
+def generate_greedily(model, tokenizer, max_new_tokens: int, **inputs) -> list[Answer]:
+    """transformers' greedy generate on a left-padded batch -> one Answer per row.
+
+    The checkpoint's own generation_config plays no part (sampling settings, a length limit).
+    inputs: input_ids (B, L) or inputs_embeds (B, L, H), attention_mask (B, L), and what else the model takes.
+    """
+    eos = tokenizer.eos_token_id
+    settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos, use_cache=True,
+                                bos_token_id=tokenizer.bos_token_id,
+                                pad_token_id=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    with torch.inference_mode():
+        ids = model.generate(**inputs, generation_config=settings)
+    if "input_ids" in inputs:                                  # then the prompt stands in front; else it does not
+        ids = ids[:, inputs["input_ids"].shape[1]:]
+    answers = []
+    for row in ids.tolist():
+        finished = eos in row
+        tokens = row[:row.index(eos) + 1] if finished else row     # after EOS come only pad ids
+        answers.append(Answer(tokens, tokenizer.decode(tokens, skip_special_tokens=True).strip(), finished))
+    return answers
+
+
+def free_memory() -> None:
+    """Give the memory of dropped models back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

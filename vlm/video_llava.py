@@ -1,0 +1,118 @@
+"""Video-LLaVA: LLaMA that reads 8 video frames, through transformers' VideoLlavaForConditionalGeneration.
+
+Pixels and prompt are made here, because transformers' own video processor needs torchvision; they are equal to
+VideoLlavaImageProcessor's and to the processor's ids (tests/test_video_llava.py). Every frame gives 1 + patches
+tokens (the CLS token stays), 8 x 257 = 2056 for the published model.
+
+Reference: Lin et al., Video-LLaVA: Learning United Visual Representation by Alignment Before Projection, 2023.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, VideoLlavaForConditionalGeneration
+from transformers.utils import cached_file
+
+from base import UserError
+from vlm.loading import (
+    Answer,
+    Runtime,
+    free_memory,
+    generate_greedily,
+    load_checked,
+    load_tokenizer,
+    read_model_config,
+)
+from vlm.media import PixelSettings, clip_pixels
+
+VIDEO = "<video>"
+# Never quantised. transformers 5 wants full names; giving a list drops its own default, so lm_head is in it.
+KEEP = ["model.video_tower", "model.image_tower", "model.multi_modal_projector", "lm_head"]
+
+
+def prompt(query: str) -> str:
+    """The prompt of one question; VIDEO stands once and is repeated for every visual token when tokenised."""
+    if VIDEO in query or "<image>" in query:
+        raise UserError(f"the query may contain neither {VIDEO} nor <image>: {query!r}")
+    return f"USER: {VIDEO}\n{query} ASSISTANT:"
+
+
+def prompt_ids(tokenizer, query: str, video_tokens: int) -> list[int]:
+    """BOS, then the prompt with VIDEO repeated `video_tokens` times."""
+    ids = tokenizer(prompt(query).replace(VIDEO, VIDEO * video_tokens)).input_ids
+    # Tokenizer files differ in whether they add BOS by themselves; the model was trained with it.
+    return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
+
+
+@dataclasses.dataclass
+class VideoLlava:
+    """The target model, ready to answer: load, prepare, answer, unload (EventGPT has the same verbs)."""
+
+    model: VideoLlavaForConditionalGeneration
+    tokenizer: object
+    pixels: PixelSettings
+    runtime: Runtime
+    revision: str
+
+    @staticmethod
+    def load(name: str | Path, runtime: Runtime) -> "VideoLlava":
+        """From a folder, or else a hub id (then the hub's cache is used, and the network when it lacks the files).
+
+        The image tower, which no video passes through, is dropped: 0.3 G of the published 7.4 G parameters.
+        """
+        local = Path(name).is_dir()
+        if local:
+            read_model_config(Path(name))
+        elif str(name).count("/") != 1 or str(name).startswith((".", "/")):
+            raise UserError(f"no such model folder: {name} (and not a hub id like LanguageBind/Video-LLaVA-7B-hf)")
+        try:
+            config = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+            preprocessor = cached_file(name, "preprocessor_config.json", local_files_only=local,
+                                       _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"can't load the config of {name}: {error}") from error
+        if config.model_type != "video_llava":
+            raise UserError(f"{name} is a {config.model_type} model, wanted video_llava")
+        pixels = PixelSettings.read(preprocessor and Path(preprocessor), config.vision_config.image_size)
+        tokenizer = load_tokenizer(name, local)
+        video_id = tokenizer.convert_tokens_to_ids(VIDEO)
+        if video_id != config.video_token_index:
+            raise UserError(f"{name}: {VIDEO} is id {video_id} in the tokenizer but video_token_index "
+                            f"{config.video_token_index} in config.json")
+        model = load_checked(VideoLlavaForConditionalGeneration, name, runtime, KEEP, local_files_only=local)
+        model.model.image_tower = None
+        free_memory()
+        return VideoLlava(model, tokenizer, pixels, runtime, getattr(config, "_commit_hash", None) or "local")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_input_embeddings().num_embeddings
+
+    def prepare(self, pictures: list[np.ndarray]) -> torch.Tensor:
+        """Frames (H, W, 3) uint8 RGB, oldest first -> pixels (F, 3, S, S) float32, on the CPU; thread-safe."""
+        return torch.from_numpy(clip_pixels(pictures, self.pixels))
+
+    def answer(self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int) -> list[Answer]:
+        """One greedy answer per row; rows may differ in query, not in the number of frames."""
+        vision = self.model.config.vision_config
+        video_tokens = len(pixels[0]) * (1 + (vision.image_size // vision.patch_size) ** 2)
+        rows = [prompt_ids(self.tokenizer, query, video_tokens) for query in queries]
+        length, room = max(map(len, rows)) + max_new_tokens, self.model.config.text_config.max_position_embeddings
+        if length > room:
+            raise UserError(f"{len(pixels[0])} frames, the query and --max_new_tokens {max_new_tokens} need {length} "
+                            f"positions, the model has {room}: use fewer frames or tokens")
+        pad = self.tokenizer.pad_token_id or 0
+        left = [max(map(len, rows)) - len(row) for row in rows]
+        ids = torch.tensor([[pad] * n + row for n, row in zip(left, rows)])
+        mask = torch.tensor([[0] * n + [1] * len(row) for n, row in zip(left, rows)])
+        device = self.runtime.device
+        return generate_greedily(
+            self.model, self.tokenizer, max_new_tokens, input_ids=ids.to(device), attention_mask=mask.to(device),
+            pixel_values_videos=torch.stack(pixels).to(device, self.runtime.dtype, non_blocking=True))
+
+    def unload(self) -> None:
+        """Free the weights; the object can't answer any more."""
+        del self.model
+        free_memory()
