@@ -99,7 +99,7 @@ def option(default, help: str):
 
 
 def required(help: str, positional: bool = False):
-    """A config field that has no default: the flag must be given, or the bare value where it is positional."""
+    """A config field that has no default: a flag that must be given, or a bare value if positional."""
     return dataclasses.field(metadata={"help": help, "positional": positional})
 
 
@@ -134,7 +134,8 @@ def parse_config(cls, argv: list[str] | None = None):
         if field.metadata.get("positional"):
             parser.add_argument(field.name, **how)
         else:
-            parser.add_argument(f"--{field.name}", required=must, default=None if must else field.default, **how)
+            how["default"] = None if must else field.default
+            parser.add_argument(f"--{field.name}", required=must, **how)
     return cls(**vars(parser.parse_args(argv)))
 
 

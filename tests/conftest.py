@@ -1,5 +1,50 @@
-"""Fixtures that several test files share; everything is made here, from seeds, on the CPU."""
+"""What several test files share: one shortened demo, made once by the real workflow script."""
 
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
+ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)      # the models are tiny: two threads only get in each other's way
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Where `run_full_workflow.sh --demo` left things; `log` is what it printed, `again` what a second start did."""
+
+    data: Path
+    tokens: Path
+    tasks: Path
+    log: str
+    again: str
+    models: Path = ROOT / "demo" / "models"
+
+    @property
+    def test_1s(self) -> Path:
+        return self.data / "my_egpt_dsec_test" / "my_egpt_dsec_seq_1s"
+
+
+def run_workflow(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
+    """The workflow script in the environment that runs the tests, writing below `folder`."""
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PYTHON": sys.executable,
+                   "DATA_ROOT": str(folder / "data"), "TOKENS_DIR": str(folder / "tokens"),
+                   "TASK_DIR": str(folder / "task"), **settings}
+    return subprocess.run(["bash", str(ROOT / "run_full_workflow.sh"), *arguments], env=environment, text=True,
+                          capture_output=True, timeout=600, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Demo:
+    folder = tmp_path_factory.mktemp("demo")
+    shorter = {"DEMO_FLAGS": "--train_clips 32 --test_clips 3",
+               "EXTRACT_FLAGS": "--max_new_tokens 80 --batch_size 16 --num_workers 2",
+               "TRAIN_FLAGS": "--embed_dim 32 --num_layers 1 --num_heads 2 --num_epochs 2 --learning_rate 1e-3"}
+    first, second = (run_workflow(folder, "--demo", **shorter) for _ in range(2))
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert second.returncode == 0, second.stdout + second.stderr
+    return Demo(folder / "data", folder / "tokens", folder / "task", first.stdout, second.stdout)

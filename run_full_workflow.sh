@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# The whole workflow: token pairs of both models, a trained adapter, its report; for the 1s and the 500ms data sets.
+#
+#   ./run_full_workflow.sh --demo                              everything on a small made-up world, 2 CPU cores, minutes
+#   EVENTGPT=models/EventGPT-7b ./run_full_workflow.sh         the real thing, from a terminal
+#   nohup ./run_full_workflow.sh > workflow.log 2>&1 &         for hours; watch it with: tail -f workflow.log
+#   kill %1  (or kill PID)                                     stops it and what it started; the same command goes on
+#   ./run_full_workflow.sh --new                               trains into new task folders (tokens are kept)
+#
+# Leaves TOKENS_DIR/{train_tokens_full,test_tokens_1s,train_tokens_500ms,test_tokens_500ms}.json and two task folders
+# TASK_DIR/{1s,500ms}_{date}_{time} with best_model.pt, results.json, RESULTS.md and the pictures.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+demo=''; new=''
+for argument in "$@"; do
+  case "${argument}" in
+    --demo) demo=1 ;;
+    --new) new=1 ;;
+    -h|--help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) echo "ERROR | unknown argument ${argument}: wanted --demo, --new or --help" >&2; exit 2 ;;
+  esac
+done
+
+# Settings: environment variables win over these defaults.
+if [[ -n "${demo}" ]]; then
+  DATA_ROOT="${DATA_ROOT:-demo/data}"
+  TOKENS_DIR="${TOKENS_DIR:-demo/tokens}"
+  TASK_DIR="${TASK_DIR:-demo/task}"
+  EVENTGPT="${EVENTGPT:-demo/models/eventgpt}"
+  VIDEO_LLAVA="${VIDEO_LLAVA:-demo/models/video_llava}"
+  EXTRACT_FLAGS="${EXTRACT_FLAGS:---max_new_tokens 80 --batch_size 16 --num_workers 2}"
+  TRAIN_FLAGS="${TRAIN_FLAGS:---embed_dim 128 --num_layers 2 --num_heads 4 --num_epochs 15 --learning_rate 1e-3}"
+else
+  DATA_ROOT="${DATA_ROOT:-data}"
+  TOKENS_DIR="${TOKENS_DIR:-tokens}"
+  TASK_DIR="${TASK_DIR:-task}"
+  EVENTGPT="${EVENTGPT:-}"                                        # folder of the EventGPT checkpoint
+  VIDEO_LLAVA="${VIDEO_LLAVA:-LanguageBind/Video-LLaVA-7B-hf}"    # folder or hub id
+  EXTRACT_FLAGS="${EXTRACT_FLAGS:-}"                              # e.g. "--batch_size 16 --quantization none"
+  TRAIN_FLAGS="${TRAIN_FLAGS:-}"                                  # e.g. "--num_epochs 30"
+fi
+TEST_1S="${TEST_1S:-}"            # an existing pair file to test the 1s adapter on, instead of extracting one
+STATE="${TASK_DIR}/.workflow"     # the task folders that this workflow chose
+
+source ./env.sh requirements.txt
+
+child=''
+stop() {
+  log "stopping; the same command goes on from here"
+  if [[ -n "${child}" ]]; then kill -TERM "${child}" 2>/dev/null || true; wait "${child}" || true; fi
+  exit 143
+}
+trap stop TERM INT HUP
+
+# step NAME RESULT COMMAND... : run COMMAND unless RESULT is there already
+step() {
+  local name="$1" result="$2" start="${SECONDS}" status=0
+  shift 2
+  if [[ -e "${result}" ]]; then log "${name} | skipped, ${result} exists"; return; fi
+  log "${name} | start | $*"
+  "$@" &                                         # not in the foreground: bash would let a kill wait for its end
+  child=$!
+  wait "${child}" || status=$?
+  child=''
+  (( status == 0 )) || die "${name} ended with status ${status} after $((SECONDS - start)) s"
+  [[ -e "${result}" ]] || die "${name} ended well but did not write ${result}"
+  log "${name} | done in $((SECONDS - start)) s | ${result}"
+}
+
+# extract NAME DATASET OUTPUT : waits by itself when another process is extracting to the same output
+extract() {
+  # shellcheck disable=SC2086  # the flags are meant to split
+  step "$1" "$3" "${PYTHON}" extract_tokens_train.py --dataset_dir "$2" --output_file "$3" \
+    --draft_model "${EVENTGPT}" --target_model "${VIDEO_LLAVA}" --wait ${EXTRACT_FLAGS}
+}
+
+# task_of NAME : the folder chosen for this task, now or when the workflow was started before
+task_of() {
+  local folder
+  folder="$(sed -n "s/^$1=//p" "${STATE}" 2>/dev/null || true)"
+  if [[ -z "${folder}" ]]; then
+    folder="${TASK_DIR}/$1_$(date +%Y%m%d_%H%M%S)"
+    echo "$1=${folder}" >> "${STATE}"
+  fi
+  echo "${folder}"
+}
+
+train() {
+  # shellcheck disable=SC2086
+  step "train $1" "$2/RESULTS.md" "${PYTHON}" train_and_evaluate.py --train_benchmark "$3" --test_benchmark "$4" \
+    --task_name "$1" --task_folder "$2" ${TRAIN_FLAGS}
+}
+
+main() {
+  [[ -n "${EVENTGPT}" ]] || die "EVENTGPT is not set: name the folder of the EventGPT checkpoint, or try --demo"
+  [[ -z "${TEST_1S}" || -f "${TEST_1S}" ]] || die "TEST_1S=${TEST_1S}: no such file"
+  mkdir -p "${TOKENS_DIR}" "${TASK_DIR}"
+  if [[ -n "${new}" ]]; then rm -f "${STATE}"; fi
+  local train_root="${DATA_ROOT}/my_egpt_dsec_train/my_egpt_dsec_train" test_root="${DATA_ROOT}/my_egpt_dsec_test/my_egpt_dsec_seq"
+  local test_1s="${TEST_1S:-${TOKENS_DIR}/test_tokens_1s.json}" task_1s task_500ms
+  if [[ -n "${demo}" ]]; then
+    # shellcheck disable=SC2086
+    step "demo data" "${test_root}_500ms/EventGPT_Instruction_Subset.json" "${PYTHON}" make_demo.py \
+      --output_dir "${DATA_ROOT}" ${DEMO_FLAGS:-}
+  fi
+
+  log "PHASE 1 | the 1s data set"
+  extract "extract train 1s" "${train_root}_1s" "${TOKENS_DIR}/train_tokens_full.json"
+  extract "extract test 1s" "${test_root}_1s" "${test_1s}"
+  task_1s="$(task_of 1s)"
+  train 1s "${task_1s}" "${TOKENS_DIR}/train_tokens_full.json" "${test_1s}"
+
+  log "PHASE 2 | the 500ms data set"
+  extract "extract train 500ms" "${train_root}_500ms" "${TOKENS_DIR}/train_tokens_500ms.json"
+  extract "extract test 500ms" "${test_root}_500ms" "${TOKENS_DIR}/test_tokens_500ms.json"
+  task_500ms="$(task_of 500ms)"
+  train 500ms "${task_500ms}" "${TOKENS_DIR}/train_tokens_500ms.json" "${TOKENS_DIR}/test_tokens_500ms.json"
+
+  log "SUMMARY"
+  "${PYTHON}" report.py "${task_1s}" "${task_500ms}"
+}
+main

@@ -1,0 +1,133 @@
+"""What counts as a hit, and that training and evaluation count alike."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import acceptance
+from acceptance import TokenTensors, compare, measure
+from base import Pairs
+from token_adapter import CONTRACT, FIRST_POSITION, ORIGINAL_CONTRACT
+from train_and_evaluate import train_epoch
+
+VOCAB_SIZE = 11
+
+
+def pairs_of(drafts: list[list[int]], targets: list[list[int]]) -> Pairs:
+    def flat(answers):
+        return np.concatenate(answers).astype(np.int32), np.cumsum([0, *map(len, answers)])
+
+    return Pairs(*flat(drafts), *flat(targets), [""] * len(drafts), list(range(len(drafts))), [])
+
+
+def random_pairs(contract: str) -> Pairs:
+    """30 pairs of 1 to 9 tokens: a target token is the draft's plus 3, or that of the place before."""
+    rng = np.random.default_rng(0)
+    drafts = [list(map(int, rng.permutation(VOCAB_SIZE)[:rng.integers(1, 10)])) for _ in range(30)]
+    answers = [[(token + 3) % VOCAB_SIZE for token in draft] for draft in drafts]
+    if contract == ORIGINAL_CONTRACT:
+        answers = [[5, *answer[:-1]] for answer in answers]
+    return pairs_of(drafts, answers)
+
+
+class Oracle(nn.Module):
+    """Knows that a target token is the draft's plus 3, and proposes the one `late` places further on."""
+
+    def __init__(self, contract: str = CONTRACT, late: int = 0):
+        super().__init__()
+        self.config, self.late = SimpleNamespace(first_position=FIRST_POSITION[contract]), late
+        self.sure = nn.Parameter(torch.tensor(9.0))
+
+    def forward(self, draft):
+        known = torch.roll((draft + 3) % VOCAB_SIZE, -self.late, dims=1)
+        return self.sure * nn.functional.one_hot(known, VOCAB_SIZE)
+
+
+def evaluated(oracle: Oracle, pairs: Pairs, max_seq_len: int = 9) -> dict:
+    top1, top5, _ = acceptance.predict(oracle, TokenTensors.of(pairs, max_seq_len, torch.device("cpu")), batch_size=4)
+    return compare(top1, top5, pairs, None)["adapter"]
+
+
+def trained_alpha(oracle: Oracle, pairs: Pairs) -> float:
+    tokens, generator = TokenTensors.of(pairs, 9, torch.device("cpu")), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(oracle.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return train_epoch(oracle, tokens, optimizer, schedule, 4, generator, lambda: None)[1]
+
+
+def test_a_perfect_adapter_is_right_everywhere_in_training_and_in_evaluation():
+    pairs = random_pairs(CONTRACT)
+    result = evaluated(Oracle(), pairs)
+    assert trained_alpha(Oracle(), pairs) == result["alpha"] == result["top5"] == result["first_token"] == 1.0
+    assert result["mean_run"] == pairs.lengths("target").mean()
+    assert result["per_position"]["alpha"] == [1.0] * 9
+    assert result["expected_tokens"]["10"] == 11.0
+
+
+def test_an_adapter_that_is_late_by_one_is_wrong_in_training_and_in_evaluation():
+    pairs = random_pairs(CONTRACT)
+    assert trained_alpha(Oracle(late=1), pairs) < 0.05
+    assert evaluated(Oracle(late=1), pairs)["alpha"] < 0.05
+
+
+def test_an_original_checkpoint_is_measured_by_its_own_contract_and_misses_only_the_first_token():
+    pairs = random_pairs(ORIGINAL_CONTRACT)
+    result = evaluated(Oracle(ORIGINAL_CONTRACT), pairs)
+    assert result["per_position"]["alpha"] == [0.0] + [1.0] * 8
+    assert result["alpha"] == 1 - len(pairs) / pairs.lengths("target").sum()
+    assert result["mean_run"] == 0
+
+
+def test_positions_past_max_seq_len_count_as_misses():
+    pairs = random_pairs(CONTRACT)
+    lengths = pairs.lengths("target")
+    assert evaluated(Oracle(), pairs, max_seq_len=4)["alpha"] == np.minimum(lengths, 4).sum() / lengths.sum()
+
+
+def test_the_metrics_of_a_worked_example():
+    top1 = np.array([[1, 1, 0, 1], [1, 0, 1, 1], [0, 1, 1, 1]], bool)      # answers of 4, 2 and 1 tokens
+    result = measure(top1, np.array([4, 2, 1]), top1 | True)
+    assert result["alpha"] == 4 / 7 and result["top5"] == 1.0
+    assert result["first_token"] == 2 / 3 and result["mean_run"] == (2 + 1 + 0) / 3
+    assert result["per_position"]["count"] == [3, 2, 1, 1]
+    assert result["per_position"]["alpha"] == [2 / 3, 1 / 2, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(("alpha", "gamma", "tokens"), [(0, 5, 1), (1, 5, 6), (0.5, 1, 1.5), (0.5, 2, 1.75)])
+def test_expected_tokens_follow_the_formula(alpha, gamma, tokens):
+    assert acceptance.expected_tokens(alpha, gamma) == tokens
+
+
+def test_expected_tokens_agree_with_drawing_independent_positions():
+    right = np.random.default_rng(0).random((20000, 5)) < 0.6
+    run = np.where(right.all(1), 5, right.argmin(1))
+    assert acceptance.expected_tokens(0.6, 5) == pytest.approx(1 + run.mean(), abs=0.03)
+
+
+def test_past_its_end_the_draft_proposes_nothing_not_even_a_0():
+    pairs = pairs_of([[7, 0]], [[7, 0, 0, 0]])
+    assert acceptance.direct_copy(pairs, 4).tolist() == [[7, 0, -1, -1]]
+    nothing = np.zeros((1, 4), bool)
+    assert compare(nothing, nothing, pairs, None)["direct_copy"]["alpha"] == 0.5
+
+
+def test_the_constant_string_is_the_commonest_training_token_at_each_position():
+    train = pairs_of([[1]] * 4, [[4, 5], [4, 6], [4, 6, 9], [3]])
+    commonest = acceptance.commonest_tokens(train, 4)
+    assert commonest[:, 0].tolist() == [4, 6, 9, -1]
+    assert commonest[1].tolist() == [6, 5, -1, -1, -1]
+    test = pairs_of([[1]], [[4, 5, 9, 9]])
+    constant = compare(np.zeros((1, 4), bool), np.zeros((1, 4), bool), test, commonest)["constant_string"]
+    assert (constant["alpha"], constant["top5"]) == (0.5, 0.75)
+
+
+def test_batches_hold_each_pair_once_no_wider_than_their_longest_target():
+    tokens = TokenTensors.of(random_pairs(CONTRACT), 9, torch.device("cpu"))
+    batches = list(tokens.batches(4, torch.Generator().manual_seed(3)))
+    rows = torch.cat([rows for rows, _, _ in batches])
+    assert sorted(rows.tolist()) == list(range(30)) and rows.tolist() != list(range(30))
+    for rows, width, positions in batches:
+        assert (width, positions) == (tokens.lengths[rows].max(), tokens.lengths[rows].sum())

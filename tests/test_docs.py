@@ -1,0 +1,55 @@
+"""What README.md and WORKFLOW.md say exists, exists; and every flag is documented."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import make_demo
+import pytest
+
+import extract_tokens_train
+import train_and_evaluate
+
+ROOT = Path(__file__).parents[1]
+PAGES = [(ROOT / name).read_text() for name in ("README.md", "WORKFLOW.md")]
+CONFIGS = [extract_tokens_train.ExtractConfig, train_and_evaluate.TrainConfig, make_demo.DemoConfig]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+def test_every_flag_stands_in_the_workflow_with_its_default(config):
+    for field in dataclasses.fields(config):
+        row = re.search(rf"^\| `--{field.name}` \| (.*?) \|", PAGES[1], re.M)
+        assert row, f"--{field.name} is not in a table of WORKFLOW.md"
+        if isinstance(field.default, (int, str)) and not isinstance(field.default, bool):
+            assert row[1].strip("`").replace(",", "") == str(field.default).replace(",", ""), field.name
+
+
+def test_every_flag_in_the_pages_exists():
+    known = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
+    known |= {"demo", "new", "help", "rebuild", "no-plots"}      # of the shell script, report.py and argparse
+    for page in PAGES:
+        assert set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", page)) <= known
+
+
+def test_every_file_in_the_map_and_every_link_exists():
+    block = re.search(r"```text\n(README\.md.*?)```", PAGES[0], re.S)[1]
+    folder = ""
+    for line in block.splitlines():
+        name = line.split()[0]
+        path = folder + name if line.startswith(" ") else name
+        folder = name if name.endswith("/") and not line.startswith(" ") else folder
+        assert (ROOT / path).exists(), f"{path} is in the map of files but not there"
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!http|#)([^)]+)\)", page):
+            assert (ROOT / link).exists(), link
+
+
+def test_every_python_file_is_in_the_map():
+    block = re.search(r"```text\n(README\.md.*?)```", PAGES[0], re.S)[1]
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("vlm/*.py")]:
+        assert path.name in block or path.name == "__init__.py", path
+
+
+def test_the_pages_have_no_blanks_left_to_fill():
+    for page in PAGES:
+        assert not re.search(r"^[A-Z_]{4,}$|TODO|FIXME|XXX", page, re.M)

@@ -1,0 +1,208 @@
+"""Extraction on the demo's clips with the shipped tiny models: the pairs, and that nothing is lost."""
+
+import fcntl
+import json
+import shutil
+import sys
+
+import pytest
+
+import extract_tokens_train
+from base import UserError, load_pairs
+
+ROW_KEYS = {"sample_idx", "question_idx", "sample_id", "sequence", "clip", "query", "egpt_tokens", "egpt_text",
+            "egpt_finished", "vl_tokens", "vl_text", "vl_finished"}
+
+
+@pytest.fixture
+def extract(demo, tmp_path, monkeypatch):
+    """Call main() with flags; returns the output as JSON, or None if there is none."""
+    def call(*flags, dataset_dir=demo.test_1s, output_file=tmp_path / "pairs.json"):
+        defaults = {"--dataset_dir": dataset_dir, "--output_file": output_file, "--max_samples": 5,
+                    "--draft_model": demo.models / "eventgpt", "--target_model": demo.models / "video_llava",
+                    "--max_new_tokens": 80, "--device": "cpu"}
+        given = dict(zip(flags[::2], flags[1::2]))
+        words = [str(word) for item in {**defaults, **given}.items() for word in item if word is not None]
+        monkeypatch.setattr(sys, "argv", ["extract_tokens_train.py", *words])
+        extract_tokens_train.main()
+        return json.loads(output_file.read_text()) if output_file.exists() else None
+    return call
+
+
+@pytest.fixture
+def copy(demo, tmp_path):
+    """A data set folder that a test may damage."""
+    return shutil.copytree(demo.test_1s, tmp_path / "set")
+
+
+def rows_of(output: dict) -> list[dict]:
+    return output["results"]
+
+
+def test_rows_hold_what_the_documentation_says(extract):
+    output = extract()
+    assert output["total_samples"] == output["eventgpt_success"] == output["videollava_success"] == 5
+    assert output["failed"] == []
+    assert output["models"]["eventgpt"]["prompt"].endswith("<ev_end>\n{query} ASSISTANT:")
+    for number, row in enumerate(rows_of(output)):
+        assert set(row) == ROW_KEYS
+        assert (row["sample_idx"], row["question_idx"]) == (number, 0)
+        for model in ("egpt", "vl"):
+            tokens = row[f"{model}_tokens"]
+            assert tokens and tokens[0] != 1                              # no BOS
+            assert row[f"{model}_finished"] == (tokens[-1] == 2) and 2 not in tokens[:-1]
+            assert len(tokens) <= 80 and max(tokens) < output["vocab_size"]
+        assert "scene" in row["egpt_text"] and "key elements" in row["vl_text"]
+
+
+def test_the_file_has_one_row_a_line_and_loads_as_pairs(extract, tmp_path):
+    output = extract()
+    lines = (tmp_path / "pairs.json").read_text().splitlines()
+    assert [json.loads(line.rstrip(",")) for line in lines if line.startswith('{"sample_idx"')] == rows_of(output)
+    pairs = load_pairs([tmp_path / "pairs.json"])
+    assert len(pairs) == 5 and pairs.vocab_size == output["vocab_size"]
+    assert pairs.sequence[0] == rows_of(output)[0]["sequence"] and pairs.clip[:2] == [0, 1]
+
+
+def test_batches_answer_as_one_by_one(extract, tmp_path):
+    alone = extract("--batch_size", 1)
+    for size in (2, 5):
+        together = extract("--batch_size", size, output_file=tmp_path / f"batch{size}.json")
+        assert rows_of(together) == rows_of(alone)
+
+
+def test_an_answer_that_is_cut_says_so(extract):
+    for row in rows_of(extract("--max_new_tokens", 7)):
+        assert len(row["egpt_tokens"]) == len(row["vl_tokens"]) == 7
+        assert not row["egpt_finished"] and not row["vl_finished"]
+
+
+def test_several_questions_a_clip(extract, tmp_path):
+    for name, text in (("q.json", '[{"question": "What is there?", "count": 5}, "Why?", "no"]'),
+                       ("q.txt", "5\tWhat is there?\nWhy?\n\nno\n")):
+        (tmp_path / name).write_text(text)
+        output = extract("--questions_file", tmp_path / name, "--num_questions", 2, "--max_samples", 3,
+                         output_file=tmp_path / f"{name}.out.json")
+        asked = [(row["sample_idx"], row["question_idx"], row["query"]) for row in rows_of(output)]
+        assert asked == [(i, q, query) for i in range(3) for q, query in enumerate(("What is there?", "Why?"))]
+        assert output["videollava_success"] == 6 and output["total_samples"] == 3
+
+
+def test_all_event_pictures_may_differ_in_number(extract, copy):
+    index = copy / "EventGPT_Instruction_Subset.json"
+    rows = json.loads(index.read_text())
+    rows[1]["event_image"] = rows[1]["event_image"][:2]
+    index.write_text(json.dumps(rows))
+    assert len(rows_of(extract("--event_images", "all", dataset_dir=copy))) == 5
+
+
+# -------------------------------------------------------------------------------- bad data, nothing lost
+def test_clips_with_bad_media_fail_alone_and_say_why(extract, copy):
+    rows = json.loads((copy / "EventGPT_Instruction_Subset.json").read_text())
+    (copy / "event_image" / rows[0]["event_image"][0]).write_bytes(b"")
+    (copy / "mp4" / rows[1]["mp4_data"]).write_bytes(b"junk")
+    (copy / "mp4" / rows[2]["mp4_data"]).unlink()
+    rows[3]["event_image"] = ["../../outside.png"]
+    (copy / "EventGPT_Instruction_Subset.json").write_text(json.dumps(rows))
+    output = extract(dataset_dir=copy)
+    assert [row["sample_idx"] for row in rows_of(output)] == [4]
+    assert output["eventgpt_success"] == 3
+    reasons = {entry["sample_idx"]: (entry["model"], entry["reason"]) for entry in output["failed"]}
+    assert {index: model for index, (model, _) in reasons.items()} == {
+        0: "eventgpt", 1: "videollava", 2: "videollava", 3: "eventgpt"}
+    assert "can't read the picture" in reasons[0][1] and "can't read the video" in reasons[1][1]
+    assert "no such video" in reasons[2][1] and "leaves the data set folder" in reasons[3][1]
+
+
+def test_when_nothing_succeeds_it_is_an_error_and_no_output(extract, copy):
+    shutil.rmtree(copy / "event_image")
+    with pytest.raises(UserError, match="none of 5 clips could be answered; the first reason"):
+        extract(dataset_dir=copy)
+    assert not (copy.parent / "pairs.json").exists()
+
+
+def test_a_stopped_run_goes_on_where_it_was(extract, tmp_path, monkeypatch):
+    undisturbed = extract(output_file=tmp_path / "whole.json")
+    append, calls = extract_tokens_train.Journal.append, []
+
+    def append_until_killed(journal, entries):
+        append(journal, entries)
+        calls.append(entries)
+        if len(calls) in (3, 6):                    # each model's own entry counts as one
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(extract_tokens_train.Journal, "append", append_until_killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            extract("--batch_size", 2)
+        assert not (tmp_path / "pairs.json").exists()
+    journal = tmp_path / ".pairs.json.journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-9])              # and the last line is torn
+    resumed = extract("--batch_size", 2)
+    assert rows_of(resumed) == rows_of(undisturbed)
+    assert resumed["models"] == undisturbed["models"]
+    assert not journal.exists()
+    answers = [(e["model"], e["key"]) for entries in calls for e in entries if "key" in e]
+    assert len(answers) == len(set(answers)) + 1                # only the torn one was answered twice
+
+
+def test_a_finished_output_is_not_touched_again(extract, tmp_path):
+    extract()
+    before = (tmp_path / "pairs.json").read_bytes()
+    extract()
+    assert (tmp_path / "pairs.json").read_bytes() == before
+    with pytest.raises(UserError, match="max_new_tokens: 80 there, 9 now"):
+        extract("--max_new_tokens", 9)
+    (tmp_path / "pairs.json").write_text('{"results": []}')
+    with pytest.raises(UserError, match="--restart"):
+        extract()
+    assert len(rows_of(extract("--restart", None))) == 5
+
+
+def test_a_journal_of_other_settings_is_refused(extract, tmp_path):
+    journal = tmp_path / ".pairs.json.journal.jsonl"
+    journal.write_text(json.dumps({"settings": {"max_new_tokens": 3}}) + "\n")
+    with pytest.raises(UserError, match="max_new_tokens: 3 there, 80 now"):
+        extract()
+    assert journal.exists()
+
+
+def test_two_writers_are_kept_apart(extract, tmp_path):
+    with open(tmp_path / ".pairs.json.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 4711")
+        lock.flush()
+        with pytest.raises(UserError, match="is being written by process 4711"):
+            extract()
+    assert len(rows_of(extract())) == 5                         # the lock is free: its file may stay
+
+
+# ------------------------------------------------------------------------------------------ user mistakes
+@pytest.mark.parametrize("flags, message", [
+    (("--draft_model", "nowhere"), "no such folder: nowhere"),
+    (("--target_model", "./nowhere"), "no such model folder: ./nowhere"),
+    (("--dataset_dir", "nowhere"), "no such data set folder"),
+    (("--device", "cuda:99"), "CUDA devices"),
+    (("--device", "tpu9"), "--device tpu9"),
+    (("--batch_size", "0"), "--batch_size must be 1 or more"),
+    (("--max_samples", "0"), "--max_samples must be"),
+    (("--num_questions", "3"), "needs --questions_file"),
+    (("--questions_file", "nowhere.json"), "no such file"),
+    (("--query", "what is <video>?"), "<video>"),
+    (("--output_file", "/dev/null/out.json"), "can't write to the folder"),
+])
+def test_mistakes_get_a_clear_error(extract, flags, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        extract(*flags)
+
+
+def test_without_a_draft_model_the_error_says_where_the_weights_are(tmp_path):
+    with pytest.raises(UserError, match="linked from https:"):
+        extract_tokens_train.ExtractConfig(tmp_path, tmp_path / "out.json")
+
+
+def test_models_may_not_be_swapped(extract, demo):
+    with pytest.raises(UserError, match="not an EventGPT checkpoint"):
+        extract("--draft_model", demo.models / "video_llava")
+    with pytest.raises(UserError, match="wanted video_llava"):
+        extract("--target_model", demo.models / "eventgpt")

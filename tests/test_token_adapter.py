@@ -1,0 +1,121 @@
+"""The TokenAdapter is the original architecture, and a checkpoint file is either understood or refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from base import UserError
+from token_adapter import CONTRACT, ORIGINAL_CONTRACT, AdapterConfig, TokenAdapter, load_adapter, save_adapter
+
+TINY = AdapterConfig(vocab_size=50, embed_dim=32, num_layers=2, num_heads=4, feedforward_dim=64,
+                     max_seq_len=12)
+
+
+def tiny_adapter() -> TokenAdapter:
+    torch.manual_seed(0)
+    adapter = TokenAdapter(TINY).eval()
+    for parameter in adapter.parameters():      # biases start at 0, norms at 1: that could hide a mix-up
+        nn.init.normal_(parameter, std=0.2)
+    return adapter
+
+
+def drafts() -> torch.Tensor:
+    return torch.randint(0, 50, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+def test_it_computes_what_transformer_encoder_computes_with_the_same_weights():
+    adapter, draft = tiny_adapter(), drafts()
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, activation="gelu", batch_first=True)
+    reference = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    reference.load_state_dict(adapter.transformer.state_dict())
+    x = adapter.embedding(draft) + adapter.position_embedding(torch.arange(12))
+    wanted = adapter.output_proj(reference(x, mask=nn.Transformer.generate_square_subsequent_mask(12)))
+    assert (adapter(draft) - wanted).abs().max() < 1e-5
+
+
+def test_the_default_has_the_size_of_the_original():
+    with torch.device("meta"):
+        adapter = TokenAdapter(AdapterConfig(vocab_size=32000))
+    assert adapter.num_parameters() == pytest.approx(45.5e6, rel=0.002)
+
+
+def test_an_output_depends_on_no_later_draft_token():
+    adapter, draft = tiny_adapter(), drafts()
+    changed = draft.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % 50
+    before, after = adapter(draft), adapter(changed)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert (before[:, 7:] != after[:, 7:]).any(-1).all()
+
+
+def test_a_saved_adapter_comes_back_with_its_config_and_its_logits(tmp_path):
+    adapter = tiny_adapter()
+    save_adapter(adapter, tmp_path / "best_model.pt", epoch=3)
+    loaded = load_adapter(tmp_path / "best_model.pt")
+    assert loaded.config == TINY and loaded.config.contract == CONTRACT and loaded.config.first_position == 0
+    assert torch.equal(loaded(drafts()), adapter(drafts()))
+
+
+def test_a_checkpoint_of_the_original_suite_loads_and_is_marked_with_its_own_contract(tmp_path):
+    state = {name: tensor.half() for name, tensor in tiny_adapter().state_dict().items()}
+    torch.save({"model_state_dict": state, "config": {"num_heads": 4, "lr": 1e-4}}, tmp_path / "model.pt")
+    loaded = load_adapter(tmp_path / "model.pt")
+    assert loaded.config == dataclasses.replace(TINY, contract=ORIGINAL_CONTRACT)
+    assert loaded.config.first_position == 1 and loaded(drafts()).dtype == torch.float32
+    torch.save({"model_state_dict": state}, tmp_path / "bare.pt")
+    assert load_adapter(tmp_path / "bare.pt").config.num_heads == 8
+
+
+class NotPlain:
+    """Something that only arbitrary code could load."""
+
+
+def damaged(folder: Path, damage: str) -> Path:
+    path = folder / "best_model.pt"
+    if damage == "absent":
+        return path
+    state, config = tiny_adapter().state_dict(), dataclasses.asdict(TINY)
+    checkpoint = {"model_state_dict": state, "config": config}
+    if damage == "missing key":
+        del state["transformer.layers.1.norm2.bias"]
+    elif damage == "extra key":
+        state["lora.weight"] = torch.zeros(1)
+    elif damage == "odd shape":
+        state["output_proj.1.weight"] = torch.zeros(49, 32)
+    elif damage == "no weights":
+        checkpoint = {"state_dict": state}
+    elif damage == "other model":
+        checkpoint = {"model_state_dict": {"fc.weight": torch.zeros(2, 2)}}
+    elif damage == "conditioning":
+        config["conditioning"] = "telepathy"
+    elif damage == "contract":
+        config["contract"] = "target[i+2] from draft[:i+1]"
+    elif damage == "heads":
+        config["num_heads"] = 5
+    elif damage == "code inside":
+        checkpoint["config"] = NotPlain()
+    torch.save(checkpoint, path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("not a checkpoint at all")
+    return path
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    ("absent", "no such file"), ("empty", "can be read"), ("text", "can be read"), ("cut", "can be read"),
+    ("code inside", "can be read"), ("no weights", "model_state_dict"), ("other model", "found fc.weight"),
+    ("missing key", r"missing transformer\.layers\.1\.norm2\.bias"), ("extra key", r"not known lora\.weight"),
+    ("odd shape", r"output_proj\.1\.weight has the shape \(49, 32\), wanted \(50, 32\)"),
+    ("conditioning", "telepathy"), ("contract", "unknown contract"), ("heads", "num_heads must divide"),
+])
+def test_a_damaged_checkpoint_is_a_user_error_that_says_what_is_wrong(tmp_path, damage, words):
+    path = damaged(tmp_path, damage)
+    with pytest.raises(UserError, match=words) as raised:
+        load_adapter(path)
+    assert str(path) in str(raised.value)

@@ -1,0 +1,223 @@
+"""Training learns what the draft tells, chooses by validation alone, and leaves whole files always."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_and_evaluate
+from base import ROOT, UserError, drive_of, load_pairs
+from token_adapter import load_adapter
+from train_and_evaluate import TrainConfig, split_validation
+
+SMALL = ["--embed_dim", "32", "--num_layers", "1", "--num_heads", "2", "--num_epochs", "8", "--batch_size", "8",
+         "--learning_rate", "1e-2", "--max_seq_len", "9", "--device", "cpu", "--no-plots"]
+
+
+def write_pairs(path: Path, sequences: list[str], pairs_each: int = 20, seed: int = 0, **recorded) -> Path:
+    """Pairs whose target tokens are the draft's, each mapped to another id: only the draft tells what comes."""
+    rng, ids = np.random.default_rng(seed), np.arange(3, 43)
+    mapping = dict(zip(ids, np.random.default_rng(99).permutation(ids)))
+    rows = []
+    for sequence in sequences:
+        for clip in range(pairs_each):
+            draft = rng.choice(ids, rng.integers(4, 10))
+            rows.append({"sample_idx": len(rows), "sequence": sequence, "clip": clip,
+                         "egpt_tokens": draft.tolist(), "vl_tokens": [int(mapping[token]) for token in draft]})
+    path.write_text(json.dumps({**recorded, "results": rows}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict:
+    folder, drives = tmp_path_factory.mktemp("data"), ["zurich_00_a", "zurich_00_b", "thun_01_a", "bern_02_a"]
+    return {"train": write_pairs(folder / "train_tokens_500ms.json", drives),
+            "test": write_pairs(folder / "test_tokens_500ms.json", ["basel_03_a"], seed=1)}
+
+
+def run_main(monkeypatch, task_dir: Path, train, test, *flags) -> tuple[Path, dict]:
+    train_flags = ["--train_benchmark", str(train)] if train else []
+    test_flags = ["--test_benchmark", str(test), "--task_dir", str(task_dir)]
+    monkeypatch.setattr(sys, "argv", ["train_and_evaluate.py", *train_flags, *test_flags, *SMALL, *flags])
+    before = set(task_dir.glob("*"))
+    train_and_evaluate.main()
+    task = next(iter(set(task_dir.glob("*")) - before))
+    return task, json.loads((task / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory) -> tuple[Path, dict]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return run_main(monkeypatch, tmp_path_factory.mktemp("task"), files["train"], files["test"])
+
+
+# --------------------------------------------------------------------------------------------------- training
+def test_the_adapter_learns_what_the_draft_tells_and_no_constant_string_could(trained):
+    task, results = trained
+    test = results["metrics"]["test"]
+    assert test["adapter"]["alpha"] > 0.8 > 0.2 > test["constant_string"]["alpha"]
+    assert test["improvement"] == test["adapter"]["alpha"] - test["direct_copy"]["alpha"]
+    assert task.name.startswith("500ms_")
+    assert sorted(os.listdir(task)) == ["RESULTS.md", "best_model.pt", "results.json"]
+
+
+def test_the_best_epoch_is_the_first_with_the_best_validation_and_it_is_the_one_kept(trained):
+    task, results = trained
+    alphas = [epoch["validation_alpha"] for epoch in results["history"]]
+    assert results["best_epoch"] == 1 + alphas.index(max(alphas))
+    assert results["metrics"]["validation"]["adapter"]["alpha"] == max(alphas)
+    assert torch.load(task / "best_model.pt", weights_only=True)["epoch"] == results["best_epoch"]
+
+
+def test_the_same_seed_gives_the_same_numbers_whatever_is_tested_on(trained, monkeypatch, tmp_path, files):
+    other = write_pairs(tmp_path / "other_500ms.json", ["basel_04_a"], seed=7)
+    task, results = run_main(monkeypatch, tmp_path / "task", files["train"], other)
+    for ours, theirs in zip(trained[1]["history"], results["history"], strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    first, second = (load_adapter(folder / "best_model.pt").state_dict() for folder in (trained[0], task))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_stops_early_without_better_validation(monkeypatch, tmp_path, files):
+    monkeypatch.setattr(train_and_evaluate, "learning_rate_factor", lambda step, total: 0.0)
+    _, results = run_main(monkeypatch, tmp_path, files["train"], files["test"], "--early_stopping", "2")
+    assert len(results["history"]) == 3 and results["best_epoch"] == 1
+
+
+def test_the_learning_rate_rises_and_then_falls_to_nothing():
+    rates = [train_and_evaluate.learning_rate_factor(step, 100) for step in range(101)]
+    assert rates.index(max(rates)) in (4, 5) and max(rates) == 1 and rates[-1] == 0
+    assert rates[:5] == sorted(rates[:5]) and rates[5:] == sorted(rates[5:], reverse=True)
+
+
+def test_a_loss_that_is_no_number_names_epoch_and_step_and_keeps_the_best_model(monkeypatch, tmp_path, files):
+    monkeypatch.setattr(train_and_evaluate, "learning_rate_factor", lambda step, _: 1.0 if step < 10 else 1e35)
+    words = r"epoch 2: the loss became \w+ in step \d of 8; .*best_model.pt keeps epoch 1"
+    with pytest.raises(UserError, match=words):
+        run_main(monkeypatch, tmp_path, files["train"], files["test"])
+    task = next(tmp_path.iterdir())
+    load_adapter(task / "best_model.pt")
+    assert os.listdir(task) == ["best_model.pt"]
+
+
+def test_a_kill_leaves_a_best_model_that_loads_and_no_temporary(tmp_path, files):
+    task = tmp_path / "task"
+    command = [sys.executable, ROOT / "train_and_evaluate.py", "--train_benchmark", files["train"],
+               "--test_benchmark", files["test"], "--task_folder", task, *SMALL, "--num_epochs", "100000",
+               "--early_stopping", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (task / "best_model.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 143
+    load_adapter(task / "best_model.pt")
+    assert os.listdir(task) == ["best_model.pt"]
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+def test_a_measured_checkpoint_gives_the_numbers_of_its_training(trained, monkeypatch, tmp_path, files):
+    task, results = trained
+    flags = ["--checkpoint", str(task / "best_model.pt")]
+    _, again = run_main(monkeypatch, tmp_path, None, files["test"], *flags)
+    assert again["metrics"]["test"]["adapter"] == results["metrics"]["test"]["adapter"]
+    assert again["metrics"]["test"]["constant_string"] is None and again["history"] == []
+
+
+def test_an_original_checkpoint_is_measured_by_its_own_contract(trained, monkeypatch, tmp_path, files):
+    checkpoint = torch.load(trained[0] / "best_model.pt", weights_only=True)
+    torch.save({**checkpoint, "config": {"num_heads": 2}}, tmp_path / "old.pt")
+    flags = ["--checkpoint", str(tmp_path / "old.pt")]
+    _, results = run_main(monkeypatch, tmp_path / "task", files["train"], files["test"], *flags)
+    assert results["adapter"]["contract"] == "target[i+1] from draft[:i+1]"
+    assert results["metrics"]["test"]["adapter"]["first_token"] == 0.0
+    assert results["metrics"]["test"]["adapter"]["alpha"] < 0.2
+    assert results["metrics"]["train"]["pairs"] == 80
+
+
+# ----------------------------------------------------------------------------------------------------- splits
+@pytest.mark.parametrize("seed", range(5))
+def test_validation_takes_whole_drives(files, seed):
+    pairs = load_pairs([files["train"]])
+    train_rows, validation_rows, split = split_validation(pairs, 0.3, seed)
+    train, validation = ({drive_of(pairs.sequence[row]) for row in rows} for rows in (train_rows, validation_rows))
+    assert sorted([*train_rows, *validation_rows]) == list(range(80)) and split["by"] == "drive"
+    assert (sorted(train), sorted(validation)) == (sorted(split["train"]), split["validation"])
+    assert not train & validation
+
+
+@pytest.mark.parametrize(("sequences", "by", "validation"), [
+    (["zurich_00_a", "zurich_00_b"], "sequence", 20), (["thun_01_a"], "last block of rows", 3),
+    ([""], "last block of rows", 3)])
+def test_one_drive_is_cut_by_sequence_and_one_sequence_by_its_last_block(tmp_path, sequences, by, validation):
+    pairs = load_pairs([write_pairs(tmp_path / "pairs.json", sequences)])
+    train_rows, validation_rows, split = split_validation(pairs, 0.15, 42)
+    assert split["by"] == by and len(validation_rows) == validation
+    assert by == "sequence" or max(train_rows) < min(validation_rows)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
+def test_neither_side_of_the_split_is_ever_empty(files, tmp_path, fraction):
+    for pairs in (load_pairs([files["train"]]), load_pairs([write_pairs(tmp_path / "two.json", ["a_a"], 2)])):
+        train_rows, validation_rows, _ = split_validation(pairs, fraction, 0)
+        assert len(train_rows) and len(validation_rows)
+
+
+@pytest.mark.parametrize(("test_sequence", "words"), [
+    ("thun_01_a", ["share 1 sequences: thun_01_a", "share 1 drives"]),
+    ("thun_01_c", ["share 1 drives: thun_01"]), ("", ["can't be seen"]), ("basel_03_a", [])])
+def test_an_overlap_of_train_and_test_is_said_in_log_and_results(files, tmp_path, capsys, test_sequence, words):
+    test = write_pairs(tmp_path / "test.json", [test_sequence])
+    config = TrainConfig(test_benchmark=[test], train_benchmark=[files["train"]])
+    warnings = train_and_evaluate.load_data(config).warnings
+    assert len(warnings) == len(words) and all(word in warning for word, warning in zip(words, warnings))
+    assert capsys.readouterr().out.count("WARNING") == len(words)
+
+
+# ------------------------------------------------------------------------------------------- vocabulary, flags
+@pytest.mark.parametrize(("recorded", "flag", "wanted"), [({}, 0, 64), ({"vocab_size": 70}, 0, 70), ({}, 45, 45)])
+def test_the_vocabulary_is_the_flag_else_recorded_else_from_the_ids(tmp_path, recorded, flag, wanted):
+    path = write_pairs(tmp_path / "pairs.json", ["a_a", "b_b"], **recorded)
+    config = TrainConfig(test_benchmark=[path], train_benchmark=[path], vocab_size=flag, embed_dim=8)
+    data = train_and_evaluate.load_data(config)
+    assert train_and_evaluate.make_adapter(config, data).config.vocab_size == wanted
+
+
+def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_path, files):
+    odd = write_pairs(tmp_path / "odd.json", ["c_c"])
+    odd.write_text(odd.read_text().replace('"vl_tokens": [', '"vl_tokens": [2000000, ', 1))
+    for vocab_size, size in ((0, 2**20), (64, 64)):
+        config = TrainConfig(test_benchmark=[files["test"], odd], train_benchmark=[files["train"]],
+                             vocab_size=vocab_size)
+        with pytest.raises(UserError, match=rf"odd\.json holds the token id 2000000, .* size {size};"):
+            train_and_evaluate.make_adapter(config, train_and_evaluate.load_data(config))
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ({"num_epochs": 0}, "--num_epochs must be 1 or more, got 0"), ({"num_heads": 7}, "--num_heads must divide"),
+    ({"val_fraction": 1.0}, "--val_fraction"), ({"learning_rate": float("nan")}, "--learning_rate"),
+    ({"max_train_samples": 1}, "--max_train_samples"), ({"device": "gpu"}, "--device"), ({"seed": -1}, "--seed"),
+    ({"task_name": "../1s"}, "--task_name"), ({"vocab_size": 2**21}, "--vocab_size"),
+    ({"train_benchmark": None}, "--train_benchmark is missing")])
+def test_an_impossible_setting_is_a_user_error(flags, words):
+    with pytest.raises(UserError, match=words):
+        TrainConfig(**{"test_benchmark": [Path("test")], "train_benchmark": [Path("train")], **flags})
+
+
+def test_a_gpu_that_is_not_there_is_a_user_error():
+    with pytest.raises(UserError, match="CUDA devices"):
+        train_and_evaluate.choose_device("cuda:99")
+
+
+def test_a_finished_task_folder_is_not_touched(monkeypatch, tmp_path, trained, files):
+    before = {path: path.read_bytes() for path in trained[0].iterdir()}
+    with pytest.raises(UserError, match="holds a finished task"):
+        run_main(monkeypatch, tmp_path, files["train"], files["test"], "--task_folder", str(trained[0]))
+    assert {path: path.read_bytes() for path in trained[0].iterdir()} == before

@@ -1,0 +1,118 @@
+"""The whole workflow script, on the shortened demo that conftest.py ran."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT, run_workflow
+
+SIX_FILES = {"best_model.pt", "results.json", "RESULTS.md", "training_curves.png", "loss_curve.png",
+             "accuracy_curve.png"}
+LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] ")
+
+
+@pytest.fixture(params=["1s", "500ms"])
+def task(request, demo):
+    folder, = demo.tasks.glob(f"{request.param}_*")
+    return folder
+
+
+def test_both_tasks_have_their_six_files_and_no_others(task):
+    assert {path.name for path in task.iterdir()} == SIX_FILES
+    assert re.fullmatch(r"(1s|500ms)_\d{8}_\d{6}", task.name)
+    assert json.loads((task / "results.json").read_text())["metrics"]["test"]["pairs"] > 0
+
+
+def test_the_pictures_are_pictures(task):
+    for name in ("training_curves", "loss_curve", "accuracy_curve"):
+        pixels = np.asarray(Image.open(task / f"{name}.png").convert("RGB"))
+        assert min(pixels.shape[:2]) >= 500 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+
+
+def test_the_token_files_have_the_names_of_the_original(demo):
+    assert {path.name for path in demo.tokens.glob("*.json")} == {
+        "train_tokens_full.json", "test_tokens_1s.json", "train_tokens_500ms.json", "test_tokens_500ms.json"}
+
+
+def test_the_log_is_whole_lines_and_ends_with_the_summary(demo):
+    phases = [demo.log.index(text) for text in ("PHASE 1 | the 1s", "PHASE 2 | the 500ms", "SUMMARY")]
+    assert phases == sorted(phases)
+    assert "\r" not in demo.log and "Traceback" not in demo.log
+    before = demo.log[:phases[2]]
+    assert all(LINE.match(line) for line in before.splitlines()), before
+    summary = demo.log[phases[2]:]
+    for path in demo.tasks.glob("*_*"):
+        assert path.name in summary and str(path / "RESULTS.md") in summary
+        assert "accuracy_curve.png" in summary
+
+
+def test_a_second_start_skips_everything_and_shows_the_same_summary(demo):
+    assert demo.again.count("| skipped, ") == 7
+    assert "| start |" not in demo.again
+    strip = LINE.sub
+    assert strip("", demo.again.split("SUMMARY")[1]) == strip("", demo.log.split("SUMMARY")[1])
+
+
+def test_settings_and_arguments_are_checked_at_once(tmp_path):
+    for arguments, settings, message in (
+            (("--what",), {}, "unknown argument --what"), ((), {}, "EVENTGPT is not set"),
+            ((), {"EVENTGPT": "x", "TEST_1S": "nowhere.json"}, "TEST_1S=nowhere.json: no such file")):
+        done = run_workflow(tmp_path, *arguments, **settings)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_failing_step_ends_the_workflow(tmp_path):
+    done = run_workflow(tmp_path, EVENTGPT=str(ROOT / "demo" / "models" / "eventgpt"))
+    assert done.returncode == 2
+    assert "ERROR | no such data set folder" in done.stdout
+    assert "ERROR | extract train 1s ended with status 2" in done.stderr
+
+
+def test_a_missing_package_is_one_clear_line(tmp_path):
+    empty = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(empty)], check=True)
+    done = run_workflow(tmp_path, "--demo", VIRTUAL_ENV=str(empty), PYTHON=str(empty / "bin" / "python"))
+    assert done.returncode == 2
+    line, = done.stdout.splitlines()
+    assert "ERROR | not installed: torch, transformers" in line and "pip install -r" in line
+
+
+def test_a_kill_stops_the_step_and_the_same_command_goes_on(demo, tmp_path):
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PYTHON": sys.executable, "DATA_ROOT": str(demo.data),
+                   "TOKENS_DIR": str(tmp_path / "tokens"), "TASK_DIR": str(tmp_path / "task"),
+                   "EXTRACT_FLAGS": "--batch_size 1 --max_new_tokens 80"}
+    log = tmp_path / "log"
+    with open(log, "w") as out:
+        process = subprocess.Popen(["bash", str(ROOT / "run_full_workflow.sh"), "--demo"], env=environment,
+                                   stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                   start_new_session=True)
+    journal = tmp_path / "tokens" / ".train_tokens_full.json.journal.jsonl"
+    deadline = time.monotonic() + 60
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
+        assert time.monotonic() < deadline and process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 143
+    with pytest.raises(ProcessLookupError):                     # the whole group is gone: no orphan
+        os.killpg(process.pid, signal.SIGKILL)
+    kept = journal.read_bytes().count(b"\n")
+    assert kept > 5 and "the same command goes on" in log.read_text()
+
+
+@pytest.mark.parametrize("program", ["extract_tokens_train", "train_and_evaluate", "make_demo", "report"])
+def test_help_is_quick_because_nothing_heavy_is_imported(program):
+    code = (f"import sys, runpy; sys.argv = ['{program}.py', '--help']\n"
+            f"try: runpy.run_path('{program}.py', run_name='__main__')\nexcept SystemExit as e: assert not e.code\n"
+            "heavy = {'torch', 'transformers', 'av', 'matplotlib'} & set(sys.modules)\nassert not heavy, heavy")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--" in done.stdout

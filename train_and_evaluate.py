@@ -1,0 +1,410 @@
+"""Step 2: train a TokenAdapter on token pairs, then measure it once on pairs of drives it never saw.
+
+    python train_and_evaluate.py --train_benchmark train_1s.json --test_benchmark test_1s.json
+    python train_and_evaluate.py --checkpoint task/1s_20260128_020530/best_model.pt --test_benchmark test.json
+
+Reads pairs in any of the three formats of base.load_pairs. Writes into a new folder task/{task_name}_{time}:
+best_model.pt (whenever validation improves), results.json, the curves as PNG, and RESULTS.md last: a folder
+that has it is whole. Validation is cut from training, by whole drives; the test file decides nothing.
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+
+from base import (
+    ROOT,
+    Pairs,
+    Progress,
+    UserError,
+    as_json,
+    drive_of,
+    duration_of,
+    load_pairs,
+    log,
+    make_folder,
+    new_task_folder,
+    option,
+    parse_config,
+    provenance,
+    required,
+    run,
+    write_whole,
+)
+from report import one_line, write_report
+
+WARM_UP = 0.05             # share of the steps in which the learning rate rises: post-norm encoders need it
+MAX_GRADIENT_NORM = 1.0
+MAX_VOCAB_SIZE = 2**20     # four times the largest vocabulary in use: an id beyond is damage, not a word
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Train a TokenAdapter on token pairs and measure it, or measure a checkpoint (--checkpoint)."""
+
+    test_benchmark: list[Path] = required("pair files to measure on, used once, at the end")
+    train_benchmark: list[Path] | None = option(None, "pair files to train on; a must without --checkpoint")
+    task_name: str | None = option(None, "name of the task; found in file and folder names if not given")
+    num_epochs: int = option(50, "passes over the training pairs")
+    batch_size: int = option(32, "pairs in each training step")
+    learning_rate: float = option(1e-4, "peak learning rate, after warm-up and before the cosine")
+    early_stopping: int = option(10, "stop after this many epochs without a better validation, 0 = never")
+    val_fraction: float = option(0.15, "share of the training pairs kept for validation, in whole drives")
+    max_train_samples: int = option(-1, "use only the first pairs of the training files, -1 = all")
+    max_seq_len: int = option(128, "tokens of draft and of target in use; positions beyond count as misses")
+    vocab_size: int = option(0, "0 = as recorded in the pair files, else from their largest id")
+    embed_dim: int = option(512, "width of the adapter; its feed-forward layers are four times as wide")
+    num_layers: int = option(4, "layers of the adapter")
+    num_heads: int = option(8, "attention heads of the adapter")
+    checkpoint: Path | None = option(None, "measure this checkpoint by its own contract and train nothing")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = option(42, "for the weights, the order of the pairs and the choice of validation drives")
+    task_dir: Path = option(ROOT / "task", "where the new task folder is made")
+    task_folder: Path | None = option(None, "exactly this folder, instead of a new one named after the time")
+    plots: bool = option(True, "draw the curves")
+
+    def __post_init__(self):
+        if self.train_benchmark is None and self.checkpoint is None:
+            raise UserError("--train_benchmark is missing: name the pair files to train on, or measure a "
+                            "--checkpoint")
+        for name in ("num_epochs", "batch_size", "max_seq_len", "embed_dim", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("early_stopping", "vocab_size", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must be 0 or more, got {getattr(self, name)}")
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise UserError(f"--vocab_size must be at most {MAX_VOCAB_SIZE}, got {self.vocab_size}")
+        if self.max_train_samples != -1 and self.max_train_samples < 2:
+            raise UserError("--max_train_samples must be 2 or more (one to train, one to validate) or -1 for "
+                            f"all, got {self.max_train_samples}")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"--learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"--val_fraction must be between 0 and 1, got {self.val_fraction}")
+        if self.embed_dim % self.num_heads:
+            raise UserError(f"--num_heads must divide --embed_dim, got {self.num_heads} and {self.embed_dim}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if self.task_name is not None and not re.fullmatch(r"\w[\w.-]*", self.task_name):
+            raise UserError(f"--task_name may hold letters, digits, '_', '-' and '.', got {self.task_name!r}")
+
+
+# ------------------------------------------------------------------------------------------------------- data
+@dataclasses.dataclass(frozen=True)
+class Data:
+    train: Pairs | None              # without the validation pairs
+    validation: Pairs | None         # None when nothing is trained
+    test: Pairs
+    split: dict | None               # which drives went where
+    files: dict                      # {"train": [report of each file], "test": [...]}
+    warnings: list[str]              # what makes the figures doubtful
+    vocab_size: int | None           # as recorded in the files
+    largest_ids: list                # (largest id, path) of each file
+
+
+def load_data(config: TrainConfig) -> Data:
+    train = load_pairs(config.train_benchmark) if config.train_benchmark else None
+    test = load_pairs(config.test_benchmark)
+    read = [pairs for pairs in (train, test) if pairs]
+    files = {"train": train.files if train else [], "test": test.files}
+    warnings = overlap_warnings(train, test) if train else []
+    for warning in warnings:
+        log(f"data | WARNING | {warning}")
+    vocab_size = max((pairs.vocab_size for pairs in read if pairs.vocab_size), default=None)
+    largest_ids = [found for pairs in read for found in largest_ids_of(pairs)]
+    validation = split = None
+    if train and config.max_train_samples != -1:
+        train = train.select(np.arange(min(config.max_train_samples, len(train))))
+    if train and not config.checkpoint:
+        train_rows, validation_rows, split = split_validation(train, config.val_fraction, config.seed)
+        train, validation = train.select(train_rows), train.select(validation_rows)
+        log(f"split | train {len(train)} validation {len(validation)} test {len(test)} | validation by "
+            f"{split['by']}: {', '.join(split['validation'])}")
+    return Data(train, validation, test, split, files, warnings, vocab_size, largest_ids)
+
+
+def split_validation(pairs: Pairs, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray, dict]:
+    """(train rows, validation rows, description): whole drives, else sequences, else the last block of rows.
+
+    Clips overlap their neighbours by half and the segments of a drive show one road: a random split would be
+    marked with answers that were trained on. Drives come in seeded order, and one is taken when that brings
+    the share closer to `fraction`.
+    """
+    if len(pairs) < 2:
+        raise UserError("the training files hold 1 usable pair, wanted 2 or more: to train and to validate")
+    drives = [drive_of(name) for name in pairs.sequence]
+    for by, group in (("drive", drives), ("sequence", pairs.sequence)):
+        names, sizes = np.unique(group, return_counts=True)
+        if len(names) < 2:
+            continue
+        taken, rows, wanted = [], 0, fraction * len(pairs)
+        for i in np.random.default_rng(seed).permutation(len(names)):
+            more = rows + sizes[i]
+            if more < len(pairs) and abs(more - wanted) < abs(rows - wanted):
+                taken, rows = [*taken, i], more
+        taken = taken or [sizes.argmin()]
+        chosen = np.isin(group, names[taken])
+        labels = [str(name) or "(no sequence name)" for name in names]
+        return np.flatnonzero(~chosen), np.flatnonzero(chosen), {
+            "by": by, "validation": sorted(labels[i] for i in taken),
+            "train": [label for i, label in enumerate(labels) if i not in taken]}
+    size = min(max(1, round(fraction * len(pairs))), len(pairs) - 1)
+    rows = np.arange(len(pairs))
+    return rows[:-size], rows[-size:], {"by": "last block of rows", "validation": [f"the last {size} pairs"],
+                                        "train": [f"the first {len(pairs) - size} pairs"]}
+
+
+def overlap_warnings(train: Pairs, test: Pairs) -> list[str]:
+    """What train and test have in common, as sentences."""
+    paths = [{str(Path(file["path"]).resolve()) for file in pairs.files} for pairs in (train, test)]
+    sequences = [set(pairs.sequence) - {""} for pairs in (train, test)]
+    drives = [{drive_of(name) for name in names} for names in sequences]
+    warnings = []
+    for kind, (ours, theirs) in (("files", paths), ("sequences", sequences), ("drives", drives)):
+        if ours & theirs:
+            warnings.append(f"train and test share {len(ours & theirs)} {kind}: "
+                            f"{', '.join(sorted(ours & theirs))}")
+    if "" in train.sequence or "" in test.sequence:
+        warnings.append("rows without a sequence name: whether train and test share a drive can't be seen")
+    return warnings
+
+
+def largest_ids_of(pairs: Pairs) -> list[tuple[int, str]]:
+    """(largest id, path) of each file that the pairs were read from, for an error that names the file."""
+    found, first = [], 0
+    for file in pairs.files:
+        last = first + file["used"]
+        draft = pairs.draft[pairs.draft_start[first]:pairs.draft_start[last]]
+        target = pairs.target[pairs.target_start[first]:pairs.target_start[last]]
+        found.append((int(max(draft.max(initial=-1), target.max(initial=-1))), file["path"]))
+        first = last
+    return found
+
+
+def check_ids(largest_ids: list[tuple[int, str]], size: int, advice: str) -> None:
+    largest, path = max(largest_ids)
+    if largest >= size:
+        raise UserError(f"{path} holds the token id {largest}, wanted ids below the vocabulary size {size}; "
+                        f"{advice}")
+
+
+# ------------------------------------------------------------------------------------------------------- task
+def choose_device(name: str):
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees {count} CUDA devices; "
+                            "try --device cpu")
+    return device
+
+
+def device_name(device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def open_task(config: TrainConfig, data: Data) -> Path:
+    """The exact folder that was asked for, or a new one named after the task."""
+    if config.task_folder is None:
+        return new_task_folder(config.task_dir, config.task_name or detect_task_name(data))
+    if (config.task_folder / "RESULTS.md").exists():
+        raise UserError(f"{config.task_folder} holds a finished task (RESULTS.md), nothing was changed; "
+                        "choose another --task_folder")
+    return make_folder(config.task_folder)
+
+
+def detect_task_name(data: Data) -> str:
+    """The window length, 1s or 500ms, from the file names, else from what they record, else their folders."""
+    files = data.files["train"] + data.files["test"]
+    paths = [Path(file["path"]).resolve() for file in files]
+    recorded = [str(file[key]) for file in files for key in ("dataset_dir", "dataset_name") if key in file]
+    texts = [*(path.name for path in paths), *recorded, *(str(path.parent) for path in paths)]
+    return duration_of(*texts) or "task"
+
+
+# --------------------------------------------------------------------------------------------------- training
+def make_adapter(config: TrainConfig, data: Data):
+    """The checkpoint that was asked for, or a new adapter with the vocabulary that the pairs need."""
+    import torch
+
+    from token_adapter import AdapterConfig, TokenAdapter, load_adapter
+
+    if config.checkpoint:
+        adapter = load_adapter(config.checkpoint)
+        check_ids(data.largest_ids, adapter.config.vocab_size, "a checkpoint needs pairs of its tokenizer")
+        log(f"checkpoint | {config.checkpoint} | {adapter.config.contract}")
+        return adapter
+    rounded = min(max(data.largest_ids)[0] // 64 * 64 + 64, MAX_VOCAB_SIZE)
+    vocab_size = config.vocab_size or data.vocab_size or rounded
+    check_ids(data.largest_ids, vocab_size, "mend the file, or set --vocab_size to that of the models")
+    torch.manual_seed(config.seed)
+    return TokenAdapter(AdapterConfig(
+        vocab_size=vocab_size, embed_dim=config.embed_dim, num_layers=config.num_layers,
+        num_heads=config.num_heads, feedforward_dim=4 * config.embed_dim, max_seq_len=config.max_seq_len))
+
+
+def learning_rate_factor(step: int, total: int) -> float:
+    """Linear warm-up to 1, then a cosine to 0 (Loshchilov and Hutter 2017, SGDR). Steps count from 0."""
+    warm_up = max(1, round(WARM_UP * total))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
+
+
+def train_epoch(adapter, tokens, optimizer, schedule, batch_size: int, generator, on_step) -> tuple:
+    """One pass: (loss in nats a token, alpha), both of the pass itself: dropout on, weights on the move."""
+    import torch
+    import torch.nn.functional as F
+
+    from acceptance import PAST_END, measure, score
+
+    device, steps = tokens.target.device, math.ceil(len(tokens.lengths) / batch_size)
+    # Kept on the device until the pass is over: reading a loss earlier would make the host wait for the GPU.
+    hits = torch.zeros_like(tokens.target, dtype=torch.bool)
+    losses, positions = torch.zeros(steps, device=device), []
+    adapter.train()
+    for step, (rows, width, scored) in enumerate(tokens.batches(batch_size, generator)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits, labels = score(adapter, tokens, rows, width, first=0)
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAST_END)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapter.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        hits[rows, :width] = logits.detach().argmax(-1) == labels
+        losses[step] = loss.detach()
+        positions.append(scored)
+        on_step()
+    losses = losses.tolist()
+    for step, value in enumerate(losses, 1):
+        if not math.isfinite(value):
+            raise UserError(f"the loss became {value} in step {step} of {steps}")
+    return float(np.average(losses, weights=positions)), measure(hits.cpu().numpy(), tokens.lengths)["alpha"]
+
+
+def train(adapter, config: TrainConfig, data: Data, device, task: Path) -> tuple:
+    """Train, writing the best epoch by validation into task/best_model.pt: (that adapter, history, best epoch)."""
+    import torch
+
+    from acceptance import TokenTensors, measure, predict
+    from token_adapter import load_adapter, save_adapter
+
+    train_tokens = TokenTensors.of(data.train, config.max_seq_len, device)
+    validation_tokens = TokenTensors.of(data.validation, config.max_seq_len, device)
+    steps = config.num_epochs * math.ceil(len(data.train) / config.batch_size)
+    adapter.to(device)
+    optimizer = torch.optim.AdamW(adapter.parameters(), config.learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    generator = torch.Generator().manual_seed(config.seed)
+    history, best_epoch, best_alpha = [], 0, -1.0
+    log(f"train | {adapter.num_parameters() / 1e6:.1f} M parameters | vocabulary {adapter.config.vocab_size} "
+        f"| {device_name(device)}")
+    progress = Progress("train", steps, unit="steps")
+
+    def on_step() -> None:                               # the schedule counts steps under the name last_epoch
+        progress.update(schedule.last_epoch, epoch_facts(history, config.num_epochs))
+
+    for epoch in range(1, config.num_epochs + 1):
+        start = time.monotonic()
+        try:
+            loss, alpha = train_epoch(adapter, train_tokens, optimizer, schedule, config.batch_size,
+                                      generator, on_step)
+            top1, top5, validation_loss = predict(adapter, validation_tokens, config.batch_size)
+            if not math.isfinite(validation_loss):
+                raise UserError(f"the validation loss became {validation_loss} after the last step")
+        except UserError as error:
+            kept = f"{task / 'best_model.pt'} keeps epoch {best_epoch}" if best_epoch else "no model is kept"
+            raise UserError(f"epoch {epoch}: {error}; {kept}; try a --learning_rate below "
+                            f"{config.learning_rate}") from error
+        validation = measure(top1, validation_tokens.lengths, top5)
+        history.append({
+            "epoch": epoch, "train_loss": loss, "train_alpha": alpha, "validation_loss": validation_loss,
+            "validation_alpha": validation["alpha"], "validation_top5": validation["top5"],
+            "learning_rate": schedule.get_last_lr()[0], "seconds": time.monotonic() - start})
+        if validation["alpha"] > best_alpha:
+            best_epoch, best_alpha = epoch, validation["alpha"]
+            save_adapter(adapter, task / "best_model.pt", epoch=epoch, validation_alpha=best_alpha)
+        if config.early_stopping and epoch - best_epoch >= config.early_stopping:
+            break
+    log(f"train | {len(history)} of {config.num_epochs} epochs | best validation in epoch {best_epoch}, "
+        f"accepted {best_alpha:.1%}")
+    return load_adapter(task / "best_model.pt"), history, best_epoch
+
+
+def epoch_facts(history: list[dict], num_epochs: int) -> str:
+    """Where training is, and what the last whole epoch brought."""
+    where = f"epoch {len(history) + 1:2}/{num_epochs}"
+    if not history:
+        return where
+    last, best = history[-1], max(epoch["validation_alpha"] for epoch in history)
+    return (f"{where} | loss {last['train_loss']:.3f} val {last['validation_loss']:.3f} | "
+            f"accepted {last['validation_alpha']:.1%} best {best:.1%} | lr {last['learning_rate']:.1e}")
+
+
+# ---------------------------------------------------------------------------------------------------- results
+def evaluate(adapter, data: Data, batch_size: int, device) -> dict:
+    """Metrics of the adapter and both baselines on each set of pairs there is: {"train": {...}, ...}."""
+    from acceptance import TokenTensors, commonest_tokens, compare, predict
+
+    adapter.to(device)
+    max_seq_len = adapter.config.max_seq_len
+    commonest = commonest_tokens(data.train, max_seq_len) if data.train else None
+    metrics = {}
+    for name, pairs in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+        if pairs:
+            top1, top5, loss = predict(adapter, TokenTensors.of(pairs, max_seq_len, device), batch_size)
+            metrics[name] = {"loss": loss, **compare(top1, top5, pairs, commonest)}
+    return metrics
+
+
+def main() -> None:
+    start = time.monotonic()
+    config = parse_config(TrainConfig)
+    device = choose_device(config.device)
+    data = load_data(config)
+    adapter = make_adapter(config, data)
+    task = open_task(config, data)
+    history, best_epoch = [], None
+    if not config.checkpoint:
+        adapter, history, best_epoch = train(adapter, config, data, device, task)
+    trained_s = time.monotonic() - start
+    results = {
+        "kind": "checkpoint" if config.checkpoint else "training",
+        "task": task.resolve().name,
+        "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+        "config": as_json(config),
+        "adapter": {**dataclasses.asdict(adapter.config), "parameters": adapter.num_parameters()},
+        "files": data.files,
+        "split": data.split,
+        "warnings": data.warnings,
+        "history": history,
+        "best_epoch": best_epoch,
+        "metrics": evaluate(adapter, data, config.batch_size, device),
+        "seconds": {"until_trained": trained_s, "all": time.monotonic() - start},
+        "provenance": {**provenance(), "folder": os.getcwd(), "device": device_name(device)},
+    }
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    write_whole(task / "results.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_report(task, plots=config.plots)
+    log(f"RESULT | {task} | {one_line(results)}")
+
+
+if __name__ == "__main__":
+    run(main)
