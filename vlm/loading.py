@@ -93,20 +93,26 @@ def load_checked(model_class, name: str | Path, runtime: Runtime, keep: list[str
 
 def check_quantised(model: torch.nn.Module, runtime: Runtime, keep: list[str]) -> None:
     """Every linear layer of the language model's blocks is quantised, no kept one is; our mistake if not."""
-    linear = [(name, type(module).__name__) for name, module in model.named_modules()
-              if isinstance(module, torch.nn.Linear)]
-    quantised = [name for name, kind in linear if kind in ("Linear4bit", "Linear8bitLt")]
+    linear = {name: type(module).__name__ for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear)}
+    quantised = [name for name, kind in linear.items() if kind in ("Linear4bit", "Linear8bitLt")]
     kept = [name for name in quantised if any(name == k or name.startswith(k + ".") for k in keep)]
-    blocks = [name for name, _ in linear if "language_model" in name and ".layers." in name]
+    blocks = [name for name in linear if "language_model" in name and ".layers." in name]
     wanted = len(blocks) if runtime.quantization != "none" else 0
     assert not kept and len(quantised) == wanted, f"{len(quantised)} layers quantised, wanted {wanted}; kept: {kept}"
     log(f"load | {type(model).__name__} | {runtime.device} {str(runtime.dtype).removeprefix('torch.')} | quantised "
-        f"{len(quantised)} of {len(linear)} linear layers ({runtime.quantization}) | {weights_gib(model):.2f} GiB")
+        f"{len(quantised)} of {len(linear)} linear layers ({runtime.quantization})")
 
 
 def weights_gib(model: torch.nn.Module) -> float:
-    """What the weights occupy, in GiB (packed 4-bit weights as packed; their scales, 2-3 %, not counted)."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()) / 2**30
+    """What the weights occupy, in GiB, with the scales of quantised ones."""
+    tensors = list(model.parameters())
+    for weight in model.parameters():
+        state = getattr(weight, "quant_state", None)                              # NF4: scales of scales
+        for part in (state, getattr(state, "state2", None)):
+            tensors += [tensor for tensor in (getattr(part, "absmax", None),) if tensor is not None]
+        tensors += [tensor for tensor in (getattr(weight, "SCB", None),) if tensor is not None]     # LLM.int8
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**30
 
 
 def load_tokenizer(name: str | Path, local: bool):

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, VideoLlavaForConditionalGeneration
 from transformers.utils import cached_file
 
-from base import UserError
+from base import UserError, log
 from vlm.loading import (
     Answer,
     Runtime,
@@ -24,6 +24,7 @@ from vlm.loading import (
     load_checked,
     load_tokenizer,
     read_model_config,
+    weights_gib,
 )
 from vlm.media import PixelSettings, clip_pixels
 
@@ -84,6 +85,7 @@ class VideoLlava:
         model = load_checked(VideoLlavaForConditionalGeneration, name, runtime, KEEP, local_files_only=local)
         model.model.image_tower = None
         free_memory()
+        log(f"load | {name} | weights {weights_gib(model):.2f} GiB, the image tower dropped")
         return VideoLlava(model, tokenizer, pixels, runtime, getattr(config, "_commit_hash", None) or "local")
 
     @property
