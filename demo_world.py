@@ -3,16 +3,17 @@
 A Scene is nine words (road, light, background, vehicle, colour, side, motion, person, traffic light). From it come
 
     frames_of(scene, clip_seed, num_frames)   what a colour camera films from a moving car, 20 frames a second
-    event_images_of(...)                      what an event camera sees of the same drive: red and blue dots on white
-    draft_text(scene), target_text(scene)     two descriptions in different words; read_draft, read_target read them back
+    events_of(scene, clip_seed, num_frames)   the events that an event camera gives of the same drive
+    draft_text(scene), target_text(scene)     two descriptions in different words; read_text reads them back
 
-The event camera cannot tell the vehicle's colour, the light or a red from a green traffic light, and the draft does
-not name the road, so the draft's text carries 7.8 of the scene's 13.9 bits (log2 of the number of choices).
-Only numpy and pillow: imported by make_demo.py and by its rendering processes.
+Events tell neither the vehicle's colour nor the light, nor a red from a green traffic light, and the draft does not
+name the road: of the 14.0 bits that nine independent words carry (log2 of 16,200 scenes) the draft's text has 7.8.
 """
 
 import dataclasses
+import itertools
 import re
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -46,16 +47,16 @@ class Scene:
     traffic_light: str
 
 
-# What changes together from one clip to the next, and how often: another vehicle comes, it stops or starts, ...
-CHANGES = ((("vehicle", "colour", "side", "motion"), 0.25), (("motion",), 0.1), (("person",), 0.2),
-           (("traffic_light",), 0.25))
+# What changes together from one clip to the next, and how often: another vehicle, it stops or starts, ...
+CHANGES = ((("vehicle", "colour", "side", "motion"), 0.6), (("motion",), 0.2), (("person",), 0.5),
+           (("traffic_light",), 0.5))
 
 
 def random_scene(random: np.random.Generator) -> Scene:
     return Scene(**{name: str(random.choice(values)) for name, values in CHOICES.items()})
 
 
-def drive_scenes(scene: Scene, random: np.random.Generator, count: int) -> list[Scene]:
+def following_scenes(scene: Scene, random: np.random.Generator, count: int) -> list[Scene]:
     """`count` scenes of one sequence: road, light and background stay, the rest changes now and then (CHANGES)."""
     scenes = []
     for _ in range(count):
@@ -86,7 +87,7 @@ DARK, GLASS, STEEL = (28, 28, 32), (75, 95, 115), (120, 122, 128)
 
 
 class Canvas:
-    """Draws boxes, discs and polygons given in metres; `light` darkens what doesn't glow."""
+    """Draws boxes, discs and polygons given in metres; at night all is darker but what glows."""
 
     def __init__(self, light: str, yaw: float, pitch: float):
         self.night = light == "night"
@@ -222,37 +223,36 @@ def _draw_traffic_light(canvas: Canvas, colour: str, z: float) -> None:
         canvas.disc(0, y, z, 0.5, LAMP[lamp] if lamp == colour else (62, 62, 62), glows=lamp == colour)
 
 
-def frames_of(scene: Scene, clip_seed, num_frames: int, wanted=None) -> np.ndarray:
+def frames_of(scene: Scene, clip_seed: list[int], num_frames: int, wanted: Iterable[int] = ()) -> np.ndarray:
     """Film the scene. -> (F, 96, 96, 3) uint8 RGB, oldest first; `wanted` picks frame numbers, all by default.
 
-    `clip_seed` (ints) fixes all that the nine words leave open: distances, speeds, houses, the camera's shaking.
-    The shaking (one pixel) is what lets an event camera see things that keep their place in the picture.
+    `clip_seed` fixes what the nine words leave open: distances, houses, the camera's shaking. The shaking (one
+    pixel) lets an event camera see things that keep their place in the picture.
     """
     random = np.random.default_rng(clip_seed)
     layout = random.random((24, 3))
     start, distance, aside, x_person, phase, z_light = random.uniform(
-        (0, -0.4, -0.1, 0, 0, -0.5), (6, 0.4, 0.1, 0.4, 6.28, 0.5))
+        (0, -0.4, -0.1, -0.6, 0, 12), (6, 0.4, 0.1, -0.2, 2 * np.pi, 13))
     direction = random.choice((-1, 1))
     shaking = random.uniform(-1, 1, (num_frames, 2))
-    flakes = random.random((60, 3)) if scene.light == "snow" else []
+    flakes = random.random((60, 3)) if scene.light == "snow" else ()
     side = -1 if scene.side == "left" else 1
     pictures = []
-    for frame in range(num_frames) if wanted is None else wanted:
+    for frame in wanted or range(num_frames):
         time_s = frame / FPS
+        travelled = SPEED * time_s
         canvas = Canvas(scene.light, *shaking[frame])
-        _draw_background(canvas, scene, layout, start + SPEED * time_s) if scene.background == "mountains" else None
-        _draw_road(canvas, scene, start + SPEED * time_s)
-        if scene.background != "mountains":
-            _draw_background(canvas, scene, layout, start + SPEED * time_s)
+        _draw_road(canvas, scene, start + travelled)
+        _draw_background(canvas, scene, layout, start + travelled)
         if scene.traffic_light != "none":
-            _draw_traffic_light(canvas, scene.traffic_light, 12.5 + z_light - SPEED * time_s)
-        # One who drives keeps the distance and the lane; one who is parked comes nearer, at the kerb.
+            _draw_traffic_light(canvas, scene.traffic_light, z_light - travelled)
+        # One that drives keeps lane and distance; one that is parked stands farther out and comes nearer.
         if scene.motion == "driving":
             _draw_vehicle(canvas, scene, side * (1.7 + aside), 7 + distance)
         else:
-            _draw_vehicle(canvas, scene, side * (3.6 + aside), 10.5 + distance - SPEED * time_s)
+            _draw_vehicle(canvas, scene, side * (3.6 + aside), 10.5 + distance - travelled)
         if scene.person == "crossing":
-            _draw_person(canvas, direction * (x_person - 0.6 + 0.8 * time_s), 5, phase + 7 * time_s)
+            _draw_person(canvas, direction * (x_person + 0.8 * time_s), 5, phase + 7 * time_s)
         for x, y, size in flakes:
             left, top = x * SIZE * FINE, (y + 0.6 * time_s) % 1 * SIZE * FINE
             canvas.draw.ellipse((left, top, left + 2 + 2 * size, top + 2 + 2 * size), fill=(255, 255, 255))
@@ -265,30 +265,33 @@ THRESHOLD = 0.22                  # change of log brightness that makes one even
 
 
 def neutral(scene: Scene) -> Scene:
-    """The scene without what an event camera can't tell: it stands for all that look alike to it.
+    """The scene that stands for all which look alike to an event camera.
 
-    A change of light scales every pixel, which the logarithm turns into a constant that differences don't see; the
-    colours of vehicles and lamps count as equally bright (a simplification, as is that snow leaves no event).
+    A darker light scales every pixel by one factor, which the logarithm turns into a constant and the difference
+    removes. That the colours of vehicles and lamps count as equally bright, and that snow leaves no event, are
+    simplifications of this world.
     """
     lamp = "none" if scene.traffic_light == "none" else "red"
     return dataclasses.replace(scene, light="day", colour="white", traffic_light=lamp)
 
 
-def events_of(frames: np.ndarray) -> dict[str, np.ndarray]:
-    """(F, H, W, 3) uint8 RGB -> {"x", "y", "t", "p"}: the events between them in time order, t in us.
+def events_of(scene: Scene, clip_seed: list[int], num_frames: int) -> dict[str, np.ndarray]:
+    """What an event camera gives of the clip: 1-D arrays "x", "y", "t" (us) and "p" (1 brighter, 0 darker), by time.
 
-    The usual model of an event camera (as in Rebecq et al., ESIM, 2018): a pixel fires each time its log brightness
-    has moved by THRESHOLD since its last event, p = 1 up and 0 down; between two frames the change is linear.
+    The usual model (Rebecq et al., ESIM: an Open Event Camera Simulator, 2018): a pixel fires each time its log
+    brightness has moved by THRESHOLD since its last event; between two frames the change is linear.
     """
-    levels = np.log(frames @ np.array([0.299, 0.587, 0.114]) + 10).reshape(len(frames), -1)
+    frames = frames_of(neutral(scene), clip_seed, num_frames)
+    brightness = frames @ np.array([0.299, 0.587, 0.114])
+    levels = np.log(brightness + 10).reshape(num_frames, -1)       # + 10: dark pixels don't fire at every trifle
     reference, columns = levels[0].copy(), []
-    for k, (before, after) in enumerate(zip(levels[:-1], levels[1:])):
+    for k, (before, after) in enumerate(itertools.pairwise(levels)):
         count = (np.abs(after - reference) / THRESHOLD).astype(int) * (after != before)
         pixel = np.repeat(np.arange(len(count)), count)
-        nth = np.arange(len(pixel)) - np.repeat(np.cumsum(count) - count, count) + 1
+        nth = np.arange(len(pixel)) - np.repeat(np.cumsum(count) - count, count) + 1     # 1, 2, ... in each pixel
         sign = np.sign(after - reference)
         crossed = reference[pixel] + sign[pixel] * THRESHOLD * nth
-        share = (crossed - before[pixel]) / (after - before)[pixel]
+        share = ((crossed - before[pixel]) / (after - before)[pixel]).clip(0, 1)
         columns.append((pixel, (k + share) / FPS * 1e6, sign[pixel] > 0))
         reference += sign * THRESHOLD * count
     pixel, t_us, up = (np.concatenate(column) for column in zip(*columns))
@@ -317,7 +320,8 @@ TARGET_PHRASES = {
     "colour": {name: f"include a {name}" for name in CHOICES["colour"]},
     "vehicle": {name: name for name in CHOICES["vehicle"]},
     "motion": {"parked": "parked beside", "driving": "driving down"},
-    "road": {"highway": "a wide highway", "city street": "a busy city street", "country road": "a narrow country road"},
+    "road": {"highway": "a wide highway", "city street": "a busy city street",
+             "country road": "a narrow country road"},
     "light": {"day": "during the day", "night": "at night", "snow": "in the snow"},
     "person": {"nobody": "nobody on foot", "crossing": "a person walking across the road"},
     "background": {"buildings": "tall buildings", "trees": "rows of trees", "mountains": "high mountains"},
@@ -326,8 +330,8 @@ TARGET_PHRASES = {
                       "red": "the traffic light is showing red, so traffic has to stop",
                       "green": "the traffic light is showing green, so the way is free"},
 }
-TARGET_TEXT = ("The key elements in this scene {colour} {vehicle} {motion} {road} {light}, {person}, and {background} in "
-               "the background. The {vehicle} is {side} of the road, and {traffic_light}.")
+TARGET_TEXT = ("The key elements in this scene {colour} {vehicle} {motion} {road} {light}, {person}, and "
+               "{background} in the background. The {vehicle} is {side} of the road, and {traffic_light}.")
 
 
 def draft_text(scene: Scene) -> str:

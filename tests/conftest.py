@@ -41,7 +41,7 @@ def run_workflow(folder: Path, *arguments: str, **settings: str) -> subprocess.C
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
-    shorter = {"DEMO_FLAGS": "--train_clips 32 --test_clips 3",
+    shorter = {"DEMO_FLAGS": "--train_clips 24 --test_clips 20",
                "EXTRACT_FLAGS": "--max_new_tokens 80 --batch_size 16 --num_workers 2",
                "TRAIN_FLAGS": "--embed_dim 32 --num_layers 1 --num_heads 2 --num_epochs 2 --learning_rate 1e-3"}
     first, second = (run_workflow(folder, "--demo", **shorter) for _ in range(2))

@@ -30,7 +30,7 @@ from vlm.loading import (
     load_checked,
     load_tokenizer,
     read_model_config,
-    weights_gib,
+    weights_mib,
 )
 from vlm.media import PixelSettings, clip_pixels
 
@@ -168,7 +168,7 @@ class EventGPT:
             log(f"load | WARNING | {folder} | resizing {model.get_input_embeddings().num_embeddings} embeddings to "
                 f"the tokenizer's {len(tokenizer)} ids")
             model.language_model.resize_token_embeddings(len(tokenizer))
-        log(f"load | {folder} | weights {weights_gib(model):.2f} GiB")
+        log(f"load | {folder} | weights {weights_mib(model):,.1f} MiB")
         return EventGPT(model, tokenizer, pixels, runtime, str(found.get("_commit_hash", "local")))
 
     @property

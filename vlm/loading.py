@@ -104,15 +104,15 @@ def check_quantised(model: torch.nn.Module, runtime: Runtime, keep: list[str]) -
         f"{len(quantised)} of {len(linear)} linear layers ({runtime.quantization})")
 
 
-def weights_gib(model: torch.nn.Module) -> float:
-    """What the weights occupy, in GiB, with the scales of quantised ones."""
+def weights_mib(model: torch.nn.Module) -> float:
+    """What the weights occupy, in MiB, with the scales of quantised ones."""
     tensors = list(model.parameters())
     for weight in model.parameters():
         state = getattr(weight, "quant_state", None)                              # NF4: scales of scales
         for part in (state, getattr(state, "state2", None)):
             tensors += [tensor for tensor in (getattr(part, "absmax", None),) if tensor is not None]
         tensors += [tensor for tensor in (getattr(weight, "SCB", None),) if tensor is not None]     # LLM.int8
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**30
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
 
 
 def load_tokenizer(name: str | Path, local: bool):

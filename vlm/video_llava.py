@@ -24,7 +24,7 @@ from vlm.loading import (
     load_checked,
     load_tokenizer,
     read_model_config,
-    weights_gib,
+    weights_mib,
 )
 from vlm.media import PixelSettings, clip_pixels
 
@@ -85,7 +85,7 @@ class VideoLlava:
         model = load_checked(VideoLlavaForConditionalGeneration, name, runtime, KEEP, local_files_only=local)
         model.model.image_tower = None
         free_memory()
-        log(f"load | {name} | weights {weights_gib(model):.2f} GiB, the image tower dropped")
+        log(f"load | {name} | weights {weights_mib(model):,.1f} MiB, the image tower dropped")
         return VideoLlava(model, tokenizer, pixels, runtime, getattr(config, "_commit_hash", None) or "local")
 
     @property
