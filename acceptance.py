@@ -8,17 +8,20 @@ Speculative Decoding", equation 1. It takes positions for independent; those of 
 """
 
 import dataclasses
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from base import Pairs
+from base import Pairs, drive_of
+from drafting import TOP, answers, direct_copy
 
 GAMMAS = range(1, 11)
-TOP = 5
-NOTHING = -1                   # where a baseline proposes nothing: equal to no id
+SIMULATED_GAMMAS = (1, 2, 3, 5, 8, 12)
+PASSES_SHOWN = (5, 10, 15, 20, 30)
+MIN_SEQUENCES, BLOCK, BOOTSTRAPS = 8, 20, 2000
 PAST_END = -100                # label past the target's end: cross_entropy leaves it out, and no id equals it
 
 
@@ -55,26 +58,82 @@ def measure(top1: np.ndarray, lengths: np.ndarray, top5: np.ndarray | None = Non
     }
 
 
-# -------------------------------------------------------------------------------------------------- baselines
-def direct_copy(pairs: Pairs, width: int) -> np.ndarray:
-    """(N, width) int32: the draft's own tokens as proposals; NOTHING past its end."""
-    inside = np.arange(width) < pairs.lengths("draft")[:, None]
-    return np.where(inside, pairs.padded("draft", width), NOTHING)
+# ------------------------------------------------------------------------------------------ simulated decoding
+def simulate(top1: np.ndarray, lengths: np.ndarray, gamma: int) -> dict:
+    """Greedy speculative decoding of N answers with gamma proposals a pass, told by the hits alone.
 
-
-def commonest_tokens(pairs: Pairs, max_seq_len: int) -> np.ndarray:
-    """(max_seq_len, TOP) int32: the commonest target tokens at each position, then NOTHING.
-
-    Column 0 is the constant string: proposed for every clip alike, it shows how much of an alpha is template.
+    top1 (N, T) bool: the proposal for that position, given the true tokens before it, is right. That is all that
+    decides: after a wrong proposal the rest of a round is thrown away. The prefill is a pass too, with the opening
+    proposals verified inside it; each pass emits its accepted proposals and one token of the target's own, unless
+    the answer ends before that. All answers advance together.
     """
-    target, lengths = pairs.padded("target", max_seq_len), pairs.lengths("target")
-    commonest = np.full((max_seq_len, TOP), NOTHING, np.int32)
-    for position in range(min(max_seq_len, lengths.max())):
-        counts = np.bincount(target[lengths > position, position])
-        best = np.argsort(-counts, kind="stable")[:TOP]
-        best = best[counts[best] > 0]
-        commonest[position, :len(best)] = best
-    return commonest
+    inside = np.arange(top1.shape[1]) < lengths[:, None]
+    right = np.pad(top1 & inside, ((0, 0), (0, 1)))
+    run = np.zeros(right.shape, np.int64)                     # right proposals in a row from each position on
+    for at in range(top1.shape[1] - 1, -1, -1):
+        run[:, at] = np.where(right[:, at], run[:, at + 1] + 1, 0)
+    rows, at = np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
+    passes, histogram = np.zeros(len(lengths), np.int64), np.zeros(gamma + 1, np.int64)
+    while (going := at < lengths).any():
+        # Past the width that was proposed for, nothing is accepted and each pass emits one token.
+        accepted = np.where(going, np.minimum(run[rows, np.minimum(at, top1.shape[1])], gamma), 0)
+        histogram += np.bincount(accepted[going], minlength=gamma + 1)
+        at, passes = np.where(going, at + accepted + 1, at), passes + going
+    return {"tau": float(lengths.sum() / passes.sum()), "tau_mean": float((lengths / passes).mean()),
+            "accepted_lengths": histogram.tolist(), "passes": passes}
+
+
+def interval(top1: np.ndarray, lengths: np.ndarray, sequences: list[str], other: np.ndarray | None = None) -> dict:
+    """95 % interval of alpha, or of its difference to another drafter's on the same answers (paired bootstrap).
+
+    Resampled are whole sequences; with fewer than eight of them, blocks of 20 neighbouring clips.
+    """
+    inside = np.arange(top1.shape[1]) < lengths[:, None]
+    hits = (top1 & inside).sum(1) - (0 if other is None else (other & inside).sum(1))
+    names, group = np.unique(sequences, return_inverse=True)
+    unit = "sequences"
+    if len(names) < MIN_SEQUENCES:
+        group, unit = np.arange(len(lengths)) // BLOCK, f"blocks of {BLOCK} clips"
+    hits, positions = np.bincount(group, hits), np.bincount(group, lengths)
+    drawn = np.random.default_rng(0).integers(len(hits), size=(BOOTSTRAPS, len(hits)))
+    low, high = np.quantile(hits[drawn].sum(1) / positions[drawn].sum(1), (0.025, 0.975))
+    return {"value": float(hits.sum() / positions.sum()), "low": float(low), "high": float(high), "by": unit}
+
+
+def by_drive(top1: np.ndarray, lengths: np.ndarray, sequences: list[str]) -> dict:
+    """alpha of each drive alone, and of all the others together when it is left out."""
+    hits = (top1 & (np.arange(top1.shape[1]) < lengths[:, None])).sum(1)
+    drives = np.array([drive_of(name) for name in sequences])
+    found = {}
+    for drive in sorted(set(drives)):
+        ours = drives == drive
+        rest = float(hits[~ours].sum() / lengths[~ours].sum()) if not ours.all() else None
+        found[drive] = {"clips": int(ours.sum()), "alpha": float(hits[ours].sum() / lengths[ours].sum()),
+                        "without_it": rest}
+    return found
+
+
+def stream(drafter, pairs: Pairs) -> dict:
+    """Let a drafter propose for every answer in order and learn each one afterwards; everything measured of it."""
+    lengths = pairs.lengths("target")
+    top1 = np.zeros((len(pairs), int(lengths.max())), bool)
+    top5, start = top1.copy(), time.monotonic()
+    for number, target in enumerate(answers(pairs, "target")):
+        right = drafter.predict(number) == np.array(target, np.int32)[:, None]
+        top1[number, :len(target)], top5[number, :len(target)] = right[:, 0], right.any(1)
+        drafter.learn(number)
+    seconds = time.monotonic() - start
+    simulated = {}
+    for gamma in SIMULATED_GAMMAS:
+        found = simulate(top1, lengths, gamma)
+        passes = found.pop("passes")
+        found["more_passes_than"] = {str(n): float((passes > n).mean()) for n in PASSES_SHOWN}
+        simulated[str(gamma)] = found
+    found = measure(top1, lengths, top5)
+    return {"top1": top1, **found, "simulated": simulated,
+            "expected_by_gamma": {str(gamma): expected_tokens(found["alpha"], gamma) for gamma in SIMULATED_GAMMAS},
+            "interval": interval(top1, lengths, pairs.sequence),
+            "drives": by_drive(top1, lengths, pairs.sequence), "seconds_per_answer": seconds / len(pairs)}
 
 
 def compare(top1: np.ndarray, top5: np.ndarray, pairs: Pairs, commonest: np.ndarray | None) -> dict:
@@ -101,19 +160,21 @@ def compare(top1: np.ndarray, top5: np.ndarray, pairs: Pairs, commonest: np.ndar
 # ----------------------------------------------------------------------------------------- adapter on tensors
 @dataclasses.dataclass(frozen=True)
 class TokenTensors:
-    """N pairs on a device, made once; T is the longest target, at most max_seq_len."""
+    """N pairs on a device, made once; T is the longest target, Td the longest draft, at most max_seq_len each."""
 
-    draft: torch.Tensor              # (N, T) int32, filled up with 0
+    draft: torch.Tensor              # (N, max(T, Td)) int32, filled up with 0
+    draft_lengths: torch.Tensor      # (N,) int64
     target: torch.Tensor             # (N, T) int32, PAST_END after its end
     lengths: np.ndarray              # (N,) int64 target tokens, uncut
 
     @classmethod
     def of(cls, pairs: Pairs, max_seq_len: int, device: torch.device) -> "TokenTensors":
-        lengths = pairs.lengths("target")
+        lengths, draft_lengths = pairs.lengths("target"), np.minimum(pairs.lengths("draft"), max_seq_len)
         width = min(max_seq_len, int(lengths.max()))
         target = np.where(np.arange(width) < lengths[:, None], pairs.padded("target", width), PAST_END)
-        draft = pairs.padded("draft", width)
-        return cls(torch.from_numpy(draft).to(device), torch.from_numpy(target).to(device), lengths)
+        draft = pairs.padded("draft", max(width, int(draft_lengths.max())))
+        return cls(torch.from_numpy(draft).to(device), torch.from_numpy(draft_lengths).to(device),
+                   torch.from_numpy(target).to(device), lengths)
 
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator:
         """Yield (rows (B,) int64 on the device, width, positions) with targets of like length side by side.
@@ -132,10 +193,19 @@ class TokenTensors:
             yield rows[number], int(chunks[number][-1]), int(chunks[number].sum())
 
 
-def score(adapter, tokens: TokenTensors, rows: torch.Tensor, width: int, first: int) -> tuple:
-    """(logits (B, width - first, V), labels (B, width - first) int64); `first` is the adapter's position."""
-    draft = tokens.draft[rows, :width - first].long()
-    return adapter(draft), tokens.target[rows, first:width].long()
+def score(adapter, tokens: TokenTensors, rows: torch.Tensor, width: int, first: int,
+          shown: torch.Tensor | None = None) -> tuple:
+    """(logits (B, width - first, V), labels (B, width - first) int64); `first` is the adapter's position.
+
+    shown (B,) bool: the rows whose draft a prefix+draft adapter may see; None: no draft at all.
+    """
+    labels = tokens.target[rows, first:width].long()
+    if not adapter.config.sees_prefix:
+        return adapter(tokens.draft[rows, :width - first].long()), labels
+    prefix = tokens.target[rows, :width - 1].long().clamp(min=0)          # past the end any id will do
+    if shown is None:
+        return adapter(tokens.draft[rows, :0].long(), None, prefix), labels
+    return adapter(tokens.draft[rows].long(), tokens.draft_lengths[rows] * shown, prefix), labels
 
 
 @torch.inference_mode()
@@ -153,7 +223,8 @@ def predict(adapter, tokens: TokenTensors, batch_size: int) -> tuple[np.ndarray,
     for rows, width, positions in tokens.batches(batch_size):
         if width <= first:
             continue
-        logits, labels = score(adapter, tokens, rows, width, first)
+        shown = torch.ones_like(rows, dtype=torch.bool) if adapter.config.conditioning == "prefix+draft" else None
+        logits, labels = score(adapter, tokens, rows, width, first, shown)
         best = logits.topk(min(TOP, logits.shape[-1])).indices == labels[:, :, None]
         top1[rows, first:width], top5[rows, first:width] = best[:, :, 0], best.any(-1)
         loss += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAST_END,

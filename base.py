@@ -354,9 +354,11 @@ def _usable_rows(path: Path, report: dict) -> Iterator[tuple[list[int], list[int
         report["flagged"]["target under 4 tokens"] += len(target) < 4
         where = row.get("event_data")                   # interlaken_00_c/000000.npy
         where = where if isinstance(where, str) else ""
-        sequence = row.get("sequence", str(Path(where).parent) if "/" in where else "")
+        sequence = row.get("sequence")
+        if not isinstance(sequence, str):
+            sequence = str(Path(where).parent) if "/" in where else ""
         clip = str(row.get("clip", Path(where).stem))
-        yield draft, target, str(sequence), int(clip) if clip.isascii() and clip.isdigit() else clip
+        yield draft, target, sequence, int(clip) if clip.isascii() and clip.isdigit() else clip
 
 
 def load_pairs(paths: list[Path]) -> Pairs:

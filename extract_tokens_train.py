@@ -43,7 +43,8 @@ if TYPE_CHECKING:                  # vlm is imported only after the flags are re
 BATCHES_AHEAD = 3                  # decoded clips waiting for the model, in batches
 # What the answers depend on: a journal or an output made with other values of these is not continued.
 SETTINGS = ("dataset_dir", "max_new_tokens", "questions", "draft_model", "target_model", "quantization", "dtype",
-            "num_frames", "event_images", "seed")
+            "num_frames", "event_images")
+OF_TARGET = ("target_model", "num_frames")       # these touch the target's answers alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,12 @@ class ExtractConfig:
     restart: bool = option(False, "throw away an older journal and output of this name")
 
     def __post_init__(self):
+        if not self.query.strip():
+            raise UserError("--query is empty: wanted a question")
+        if self.output_file.is_dir():
+            raise UserError(f"--output_file {self.output_file} is a folder, wanted the name of a file")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
         for name in ("max_new_tokens", "batch_size", "num_frames", "num_workers"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be 1 or more, got {getattr(self, name)}")
@@ -94,6 +101,7 @@ def main():
         settings = resolve_settings(config, questions)
         if is_finished(config, settings, len(samples)):
             return
+        check_before_loading(config, questions)
         with Journal(config.output_file, settings, config.restart) as journal:
             drafts, lost = answer_all("eventgpt", samples, questions, journal, config)
             pairs, lost_too = answer_all("videollava", drafts, questions, journal, config)
@@ -158,6 +166,15 @@ def resolve_settings(config: ExtractConfig, questions: list[str]) -> dict:
     return {name: values[name] for name in SETTINGS}
 
 
+def check_before_loading(config: ExtractConfig, questions: list[str]) -> None:
+    """What would end the second model's pass is found before the first one's hours."""
+    from vlm import eventgpt, video_llava
+
+    for question in questions:
+        eventgpt.prompt(question), video_llava.prompt(question)
+    video_llava.read_config(config.target_model)
+
+
 def differences(found: dict, wanted: dict) -> str:
     return "; ".join(f"{name}: {json.dumps(found.get(name))} there, {json.dumps(wanted[name])} now"
                      for name in wanted if found.get(name) != wanted[name])
@@ -200,7 +217,7 @@ class Journal:
         if not self.path.exists():
             return
         with open(self.path, "r+b") as file:
-            whole = 0
+            whole, found = 0, {}
             for number, line in enumerate(file):
                 try:
                     entry = json.loads(line) if line.endswith(b"\n") else None
@@ -210,19 +227,29 @@ class Journal:
                     log(f"extract | {self.path} | line {number + 1} is torn: dropped, to be done again")
                     break
                 if number == 0:
-                    differs = differences(entry.get("settings", {}), settings)
-                    if differs:
-                        raise UserError(f"{self.path} is the journal of an extraction with other settings "
-                                        f"({differs}); give those again, choose another --output_file, or --restart")
+                    found = entry.get("settings", {})
                 else:
                     self._take(entry)
                 whole += len(line)
             file.truncate(whole)
+        models = {model for model, _, _ in self.answers}
+        binding = {name: settings[name] for name in settings if name not in OF_TARGET or "videollava" in models}
+        differs = differences(found, binding) if models else ""
+        if differs:
+            raise UserError(f"{self.path} is the journal of an extraction with other settings ({differs}); give "
+                            "those again, choose another --output_file, or --restart")
+        if found != settings:             # no answer depends on what differs: the journal goes on under the new ones
+            entries = [{"settings": settings}, *self.models.values(), *self.answers.values()]
+            write_whole(self.path, lambda temporary: temporary.write_bytes(self._lines(entries)))
         if self.answers:
             log(f"extract | {self.path} | going on: {len(self.answers)} answers are there already")
 
+    @staticmethod
+    def _lines(entries: list[dict]) -> bytes:
+        return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+
     def _write(self, entries: list[dict]) -> None:
-        self.file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+        self.file.write(self._lines(entries))
         self.file.flush()
         os.fsync(self.file.fileno())
 
@@ -269,8 +296,7 @@ def answer_all(which: Literal["eventgpt", "videollava"], samples: list[Sample], 
         done = sum(len(questions) - len(missing(sample)) for sample in good)
         progress = Progress(f"extract | {which}", len(good) * len(questions), done, "answers")
         for batch in batches(model, read, todo, missing, failed, which, config):
-            answers = model.answer([pixels for _, _, pixels in batch], [questions[number] for _, number, _ in batch],
-                                   config.max_new_tokens)
+            answers = answer_batch(model, batch, questions, config)
             journal.append([{"model": which, "key": sample.key, "question_idx": number, **dataclasses.asdict(answer)}
                             for (sample, number, _), answer in zip(batch, answers)])
             done += len(batch)
@@ -282,6 +308,18 @@ def answer_all(which: Literal["eventgpt", "videollava"], samples: list[Sample], 
         raise UserError(f"{which}: none of {len(samples)} clips could be answered; the first reason: "
                         f"{failed[0]['reason']}")
     return answered, failed
+
+
+def answer_batch(model, batch: list[tuple], questions: list[str], config: ExtractConfig) -> list:
+    """One answer for each (sample, question number, pixels); no memory for it is the user's to put right."""
+    import torch
+
+    try:
+        return model.answer([pixels for _, _, pixels in batch], [questions[number] for _, number, _ in batch],
+                            config.max_new_tokens)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory with {len(batch)} answers at a time: use a --batch_size below "
+                        f"{config.batch_size}, or --quantization 4bit; answers so far are kept ({error})") from error
 
 
 def batches(model, read, samples: list[Sample], missing, failed: list[dict], which: str,

@@ -14,11 +14,16 @@ from pathlib import Path
 
 from base import UserError, log, option, parse_config, read_json, required, run, write_whole
 
-GAMMA_SHOWN = 5
 CURVE_LINES = 50               # lines of the text curve in RESULTS.md; longer answers are shown in bins
+GAMMA_OF_LEAD = "8"
 PICTURES = ("training_curves.png", "loss_curve.png", "accuracy_curve.png")
+DRAFTER_PICTURES = ("drafters_by_position.png", "tau_over_gamma.png")
 # Okabe and Ito 2008, "Color Universal Design": told apart by colour-blind readers too.
 BLUE, VERMILION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#555555"
+SKY, PURPLE = "#56B4E9", "#CC79A7"
+DRAFTER_STYLES = {"copy of the draft": (":", GREY), "constant string": ("--", ORANGE), "n-gram": ("-.", SKY),
+                  "memory": ("-", SKY), "prefix": ("--", GREEN), "adapter": ("-", VERMILION),
+                  "adapter, online": ("-", PURPLE), "hybrid": ("-", BLUE), "hybrid, online": ("-", "black")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,22 +72,104 @@ def table(header: list[str], rows: list[list]) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)] + [""]
 
 
+def best_drafter(test: dict) -> str:
+    """The drafter with the most tokens a pass at the gamma that the page leads with."""
+    return max(test["drafters"], key=lambda name: test["drafters"][name]["simulated"][GAMMA_OF_LEAD]["tau"])
+
+
+def bounds(interval: dict, signed: bool = False) -> str:
+    form = "{:+.1f}" if signed else "{:.1f}"
+    return f"{form.format(100 * interval['low'])} to {form.format(100 * interval['high'])}"
+
+
 def answer(results: dict) -> list[str]:
     """What a reader must know, in a few plain sentences."""
     test = results["metrics"]["test"]
     adapter, copied, constant = test["adapter"], test["direct_copy"], test["constant_string"]
+    best = best_drafter(test)
+    lead = test["drafters"][best]
+    gamma, tau = max(lead["simulated"].items(), key=lambda item: item[1]["tau"])
     text = (f"**The adapter predicts {percent(adapter['alpha'])} of the target's tokens on {test['pairs']} "
-            f"test pairs ({test['positions']} positions); copying the draft gets "
-            f"{percent(copied['alpha'])} right.** On average {adapter['mean_run']:.1f} tokens from the start "
-            "of an answer are right before the first miss. ")
-    if constant is None:
-        return [text + "Without training pairs there is no constant string to compare it with.", ""]
-    gain = 100 * (adapter["alpha"] - constant["alpha"])
-    string = f"a constant string of the commonest training tokens ({percent(constant['alpha'])})"
-    if gain > 0:
-        return [text + f"That is {gain:.1f} points above {string}.", ""]
-    return [text + f"**It does not beat {string}**: it is {-gain:.1f} points below, so nothing here shows a "
-            "use of the draft.", ""]
+            f"test pairs ({test['positions']} positions); copying the draft gets {percent(copied['alpha'])} "
+            "right.** ")
+    if constant and adapter["alpha"] <= constant["alpha"]:
+        text += (f"**It does not beat a constant string of the commonest training tokens "
+                 f"({percent(constant['alpha'])})**. ")
+    elif constant:
+        text += (f"That is {100 * (adapter['alpha'] - constant['alpha']):.1f} points above a constant string of the "
+                 f"commonest training tokens ({percent(constant['alpha'])}). ")
+    else:
+        text += "Without training pairs there is no constant string to compare it with. "
+    text += (f"The best drafter is **{best}**: {percent(lead['alpha'])} of the tokens (95 % interval "
+             f"{bounds(lead['interval'])}), and in simulated greedy speculative decoding "
+             f"{lead['simulated'][GAMMA_OF_LEAD]['tau']:.2f} tokens for each target pass at gamma {GAMMA_OF_LEAD}, "
+             f"{tau['tau']:.2f} at gamma {gamma}.")
+    return [text, "", f"**What the draft adds:** {draft_worth(results)}", ""]
+
+
+def draft_worth(results: dict) -> str:
+    """One sentence on what EventGPT's answer is worth, with its interval."""
+    test, conditioning = results["metrics"]["test"], results["adapter"]["conditioning"]
+    if conditioning == "draft":
+        return ("this adapter sees nothing but the draft; its worth is the distance to the constant string. "
+                "Train with --conditioning prefix+draft for the comparison that decides it.")
+    if conditioning == "prefix":
+        if results["config"]["conditioning"] == "prefix+draft":
+            return ("nothing that validation could see. An adapter that also reads the draft was trained and was "
+                    "not better on the validation drives; the adapter kept reads verified tokens alone.")
+        return "not measured: this adapter was trained to read verified tokens alone."
+    parts = []
+    for name, words in (("prefix", "the same adapter trained without drafts"),
+                        ("adapter, drafts shuffled", "itself when shown another clip's draft")):
+        if name in test["adapter_minus"]:
+            found = test["adapter_minus"][name]
+            parts.append(f"{100 * found['value']:+.1f} points of alpha (95 % interval {bounds(found, True)}, "
+                         f"paired, over {found['by']}) against {words}")
+    sure = parts and all(test["adapter_minus"][name]["low"] > 0 for name in ("prefix", "adapter, drafts shuffled")
+                         if name in test["adapter_minus"])
+    return "; ".join(parts) + ("." if sure else ": not a sure gain.") if parts else "not measured for a checkpoint."
+
+
+def drafter_tables(results: dict) -> list[str]:
+    """The table of all drafters, how far the formula is off, accepted lengths, and alpha by drive."""
+    test = results["metrics"]["test"]
+    drafters = test["drafters"]
+    gammas = list(next(iter(drafters.values()))["simulated"])
+    rows = [[name, percent(d["alpha"]), bounds(d["interval"]), percent(d["top5"]),
+             *(f"{d['simulated'][g]['tau']:.2f}" for g in gammas),
+             f"{d['parameters'] / 1e6:.1f} M" if d["parameters"] else "-",
+             f"{1000 * d['seconds_per_answer']:.1f}"] for name, d in drafters.items()]
+    header = ["drafter", "alpha", "95 % interval", "top-5", *(f"tau, gamma {g}" for g in gammas), "parameters",
+              "ms an answer"]
+    shares = ", ".join(f"{name} {share}" for name, share in test["memory_share"].items())
+    by = next(iter(drafters.values()))["interval"]["by"]
+    notes = ["tau: tokens emitted for each target pass in simulated greedy speculative decoding, pooled over the "
+             "answers; the prefill is a pass, and its opening proposals are verified in it.",
+             "`n-gram` knows the training answers; `memory` also learns each test answer once it is verified"
+             + ("" if test["stream"] else " (switched off here)") + "; `online` takes gradient steps on each; "
+             "`hybrid` mixes adapter and memory"
+             + (f" (memory's share, chosen on validation: {shares})." if shares else "."),
+             f"Intervals are bootstrapped over {by}. Milliseconds are those of this evaluation, learning included; "
+             "the hybrids reuse the adapter's passes."]
+    if test["step_ms"]:
+        notes.append(f"One cached adapter step at batch 1 takes {test['step_ms']:.2f} ms here, without CUDA graph.")
+    lines = ["## Drafters (test)", "", *table(header, rows), " ".join(notes), ""]
+    best = best_drafter(test)
+    rows = [[g, f"{d['tau']:.2f}", f"{d['tau_mean']:.2f}", f"{drafters[best]['expected_by_gamma'][g]:.2f}",
+             *(percent(share) for share in d["more_passes_than"].values())]
+            for g, d in drafters[best]["simulated"].items()]
+    over = list(drafters[best]["simulated"][gammas[0]]["more_passes_than"])
+    lines += [f"### {best}: simulation beside the formula", "",
+              *table(["gamma", "tau, pooled", "tau, mean over answers", "formula",
+                      *(f"more than {n} passes" for n in over)], rows),
+              "The formula takes positions for independent; the difference shows how far they are from that.", ""]
+    histogram = drafters[best]["simulated"][GAMMA_OF_LEAD]["accepted_lengths"]
+    lines += [f"Accepted proposals a pass at gamma {GAMMA_OF_LEAD}: "
+              + ", ".join(f"{n}: {count}" for n, count in enumerate(histogram)) + ".", ""]
+    rows = [[escape(drive) or "(none named)", d["clips"], percent(d["alpha"]), percent(d["without_it"])]
+            for drive, d in drafters[best]["drives"].items()]
+    header = ["drive", "clips", "alpha", "alpha without this drive"]
+    return [*lines, f"### {best}: by drive", "", *table(header, rows)]
 
 
 def metric_tables(metrics: dict) -> list[str]:
@@ -165,10 +252,11 @@ def data_section(results: dict) -> list[str]:
 
 
 def training_section(results: dict, pictures: list[str]) -> list[str]:
+    shown = [line for name in pictures for line in (f"![{name}]({name})", "")]
     if not results["history"]:
         return ["## Training", "", f"None: the checkpoint {escape(results['config']['checkpoint'])} was "
                 f"measured by its own contract, {escape(results['adapter']['contract'])}. It has no history "
-                "here, so there are no curves.", ""]
+                "here, so there are no training curves.", "", *shown]
     best = results["history"][results["best_epoch"] - 1]
     lines = ["## Training", "",
              f"{len(results['history'])} of at most {results['config']['num_epochs']} epochs, "
@@ -176,7 +264,7 @@ def training_section(results: dict, pictures: list[str]) -> list[str]:
              f"{results['best_epoch']}, best on validation: {percent(best['validation_alpha'])} accepted. "
              "In the curves, loss and top-1 on train come from the training pass itself, with dropout on and "
              "weights on the move; the metrics above are measured anew with the kept weights.", ""]
-    return lines + [line for name in pictures for line in (f"![{name}]({name})", "")]
+    return lines + shown
 
 
 def settings_section(results: dict) -> list[str]:
@@ -199,8 +287,9 @@ def markdown(results: dict, pictures: list[str]) -> str:
     """RESULTS.md of one task."""
     lines = [f"# {escape(results['task'])}", "", *answer(results)]
     lines += [f"> **Warning:** {escape(warning)}\n" for warning in results["warnings"]]
-    lines += [*metric_tables(results["metrics"]), *position_curve(results["metrics"]["test"]),
-              *training_section(results, pictures), *data_section(results), *settings_section(results)]
+    lines += [*drafter_tables(results), *metric_tables(results["metrics"]),
+              *position_curve(results["metrics"]["test"]), *training_section(results, pictures),
+              *data_section(results), *settings_section(results)]
     return "\n".join(lines)
 
 
@@ -244,11 +333,28 @@ def draw_positions(axes, test: dict) -> None:
              ylabel="target tokens right (%)", ylim=(0, 102))
 
 
+def draw_drafters(axes, drafters: dict) -> None:
+    for name, (style, color) in DRAFTER_STYLES.items():
+        if name in drafters:
+            shares = [100 * share for share in drafters[name]["per_position"]["alpha"]]
+            axes.plot(shares, style, color=color, linewidth=1.2, label=name)
+    axes.set(title="Acceptance by position, test", xlabel="position in the answer (token)",
+             ylabel="target tokens right (%)", ylim=(0, 102))
+
+
+def draw_tau(axes, drafters: dict) -> None:
+    for name, (style, color) in DRAFTER_STYLES.items():
+        if name in drafters:
+            gammas = list(map(int, drafters[name]["simulated"]))
+            axes.plot(gammas, [found["tau"] for found in drafters[name]["simulated"].values()], "o" + style,
+                      color=color, linewidth=1.2, label=name)
+    axes.set(title="Simulated greedy speculative decoding, test", xlabel="gamma (tokens proposed a pass)",
+             ylabel="tau (tokens for each target pass)", ylim=(0.9, None))
+
+
 def draw(task: Path, results: dict) -> list[str]:
-    """Draw the curves into the task folder and return their names; nothing is drawn without a history."""
+    """Draw the curves into the task folder and return their names; without a history only those of the drafters."""
     history, best, metrics = results["history"], results["best_epoch"], results["metrics"]
-    if not history:
-        return []
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -276,11 +382,16 @@ def draw(task: Path, results: dict) -> list[str]:
         draw_accuracy(axes, history, best, metrics["validation"])
 
     with pyplot.rc_context({"lines.markersize": 3.5, "lines.linewidth": 1.5}):
+        drafters = metrics["test"]["drafters"]
+        save(DRAFTER_PICTURES[0], [lambda axes: draw_drafters(axes, drafters)], (1, 1), (7.4, 5.2))
+        save(DRAFTER_PICTURES[1], [lambda axes: draw_tau(axes, drafters)], (1, 1), (7.4, 5.2))
+        if not history:
+            return list(DRAFTER_PICTURES)
         save(PICTURES[0], [loss, accuracy, lambda axes: draw_learning_rate(axes, history),
                            lambda axes: draw_positions(axes, metrics["test"])], (2, 2), (11, 8))
         save(PICTURES[1], [loss], (1, 1), (6.4, 4.6))
         save(PICTURES[2], [accuracy], (1, 1), (6.4, 4.8))
-    return list(PICTURES)
+    return [*PICTURES, *DRAFTER_PICTURES]
 
 
 # ------------------------------------------------------------------------------------------------------ tasks
@@ -294,23 +405,26 @@ def write_report(task: Path, plots: bool = True) -> None:
 
 def summary(tasks: list[Path]) -> None:
     """Log the table of these tasks, one line each, and where their pages and pictures are."""
-    rows = [["task", "pairs train/test", "copying", "constant", "top-1", "top-5", "mean run",
-             f"expected tokens, gamma {GAMMA_SHOWN}", "best epoch"]]
+    rows = [["task", "conditioning", "pairs train/test", "copying", "constant", "adapter", "top-5",
+             "best drafter", "alpha", f"tau, gamma {GAMMA_OF_LEAD}"]]
     for task in tasks:
         results = read_results(task)
         trained, test = results["metrics"].get("train", {"pairs": 0}), results["metrics"]["test"]
-        adapter, constant = test["adapter"], test["constant_string"]
+        adapter, constant, best = test["adapter"], test["constant_string"], best_drafter(test)
+        lead = test["drafters"][best]
         rows.append([
-            results["task"], f"{trained['pairs']}/{test['pairs']}", percent(test["direct_copy"]["alpha"]),
-            percent(constant["alpha"] if constant else None), percent(adapter["alpha"]),
-            percent(adapter["top5"]), f"{adapter['mean_run']:.2f}",
-            f"{adapter['expected_tokens'][str(GAMMA_SHOWN)]:.2f}", str(results["best_epoch"] or "-")])
+            results["task"], results["adapter"]["conditioning"], f"{trained['pairs']}/{test['pairs']}",
+            percent(test["direct_copy"]["alpha"]), percent(constant["alpha"] if constant else None),
+            percent(adapter["alpha"]), percent(adapter["top5"]), best, percent(lead["alpha"]),
+            f"{lead['simulated'][GAMMA_OF_LEAD]['tau']:.2f}"])
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         log("SUMMARY | " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)))
-    log("SUMMARY | the expected tokens come from a formula that assumes independent positions")
     for task in tasks:
-        for name in ("RESULTS.md", *PICTURES):
+        log(f"SUMMARY | {read_results(task)['task']} | what the draft adds: {draft_worth(read_results(task))}")
+    log("SUMMARY | tau: tokens for each target pass in simulated greedy speculative decoding")
+    for task in tasks:
+        for name in ("RESULTS.md", *PICTURES, *DRAFTER_PICTURES):
             if (task / name).exists():
                 log(f"SUMMARY | {task / name}")
 

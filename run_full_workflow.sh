@@ -7,8 +7,8 @@
 #   kill %1  (or kill PID)                                     stops it and what it started; the same command goes on
 #   ./run_full_workflow.sh --new                               trains into new task folders (tokens are kept)
 #
-# Leaves TOKENS_DIR/{train_tokens_full,test_tokens_1s,train_tokens_500ms,test_tokens_500ms}.json and two task folders
-# TASK_DIR/{1s,500ms}_{date}_{time} with best_model.pt, results.json, RESULTS.md and the pictures.
+# Leaves TOKENS_DIR/{train_tokens_full,test_tokens_1s,train_tokens_500ms,test_tokens_500ms}.json and four task folders
+# TASK_DIR/{1s_draft,1s,500ms_draft,500ms}_{date}_{time} with best_model.pt, results.json, RESULTS.md and the pictures.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -32,7 +32,9 @@ if [[ -n "${demo}" ]]; then
   EXTRACT_FLAGS="${EXTRACT_FLAGS:---max_new_tokens 80 --batch_size 16 --num_workers 2}"
   # Models this small run fastest on one thread; the other core decodes pictures and videos meanwhile.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-  TRAIN_FLAGS="${TRAIN_FLAGS:---embed_dim 128 --num_layers 2 --num_heads 4 --num_epochs 15 --learning_rate 1e-3}"
+  TRAIN_FLAGS="${TRAIN_FLAGS:---embed_dim 64 --num_layers 2 --num_heads 4 --num_epochs 24 --batch_size 16 \
+    --learning_rate 3e-3 --dropout 0.1 --draft_text 0 --early_stopping 0 --no-refit --no-online}"
+  DRAFT_FLAGS="${DRAFT_FLAGS:---num_epochs 12}"
 else
   DATA_ROOT="${DATA_ROOT:-data}"
   TOKENS_DIR="${TOKENS_DIR:-tokens}"
@@ -42,6 +44,8 @@ else
   EXTRACT_FLAGS="${EXTRACT_FLAGS:-}"                              # e.g. "--batch_size 16 --quantization none"
   TRAIN_FLAGS="${TRAIN_FLAGS:-}"                                  # e.g. "--num_epochs 30"
 fi
+DRAFT_FLAGS="${DRAFT_FLAGS:-}"    # further flags of the training in draft conditioning alone
+DEMO_FLAGS="${DEMO_FLAGS:-}"      # further flags of make_demo.py, e.g. "--train_clips 48"
 TEST_1S="${TEST_1S:-}"            # an existing pair file to test the 1s adapter on, instead of extracting one
 STATE="${TASK_DIR}/.workflow"     # the task folders that this workflow chose
 
@@ -88,38 +92,45 @@ task_of() {
   echo "${folder}"
 }
 
+# train NAME TRAIN TEST : the default conditioning, and draft conditioning as the reference; sets `tasks`
 train() {
-  # shellcheck disable=SC2086
-  step "train $1" "$2/RESULTS.md" "${PYTHON}" train_and_evaluate.py --train_benchmark "$3" --test_benchmark "$4" \
-    --task_name "$1" --task_folder "$2" ${TRAIN_FLAGS}
+  local name="$1" folder
+  for name in "$1_draft" "$1"; do
+    folder="$(task_of "${name}")"
+    # shellcheck disable=SC2086
+    step "train ${name}" "${folder}/RESULTS.md" "${PYTHON}" train_and_evaluate.py --train_benchmark "$2" \
+      --test_benchmark "$3" --task_name "${name}" --task_folder "${folder}" ${TRAIN_FLAGS} \
+      $([[ "${name}" == *_draft ]] && echo "--conditioning draft ${DRAFT_FLAGS}")
+    tasks+=("${folder}")
+  done
 }
 
 main() {
   [[ -n "${EVENTGPT}" ]] || die "EVENTGPT is not set: name the folder of the EventGPT checkpoint, or try --demo"
   [[ -z "${TEST_1S}" || -f "${TEST_1S}" ]] || die "TEST_1S=${TEST_1S}: no such file"
-  mkdir -p "${TOKENS_DIR}" "${TASK_DIR}"
+  [[ -d "${EVENTGPT}" ]] || die "EVENTGPT=${EVENTGPT}: no such folder"
+  mkdir -p "${TOKENS_DIR}" "${TASK_DIR}" || die "can't make the folders ${TOKENS_DIR} and ${TASK_DIR}"
   if [[ -n "${new}" ]]; then rm -f "${STATE}"; fi
   local train_root="${DATA_ROOT}/my_egpt_dsec_train/my_egpt_dsec_train" test_root="${DATA_ROOT}/my_egpt_dsec_test/my_egpt_dsec_seq"
-  local test_1s="${TEST_1S:-${TOKENS_DIR}/test_tokens_1s.json}" task_1s task_500ms
+  local test_1s="${TEST_1S:-${TOKENS_DIR}/test_tokens_1s.json}"
+  tasks=()
   if [[ -n "${demo}" ]]; then
     # shellcheck disable=SC2086
     step "demo data" "${test_root}_500ms/EventGPT_Instruction_Subset.json" "${PYTHON}" make_demo.py \
-      --output_dir "${DATA_ROOT}" ${DEMO_FLAGS:-}
+      --output_dir "${DATA_ROOT}" ${DEMO_FLAGS}
   fi
 
   log "PHASE 1 | the 1s data set"
   extract "extract train 1s" "${train_root}_1s" "${TOKENS_DIR}/train_tokens_full.json"
   extract "extract test 1s" "${test_root}_1s" "${test_1s}"
-  task_1s="$(task_of 1s)"
-  train 1s "${task_1s}" "${TOKENS_DIR}/train_tokens_full.json" "${test_1s}"
+  train 1s "${TOKENS_DIR}/train_tokens_full.json" "${test_1s}"
 
   log "PHASE 2 | the 500ms data set"
   extract "extract train 500ms" "${train_root}_500ms" "${TOKENS_DIR}/train_tokens_500ms.json"
   extract "extract test 500ms" "${test_root}_500ms" "${TOKENS_DIR}/test_tokens_500ms.json"
-  task_500ms="$(task_of 500ms)"
-  train 500ms "${task_500ms}" "${TOKENS_DIR}/train_tokens_500ms.json" "${TOKENS_DIR}/test_tokens_500ms.json"
+  train 500ms "${TOKENS_DIR}/train_tokens_500ms.json" "${TOKENS_DIR}/test_tokens_500ms.json"
 
   log "SUMMARY"
-  "${PYTHON}" report.py "${task_1s}" "${task_500ms}"
+  "${PYTHON}" report.py "${tasks[@]}"
 }
 main

@@ -1,9 +1,14 @@
-"""The TokenAdapter: a small transformer that proposes the target's tokens from the draft's; save and load.
+"""The TokenAdapter: a small transformer that proposes the target's next tokens; save and load.
 
-The architecture is that of the original suite: token + learned position embedding, a causal post-norm
-encoder (Vaswani et al. 2017, "Attention Is All You Need", with GELU), LayerNorm + Linear to the vocabulary.
-The blocks are our own, because nn.TransformerEncoder cannot keep keys and values from one step to the next.
-They carry its parameter names, so that checkpoints of the original suite load.
+Three ways to condition it, through the same blocks:
+
+    draft          output i sees draft[:i+1]: the original suite's architecture, exactly (post-norm)
+    prefix         output i sees target[:i], the tokens verified so far
+    prefix+draft   the same, and the whole draft before them
+
+The blocks are our own, because nn.TransformerEncoder can't keep keys and values from one step to the next. They
+carry its parameter names, so that checkpoints of the original suite load. Vaswani et al. 2017, "Attention Is All
+You Need", with GELU; pre-norm (Xiong et al. 2020) and tied embeddings (Press and Wolf 2017) in prefix conditioning.
 """
 
 import dataclasses
@@ -19,42 +24,61 @@ from base import UserError, write_whole
 
 # What output i of the adapter proposes. It is written into every checkpoint: trained one way and read the
 # other, nothing at all is accepted, which is what happened in the original suite.
-CONTRACT = "target[i] from draft[:i+1]"
+CONTRACTS = {"draft": "target[i] from draft[:i+1]", "prefix": "target[i] from target[:i]",
+             "prefix+draft": "target[i] from target[:i] and the whole draft"}
 ORIGINAL_CONTRACT = "target[i+1] from draft[:i+1]"
-FIRST_POSITION = {CONTRACT: 0, ORIGINAL_CONTRACT: 1}
 ORIGINAL_NUM_HEADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
     vocab_size: int
-    conditioning: str = "draft"
+    conditioning: str = "prefix+draft"
     embed_dim: int = 512
     num_layers: int = 4
     num_heads: int = 8
     feedforward_dim: int = 2048
     max_seq_len: int = 128
     dropout: float = 0.1
-    contract: str = CONTRACT
+    contract: str = ""               # "": the one that belongs to the conditioning
 
     def __post_init__(self):
-        if self.conditioning != "draft":
-            raise UserError(f"unknown conditioning {self.conditioning!r}, wanted 'draft'")
-        if self.contract not in list(FIRST_POSITION):
-            raise UserError(f"unknown contract {self.contract!r}, wanted one of {list(FIRST_POSITION)}")
+        if self.conditioning not in CONTRACTS:
+            raise UserError(f"unknown conditioning {self.conditioning!r}, wanted one of {list(CONTRACTS)}")
+        if not self.contract:
+            object.__setattr__(self, "contract", CONTRACTS[self.conditioning])
+        original = self.conditioning == "draft" and self.contract == ORIGINAL_CONTRACT
+        if self.contract != CONTRACTS[self.conditioning] and not original:
+            raise UserError(f"unknown contract {self.contract!r} for conditioning {self.conditioning}, wanted "
+                            f"{CONTRACTS[self.conditioning]!r}")
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "feedforward_dim", "max_seq_len"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise UserError(f"{name} must be a whole number of 1 or more, got {value!r}")
         if self.embed_dim % self.num_heads:
             raise UserError(f"num_heads must divide embed_dim, got {self.num_heads} and {self.embed_dim}")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, float) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be in [0, 1), got {self.dropout!r}")
 
     @property
     def first_position(self) -> int:
         """The target position that output 0 proposes; those before it are never proposed."""
-        return FIRST_POSITION[self.contract]
+        return 1 if self.contract == ORIGINAL_CONTRACT else 0
+
+    @property
+    def sees_prefix(self) -> bool:
+        return self.conditioning != "draft"
+
+
+class Cache:
+    """Keys and values of the positions passed so far, for one batch; `length` moves back to forget some."""
+
+    def __init__(self, config: AdapterConfig, batch: int, device: torch.device):
+        heads, room = config.num_heads, 2 * config.max_seq_len
+        shape = (config.num_layers, 2, batch, heads, room, config.embed_dim // heads)
+        self.values = torch.zeros(shape, device=device)
+        self.visible = torch.zeros(batch, room, dtype=torch.bool, device=device)
+        self.length = self.draft_length = 0
 
 
 class SelfAttention(nn.Module):
@@ -67,18 +91,27 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x):                                              # x (B, T, D) -> (B, T, D)
+    def forward(self, x, mask=None, kept=None, start=0):
+        """x (B, T, D) -> (B, T, D). mask (B, 1, T, S) bool, True where seen; None: causal.
+
+        kept (2, B, heads, room, D / heads) keeps keys and values from one call to the next: these T positions
+        are written at `start`, and all S = start + T are attended to.
+        """
         B, T, D = x.shape
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, T, 3, self.num_heads, -1)
         query, key, value = projected.permute(2, 0, 3, 1, 4)                   # each (B, heads, T, D / heads)
+        if kept is not None:
+            kept[:, :, :, start:start + T] = torch.stack([key, value])
+            key, value = kept[:, :, :, :start + T]
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None)
         return self.out_proj(mixed.transpose(1, 2).reshape(B, T, D))
 
 
 class Block(nn.Module):
     def __init__(self, config: AdapterConfig):
         super().__init__()
+        self.norm_first = config.sees_prefix
         self.self_attn = SelfAttention(config)
         self.linear1 = nn.Linear(config.embed_dim, config.feedforward_dim)
         self.linear2 = nn.Linear(config.feedforward_dim, config.embed_dim)
@@ -86,10 +119,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):                                              # x (B, T, D) -> (B, T, D)
-        x = self.norm1(x + self.dropout(self.self_attn(x)))
-        hidden = self.dropout(F.gelu(self.linear1(x)))
-        return self.norm2(x + self.dropout(self.linear2(hidden)))
+    def forward(self, x, *attend):                                     # x (B, T, D) -> (B, T, D)
+        if self.norm_first:
+            x = x + self.dropout(self.self_attn(self.norm1(x), *attend))
+            return x + self.dropout(self.feed_forward(self.norm2(x)))
+        x = self.norm1(x + self.dropout(self.self_attn(x, *attend)))
+        return self.norm2(x + self.dropout(self.feed_forward(x)))
+
+    def feed_forward(self, x):
+        return self.linear2(self.dropout(F.gelu(self.linear1(x))))
 
 
 class TokenAdapter(nn.Module):
@@ -104,14 +142,92 @@ class TokenAdapter(nn.Module):
         self.transformer = nn.ModuleDict({"layers": blocks})
         self.output_proj = nn.Sequential(nn.LayerNorm(config.embed_dim),
                                          nn.Linear(config.embed_dim, config.vocab_size))
+        if config.sees_prefix:
+            self.begin = nn.Parameter(torch.empty(config.embed_dim))           # begin-of-answer
+            self.as_draft = nn.Parameter(torch.empty(config.embed_dim))        # added to tokens of the draft
+            self.embedding_dropout = nn.Dropout(config.dropout)
+            for weight in (self.begin, self.as_draft, self.embedding.weight, self.position_embedding.weight):
+                nn.init.normal_(weight, std=0.02)
+            self.output_proj[1].weight = self.embedding.weight
 
-    def forward(self, draft):                          # draft (B, T) int64 ids -> logits (B, T, vocab_size)
-        """Output i sees draft[:, :i + 1] and proposes target[:, i + config.first_position]."""
+    def forward(self, draft, draft_lengths=None, prefix=None):
+        """One full pass -> logits; output i proposes target[:, i + config.first_position].
+
+        draft (B, Td) int64 ids; draft conditioning: (B, T) -> (B, T, vocab_size), output i sees draft[:, :i + 1].
+        Prefix conditionings: prefix (B, T) int64, verified target tokens -> (B, T + 1, vocab_size), output i sees
+        prefix[:, :i] and, in prefix+draft, the first draft_lengths (B,) tokens of the draft. A length of 0 is a
+        missing draft.
+        """
         assert draft.shape[1] <= self.config.max_seq_len, (draft.shape, self.config.max_seq_len)
-        x = self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]]
-        for block in self.transformer["layers"]:
-            x = block(x)
+        if not self.config.sees_prefix:
+            x = self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]]
+            return self.output_proj(self._blocks(x))
+        answer = self._embed_answer(prefix)
+        if self.config.conditioning == "prefix" or not draft.shape[1]:
+            return self.output_proj(self._blocks(self.embedding_dropout(answer)))
+        B, before, T = len(draft), draft.shape[1], answer.shape[1]
+        x = torch.cat([self._embed_draft(draft), answer], dim=1)
+        shown = torch.arange(before, device=draft.device) < draft_lengths[:, None]           # (B, before)
+        mask = torch.ones(before + T, before + T, dtype=torch.bool, device=draft.device).tril()
+        mask = mask.expand(B, -1, -1).clone()
+        # Every position sees the whole draft; past its end a position sees itself, for a softmax needs something.
+        mask[:, :, :before] = shown[:, None] | torch.eye(before + T, before, dtype=torch.bool, device=draft.device)
+        return self.output_proj(self._blocks(self.embedding_dropout(x), mask[:, None])[:, before:])
+
+    def draft_as_answer(self, draft):
+        """draft (B, T) int64 -> logits (B, T, vocab_size): output i proposes draft[:, i] from draft[:, :i].
+
+        Only for training: EventGPT's sentences are further text about the same streets.
+        """
+        x = self._embed_answer(draft[:, :-1]) + self.as_draft
+        return self.output_proj(self._blocks(self.embedding_dropout(x)))
+
+    def _embed_draft(self, draft):
+        return self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]] + self.as_draft
+
+    def _embed_answer(self, prefix):                   # (B, T) ids -> (B, T + 1, D): begin-of-answer in front
+        x = torch.cat([self.begin.expand(len(prefix), 1, -1), self.embedding(prefix)], dim=1)
+        return x + self.position_embedding.weight[:x.shape[1]]
+
+    def _blocks(self, x, mask=None, cache=None):
+        for number, block in enumerate(self.transformer["layers"]):
+            x = block(x, mask, *(() if cache is None else (cache.values[number], cache.length)))
+        return x
+
+    # ------------------------------------------------------------------------------------------- step by step
+    def start(self, draft, draft_lengths) -> tuple:
+        """Read drafts (B, Td) int64 of lengths (B,) -> (logits (B, vocab_size) of position 0, the cache)."""
+        cache = Cache(self.config, len(draft), self.begin.device)
+        if self.config.conditioning == "prefix+draft" and draft.shape[1]:
+            shown = torch.arange(draft.shape[1], device=draft.device) < draft_lengths[:, None]
+            mask = shown[:, None] | torch.eye(draft.shape[1], dtype=torch.bool, device=draft.device)
+            self._blocks(self._embed_draft(draft), mask[:, None], cache)
+            cache.length = cache.draft_length = draft.shape[1]
+            cache.visible[:, :cache.length] = shown
+        begin = self.begin + self.position_embedding.weight[0]
+        return self._advance(begin.expand(len(draft), 1, -1), cache)[:, 0], cache
+
+    def step(self, tokens, cache: Cache):
+        """The next tokens (B, T) int64, verified or proposed -> logits (B, T, vocab_size) of what follows each.
+
+        The result equals the full pass. To take back the last n tokens: cache.length -= n.
+        """
+        first = cache.length - cache.draft_length
+        return self._advance(self.embedding(tokens) + self.position_embedding.weight[first:first + tokens.shape[1]],
+                             cache)
+
+    def _advance(self, x, cache: Cache):
+        start, stop = cache.length, cache.length + x.shape[1]
+        cache.visible[:, start:stop] = True
+        causal = torch.ones(x.shape[1], stop, dtype=torch.bool, device=x.device).tril(start)
+        x = self._blocks(x, (cache.visible[:, None, :stop] & causal)[:, None], cache)
+        cache.length = stop
         return self.output_proj(x)
+
+    def condition(self, conditioning: str) -> None:
+        """Go on as `prefix` or `prefix+draft`: they have the same weights and differ in what is shown."""
+        assert self.config.sees_prefix == (conditioning != "draft"), (self.config.conditioning, conditioning)
+        self.config = dataclasses.replace(self.config, conditioning=conditioning, contract=CONTRACTS[conditioning])
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -153,6 +269,8 @@ def load_adapter(path: Path) -> TokenAdapter:
         raise UserError(f"{path}: {error}") from error
     _check_state(path, state, adapter.state_dict())
     adapter.load_state_dict(state, assign=True)
+    if adapter.config.sees_prefix:
+        adapter.output_proj[1].weight = adapter.embedding.weight       # assigning has parted the tied two
     return adapter.float().eval()
 
 

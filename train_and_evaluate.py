@@ -8,6 +8,9 @@ best_model.pt (whenever validation improves), results.json, the curves as PNG, a
 that has it is whole. Validation is cut from training, by whole drives; the test file decides nothing.
 """
 
+from __future__ import annotations
+
+import copy
 import dataclasses
 import datetime
 import json
@@ -16,6 +19,7 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -40,8 +44,13 @@ from base import (
 )
 from report import one_line, write_report
 
+if TYPE_CHECKING:          # torch is imported only after the flags are read
+    from torch import nn
+
+DRAFT_DROPOUT = 0.5        # share of training rows whose draft is hidden, so that the adapter can do without
 WARM_UP = 0.05             # share of the steps in which the learning rate rises: post-norm encoders need it
 MAX_GRADIENT_NORM = 1.0
+SMALL_ADAPTER = 2_000_000  # parameters up to which online steps are measured on a CPU too
 MAX_VOCAB_SIZE = 2**20     # four times the largest vocabulary in use: an id beyond is damage, not a word
 
 
@@ -52,9 +61,16 @@ class TrainConfig:
     test_benchmark: list[Path] = required("pair files to measure on, used once, at the end")
     train_benchmark: list[Path] | None = option(None, "pair files to train on; a must without --checkpoint")
     task_name: str | None = option(None, "name of the task; found in file and folder names if not given")
-    num_epochs: int = option(50, "passes over the training pairs")
+    conditioning: Literal["prefix+draft", "prefix", "draft"] = option(
+        "prefix+draft", "what a proposal may see: verified tokens and the draft, verified tokens, the draft alone")
+    num_epochs: int = option(50, "passes over the training pairs; for prefix+draft half as many follow with drafts")
     batch_size: int = option(32, "pairs in each training step")
-    learning_rate: float = option(1e-4, "peak learning rate, after warm-up and before the cosine")
+    learning_rate: float | None = option(None, "peak, after warm-up, before the cosine; 1e-4 for draft, else 1e-3")
+    dropout: float | None = option(None, "of the adapter; 0.1 for draft, else 0.3")
+    draft_text: float = option(0.5, "prefix conditionings: weight of learning the drafts' sentences as further text")
+    refit: bool = option(True, "prefix conditionings: after selection train again, with the validation pairs")
+    stream: bool = option(True, "drafters may learn from each test answer once it is verified")
+    online: bool | None = option(None, "measure online gradient steps too; if not said: on a GPU or a small adapter")
     early_stopping: int = option(10, "stop after this many epochs without a better validation, 0 = never")
     val_fraction: float = option(0.15, "share of the training pairs kept for validation, in whole drives")
     max_train_samples: int = option(-1, "use only the first pairs of the training files, -1 = all")
@@ -80,13 +96,22 @@ class TrainConfig:
         for name in ("early_stopping", "vocab_size", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must be 0 or more, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise UserError(f"--seed must be below 2^63, got {self.seed}")
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise UserError(f"--vocab_size must be at most {MAX_VOCAB_SIZE}, got {self.vocab_size}")
         if self.max_train_samples != -1 and self.max_train_samples < 2:
             raise UserError("--max_train_samples must be 2 or more (one to train, one to validate) or -1 for "
                             f"all, got {self.max_train_samples}")
+        for name, of_draft, otherwise in (("learning_rate", 1e-4, 1e-3), ("dropout", 0.1, 0.3)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, of_draft if self.conditioning == "draft" else otherwise)
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"--learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout must be from 0 to below 1, got {self.dropout}")
+        if not 0 <= self.draft_text < math.inf:
+            raise UserError(f"--draft_text must be 0 or more, got {self.draft_text}")
         if not 0 < self.val_fraction < 1:
             raise UserError(f"--val_fraction must be between 0 and 1, got {self.val_fraction}")
         if self.embed_dim % self.num_heads:
@@ -101,6 +126,7 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class Data:
     train: Pairs | None              # without the validation pairs
+    all_train: Pairs | None          # with them
     validation: Pairs | None         # None when nothing is trained
     test: Pairs
     split: dict | None               # which drives went where
@@ -116,19 +142,29 @@ def load_data(config: TrainConfig) -> Data:
     read = [pairs for pairs in (train, test) if pairs]
     files = {"train": train.files if train else [], "test": test.files}
     warnings = overlap_warnings(train, test) if train else []
+    warnings += [f"{n} of {file['used']} rows of {file['path']}: {flag}" for pairs in read for file in pairs.files
+                 for flag, n in file["flagged"].items() if 2 * n > file["used"]]
     for warning in warnings:
         log(f"data | WARNING | {warning}")
     vocab_size = max((pairs.vocab_size for pairs in read if pairs.vocab_size), default=None)
     largest_ids = [found for pairs in read for found in largest_ids_of(pairs)]
-    validation = split = None
+    test = in_clip_order(test)
+    all_train = validation = split = None
     if train and config.max_train_samples != -1:
         train = train.select(np.arange(min(config.max_train_samples, len(train))))
     if train and not config.checkpoint:
         train_rows, validation_rows, split = split_validation(train, config.val_fraction, config.seed)
-        train, validation = train.select(train_rows), train.select(validation_rows)
+        all_train, train, validation = train, train.select(train_rows), train.select(validation_rows)
         log(f"split | train {len(train)} validation {len(validation)} test {len(test)} | validation by "
             f"{split['by']}: {', '.join(split['validation'])}")
-    return Data(train, validation, test, split, files, warnings, vocab_size, largest_ids)
+    return Data(train, all_train or train, validation, test, split, files, warnings, vocab_size, largest_ids)
+
+
+def in_clip_order(pairs: Pairs) -> Pairs:
+    """Sequences in their order of appearance, clips in the order they were driven: as a stream would bring them."""
+    seen = {name: number for number, name in reversed(list(enumerate(pairs.sequence)))}
+    clips = [str(clip).zfill(12) for clip in pairs.clip]
+    return pairs.select(sorted(range(len(pairs)), key=lambda i: (seen[pairs.sequence[i]], clips[i])))
 
 
 def split_validation(pairs: Pairs, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray, dict]:
@@ -252,11 +288,15 @@ def make_adapter(config: TrainConfig, data: Data):
         return adapter
     rounded = min(max(data.largest_ids)[0] // 64 * 64 + 64, MAX_VOCAB_SIZE)
     vocab_size = config.vocab_size or data.vocab_size or rounded
+    if not 0 < vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(f"the pair files record a vocabulary of {vocab_size} ids, wanted 1 to {MAX_VOCAB_SIZE}; mend "
+                        "them, or set --vocab_size")
     check_ids(data.largest_ids, vocab_size, "mend the file, or set --vocab_size to that of the models")
     torch.manual_seed(config.seed)
     return TokenAdapter(AdapterConfig(
         vocab_size=vocab_size, embed_dim=config.embed_dim, num_layers=config.num_layers,
-        num_heads=config.num_heads, feedforward_dim=4 * config.embed_dim, max_seq_len=config.max_seq_len))
+        num_heads=config.num_heads, feedforward_dim=4 * config.embed_dim, max_seq_len=config.max_seq_len,
+        conditioning=config.conditioning, dropout=config.dropout))
 
 
 def learning_rate_factor(step: int, total: int) -> float:
@@ -267,7 +307,8 @@ def learning_rate_factor(step: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
 
 
-def train_epoch(adapter, tokens, optimizer, schedule, batch_size: int, generator, on_step) -> tuple:
+def train_epoch(adapter, tokens, optimizer, schedule, batch_size: int, generator, on_step,
+                draft_text: float = 0.0) -> tuple:
     """One pass: (loss in nats a token, alpha), both of the pass itself: dropout on, weights on the move."""
     import torch
     import torch.nn.functional as F
@@ -280,10 +321,14 @@ def train_epoch(adapter, tokens, optimizer, schedule, batch_size: int, generator
     losses, positions = torch.zeros(steps, device=device), []
     adapter.train()
     for step, (rows, width, scored) in enumerate(tokens.batches(batch_size, generator)):
+        shown = None
+        if adapter.config.conditioning == "prefix+draft":
+            shown = torch.rand(len(rows), device=device) >= DRAFT_DROPOUT
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits, labels = score(adapter, tokens, rows, width, first=0)
+            logits, labels = score(adapter, tokens, rows, width, 0, shown)
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAST_END)
-        loss.backward()
+            whole = loss + draft_text * draft_text_loss(adapter, tokens, rows) if draft_text else loss
+        whole.backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), MAX_GRADIENT_NORM)
         optimizer.step()
         schedule.step()
@@ -299,79 +344,223 @@ def train_epoch(adapter, tokens, optimizer, schedule, batch_size: int, generator
     return float(np.average(losses, weights=positions)), measure(hits.cpu().numpy(), tokens.lengths)["alpha"]
 
 
-def train(adapter, config: TrainConfig, data: Data, device, task: Path) -> tuple:
-    """Train, writing the best epoch by validation into task/best_model.pt: (that adapter, history, best epoch)."""
+def draft_text_loss(adapter, tokens, rows):
+    """Mean loss of predicting each draft's tokens from those before them, as if it were an answer of its own."""
+    import torch
+    import torch.nn.functional as F
+
+    draft, lengths = tokens.draft[rows].long(), tokens.draft_lengths[rows]
+    losses = F.cross_entropy(adapter.draft_as_answer(draft).transpose(1, 2), draft, reduction="none")
+    inside = torch.arange(draft.shape[1], device=draft.device) < lengths[:, None]
+    return (losses * inside).sum() / inside.sum().clamp(min=1)
+
+
+def phases_of(config: TrainConfig) -> dict[str, int]:
+    """What is trained one after the other, with how many epochs.
+
+    prefix+draft learns the target's language first, without drafts, and only then to use them: an adapter that
+    sees drafts from the start learns 1,000 of them by heart and is worse on unseen drives. When the drafts don't
+    help on validation, the first phase's adapter is what is kept: prefix+draft is never the worse of the two there.
+    """
+    if config.conditioning == "prefix+draft":
+        return {"prefix": config.num_epochs, "prefix+draft": max(1, config.num_epochs // 2)}
+    return {config.conditioning: config.num_epochs}
+
+
+def run_phase(adapter, name: str, config: TrainConfig, tokens, last_epoch: int, after_epoch, number: int) -> None:
+    """Up to `last_epoch` epochs of one phase; after_epoch(epoch, loss, alpha, rate, seconds) -> whether to stop."""
     import torch
 
-    from acceptance import TokenTensors, measure, predict
-    from token_adapter import load_adapter, save_adapter
-
-    train_tokens = TokenTensors.of(data.train, config.max_seq_len, device)
-    validation_tokens = TokenTensors.of(data.validation, config.max_seq_len, device)
-    steps = config.num_epochs * math.ceil(len(data.train) / config.batch_size)
-    adapter.to(device)
-    optimizer = torch.optim.AdamW(adapter.parameters(), config.learning_rate, fused=True)
+    adapter.condition(name)
+    epochs = phases_of(config)[name]
+    steps = epochs * math.ceil(len(tokens.lengths) / config.batch_size)
+    of_draft = name == "draft"
+    decayed = [weight for weight in adapter.parameters() if of_draft or weight.dim() > 1]
+    others = [weight for weight in adapter.parameters() if not of_draft and weight.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01 if of_draft else 0.1}, {"params": others, "weight_decay": 0.0}],
+        config.learning_rate, betas=(0.9, 0.999 if of_draft else 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    generator = torch.Generator().manual_seed(config.seed)
-    history, best_epoch, best_alpha = [], 0, -1.0
-    log(f"train | {adapter.num_parameters() / 1e6:.1f} M parameters | vocabulary {adapter.config.vocab_size} "
-        f"| {device_name(device)}")
-    progress = Progress("train", steps, unit="steps")
-
-    def on_step() -> None:                               # the schedule counts steps under the name last_epoch
-        progress.update(schedule.last_epoch, epoch_facts(history, config.num_epochs))
-
-    for epoch in range(1, config.num_epochs + 1):
+    generator = torch.Generator().manual_seed(config.seed + number)
+    torch.manual_seed(config.seed + number)
+    progress = Progress(f"train | {name}", steps, unit="steps")
+    for epoch in range(1, last_epoch + 1):
         start = time.monotonic()
         try:
-            loss, alpha = train_epoch(adapter, train_tokens, optimizer, schedule, config.batch_size,
-                                      generator, on_step)
+            loss, alpha = train_epoch(
+                adapter, tokens, optimizer, schedule, config.batch_size, generator,
+                lambda: progress.update(schedule.last_epoch, f"epoch {epoch:2}/{epochs}"),  # noqa: B023
+                0.0 if of_draft else config.draft_text)
+            stop = after_epoch(epoch, loss, alpha, schedule.get_last_lr()[0], time.monotonic() - start)
+        except UserError as error:
+            raise UserError(f"{name}, epoch {epoch}: {error}; the best epoch before it, if any, is kept in "
+                            f"best_model.pt; try a --learning_rate below {config.learning_rate}") from error
+        if stop:
+            break
+
+
+@dataclasses.dataclass
+class Trained:
+    adapter: nn.Module                     # of the best epoch, trained again with the validation pairs if --refit
+    selected: nn.Module                    # of the best epoch, never trained on the validation pairs
+    prefix: nn.Module | None               # the ablation of prefix+draft: the same without ever seeing a draft
+    history: list[dict]
+    best_epoch: int                        # counted over all phases
+
+
+def train(adapter, config: TrainConfig, data: Data, device, task: Path) -> Trained:
+    """Select the epoch (and whether drafts help) on validation; then train again on all pairs up to there."""
+    from acceptance import TokenTensors, measure, predict
+    from token_adapter import save_adapter
+
+    adapter.to(device)
+    tokens = TokenTensors.of(data.train, config.max_seq_len, device)
+    validation_tokens = TokenTensors.of(data.validation, config.max_seq_len, device)
+    log(f"train | {adapter.num_parameters() / 1e6:.1f} M parameters | vocabulary {adapter.config.vocab_size} "
+        f"| {device_name(device)}")
+    history, best = [], {}                 # best: phase -> (alpha, epoch in the phase, adapter, epoch over all)
+
+    for number, name in enumerate(phases_of(config)):
+        best[name] = (-1.0, 0, None, 0)
+
+        def after_epoch(epoch, loss, alpha, rate, seconds, name=name) -> bool:
             top1, top5, validation_loss = predict(adapter, validation_tokens, config.batch_size)
             if not math.isfinite(validation_loss):
-                raise UserError(f"the validation loss became {validation_loss} after the last step")
-        except UserError as error:
-            kept = f"{task / 'best_model.pt'} keeps epoch {best_epoch}" if best_epoch else "no model is kept"
-            raise UserError(f"epoch {epoch}: {error}; {kept}; try a --learning_rate below "
-                            f"{config.learning_rate}") from error
-        validation = measure(top1, validation_tokens.lengths, top5)
-        history.append({
-            "epoch": epoch, "train_loss": loss, "train_alpha": alpha, "validation_loss": validation_loss,
-            "validation_alpha": validation["alpha"], "validation_top5": validation["top5"],
-            "learning_rate": schedule.get_last_lr()[0], "seconds": time.monotonic() - start})
-        if validation["alpha"] > best_alpha:
-            best_epoch, best_alpha = epoch, validation["alpha"]
-            save_adapter(adapter, task / "best_model.pt", epoch=epoch, validation_alpha=best_alpha)
-        if config.early_stopping and epoch - best_epoch >= config.early_stopping:
+                raise UserError(f"the validation loss became {validation_loss}")
+            validation = measure(top1, validation_tokens.lengths, top5)
+            history.append({
+                "epoch": len(history) + 1, "phase": name, "train_loss": loss, "train_alpha": alpha,
+                "validation_loss": validation_loss, "validation_alpha": validation["alpha"],
+                "validation_top5": validation["top5"], "learning_rate": rate, "seconds": seconds})
+            if validation["alpha"] > best[name][0]:
+                best[name] = (validation["alpha"], epoch, copy.deepcopy(adapter), len(history))
+                if validation["alpha"] == max(alpha for alpha, *_ in best.values()):
+                    save_adapter(adapter, task / "best_model.pt", epoch=epoch, validation_alpha=validation["alpha"])
+            return bool(config.early_stopping) and epoch - best[name][1] >= config.early_stopping
+
+        run_phase(adapter, name, config, tokens, phases_of(config)[name], after_epoch, number)
+        log(f"train | {name} | best validation in epoch {best[name][1]}, accepted {best[name][0]:.1%}")
+        adapter.load_state_dict(best[name][2].state_dict())
+    chosen = max(best, key=lambda name: best[name][0])
+    trained = Trained(best[chosen][2], best[chosen][2], best["prefix"][2] if "prefix" in best else None, history,
+                      best[chosen][3])
+    if config.refit and config.conditioning != "draft":
+        refit(trained, chosen, {name: epoch for name, (_, epoch, _, _) in best.items()}, config, data, device)
+        save_adapter(trained.adapter, task / "best_model.pt", epoch=trained.best_epoch, refitted=True)
+    return trained
+
+
+def refit(trained: Trained, chosen: str, epochs: dict[str, int], config: TrainConfig, data: Data, device) -> None:
+    """Train anew from the same start on train and validation pairs together, as long as was best without them."""
+    from acceptance import TokenTensors
+
+    adapter = make_adapter(config, data).to(device)
+    tokens = TokenTensors.of(data.all_train, config.max_seq_len, device)
+    log(f"train | again, with the validation pairs: {len(data.all_train)} pairs")
+    for number, (name, epoch) in enumerate(epochs.items()):
+        run_phase(adapter, name, config, tokens, epoch, lambda *_: False, number)
+        if name == "prefix":
+            trained.prefix = copy.deepcopy(adapter)
+        if name == chosen:
             break
-    log(f"train | {len(history)} of {config.num_epochs} epochs | best validation in epoch {best_epoch}, "
-        f"accepted {best_alpha:.1%}")
-    return load_adapter(task / "best_model.pt"), history, best_epoch
-
-
-def epoch_facts(history: list[dict], num_epochs: int) -> str:
-    """Where training is, and what the last whole epoch brought."""
-    where = f"epoch {len(history) + 1:2}/{num_epochs}"
-    if not history:
-        return where
-    last, best = history[-1], max(epoch["validation_alpha"] for epoch in history)
-    return (f"{where} | loss {last['train_loss']:.3f} val {last['validation_loss']:.3f} | "
-            f"accepted {last['validation_alpha']:.1%} best {best:.1%} | lr {last['learning_rate']:.1e}")
+    trained.adapter = adapter
 
 
 # ---------------------------------------------------------------------------------------------------- results
-def evaluate(adapter, data: Data, batch_size: int, device) -> dict:
-    """Metrics of the adapter and both baselines on each set of pairs there is: {"train": {...}, ...}."""
-    from acceptance import TokenTensors, commonest_tokens, compare, predict
+def evaluate(adapter, data: Data, batch_size: int, device, selected=None) -> dict:
+    """Metrics of the adapter and both baselines on each set of pairs there is: {"train": ..., "test": ...}.
 
-    adapter.to(device)
+    On validation it is the selected adapter, which never trained on those pairs.
+    """
+    from acceptance import TokenTensors, compare, predict
+    from drafting import commonest_tokens
+
     max_seq_len = adapter.config.max_seq_len
     commonest = commonest_tokens(data.train, max_seq_len) if data.train else None
     metrics = {}
     for name, pairs in (("train", data.train), ("validation", data.validation), ("test", data.test)):
         if pairs:
-            top1, top5, loss = predict(adapter, TokenTensors.of(pairs, max_seq_len, device), batch_size)
+            model = (selected if name == "validation" else adapter).to(device)
+            top1, top5, loss = predict(model, TokenTensors.of(pairs, max_seq_len, device), batch_size)
             metrics[name] = {"loss": loss, **compare(top1, top5, pairs, commonest)}
     return metrics
+
+
+def measure_drafters(adapter, trained: Trained | None, data: Data, config: TrainConfig, device) -> dict:
+    """Every drafter streams over the test answers in clip order: {"drafters": {name: ...}, "draft_worth": ...}."""
+    import acceptance
+    import drafting
+
+    test, known = data.test, data.all_train
+    online = config.online if config.online is not None else (
+        device.type == "cuda" or adapter.num_parameters() < SMALL_ADAPTER)
+    online = online and config.stream and adapter.config.sees_prefix
+    found, hits = {}, {}
+
+    def run(name: str, drafter, parameters: int = 0) -> None:
+        start = time.monotonic()
+        found[name] = {**acceptance.stream(drafter, test), "parameters": parameters}
+        hits[name] = found[name].pop("top1")
+        log(f"drafters | {name} | accepted {found[name]['alpha']:.1%} | tau "
+            f"{found[name]['simulated']['8']['tau']:.2f} at gamma 8 | {time.monotonic() - start:.1f} s")
+
+    width = int(test.lengths("target").max())
+    copied = np.full((len(test), width, drafting.TOP), drafting.NOTHING, np.int32)
+    copied[:, :, 0] = drafting.direct_copy(test, width)
+    run("copy of the draft", drafting.Fixed(copied, test))
+    if known:
+        run("constant string", drafting.Fixed(drafting.commonest_tokens(known, width), test))
+        run("n-gram", drafting.Memory(known, test, streaming=False))
+        memory = drafting.Memory(known, test, streaming=config.stream)
+        run("memory", memory)
+    if trained and trained.prefix is not None and adapter.config.conditioning == "prefix+draft":
+        run("prefix", drafting.Adapter(trained.prefix, test, device), adapter.num_parameters())
+        run("adapter, drafts shuffled", drafting.Adapter(adapter, test, device, shuffled=config.seed),
+            adapter.num_parameters())
+    plain = drafting.Adapter(adapter, test, device)
+    run("adapter", plain, adapter.num_parameters())
+    kinds = {"hybrid": plain}
+    if online:
+        kinds["hybrid, online"] = drafting.Adapter(adapter, test, device, online=True)
+        run("adapter, online", kinds["hybrid, online"], adapter.num_parameters())
+    shares = {}
+    if trained and adapter.config.sees_prefix:
+        for name, drafter in kinds.items():
+            shares[name] = choose_share(trained.selected, drafter.online, data, config, device)
+            memory = drafting.Memory(known, test, streaming=config.stream)
+            run(name, drafting.Hybrid(drafter, memory, shares[name]), adapter.num_parameters())
+    lengths = test.lengths("target")
+    worth = {name: acceptance.interval(hits["adapter"], lengths, test.sequence, hits[name])
+             for name in ("copy of the draft", "n-gram", "prefix", "adapter, drafts shuffled") if name in hits}
+    return {"drafters": found, "memory_share": shares, "stream": config.stream, "adapter_minus": worth,
+            "step_ms": step_ms(adapter, data.test, device) if adapter.config.sees_prefix else None}
+
+
+def choose_share(selected, online: bool, data: Data, config: TrainConfig, device) -> float:
+    """The memory's share in the hybrid that is best on the validation pairs, which neither was trained on."""
+    from acceptance import stream
+    from drafting import MEMORY_SHARES, Adapter, Hybrid, Memory
+
+    adapter = Adapter(selected, data.validation, device, online)
+    alphas = {share: stream(Hybrid(adapter, Memory(data.train, data.validation, config.stream), share),
+                            data.validation)["alpha"] for share in MEMORY_SHARES}
+    return max(alphas, key=alphas.get)
+
+
+def step_ms(adapter, pairs: Pairs, device) -> float:
+    """Milliseconds of one cached proposal step at batch 1, eager, the median of 30."""
+    import torch
+
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    draft = torch.from_numpy(pairs.select(np.arange(1)).padded("draft", adapter.config.max_seq_len)).to(device).long()
+    times = []
+    with torch.inference_mode():
+        _, cache = adapter.start(draft, torch.tensor([draft.shape[1]], device=device))
+        for _ in range(min(40, adapter.config.max_seq_len - 1)):
+            start = time.perf_counter()
+            int(adapter.step(token, cache)[0, -1].argmax())
+            times.append(time.perf_counter() - start)
+    return 1000 * float(np.median(times[-30:]))
 
 
 def main() -> None:
@@ -379,12 +568,14 @@ def main() -> None:
     config = parse_config(TrainConfig)
     device = choose_device(config.device)
     data = load_data(config)
-    adapter = make_adapter(config, data)
+    adapter, trained = make_adapter(config, data), None
     task = open_task(config, data)
-    history, best_epoch = [], None
     if not config.checkpoint:
-        adapter, history, best_epoch = train(adapter, config, data, device, task)
+        trained = train(adapter, config, data, device, task)
+        adapter = trained.adapter
     trained_s = time.monotonic() - start
+    metrics = evaluate(adapter, data, config.batch_size, device, trained and trained.selected)
+    metrics["test"].update(measure_drafters(adapter, trained, data, config, device))
     results = {
         "kind": "checkpoint" if config.checkpoint else "training",
         "task": task.resolve().name,
@@ -394,9 +585,9 @@ def main() -> None:
         "files": data.files,
         "split": data.split,
         "warnings": data.warnings,
-        "history": history,
-        "best_epoch": best_epoch,
-        "metrics": evaluate(adapter, data, config.batch_size, device),
+        "history": trained.history if trained else [],
+        "best_epoch": trained and trained.best_epoch,
+        "metrics": metrics,
         "seconds": {"until_trained": trained_s, "all": time.monotonic() - start},
         "provenance": {**provenance(), "folder": os.getcwd(), "device": device_name(device)},
     }

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 import acceptance
+import drafting
 from acceptance import TokenTensors, compare, measure
 from base import Pairs
-from token_adapter import CONTRACT, FIRST_POSITION, ORIGINAL_CONTRACT
+from token_adapter import CONTRACTS, ORIGINAL_CONTRACT
 from train_and_evaluate import train_epoch
 
 VOCAB_SIZE = 11
+CONTRACT = CONTRACTS["draft"]
 
 
 def pairs_of(drafts: list[list[int]], targets: list[list[int]]) -> Pairs:
@@ -38,7 +40,9 @@ class Oracle(nn.Module):
 
     def __init__(self, contract: str = CONTRACT, late: int = 0):
         super().__init__()
-        self.config, self.late = SimpleNamespace(first_position=FIRST_POSITION[contract]), late
+        self.late = late
+        self.config = SimpleNamespace(first_position=int(contract == ORIGINAL_CONTRACT), sees_prefix=False,
+                                      conditioning="draft")
         self.sure = nn.Parameter(torch.tensor(9.0))
 
     def forward(self, draft):
@@ -109,14 +113,14 @@ def test_expected_tokens_agree_with_drawing_independent_positions():
 
 def test_past_its_end_the_draft_proposes_nothing_not_even_a_0():
     pairs = pairs_of([[7, 0]], [[7, 0, 0, 0]])
-    assert acceptance.direct_copy(pairs, 4).tolist() == [[7, 0, -1, -1]]
+    assert drafting.direct_copy(pairs, 4).tolist() == [[7, 0, -1, -1]]
     nothing = np.zeros((1, 4), bool)
     assert compare(nothing, nothing, pairs, None)["direct_copy"]["alpha"] == 0.5
 
 
 def test_the_constant_string_is_the_commonest_training_token_at_each_position():
     train = pairs_of([[1]] * 4, [[4, 5], [4, 6], [4, 6, 9], [3]])
-    commonest = acceptance.commonest_tokens(train, 4)
+    commonest = drafting.commonest_tokens(train, 4)
     assert commonest[:, 0].tolist() == [4, 6, 9, -1]
     assert commonest[1].tolist() == [6, 5, -1, -1, -1]
     test = pairs_of([[1]], [[4, 5, 9, 9]])
@@ -131,3 +135,62 @@ def test_batches_hold_each_pair_once_no_wider_than_their_longest_target():
     assert sorted(rows.tolist()) == list(range(30)) and rows.tolist() != list(range(30))
     for rows, width, positions in batches:
         assert (width, positions) == (tokens.lengths[rows].max(), tokens.lengths[rows].sum())
+
+
+# ------------------------------------------------------------------------------------------ simulated decoding
+def decode_one(right: list[bool], gamma: int) -> tuple[int, list[int]]:
+    """Speculative decoding of one answer as it is defined, token by token: (passes, accepted proposals of each)."""
+    at, accepted = 0, []
+    while at < len(right):
+        run = 0
+        while run < gamma and at + run < len(right) and right[at + run]:
+            run += 1
+        accepted.append(run)
+        at += run + 1                                    # the bonus token; past the end there is none
+    return len(accepted), accepted
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 3, 5, 8, 12])
+def test_simulation_of_all_answers_together_equals_each_one_alone(gamma):
+    random = np.random.default_rng(gamma)
+    lengths = random.integers(1, 15, 60)                 # answers of one token and shorter than gamma among them
+    top1 = random.random((60, 14)) < 0.7
+    top1[:5], top1[5:10] = True, False
+    found = acceptance.simulate(top1, lengths, gamma)
+    alone = [decode_one(row[:length].tolist(), gamma) for row, length in zip(top1, lengths)]
+    assert found["passes"].tolist() == [passes for passes, _ in alone]
+    assert found["tau"] == pytest.approx(lengths.sum() / sum(passes for passes, _ in alone))
+    histogram = np.bincount([n for _, accepted in alone for n in accepted], minlength=gamma + 1)
+    assert found["accepted_lengths"] == histogram.tolist()
+
+
+def test_a_perfect_drafter_needs_one_pass_for_gamma_plus_one_tokens_and_a_wrong_one_a_pass_for_each():
+    lengths = np.array([9, 10, 1])
+    inside = np.arange(10) < lengths[:, None]
+    assert acceptance.simulate(inside, lengths, 4)["passes"].tolist() == [2, 2, 1]
+    assert acceptance.simulate(~inside, lengths, 4)["passes"].tolist() == [9, 10, 1]
+    assert acceptance.simulate(~inside, lengths, 4)["tau"] == 1.0
+
+
+def test_tau_of_a_drafter_that_streams_is_that_of_its_hits():
+    pairs = random_pairs(CONTRACT)
+    target = pairs.padded("target", 9)
+    proposals = np.where(np.arange(9) % 3 < 2, target, -1)[:, :, None].repeat(5, 2)
+    found = acceptance.stream(drafting.Fixed(proposals, pairs), pairs)
+    right = np.broadcast_to(np.arange(9) % 3 < 2, (30, 9))
+    assert found["alpha"] == found["top5"] == measure(right, pairs.lengths("target"))["alpha"]
+    assert found["simulated"]["12"]["tau"] == acceptance.simulate(found["top1"], pairs.lengths("target"), 12)["tau"]
+
+
+def test_intervals_hold_the_value_and_pairing_takes_the_common_part_out():
+    random = np.random.default_rng(0)
+    lengths = np.full(200, 50)
+    good = random.random((200, 50)) < np.repeat(random.uniform(0.4, 0.9, 10), 20)[:, None]    # blocks differ
+    better = good | (random.random((200, 50)) < 0.05)
+    names = [f"town_{i // 20:02}_a" for i in range(200)]
+    one = acceptance.interval(good, lengths, names)
+    both = acceptance.interval(better, lengths, names, good)
+    assert one["low"] < one["value"] < one["high"] and one["by"] == "sequences"
+    assert 0 < both["low"] < both["value"] < both["high"]
+    assert both["high"] - both["low"] < 0.3 * (one["high"] - one["low"])
+    assert acceptance.interval(good, lengths, [""] * 200)["by"] == "blocks of 20 clips"

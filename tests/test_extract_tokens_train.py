@@ -1,6 +1,7 @@
 """Extraction on the demo's clips with the shipped tiny models: the pairs, and that nothing is lost."""
 
 import fcntl
+import functools
 import json
 import shutil
 import sys
@@ -161,10 +162,32 @@ def test_a_finished_output_is_not_touched_again(extract, tmp_path):
 
 def test_a_journal_of_other_settings_is_refused(extract, tmp_path):
     journal = tmp_path / ".pairs.json.journal.jsonl"
-    journal.write_text(json.dumps({"settings": {"max_new_tokens": 3}}) + "\n")
+    answer = {"model": "eventgpt", "key": "a/1", "question_idx": 0, "tokens": [2], "text": "", "finished": True}
+    journal.write_text(json.dumps({"settings": {"max_new_tokens": 3}}) + "\n" + json.dumps(answer) + "\n")
     with pytest.raises(UserError, match="max_new_tokens: 3 there, 80 now"):
         extract()
     assert journal.exists()
+
+
+def test_a_mistake_in_the_target_costs_nothing_of_the_draft(extract, tmp_path, monkeypatch):
+    loaded, load = [], extract_tokens_train.load_model
+
+    def counted(which, *rest, broken=()):
+        loaded.append(which)
+        assert which not in broken, "as if the machine had stopped here"
+        return load(which, *rest)
+
+    monkeypatch.setattr(extract_tokens_train, "load_model", counted)
+    for flags in (("--target_model", tmp_path / "none"), ("--query", "what is <video>?")):
+        with pytest.raises(UserError):
+            extract(*flags)
+    assert not loaded and not (tmp_path / ".pairs.json.journal.jsonl").exists()
+    monkeypatch.setattr(extract_tokens_train, "load_model", functools.partial(counted, broken=("videollava",)))
+    with pytest.raises(AssertionError):
+        extract("--num_frames", 4)
+    monkeypatch.setattr(extract_tokens_train, "load_model", counted)
+    assert len(rows_of(extract("--num_frames", 8))) == 5          # the draft's answers do not depend on it
+    assert loaded == ["eventgpt", "videollava", "videollava"]
 
 
 def test_two_writers_are_kept_apart(extract, tmp_path):
@@ -184,6 +207,10 @@ def test_two_writers_are_kept_apart(extract, tmp_path):
     (("--dataset_dir", "nowhere"), "no such data set folder"),
     (("--device", "cuda:99"), "CUDA devices"),
     (("--device", "tpu9"), "--device tpu9"),
+    (("--device", "meta"), "--device meta"),
+    (("--seed", str(2**70)), "--seed must be"),
+    (("--query", " "), "--query is empty"),
+    (("--output_file", "/tmp"), "is a folder"),
     (("--batch_size", "0"), "--batch_size must be 1 or more"),
     (("--max_samples", "0"), "--max_samples must be"),
     (("--num_questions", "3"), "needs --questions_file"),

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 import report
-from acceptance import commonest_tokens, compare
+from acceptance import compare, stream
 from base import Pairs, UserError
+from drafting import Fixed, commonest_tokens
 
 HOSTILE = "a|b\n# <script>alert(1)</script> [x](http://evil) `y` $z$ ![w](v)"
 
@@ -23,7 +24,13 @@ def measured(share: float, num_pairs: int = 10, length: int = 6, constant: bool 
     pairs = Pairs(target + 1, start, target, start, names, names, [])
     hits = np.arange(length * num_pairs).reshape(num_pairs, length) < share * length * num_pairs
     commonest = commonest_tokens(pairs, length) if constant else None
-    return {"loss": 1.5, **compare(hits, hits, pairs, commonest)}
+    found = {"loss": 1.5, **compare(hits, hits, pairs, commonest), "memory_share": {}, "stream": True,
+             "step_ms": None, "adapter_minus": {}, "drafters": {}}
+    proposals = np.where(hits, pairs.padded("target", length), -1)[:, :, None].repeat(5, 2)
+    for name, drafter in (("adapter", Fixed(proposals, pairs)), ("copy of the draft", Fixed(proposals * 0, pairs))):
+        found["drafters"][name] = {**stream(drafter, pairs), "parameters": 0}
+        del found["drafters"][name]["top1"]
+    return found
 
 
 def write_task(task: Path, epochs: int = 3, share: float = 0.9, name: str = "1s_20260128_020530", **changes) -> Path:
@@ -35,8 +42,9 @@ def write_task(task: Path, epochs: int = 3, share: float = 0.9, name: str = "1s_
             "flagged": {"empty draft": 1}}
     results = {
         "kind": "training", "task": name, "date": "2026-01-28 02:07:11",
-        "config": {"num_epochs": 3, "checkpoint": name},
-        "adapter": {"contract": "target[i] from draft[:i+1]"}, "files": {"train": [file], "test": [file]},
+        "config": {"num_epochs": 3, "checkpoint": name, "conditioning": "draft"},
+        "adapter": {"contract": "target[i] from draft[:i+1]", "conditioning": "draft"},
+        "files": {"train": [file], "test": [file]},
         "split": {"by": "drive", "validation": [name], "train": ["thun_01"]}, "warnings": [], "history": history,
         "best_epoch": 1 if epochs else None, "seconds": {"until_trained": 3.0, "all": 4.0},
         "metrics": {"train": measured(0.9), "validation": measured(0.8), "test": measured(share)},
@@ -97,8 +105,8 @@ def test_pictures_are_drawn_large_enough_and_named_on_the_page(tmp_path, epochs)
 def test_a_measured_checkpoint_has_no_curves_and_says_so(tmp_path):
     task = write_task(tmp_path, epochs=0, split=None, metrics={"test": measured(0.5, constant=False)})
     text = page(task, plots=True)
-    assert "there are no curves" in text and "no constant string" in text
-    assert not list(tmp_path.glob("*.png"))
+    assert "there are no training curves" in text and "no constant string" in text
+    assert {path.name for path in tmp_path.glob("*.png")} == set(report.DRAFTER_PICTURES)
 
 
 def test_rebuild_makes_the_same_page_again_from_results_alone(tmp_path, monkeypatch):
@@ -108,7 +116,7 @@ def test_rebuild_makes_the_same_page_again_from_results_alone(tmp_path, monkeypa
     monkeypatch.setattr("sys.argv", ["report.py", "--rebuild", str(tmp_path)])
     report.main()
     assert (tmp_path / "RESULTS.md").read_text() == first
-    assert {path.name for path in tmp_path.glob("*.png")} == set(report.PICTURES)
+    assert {path.name for path in tmp_path.glob("*.png")} == {*report.PICTURES, *report.DRAFTER_PICTURES}
 
 
 def test_the_summary_has_one_line_for_each_task_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -117,7 +125,7 @@ def test_the_summary_has_one_line_for_each_task_and_writes_nothing(tmp_path, mon
     report.main()
     lines = [line.split("SUMMARY | ")[1] for line in capsys.readouterr().out.splitlines()]
     assert [line.split()[0] for line in lines[:3]] == ["task", "1s_a", "500ms_b"]
-    assert "10/10" in lines[1] and "90.0 %" in lines[1] and "4.69" in lines[1]      # (1 - 0.9 ** 6) / 0.1
+    assert "10/10" in lines[1] and "90.0 %" in lines[1] and "4.00" in lines[1]      # 60 tokens in 15 passes
     assert [path.name for task in tasks for path in task.iterdir()] == ["results.json"] * 2
 
 

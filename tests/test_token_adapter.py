@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 from base import UserError
-from token_adapter import CONTRACT, ORIGINAL_CONTRACT, AdapterConfig, TokenAdapter, load_adapter, save_adapter
+from token_adapter import CONTRACTS, ORIGINAL_CONTRACT, AdapterConfig, TokenAdapter, load_adapter, save_adapter
 
-TINY = AdapterConfig(vocab_size=50, embed_dim=32, num_layers=2, num_heads=4, feedforward_dim=64,
-                     max_seq_len=12)
+TINY = AdapterConfig(vocab_size=50, conditioning="draft", embed_dim=32, num_layers=2, num_heads=4,
+                     feedforward_dim=64, max_seq_len=12)
+PREFIX = ("prefix", "prefix+draft")
 
 
-def tiny_adapter() -> TokenAdapter:
+def tiny_adapter(conditioning: str = "draft") -> TokenAdapter:
     torch.manual_seed(0)
-    adapter = TokenAdapter(TINY).eval()
+    adapter = TokenAdapter(dataclasses.replace(TINY, conditioning=conditioning, contract="")).eval()
     for parameter in adapter.parameters():      # biases start at 0, norms at 1: that could hide a mix-up
         nn.init.normal_(parameter, std=0.2)
     return adapter
@@ -38,7 +39,7 @@ def test_it_computes_what_transformer_encoder_computes_with_the_same_weights():
 
 def test_the_default_has_the_size_of_the_original():
     with torch.device("meta"):
-        adapter = TokenAdapter(AdapterConfig(vocab_size=32000))
+        adapter = TokenAdapter(AdapterConfig(vocab_size=32000, conditioning="draft"))
     assert adapter.num_parameters() == pytest.approx(45.5e6, rel=0.002)
 
 
@@ -55,7 +56,8 @@ def test_a_saved_adapter_comes_back_with_its_config_and_its_logits(tmp_path):
     adapter = tiny_adapter()
     save_adapter(adapter, tmp_path / "best_model.pt", epoch=3)
     loaded = load_adapter(tmp_path / "best_model.pt")
-    assert loaded.config == TINY and loaded.config.contract == CONTRACT and loaded.config.first_position == 0
+    assert loaded.config == TINY and loaded.config.contract == CONTRACTS["draft"]
+    assert loaded.config.first_position == 0
     assert torch.equal(loaded(drafts()), adapter(drafts()))
 
 
@@ -67,6 +69,72 @@ def test_a_checkpoint_of_the_original_suite_loads_and_is_marked_with_its_own_con
     assert loaded.config.first_position == 1 and loaded(drafts()).dtype == torch.float32
     torch.save({"model_state_dict": state}, tmp_path / "bare.pt")
     assert load_adapter(tmp_path / "bare.pt").config.num_heads == 8
+
+
+# ------------------------------------------------------------------------------------------ prefix conditioning
+DRAFT_LENGTHS = torch.tensor([12, 0, 5])
+
+
+def prefixes() -> torch.Tensor:
+    return torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("conditioning", PREFIX)
+def test_steps_with_a_cache_equal_the_full_pass(conditioning):
+    adapter, prefix = tiny_adapter(conditioning), prefixes()
+    with torch.no_grad():
+        full = adapter(drafts(), DRAFT_LENGTHS, prefix)
+        first, cache = adapter.start(drafts(), DRAFT_LENGTHS)
+        steps = [adapter.step(part, cache) for part in prefix.split([1, 3, 2, 3], dim=1)]
+        assert (torch.cat([first[:, None], *steps], 1) - full).abs().max() < 1e-5
+        cache.length -= 4                                        # rolled back and said again
+        assert (adapter.step(prefix[:, -4:], cache) - full[:, -4:]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("conditioning", PREFIX)
+def test_an_output_sees_the_prefix_before_it_and_nothing_later(conditioning):
+    adapter, prefix = tiny_adapter(conditioning), prefixes()
+    changed = prefix.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % 50
+    before, after = (adapter(drafts(), DRAFT_LENGTHS, tokens) for tokens in (prefix, changed))
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert (before[:, 5:] != after[:, 5:]).any(-1).all()
+
+
+def test_the_whole_draft_is_seen_from_the_first_position_on_and_nothing_past_its_end():
+    adapter, draft, prefix = tiny_adapter("prefix+draft"), drafts(), prefixes()
+    before = adapter(draft, DRAFT_LENGTHS, prefix)
+    last = draft.clone()
+    last[0, 11] = (last[0, 11] + 1) % 50
+    assert (adapter(last, DRAFT_LENGTHS, prefix)[0] != before[0]).any(-1).all()
+    past = draft.clone()
+    past[1], past[2, 5:] = 7, 7
+    assert torch.equal(adapter(past, DRAFT_LENGTHS, prefix), before)
+
+
+def test_a_missing_draft_is_a_draft_of_length_0_and_then_it_is_the_prefix_adapter():
+    adapter, prefix = tiny_adapter("prefix+draft"), prefixes()
+    missing = adapter(drafts()[:, :0], None, prefix)
+    assert (adapter(drafts(), torch.zeros(3, dtype=torch.long), prefix) - missing).abs().max() < 1e-5
+    adapter.condition("prefix")
+    assert torch.equal(adapter(drafts(), DRAFT_LENGTHS, prefix), missing)
+    assert adapter.config.contract == CONTRACTS["prefix"]
+
+
+@pytest.mark.parametrize("conditioning", PREFIX)
+def test_a_saved_prefix_adapter_comes_back_tied(tmp_path, conditioning):
+    adapter = tiny_adapter(conditioning)
+    save_adapter(adapter, tmp_path / "best_model.pt")
+    loaded = load_adapter(tmp_path / "best_model.pt")
+    assert loaded.config == adapter.config and loaded.num_parameters() == adapter.num_parameters()
+    assert loaded.output_proj[1].weight is loaded.embedding.weight
+    arguments = drafts(), DRAFT_LENGTHS, prefixes()
+    assert torch.equal(loaded(*arguments), adapter(*arguments))
+
+
+def test_the_budget_of_the_original_is_kept():
+    with torch.device("meta"):
+        assert TokenAdapter(AdapterConfig(vocab_size=32000)).num_parameters() < 45.5e6
 
 
 class NotPlain:

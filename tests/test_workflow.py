@@ -14,26 +14,26 @@ from PIL import Image
 
 from tests.conftest import ROOT, run_workflow
 
-SIX_FILES = {"best_model.pt", "results.json", "RESULTS.md", "training_curves.png", "loss_curve.png",
-             "accuracy_curve.png"}
+FILES = {"best_model.pt", "results.json", "RESULTS.md", "training_curves.png", "loss_curve.png",
+         "accuracy_curve.png", "drafters_by_position.png", "tau_over_gamma.png"}
 LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] ")
 
 
-@pytest.fixture(params=["1s", "500ms"])
+@pytest.fixture(params=["1s", "500ms", "1s_draft", "500ms_draft"])
 def task(request, demo):
-    folder, = demo.tasks.glob(f"{request.param}_*")
+    folder, = demo.tasks.glob(f"{request.param}_2*")
     return folder
 
 
-def test_both_tasks_have_their_six_files_and_no_others(task):
-    assert {path.name for path in task.iterdir()} == SIX_FILES
-    assert re.fullmatch(r"(1s|500ms)_\d{8}_\d{6}", task.name)
+def test_every_task_has_its_files_and_no_others(task):
+    assert {path.name for path in task.iterdir()} == FILES
+    assert re.fullmatch(r"(1s|500ms)(_draft)?_\d{8}_\d{6}", task.name)
     assert json.loads((task / "results.json").read_text())["metrics"]["test"]["pairs"] > 0
 
 
 def test_the_pictures_are_pictures(task):
-    for name in ("training_curves", "loss_curve", "accuracy_curve"):
-        pixels = np.asarray(Image.open(task / f"{name}.png").convert("RGB"))
+    for path in task.glob("*.png"):
+        pixels = np.asarray(Image.open(path).convert("RGB"))
         assert min(pixels.shape[:2]) >= 500 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
 
@@ -55,7 +55,7 @@ def test_the_log_is_whole_lines_and_ends_with_the_summary(demo):
 
 
 def test_a_second_start_skips_everything_and_shows_the_same_summary(demo):
-    assert demo.again.count("| skipped, ") == 7
+    assert demo.again.count("| skipped, ") == 9
     assert "| start |" not in demo.again
     strip = LINE.sub
     assert strip("", demo.again.split("SUMMARY")[1]) == strip("", demo.log.split("SUMMARY")[1])
@@ -64,7 +64,8 @@ def test_a_second_start_skips_everything_and_shows_the_same_summary(demo):
 def test_settings_and_arguments_are_checked_at_once(tmp_path):
     for arguments, settings, message in (
             (("--what",), {}, "unknown argument --what"), ((), {}, "EVENTGPT is not set"),
-            ((), {"EVENTGPT": "x", "TEST_1S": "nowhere.json"}, "TEST_1S=nowhere.json: no such file")):
+            ((), {"EVENTGPT": "x", "TEST_1S": "nowhere.json"}, "TEST_1S=nowhere.json: no such file"),
+            ((), {"EVENTGPT": "nowhere"}, "EVENTGPT=nowhere: no such folder")):
         done = run_workflow(tmp_path, *arguments, **settings)
         assert done.returncode == 2 and message in done.stderr, done.stderr
     assert not (tmp_path / "tokens").exists()

@@ -29,6 +29,7 @@ from vlm.loading import (
     generate_greedily,
     load_checked,
     load_tokenizer,
+    local_revision,
     read_model_config,
     weights_mib,
 )
@@ -153,11 +154,17 @@ class EventGPT:
         if "mm_visual_tower" not in found or "event_feature_adaptor" not in found:
             raise UserError(f"{folder} is not an EventGPT checkpoint: config.json lacks mm_visual_tower or "
                             f"event_feature_adaptor (model_type {found.get('model_type')!r}); {WEIGHTS_ARE_AT}")
-        vision, pixels = _vision_settings(folder, str(found["mm_visual_tower"]))
-        known = set(LlamaConfig().to_dict()) | {"rope_theta", "rope_scaling"}
-        text = {key: value for key, value in found.items()
-                if key in known and key not in ("model_type", "architectures", "dtype", "torch_dtype")}
-        config = EventGPTConfig(text, vision, max_positions=found.get("tokenizer_model_max_length") or 2048)
+        try:
+            vision, pixels = _vision_settings(folder, str(found["mm_visual_tower"]))
+            known = set(LlamaConfig().to_dict()) | {"rope_theta", "rope_scaling"}
+            text = {key: value for key, value in found.items()
+                    if key in known and key not in ("model_type", "architectures", "dtype", "torch_dtype")}
+            config = EventGPTConfig(text, vision, max_positions=found.get("tokenizer_model_max_length") or 2048)
+        except UserError:
+            raise
+        except Exception as error:        # a damaged config breaks in transformers in many ways
+            raise UserError(f"{folder}: config.json or the CLIP tower's can't be used: {type(error).__name__}: "
+                            f"{error}") from error
         tokenizer = load_tokenizer(folder, local=True)
         added = [PATCH] if found.get("mm_use_im_patch_token", True) else []
         added += [START, END] if found.get("mm_use_im_start_end", False) else []
@@ -169,7 +176,7 @@ class EventGPT:
                 f"the tokenizer's {len(tokenizer)} ids")
             model.language_model.resize_token_embeddings(len(tokenizer))
         log(f"load | {folder} | weights {weights_mib(model):,.1f} MiB")
-        return EventGPT(model, tokenizer, pixels, runtime, str(found.get("_commit_hash", "local")))
+        return EventGPT(model, tokenizer, pixels, runtime, local_revision(folder))
 
     @property
     def vocab_size(self) -> int:

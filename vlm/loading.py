@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import hashlib
 import logging
 import pickle
 from pathlib import Path
@@ -38,6 +39,8 @@ class Runtime:
             place = torch.device(("cuda" if gpu else "cpu") if device == "auto" else device)
         except RuntimeError as error:
             raise UserError(f"--device {device}: wanted auto, cpu, cuda or cuda:N") from error
+        if place.type not in ("cpu", "cuda"):
+            raise UserError(f"--device {device}: wanted auto, cpu, cuda or cuda:N")
         if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {device}: this PyTorch ({torch.__version__}) sees {torch.cuda.device_count()} "
                             "CUDA devices; use --device cpu, or install a PyTorch built for your driver")
@@ -164,6 +167,14 @@ def generate_greedily(model, tokenizer, max_new_tokens: int, **inputs) -> list[A
         tokens = row[:row.index(eos) + 1] if finished else row     # after EOS come only pad ids
         answers.append(Answer(tokens, tokenizer.decode(tokens, skip_special_tokens=True).strip(), finished))
     return answers
+
+
+def local_revision(folder: Path) -> str:
+    """Tells two checkpoints at one path apart: a digest of the config and of the weight files' names and sizes."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+    return f"local {digest.hexdigest()[:12]}"
 
 
 def free_memory() -> None:

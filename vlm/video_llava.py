@@ -23,6 +23,7 @@ from vlm.loading import (
     generate_greedily,
     load_checked,
     load_tokenizer,
+    local_revision,
     read_model_config,
     weights_mib,
 )
@@ -47,6 +48,26 @@ def prompt_ids(tokenizer, query: str, video_tokens: int) -> list[int]:
     return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
 
 
+def read_config(name: str | Path) -> tuple:
+    """(config, pixel settings) of a folder, or else of a hub id; a UserError when it is no Video-LLaVA."""
+    local = Path(name).is_dir()
+    if local:
+        read_model_config(Path(name))
+    elif str(name).count("/") != 1 or str(name).startswith((".", "/")):
+        raise UserError(f"no such model folder: {name} (and not a hub id like LanguageBind/Video-LLaVA-7B-hf)")
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+        preprocessor = cached_file(name, "preprocessor_config.json", local_files_only=local,
+                                   _raise_exceptions_for_missing_entries=False)
+        if config.model_type != "video_llava":
+            raise UserError(f"{name} is a {config.model_type} model, wanted video_llava")
+        return config, PixelSettings.read(preprocessor and Path(preprocessor), config.vision_config.image_size)
+    except UserError:
+        raise
+    except Exception as error:        # a damaged config breaks in transformers in many ways
+        raise UserError(f"can't load the config of {name}: {type(error).__name__}: {error}") from error
+
+
 @dataclasses.dataclass
 class VideoLlava:
     """The target model, ready to answer: load, prepare, answer, unload (EventGPT has the same verbs)."""
@@ -63,20 +84,8 @@ class VideoLlava:
 
         The image tower, which no video passes through, is dropped: 0.3 G of the published 7.4 G parameters.
         """
+        config, pixels = read_config(name)
         local = Path(name).is_dir()
-        if local:
-            read_model_config(Path(name))
-        elif str(name).count("/") != 1 or str(name).startswith((".", "/")):
-            raise UserError(f"no such model folder: {name} (and not a hub id like LanguageBind/Video-LLaVA-7B-hf)")
-        try:
-            config = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
-            preprocessor = cached_file(name, "preprocessor_config.json", local_files_only=local,
-                                       _raise_exceptions_for_missing_entries=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"can't load the config of {name}: {error}") from error
-        if config.model_type != "video_llava":
-            raise UserError(f"{name} is a {config.model_type} model, wanted video_llava")
-        pixels = PixelSettings.read(preprocessor and Path(preprocessor), config.vision_config.image_size)
         tokenizer = load_tokenizer(name, local)
         video_id = tokenizer.convert_tokens_to_ids(VIDEO)
         if video_id != config.video_token_index:
@@ -85,8 +94,9 @@ class VideoLlava:
         model = load_checked(VideoLlavaForConditionalGeneration, name, runtime, KEEP, local_files_only=local)
         model.model.image_tower = None
         free_memory()
+        revision = local_revision(Path(name)) if local else getattr(config, "_commit_hash", None) or "unknown"
         log(f"load | {name} | weights {weights_mib(model):,.1f} MiB, the image tower dropped")
-        return VideoLlava(model, tokenizer, pixels, runtime, getattr(config, "_commit_hash", None) or "local")
+        return VideoLlava(model, tokenizer, pixels, runtime, revision)
 
     @property
     def vocab_size(self) -> int:

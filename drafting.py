@@ -1,0 +1,226 @@
+"""Drafters: what proposes the target's next tokens, and what each of them learns from a verified answer.
+
+By agreement every drafter has the same two verbs:
+
+    predict(number) -> (T, TOP) int32     for answer `number` of the pairs it was made for: the best proposals at each
+                                          position given the true tokens before it, NOTHING where there is none
+    learn(number)                         the answer has been verified: use it for the next ones
+
+Answers come in clip order, so a drafter that learns knows what this drive's clips were answered a moment ago and
+nothing of later ones. For greedy verification these proposals decide everything: proposals after a wrong one are
+thrown away, and up to there the proposed prefix is the true one.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from base import Pairs
+from token_adapter import TokenAdapter
+
+TOP = 5
+KEPT = 24                      # of the adapter's distribution, what the hybrid mixes: the rest holds no winner
+NOTHING = -1                   # where a drafter proposes nothing: equal to no id
+
+# Chosen on the training drives of 1,100 real 1s pairs, leaving one drive out at a time (WORKFLOW.md, section 6).
+MAX_ORDER = 12                 # tokens of context
+TRAINING_WEIGHT = 0.05         # a training answer counts 1/20 of one verified in this stream
+BACK_OFF = 0.3                 # share of the Witten-Bell weight that goes to shorter contexts
+MEMORY_SHARES = (0.3, 0.5, 0.7)      # of the memory in the hybrid; the run's own validation chooses one
+ONLINE_STEPS, ONLINE_RATE = 8, 0.1   # plain gradient descent on each verified answer
+
+
+def answers(pairs: Pairs, which: str) -> Iterator[list[int]]:
+    """The token lists of all pairs, "draft" or "target"."""
+    flat, start = getattr(pairs, which), getattr(pairs, f"{which}_start")
+    return (flat[a:b].tolist() for a, b in itertools.pairwise(start))
+
+
+def top_of(distribution: dict[int, float]) -> list[int]:
+    best = sorted(distribution, key=distribution.get, reverse=True)[:TOP]
+    return best + [NOTHING] * (TOP - len(best))
+
+
+# -------------------------------------------------------------------------------------------- fixed proposals
+def direct_copy(pairs: Pairs, width: int) -> np.ndarray:
+    """(N, width) int32: the draft's own tokens as proposals; NOTHING past its end."""
+    inside = np.arange(width) < pairs.lengths("draft")[:, None]
+    return np.where(inside, pairs.padded("draft", width), NOTHING)
+
+
+def commonest_tokens(training: Pairs, width: int) -> np.ndarray:
+    """(width, TOP) int32: the commonest target tokens at each position, then NOTHING.
+
+    Column 0 is the constant string: proposed for every clip alike, it shows how much of an alpha is template.
+    """
+    target, lengths = training.padded("target", width), training.lengths("target")
+    commonest = np.full((width, TOP), NOTHING, np.int32)
+    for position in range(min(width, int(lengths.max()))):
+        counts = np.bincount(target[lengths > position, position])
+        best = np.argsort(-counts, kind="stable")[:TOP]
+        best = best[counts[best] > 0]
+        commonest[position, :len(best)] = best
+    return commonest
+
+
+class Fixed:
+    """Proposals that are known before the first answer: (N, T, TOP), or (T, TOP) alike for every clip."""
+
+    def __init__(self, proposals: np.ndarray, pairs: Pairs):
+        self.lengths = pairs.lengths("target")
+        self.proposals = np.broadcast_to(proposals, (len(pairs), *proposals.shape[-2:]))
+
+    def predict(self, number: int) -> np.ndarray:
+        return self.proposals[number, :self.lengths[number]]
+
+    def learn(self, number: int) -> None:
+        pass
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+class Memory:
+    """An n-gram memory of target answers, contexts of 1 to MAX_ORDER tokens, interpolated as Witten and Bell 1991.
+
+    It knows the training answers and, with `streaming`, each answer of these pairs from the moment it is verified.
+    """
+
+    BEGIN = -2                 # stands in front of every answer: a context like any other
+
+    def __init__(self, training: Pairs, pairs: Pairs, streaming: bool = True):
+        self.counts: dict[tuple[int, ...], dict[int, float]] = {}
+        self.targets, self.streaming = list(answers(pairs, "target")), streaming
+        for answer in answers(training, "target"):
+            self.add(answer, TRAINING_WEIGHT)
+
+    def add(self, answer: list[int], weight: float) -> None:
+        tokens = [self.BEGIN, *answer]
+        for at in range(1, len(tokens)):
+            for order in range(1, min(MAX_ORDER, at) + 1):
+                following = self.counts.setdefault(tuple(tokens[at - order:at]), {})
+                following[tokens[at]] = following.get(tokens[at], 0.0) + weight
+
+    def distribution(self, prefix: list[int]) -> dict[int, float]:
+        """Chance of each next token after BEGIN + prefix, from the longest contexts that were met."""
+        tokens, chances = ([self.BEGIN, *prefix] if len(prefix) < MAX_ORDER else prefix[-MAX_ORDER:]), {}
+        for order in range(1, len(tokens) + 1):
+            following = self.counts.get(tuple(tokens[len(tokens) - order:]))
+            if not following:
+                break
+            shorter = BACK_OFF * len(following)
+            total = sum(following.values()) + shorter
+            chances = {token: chance * shorter / total for token, chance in chances.items()}
+            for token, count in following.items():
+                chances[token] = chances.get(token, 0.0) + count / total
+        return chances
+
+    def predict(self, number: int) -> np.ndarray:
+        target = self.targets[number]
+        return np.array([top_of(self.distribution(target[:at])) for at in range(len(target))], np.int32)
+
+    def learn(self, number: int) -> None:
+        if self.streaming:
+            self.add(self.targets[number], 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------- adapter
+class Adapter:
+    """The TokenAdapter. With online steps, each verified answer is also learnt by gradient descent on a copy.
+
+    Dynamic evaluation (Krause et al. 2018): plain SGD follows a drive far better than Adam does here.
+    """
+
+    def __init__(self, adapter: TokenAdapter, pairs: Pairs, device: torch.device, online: bool = False,
+                 shuffled: int | None = None, batch_size: int = 64):
+        self.adapter = copy.deepcopy(adapter).to(device).eval() if online else adapter.to(device).eval()
+        self.online, config = online, adapter.config
+        width = min(config.max_seq_len, int(pairs.lengths("target").max()))
+        rows = np.arange(len(pairs))
+        if shuffled is not None:                         # the control: another clip's draft
+            rows = np.random.default_rng(shuffled).permutation(len(pairs))
+        self.lengths = pairs.lengths("target")
+        self.draft = torch.from_numpy(pairs.padded("draft", config.max_seq_len)[rows]).to(device)
+        self.draft_lengths = torch.from_numpy(pairs.lengths("draft")[rows]).to(device).clamp(max=config.max_seq_len)
+        self.target = torch.from_numpy(pairs.padded("target", width)).to(device)
+        self.batch_size = batch_size
+        self.seen: dict[int, tuple] = {}
+        self.learnt: set[int] = set()
+
+    def logits(self, rows: slice) -> torch.Tensor:
+        """Teacher-forced pass over these answers: (B, T, V); output i is what the adapter proposes for target[i]."""
+        width = min(int(self.lengths[rows].max()), self.target.shape[1])
+        draft, lengths = self.draft[rows], self.draft_lengths[rows]
+        if not self.adapter.config.sees_prefix:
+            first = self.adapter.config.first_position
+            logits = self.adapter(draft[:, :max(width - first, 1)].long())
+            return F.pad(logits, (0, 0, first, 0))[:, :width]
+        shown = int(lengths.max())
+        return self.adapter(draft[:, :shown].long(), lengths, self.target[rows, :width - 1].long())
+
+    @torch.no_grad()
+    def _best(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        logits = self.logits(rows)
+        chances, ids = F.softmax(logits.float(), -1).topk(min(KEPT, logits.shape[-1]))
+        first = self.adapter.config.first_position
+        ids[:, :first] = NOTHING
+        return ids.cpu().numpy(), chances.cpu().numpy()
+
+    def best(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(T, KEPT) ids and their chances, best first. Kept, so that a hybrid of the same adapter costs nothing."""
+        if number not in self.seen:
+            rows = slice(number, number + 1 if self.online else number + self.batch_size)
+            ids, chances = self._best(rows)
+            for k in range(len(ids)):
+                length = self.lengths[number + k]
+                self.seen[number + k] = ids[k, :length], chances[k, :length]
+        return self.seen[number]
+
+    def predict(self, number: int) -> np.ndarray:
+        ids = self.best(number)[0][:, :TOP]
+        proposals = np.full((self.lengths[number], TOP), NOTHING, np.int32)     # NOTHING past --max_seq_len
+        proposals[:len(ids), :ids.shape[1]] = ids
+        return proposals
+
+    def learn(self, number: int) -> None:
+        if not self.online or number in self.learnt:
+            return
+        self.learnt.add(number)
+        rows = slice(number, number + 1)
+        parameters = list(self.adapter.parameters())
+        label = self.target[rows, :self.lengths[number]].long()
+        for _ in range(ONLINE_STEPS):
+            loss = F.cross_entropy(self.logits(rows)[0], label[0])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            with torch.no_grad():
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        parameter -= ONLINE_RATE * parameter.grad
+                        parameter.grad = None
+
+
+class Hybrid:
+    """Adapter and memory mixed: chance = (1 - share) x adapter + share x memory."""
+
+    def __init__(self, adapter: Adapter, memory: Memory, share: float):
+        self.adapter, self.memory, self.share = adapter, memory, share
+
+    def predict(self, number: int) -> np.ndarray:
+        target = self.memory.targets[number]
+        ids, chances = self.adapter.best(number)
+        proposals = np.full((len(target), TOP), NOTHING, np.int32)
+        for at in range(len(target)):
+            mixed = {}
+            if at < len(ids):
+                mixed = dict(zip(ids[at].tolist(), ((1 - self.share) * chances[at]).tolist()))
+            for token, chance in self.memory.distribution(target[:at]).items():
+                mixed[token] = mixed.get(token, 0.0) + self.share * chance
+            proposals[at] = top_of(mixed)
+        return proposals
+
+    def learn(self, number: int) -> None:
+        self.adapter.learn(number)
+        self.memory.learn(number)
