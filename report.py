@@ -154,6 +154,9 @@ def drafter_tables(results: dict) -> list[str]:
     if test["step_ms"]:
         notes.append(f"One cached adapter step at batch 1 takes {test['step_ms']:.2f} ms here, without CUDA graph.")
     lines = ["## Drafters (test)", "", *table(header, rows), " ".join(notes), ""]
+    rows = [[f"adapter minus {name}", f"{100 * found['value']:+.1f} points", bounds(found, True)]
+            for name, found in test["adapter_minus"].items()]
+    lines += table(["alpha, paired over the same answers", "difference", "95 % interval"], rows) if rows else []
     best = best_drafter(test)
     rows = [[g, f"{d['tau']:.2f}", f"{d['tau_mean']:.2f}", f"{drafters[best]['expected_by_gamma'][g]:.2f}",
              *(percent(share) for share in d["more_passes_than"].values())]

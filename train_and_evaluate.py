@@ -476,11 +476,12 @@ def evaluate(adapter, data: Data, batch_size: int, device, selected=None) -> dic
     from drafting import commonest_tokens
 
     max_seq_len = adapter.config.max_seq_len
-    commonest = commonest_tokens(data.train, max_seq_len) if data.train else None
     metrics = {}
     for name, pairs in (("train", data.train), ("validation", data.validation), ("test", data.test)):
         if pairs:
             model = (selected if name == "validation" else adapter).to(device)
+            known = data.all_train if name == "test" else data.train
+            commonest = commonest_tokens(known, max_seq_len) if known else None
             top1, top5, loss = predict(model, TokenTensors.of(pairs, max_seq_len, device), batch_size)
             metrics[name] = {"loss": loss, **compare(top1, top5, pairs, commonest)}
     return metrics

@@ -222,3 +222,51 @@ def test_a_finished_task_folder_is_not_touched(monkeypatch, tmp_path, trained, f
     with pytest.raises(UserError, match="holds a finished task"):
         run_main(monkeypatch, tmp_path, files["train"], files["test"], "--task_folder", str(trained[0]))
     assert {path: path.read_bytes() for path in trained[0].iterdir()} == before
+
+
+# --------------------------------------------------------------------------------------- prefix conditioning
+@pytest.fixture(scope="module")
+def by_conditioning(files, tmp_path_factory) -> dict:
+    """results.json and folder of one small run each; online steps and a second training on all pairs included."""
+    runs = {}
+    for name, flags in (("prefix", ["--no-refit"]), ("prefix+draft", []),
+                        ("no stream", ["--no-refit", "--no-stream"])):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            conditioning = name if name.startswith("prefix") else "prefix"
+            runs[name] = run_main(monkeypatch, tmp_path_factory.mktemp("task"), files["train"], files["test"],
+                                  "--conditioning", conditioning, "--num_epochs", "6", *flags)
+    return runs
+
+
+def test_prefix_with_drafts_begins_as_the_very_run_without_them(by_conditioning):
+    alone, both = (by_conditioning[name][1]["history"] for name in ("prefix", "prefix+draft"))
+    numbers = [[(epoch["train_loss"], epoch["validation_alpha"]) for epoch in history if epoch["phase"] == "prefix"]
+               for history in (alone, both)]
+    assert numbers[0] == numbers[1] and len(numbers[0]) == 6
+    assert [epoch["phase"] for epoch in both[6:]] == ["prefix+draft"] * 3
+
+
+def test_the_kept_adapter_is_of_the_phase_that_validation_chose(by_conditioning):
+    task, results = by_conditioning["prefix+draft"]
+    best = max(results["history"], key=lambda epoch: epoch["validation_alpha"])
+    assert results["best_epoch"] == best["epoch"]
+    assert load_adapter(task / "best_model.pt").config.conditioning == best["phase"]
+    assert results["metrics"]["validation"]["adapter"]["alpha"] == best["validation_alpha"]
+
+
+def test_every_drafter_is_measured_on_the_same_answers(by_conditioning):
+    test = by_conditioning["prefix+draft"][1]["metrics"]["test"]
+    assert {"copy of the draft", "constant string", "n-gram", "memory", "adapter", "adapter, online", "hybrid",
+            "hybrid, online"} <= set(test["drafters"])
+    assert test["drafters"]["copy of the draft"]["alpha"] == test["direct_copy"]["alpha"]
+    assert test["drafters"]["adapter"]["alpha"] == pytest.approx(test["adapter"]["alpha"])
+    for drafter in test["drafters"].values():
+        assert sum(drafter["per_position"]["count"]) == test["positions"]
+        for gamma, found in drafter["simulated"].items():
+            assert 1 <= found["tau"] <= int(gamma) + 1
+
+
+def test_without_streaming_nothing_learns_from_the_test_answers(by_conditioning):
+    drafters = by_conditioning["no stream"][1]["metrics"]["test"]["drafters"]
+    assert drafters["memory"]["alpha"] == drafters["n-gram"]["alpha"]
+    assert "adapter, online" not in drafters
