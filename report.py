@@ -261,12 +261,16 @@ def training_section(results: dict, pictures: list[str]) -> list[str]:
                 f"measured by its own contract, {escape(results['adapter']['contract'])}. It has no history "
                 "here, so there are no training curves.", "", *shown]
     best = results["history"][results["best_epoch"] - 1]
+    phases = [epoch["phase"] for epoch in results["history"]]
+    counted = ", ".join(f"{phases.count(name)} {name}" for name in dict.fromkeys(phases))
+    again = ("The adapter was then trained again from the start, just as long, with the validation pairs; that one "
+             "is kept, and only the metrics on validation are those of the first. " if results["refitted"] else "")
+    seconds, accepted = results["seconds"]["until_trained"], percent(best["validation_alpha"])
     lines = ["## Training", "",
-             f"{len(results['history'])} of at most {results['config']['num_epochs']} epochs, "
-             f"{results['seconds']['until_trained']:.0f} s with reading the pairs. Kept is epoch "
-             f"{results['best_epoch']}, best on validation: {percent(best['validation_alpha'])} accepted. "
-             "In the curves, loss and top-1 on train come from the training pass itself, with dropout on and "
-             "weights on the move; the metrics above are measured anew with the kept weights.", ""]
+             f"{len(phases)} epochs ({counted}), {seconds:.0f} s with reading the pairs. Chosen is epoch "
+             f"{results['best_epoch']}, best on validation: {accepted} accepted. {again}In the curves, loss and "
+             "top-1 on train come from the training pass itself, with dropout on and weights on the move; the "
+             "metrics above are measured anew with the kept weights.", ""]
     return lines + shown
 
 

@@ -588,6 +588,7 @@ def main() -> None:
         "warnings": data.warnings,
         "history": trained.history if trained else [],
         "best_epoch": trained and trained.best_epoch,
+        "refitted": bool(trained and trained.adapter is not trained.selected),
         "metrics": metrics,
         "seconds": {"until_trained": trained_s, "all": time.monotonic() - start},
         "provenance": {**provenance(), "folder": os.getcwd(), "device": device_name(device)},

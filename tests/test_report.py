@@ -35,9 +35,9 @@ def measured(share: float, num_pairs: int = 10, length: int = 6, constant: bool 
 
 def write_task(task: Path, epochs: int = 3, share: float = 0.9, name: str = "1s_20260128_020530", **changes) -> Path:
     task.mkdir(exist_ok=True)
-    history = [{"epoch": epoch, "train_loss": 5 / epoch, "train_alpha": 0.3, "validation_loss": 6 / epoch,
-                "validation_alpha": 0.2, "validation_top5": 0.5, "learning_rate": 1e-4, "seconds": 1.0}
-               for epoch in range(1, epochs + 1)]
+    history = [{"epoch": epoch, "phase": "draft", "train_loss": 5 / epoch, "train_alpha": 0.3,
+                "validation_loss": 6 / epoch, "validation_alpha": 0.2, "validation_top5": 0.5,
+                "learning_rate": 1e-4, "seconds": 1.0} for epoch in range(1, epochs + 1)]
     file = {"path": name, "format": "extraction", "rows": 12, "used": 10, "dropped": {"no token list": 2},
             "flagged": {"empty draft": 1}}
     results = {
@@ -46,7 +46,7 @@ def write_task(task: Path, epochs: int = 3, share: float = 0.9, name: str = "1s_
         "adapter": {"contract": "target[i] from draft[:i+1]", "conditioning": "draft"},
         "files": {"train": [file], "test": [file]},
         "split": {"by": "drive", "validation": [name], "train": ["thun_01"]}, "warnings": [], "history": history,
-        "best_epoch": 1 if epochs else None, "seconds": {"until_trained": 3.0, "all": 4.0},
+        "best_epoch": 1 if epochs else None, "refitted": False, "seconds": {"until_trained": 3.0, "all": 4.0},
         "metrics": {"train": measured(0.9), "validation": measured(0.8), "test": measured(share)},
         "provenance": {"argv": ["train_and_evaluate.py", "--task_name", name], "git_commit": None, "folder": name,
                        "device": "CPU", "versions": {"python": "3.11"}}, **changes}

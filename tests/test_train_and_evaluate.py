@@ -249,7 +249,7 @@ def test_prefix_with_drafts_begins_as_the_very_run_without_them(by_conditioning)
 def test_the_kept_adapter_is_of_the_phase_that_validation_chose(by_conditioning):
     task, results = by_conditioning["prefix+draft"]
     best = max(results["history"], key=lambda epoch: epoch["validation_alpha"])
-    assert results["best_epoch"] == best["epoch"]
+    assert results["best_epoch"] == best["epoch"] and results["refitted"]
     assert load_adapter(task / "best_model.pt").config.conditioning == best["phase"]
     assert results["metrics"]["validation"]["adapter"]["alpha"] == best["validation_alpha"]
 
