@@ -15,14 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from base import Pairs, drive_of
-from drafting import TOP, answers, direct_copy
+import drafting
+from base import Pairs, drive_of, log
+from token_adapter import NOT_SCORED
 
 GAMMAS = range(1, 11)
 SIMULATED_GAMMAS = (1, 2, 3, 5, 8, 12)
 PASSES_SHOWN = (5, 10, 15, 20, 30)
 MIN_SEQUENCES, BLOCK, BOOTSTRAPS = 8, 20, 2000
-PAST_END = -100                # label past the target's end: cross_entropy leaves it out, and no id equals it
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
@@ -86,10 +86,13 @@ def simulate(top1: np.ndarray, lengths: np.ndarray, gamma: int) -> dict:
 def interval(top1: np.ndarray, lengths: np.ndarray, sequences: list[str], other: np.ndarray | None = None) -> dict:
     """95 % interval of alpha, or of its difference to another drafter's on the same answers (paired bootstrap).
 
-    Resampled are whole sequences; with fewer than eight of them, blocks of 20 neighbouring clips.
+    Resampled are whole sequences; with fewer than eight of them, blocks of 20 neighbouring clips. "left_out" are
+    the lowest and the highest value when any one drive is left out, None with a single drive.
     """
     inside = np.arange(top1.shape[1]) < lengths[:, None]
     hits = (top1 & inside).sum(1) - (0 if other is None else (other & inside).sum(1))
+    drives, drive = np.unique([drive_of(name) for name in sequences], return_inverse=True)
+    rest = [hits[drive != one].sum() / lengths[drive != one].sum() for one in range(len(drives)) if len(drives) > 1]
     names, group = np.unique(sequences, return_inverse=True)
     unit = "sequences"
     if len(names) < MIN_SEQUENCES:
@@ -97,7 +100,8 @@ def interval(top1: np.ndarray, lengths: np.ndarray, sequences: list[str], other:
     hits, positions = np.bincount(group, hits), np.bincount(group, lengths)
     drawn = np.random.default_rng(0).integers(len(hits), size=(BOOTSTRAPS, len(hits)))
     low, high = np.quantile(hits[drawn].sum(1) / positions[drawn].sum(1), (0.025, 0.975))
-    return {"value": float(hits.sum() / positions.sum()), "low": float(low), "high": float(high), "by": unit}
+    return {"value": float(hits.sum() / positions.sum()), "low": float(low), "high": float(high), "by": unit,
+            "left_out": [float(min(rest)), float(max(rest))] if rest else None}
 
 
 def by_drive(top1: np.ndarray, lengths: np.ndarray, sequences: list[str]) -> dict:
@@ -118,7 +122,7 @@ def stream(drafter, pairs: Pairs) -> dict:
     lengths = pairs.lengths("target")
     top1 = np.zeros((len(pairs), int(lengths.max())), bool)
     top5, start = top1.copy(), time.monotonic()
-    for number, target in enumerate(answers(pairs, "target")):
+    for number, target in enumerate(pairs.answers("target")):
         right = drafter.predict(number) == np.array(target, np.int32)[:, None]
         top1[number, :len(target)], top5[number, :len(target)] = right[:, 0], right.any(1)
         drafter.learn(number)
@@ -136,12 +140,80 @@ def stream(drafter, pairs: Pairs) -> dict:
             "drives": by_drive(top1, lengths, pairs.sequence), "seconds_per_answer": seconds / len(pairs)}
 
 
+def measure_drafters(adapter, test: Pairs, known: Pairs | None, prefix, selected: tuple | None, streaming: bool,
+                     online: bool, seed: int) -> dict:
+    """Every drafter streams over the test answers in clip order: {"drafters": {name: ...}, "adapter_minus": ...}.
+
+    adapter: on its device, as are the others. known: the pairs that it was trained on; prefix: the ablation without
+    drafts; selected: (adapter, its training pairs, validation pairs) to choose the hybrid's share on. None of the
+    three for a checkpoint. streaming: drafters may learn from verified answers; online: by gradient steps too.
+    """
+    found, hits, lengths = {}, {}, test.lengths("target")
+    width, parameters = int(lengths.max()), adapter.num_parameters()
+    sees_prefix = adapter.config.sees_prefix
+
+    def run(name: str, drafter, parameters: int = 0) -> None:
+        start = time.monotonic()
+        found[name] = {**stream(drafter, test), "parameters": parameters}
+        hits[name] = found[name].pop("top1")
+        log(f"drafters | {name} | accepted {found[name]['alpha']:.1%} | tau "
+            f"{found[name]['simulated']['8']['tau']:.2f} at gamma 8 | {time.monotonic() - start:.1f} s")
+
+    copied = np.full((len(test), width, drafting.TOP), drafting.NOTHING, np.int32)
+    copied[:, :, 0] = drafting.direct_copy(test, width)
+    run("copy of the draft", drafting.Fixed(copied, test))
+    if known:
+        run("constant string", drafting.Fixed(drafting.commonest_tokens(known, width), test))
+        run("n-gram", drafting.Memory(known, test, streaming=False))
+        run("memory", drafting.Memory(known, test, streaming))
+    if prefix is not None and adapter.config.conditioning == "prefix+draft":
+        run("prefix", drafting.Adapter(prefix, test), parameters)
+        run("adapter, drafts shuffled", drafting.Adapter(adapter, test, shuffled=seed), parameters)
+    kinds = {"hybrid": drafting.Adapter(adapter, test)}
+    run("adapter", kinds["hybrid"], parameters)
+    if online and sees_prefix:
+        kinds["hybrid, online"] = drafting.Adapter(adapter, test, online=True)
+        run("adapter, online", kinds["hybrid, online"], parameters)
+    shares = {}
+    if selected and sees_prefix:
+        for name, drafter in kinds.items():
+            shares[name] = choose_share(*selected, drafter.online, streaming)
+            run(name, drafting.Hybrid(drafter, drafting.Memory(known, test, streaming), shares[name]), parameters)
+    return {"drafters": found, "memory_share": shares, "stream": streaming,
+            "adapter_minus": {name: interval(hits["adapter"], lengths, test.sequence, hits[name])
+                              for name in ("copy of the draft", "n-gram", "prefix", "adapter, drafts shuffled")
+                              if name in hits},
+            "step_ms": step_ms(adapter, test) if sees_prefix else None}
+
+
+def choose_share(adapter, training: Pairs, validation: Pairs, online: bool, streaming: bool) -> float:
+    """The memory's share in the hybrid that is best on validation pairs, which the adapter was not trained on."""
+    drafter = drafting.Adapter(adapter, validation, online)
+    alphas = {share: stream(drafting.Hybrid(drafter, drafting.Memory(training, validation, streaming), share),
+                            validation)["alpha"] for share in drafting.MEMORY_SHARES}
+    return max(alphas, key=alphas.get)
+
+
+@torch.inference_mode()
+def step_ms(adapter, pairs: Pairs) -> float:
+    """Milliseconds of one cached proposal step at batch 1, eager, the median of 30."""
+    device, times = next(adapter.parameters()).device, []
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    draft = torch.from_numpy(pairs.select([0]).padded("draft", adapter.config.max_seq_len)).to(device).long()
+    _, cache = adapter.start(draft, torch.tensor([draft.shape[1]], device=device))
+    for _ in range(min(40, adapter.config.max_seq_len - 1)):
+        start = time.perf_counter()
+        int(adapter.step(token, cache)[0, -1].argmax())
+        times.append(time.perf_counter() - start)
+    return 1000 * float(np.median(times[-30:]))
+
+
 def compare(top1: np.ndarray, top5: np.ndarray, pairs: Pairs, commonest: np.ndarray | None) -> dict:
     """The adapter's hits (N, T) on these pairs, with both baselines over the same T positions."""
     width, lengths = top1.shape[1], pairs.lengths("target")
     target = pairs.padded("target", width)
     adapter = measure(top1, lengths, top5)
-    copied = measure(direct_copy(pairs, width) == target, lengths)
+    copied = measure(drafting.direct_copy(pairs, width) == target, lengths)
     constant = None
     if commonest is not None:
         right = commonest[:width] == target[:, :, None]
@@ -164,14 +236,14 @@ class TokenTensors:
 
     draft: torch.Tensor              # (N, max(T, Td)) int32, filled up with 0
     draft_lengths: torch.Tensor      # (N,) int64
-    target: torch.Tensor             # (N, T) int32, PAST_END after its end
+    target: torch.Tensor             # (N, T) int32, NOT_SCORED after its end
     lengths: np.ndarray              # (N,) int64 target tokens, uncut
 
     @classmethod
     def of(cls, pairs: Pairs, max_seq_len: int, device: torch.device) -> "TokenTensors":
         lengths, draft_lengths = pairs.lengths("target"), np.minimum(pairs.lengths("draft"), max_seq_len)
         width = min(max_seq_len, int(lengths.max()))
-        target = np.where(np.arange(width) < lengths[:, None], pairs.padded("target", width), PAST_END)
+        target = np.where(np.arange(width) < lengths[:, None], pairs.padded("target", width), NOT_SCORED)
         draft = pairs.padded("draft", max(width, int(draft_lengths.max())))
         return cls(torch.from_numpy(draft).to(device), torch.from_numpy(draft_lengths).to(device),
                    torch.from_numpy(target).to(device), lengths)
@@ -197,9 +269,10 @@ def score(adapter, tokens: TokenTensors, rows: torch.Tensor, width: int, first: 
           shown: torch.Tensor | None = None) -> tuple:
     """(logits (B, width - first, V), labels (B, width - first) int64); `first` is the adapter's position.
 
+    Labels are columns of the logits, NOT_SCORED past the end and for ids that the adapter doesn't score.
     shown (B,) bool: the rows whose draft a prefix+draft adapter may see; None: no draft at all.
     """
-    labels = tokens.target[rows, first:width].long()
+    labels = adapter.labels_of(tokens.target[rows, first:width].long())
     if not adapter.config.sees_prefix:
         return adapter(tokens.draft[rows, :width - first].long()), labels
     prefix = tokens.target[rows, :width - 1].long().clamp(min=0)          # past the end any id will do
@@ -210,7 +283,7 @@ def score(adapter, tokens: TokenTensors, rows: torch.Tensor, width: int, first: 
 
 @torch.inference_mode()
 def predict(adapter, tokens: TokenTensors, batch_size: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """The adapter's hits by its own contract: top1, top5 (N, T) bool, and the loss in nats for each proposal.
+    """The adapter's hits by its own contract: top1, top5 (N, T) bool, and the loss in nats a token it scores.
 
     In float32 on every device, whatever it was trained in.
     """
@@ -219,15 +292,14 @@ def predict(adapter, tokens: TokenTensors, batch_size: int) -> tuple[np.ndarray,
     top1 = torch.zeros_like(tokens.target, dtype=torch.bool)
     top5 = top1.clone()
     loss = torch.zeros((), dtype=torch.float64, device=tokens.target.device)
-    proposals = 0
-    for rows, width, positions in tokens.batches(batch_size):
+    scored = torch.zeros((), dtype=torch.long, device=tokens.target.device)
+    for rows, width, _ in tokens.batches(batch_size):
         if width <= first:
             continue
         shown = torch.ones_like(rows, dtype=torch.bool) if adapter.config.conditioning == "prefix+draft" else None
         logits, labels = score(adapter, tokens, rows, width, first, shown)
-        best = logits.topk(min(TOP, logits.shape[-1])).indices == labels[:, :, None]
+        best = logits.topk(min(drafting.TOP, logits.shape[-1])).indices == labels[:, :, None]
         top1[rows, first:width], top5[rows, first:width] = best[:, :, 0], best.any(-1)
-        loss += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAST_END,
-                                reduction="sum")
-        proposals += positions - first * len(rows)
-    return top1.cpu().numpy(), top5.cpu().numpy(), float(loss) / max(proposals, 1)
+        loss += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        scored += (labels != NOT_SCORED).sum()
+    return top1.cpu().numpy(), top5.cpu().numpy(), float(loss) / max(int(scored), 1)

@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -231,6 +232,11 @@ class Pairs:
         out[inside] = flat[(start[:-1, None] + np.arange(width))[inside]]
         return out
 
+    def answers(self, which: typing.Literal["draft", "target"]) -> Iterator[list[int]]:
+        """The token lists of all pairs, one after the other."""
+        flat, start = getattr(self, which), getattr(self, f"{which}_start")
+        return (flat[a:b].tolist() for a, b in itertools.pairwise(start))
+
     def select(self, rows: np.ndarray) -> Pairs:
         """The pairs at these row numbers, in that order."""
         parts = {}
@@ -242,9 +248,16 @@ class Pairs:
         return dataclasses.replace(self, **parts, sequence=[self.sequence[i] for i in rows],
                                    clip=[self.clip[i] for i in rows])
 
-    def max_id(self) -> int:
-        """The largest token id in either answer, -1 without any token."""
-        return int(max(self.draft.max(initial=-1), self.target.max(initial=-1)))
+    def largest_ids(self) -> list[tuple[int, str]]:
+        """(largest id, path) of each file they were read from, for an error that names the file."""
+        found, first = [], 0
+        for file in self.files:
+            last = first + file["used"]
+            draft = self.draft[self.draft_start[first]:self.draft_start[last]]
+            target = self.target[self.target_start[first]:self.target_start[last]]
+            found.append((int(max(draft.max(initial=-1), target.max(initial=-1))), file["path"]))
+            first = last
+        return found
 
 
 def _starts(lengths: list[int]) -> np.ndarray:

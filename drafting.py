@@ -12,15 +12,13 @@ thrown away, and up to there the proposed prefix is the true one.
 """
 
 import copy
-import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from base import Pairs
-from token_adapter import TokenAdapter
+from token_adapter import NOT_SCORED, TokenAdapter
 
 TOP = 5
 KEPT = 24                      # of the adapter's distribution, what the hybrid mixes: the rest holds no winner
@@ -32,12 +30,6 @@ TRAINING_WEIGHT = 0.05         # a training answer counts 1/20 of one verified i
 BACK_OFF = 0.3                 # share of the Witten-Bell weight that goes to shorter contexts
 MEMORY_SHARES = (0.3, 0.5, 0.7)      # of the memory in the hybrid; the run's own validation chooses one
 ONLINE_STEPS, ONLINE_RATE = 8, 0.1   # plain gradient descent on each verified answer
-
-
-def answers(pairs: Pairs, which: str) -> Iterator[list[int]]:
-    """The token lists of all pairs, "draft" or "target"."""
-    flat, start = getattr(pairs, which), getattr(pairs, f"{which}_start")
-    return (flat[a:b].tolist() for a, b in itertools.pairwise(start))
 
 
 def top_of(distribution: dict[int, float]) -> list[int]:
@@ -92,8 +84,8 @@ class Memory:
 
     def __init__(self, training: Pairs, pairs: Pairs, streaming: bool = True):
         self.counts: dict[tuple[int, ...], dict[int, float]] = {}
-        self.targets, self.streaming = list(answers(pairs, "target")), streaming
-        for answer in answers(training, "target"):
+        self.targets, self.streaming = list(pairs.answers("target")), streaming
+        for answer in training.answers("target"):
             self.add(answer, TRAINING_WEIGHT)
 
     def add(self, answer: list[int], weight: float) -> None:
@@ -133,10 +125,10 @@ class Adapter:
     Dynamic evaluation (Krause et al. 2018): plain SGD follows a drive far better than Adam does here.
     """
 
-    def __init__(self, adapter: TokenAdapter, pairs: Pairs, device: torch.device, online: bool = False,
-                 shuffled: int | None = None, batch_size: int = 64):
-        self.adapter = copy.deepcopy(adapter).to(device).eval() if online else adapter.to(device).eval()
-        self.online, config = online, adapter.config
+    def __init__(self, adapter: TokenAdapter, pairs: Pairs, online: bool = False, shuffled: int | None = None,
+                 batch_size: int = 64):
+        self.adapter = copy.deepcopy(adapter).eval() if online else adapter.eval()
+        self.online, config, device = online, adapter.config, next(adapter.parameters()).device
         width = min(config.max_seq_len, int(pairs.lengths("target").max()))
         rows = np.arange(len(pairs))
         if shuffled is not None:                         # the control: another clip's draft
@@ -163,7 +155,8 @@ class Adapter:
     @torch.no_grad()
     def _best(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         logits = self.logits(rows)
-        chances, ids = F.softmax(logits.float(), -1).topk(min(KEPT, logits.shape[-1]))
+        chances, columns = F.softmax(logits.float(), -1).topk(min(KEPT, logits.shape[-1]))
+        ids = self.adapter.ids_of(columns)
         first = self.adapter.config.first_position
         ids[:, :first] = NOTHING
         return ids.cpu().numpy(), chances.cpu().numpy()
@@ -190,9 +183,10 @@ class Adapter:
         self.learnt.add(number)
         rows = slice(number, number + 1)
         parameters = list(self.adapter.parameters())
-        label = self.target[rows, :self.lengths[number]].long()
+        label = self.adapter.labels_of(self.target[rows, :self.lengths[number]].long())
         for _ in range(ONLINE_STEPS):
-            loss = F.cross_entropy(self.logits(rows)[0], label[0])
+            losses = F.cross_entropy(self.logits(rows)[0], label[0], reduction="sum")
+            loss = losses / (label[0] != NOT_SCORED).sum().clamp(min=1)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             with torch.no_grad():

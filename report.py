@@ -82,6 +82,14 @@ def bounds(interval: dict, signed: bool = False) -> str:
     return f"{form.format(100 * interval['low'])} to {form.format(100 * interval['high'])}"
 
 
+def left_out(interval: dict) -> str:
+    """How far a difference moves with the choice of drives."""
+    if not interval["left_out"]:
+        return "a single drive"
+    low, high = interval["left_out"]
+    return f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
 def answer(results: dict) -> list[str]:
     """What a reader must know, in a few plain sentences."""
     test = results["metrics"]["test"]
@@ -153,10 +161,14 @@ def drafter_tables(results: dict) -> list[str]:
              "the hybrids reuse the adapter's passes."]
     if test["step_ms"]:
         notes.append(f"One cached adapter step at batch 1 takes {test['step_ms']:.2f} ms here, without CUDA graph.")
+    if test["pairs"] < test["whole_test"]:
+        notes.insert(0, f"**Measured on {test['pairs']} of {test['whole_test']} test pairs**, the first clips of "
+                        "every sequence; `--max_test_samples -1` measures all (a large adapter is slow on a CPU).")
     lines = ["## Drafters (test)", "", *table(header, rows), " ".join(notes), ""]
-    rows = [[f"adapter minus {name}", f"{100 * found['value']:+.1f} points", bounds(found, True)]
+    rows = [[f"adapter minus {name}", f"{100 * found['value']:+.1f} points", bounds(found, True), left_out(found)]
             for name, found in test["adapter_minus"].items()]
-    lines += table(["alpha, paired over the same answers", "difference", "95 % interval"], rows) if rows else []
+    lines += table(["alpha, paired over the same answers", "difference", "95 % interval",
+                    "leaving out one drive at a time"], rows) if rows else []
     best = best_drafter(test)
     rows = [[g, f"{d['tau']:.2f}", f"{d['tau_mean']:.2f}", f"{drafters[best]['expected_by_gamma'][g]:.2f}",
              *(percent(share) for share in d["more_passes_than"].values())]

@@ -28,6 +28,7 @@ CONTRACTS = {"draft": "target[i] from draft[:i+1]", "prefix": "target[i] from ta
              "prefix+draft": "target[i] from target[:i] and the whole draft"}
 ORIGINAL_CONTRACT = "target[i+1] from draft[:i+1]"
 ORIGINAL_NUM_HEADS = 8
+NOT_SCORED = -100              # a label that cross_entropy leaves out by default, and equal to no column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class AdapterConfig:
     max_seq_len: int = 128
     dropout: float = 0.1
     contract: str = ""               # "": the one that belongs to the conditioning
+    draft_vocab: int = 0             # ids that are scored; 0: all of the vocabulary
 
     def __post_init__(self):
         if self.conditioning not in CONTRACTS:
@@ -55,6 +57,9 @@ class AdapterConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise UserError(f"{name} must be a whole number of 1 or more, got {value!r}")
+        if type(self.draft_vocab) is not int or not 0 <= self.draft_vocab <= self.vocab_size:
+            raise UserError(f"draft_vocab must be from 0 to the vocabulary size {self.vocab_size}, got "
+                            f"{self.draft_vocab!r}")
         if self.embed_dim % self.num_heads:
             raise UserError(f"num_heads must divide embed_dim, got {self.num_heads} and {self.embed_dim}")
         if not isinstance(self.dropout, float) or not 0 <= self.dropout < 1:
@@ -131,11 +136,18 @@ class Block(nn.Module):
 
 
 class TokenAdapter(nn.Module):
-    """Sub-modules are named as in the original suite; `transformer.layers` as in nn.TransformerEncoder."""
+    """Sub-modules are named as in the original suite; `transformer.layers` as in nn.TransformerEncoder.
 
-    def __init__(self, config: AdapterConfig):
+    output_ids (K,) int64, ascending: the ids that are scored, when not all are (a frequency-ranked output as in
+    Zhao et al. 2025, "FR-Spec"). Logits then have K columns: ids_of() and labels_of() translate.
+    """
+
+    def __init__(self, config: AdapterConfig, output_ids: torch.Tensor | None = None):
         super().__init__()
         self.config = config
+        if output_ids is None and config.draft_vocab:
+            output_ids = torch.empty(config.draft_vocab, dtype=torch.long)      # a checkpoint fills it
+        self.register_buffer("output_ids", output_ids)
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         self.position_embedding = nn.Embedding(config.max_seq_len, config.embed_dim)
         blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -161,10 +173,10 @@ class TokenAdapter(nn.Module):
         assert draft.shape[1] <= self.config.max_seq_len, (draft.shape, self.config.max_seq_len)
         if not self.config.sees_prefix:
             x = self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]]
-            return self.output_proj(self._blocks(x))
+            return self._logits(self._blocks(x))
         answer = self._embed_answer(prefix)
         if self.config.conditioning == "prefix" or not draft.shape[1]:
-            return self.output_proj(self._blocks(self.embedding_dropout(answer)))
+            return self._logits(self._blocks(self.embedding_dropout(answer)))
         B, before, T = len(draft), draft.shape[1], answer.shape[1]
         x = torch.cat([self._embed_draft(draft), answer], dim=1)
         shown = torch.arange(before, device=draft.device) < draft_lengths[:, None]           # (B, before)
@@ -172,7 +184,7 @@ class TokenAdapter(nn.Module):
         mask = mask.expand(B, -1, -1).clone()
         # Every position sees the whole draft; past its end a position sees itself, for a softmax needs something.
         mask[:, :, :before] = shown[:, None] | torch.eye(before + T, before, dtype=torch.bool, device=draft.device)
-        return self.output_proj(self._blocks(self.embedding_dropout(x), mask[:, None])[:, before:])
+        return self._logits(self._blocks(self.embedding_dropout(x), mask[:, None])[:, before:])
 
     def draft_as_answer(self, draft):
         """draft (B, T) int64 -> logits (B, T, vocab_size): output i proposes draft[:, i] from draft[:, :i].
@@ -180,7 +192,24 @@ class TokenAdapter(nn.Module):
         Only for training: EventGPT's sentences are further text about the same streets.
         """
         x = self._embed_answer(draft[:, :-1]) + self.as_draft
-        return self.output_proj(self._blocks(self.embedding_dropout(x)))
+        return self._logits(self._blocks(self.embedding_dropout(x)))
+
+    def ids_of(self, columns):
+        """Columns of the logits -> token ids, of any shape."""
+        return columns if self.output_ids is None else self.output_ids[columns]
+
+    def labels_of(self, ids):
+        """Token ids -> columns of the logits, any shape; NOT_SCORED (and whatever isn't scored) -> NOT_SCORED."""
+        if self.output_ids is None:
+            return ids
+        columns = torch.searchsorted(self.output_ids, ids).clamp(max=len(self.output_ids) - 1)
+        return torch.where(self.output_ids[columns] == ids, columns, NOT_SCORED)
+
+    def _logits(self, x):                                    # (B, T, D) -> (B, T, ids scored)
+        norm, linear = self.output_proj
+        if self.output_ids is None:
+            return linear(norm(x))
+        return F.linear(norm(x), linear.weight[self.output_ids], linear.bias[self.output_ids])
 
     def _embed_draft(self, draft):
         return self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]] + self.as_draft
@@ -222,7 +251,7 @@ class TokenAdapter(nn.Module):
         causal = torch.ones(x.shape[1], stop, dtype=torch.bool, device=x.device).tril(start)
         x = self._blocks(x, (cache.visible[:, None, :stop] & causal)[:, None], cache)
         cache.length = stop
-        return self.output_proj(x)
+        return self._logits(x)
 
     def condition(self, conditioning: str) -> None:
         """Go on as `prefix` or `prefix+draft`: they have the same weights and differ in what is shown."""
@@ -268,6 +297,11 @@ def load_adapter(path: Path) -> TokenAdapter:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     _check_state(path, state, adapter.state_dict())
+    ids = state.get("output_ids")
+    if ids is not None and (ids.dtype != torch.long or (ids[1:] <= ids[:-1]).any() or ids[0] < 0
+                            or ids[-1] >= adapter.config.vocab_size):
+        raise UserError(f"{path}: output_ids must be whole numbers below the vocabulary size "
+                        f"{adapter.config.vocab_size}, ascending, each once")
     adapter.load_state_dict(state, assign=True)
     if adapter.config.sees_prefix:
         adapter.output_proj[1].weight = adapter.embedding.weight       # assigning has parted the tied two
@@ -285,7 +319,8 @@ def _config_of(state: dict, recorded: dict) -> AdapterConfig:
         vocab_size=vocab_size, embed_dim=embed_dim, num_layers=len(layers), max_seq_len=max_seq_len,
         feedforward_dim=feedforward_dim,
         num_heads=recorded.get("num_heads", ORIGINAL_NUM_HEADS), dropout=recorded.get("dropout", 0.1),
-        conditioning=recorded.get("conditioning", "draft"),
+        conditioning=recorded.get("conditioning", "draft"), draft_vocab=state["output_ids"].numel() if
+        "output_ids" in state else 0,
         contract=recorded.get("contract", ORIGINAL_CONTRACT))
 
 

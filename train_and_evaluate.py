@@ -10,6 +10,7 @@ that has it is whole. Validation is cut from training, by whole drives; the test
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import datetime
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -50,7 +52,10 @@ if TYPE_CHECKING:          # torch is imported only after the flags are read
 DRAFT_DROPOUT = 0.5        # share of training rows whose draft is hidden, so that the adapter can do without
 WARM_UP = 0.05             # share of the steps in which the learning rate rises: post-norm encoders need it
 MAX_GRADIENT_NORM = 1.0
-SMALL_ADAPTER = 2_000_000  # parameters up to which online steps are measured on a CPU too
+SMALL_ADAPTER = 2_000_000  # parameters up to which a CPU measures all there is, online steps too
+CPU_SAMPLES = 200          # pairs of a set that a larger adapter is measured on there, if nothing else is said
+REPEATED, LONG_ANSWER = 0.1, 20      # of answers that long, 3 % recur word for word in another drive's of the real
+                                     # 1s pairs and none of the demo's; in a random split 22 to 39 % do
 MAX_VOCAB_SIZE = 2**20     # four times the largest vocabulary in use: an id beyond is damage, not a word
 
 
@@ -61,16 +66,19 @@ class TrainConfig:
     test_benchmark: list[Path] = required("pair files to measure on, used once, at the end")
     train_benchmark: list[Path] | None = option(None, "pair files to train on; a must without --checkpoint")
     task_name: str | None = option(None, "name of the task; found in file and folder names if not given")
-    conditioning: Literal["prefix+draft", "prefix", "draft"] = option(
-        "prefix+draft", "what a proposal may see: verified tokens and the draft, verified tokens, the draft alone")
+    conditioning: Literal["auto", "prefix+draft", "prefix", "draft"] = option(
+        "auto", "what a proposal may see: verified tokens and the draft (auto, without a checkpoint), either alone")
     num_epochs: int = option(50, "passes over the training pairs; for prefix+draft half as many follow with drafts")
     batch_size: int = option(32, "pairs in each training step")
     learning_rate: float | None = option(None, "peak, after warm-up, before the cosine; 1e-4 for draft, else 1e-3")
     dropout: float | None = option(None, "of the adapter; 0.1 for draft, else 0.3")
+    draft_vocab: bool = option(False, "score only target tokens met in training; the map is kept in the checkpoint")
     draft_text: float = option(0.5, "prefix conditionings: weight of learning the drafts' sentences as further text")
     refit: bool = option(True, "prefix conditionings: after selection train again, with the validation pairs")
     stream: bool = option(True, "drafters may learn from each test answer once it is verified")
     online: bool | None = option(None, "measure online gradient steps too; if not said: on a GPU or a small adapter")
+    max_test_samples: int | None = option(
+        None, f"pairs to measure on at most, -1 = all; if not said: all, {CPU_SAMPLES} with a large adapter on a CPU")
     early_stopping: int = option(10, "stop after this many epochs without a better validation, 0 = never")
     val_fraction: float = option(0.15, "share of the training pairs kept for validation, in whole drives")
     max_train_samples: int = option(-1, "use only the first pairs of the training files, -1 = all")
@@ -93,6 +101,13 @@ class TrainConfig:
         for name in ("num_epochs", "batch_size", "max_seq_len", "embed_dim", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be 1 or more, got {getattr(self, name)}")
+        if self.conditioning == "auto" and self.checkpoint is None:
+            object.__setattr__(self, "conditioning", "prefix+draft")
+        if self.draft_vocab and (self.checkpoint or self.conditioning == "draft"):
+            raise UserError("--draft_vocab belongs to the training of a prefix conditioning: a checkpoint brings its "
+                            "own map, and draft conditioning is the original suite's architecture")
+        if self.max_test_samples is not None and self.max_test_samples != -1 and self.max_test_samples < 1:
+            raise UserError(f"--max_test_samples must be 1 or more, or -1 for all, got {self.max_test_samples}")
         for name in ("early_stopping", "vocab_size", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must be 0 or more, got {getattr(self, name)}")
@@ -147,7 +162,7 @@ def load_data(config: TrainConfig) -> Data:
     for warning in warnings:
         log(f"data | WARNING | {warning}")
     vocab_size = max((pairs.vocab_size for pairs in read if pairs.vocab_size), default=None)
-    largest_ids = [found for pairs in read for found in largest_ids_of(pairs)]
+    largest_ids = [found for pairs in read for found in pairs.largest_ids()]
     test = in_clip_order(test)
     all_train = validation = split = None
     if train and config.max_train_samples != -1:
@@ -210,19 +225,15 @@ def overlap_warnings(train: Pairs, test: Pairs) -> list[str]:
                             f"{', '.join(sorted(ours & theirs))}")
     if "" in train.sequence or "" in test.sequence:
         warnings.append("rows without a sequence name: whether train and test share a drive can't be seen")
+        known = set(map(tuple, train.answers("target")))
+        long = [tuple(answer) for answer in test.answers("target") if len(answer) >= LONG_ANSWER]
+        repeated = sum(answer in known for answer in long) / max(len(long), 1)
+        if repeated > REPEATED:
+            warnings.append(
+                f"{repeated:.0%} of {len(long)} test answers of {LONG_ANSWER} or more tokens are training answers "
+                "word for word, far more than separate drives have in common: most likely a random split, which "
+                "inflates acceptance")
     return warnings
-
-
-def largest_ids_of(pairs: Pairs) -> list[tuple[int, str]]:
-    """(largest id, path) of each file that the pairs were read from, for an error that names the file."""
-    found, first = [], 0
-    for file in pairs.files:
-        last = first + file["used"]
-        draft = pairs.draft[pairs.draft_start[first]:pairs.draft_start[last]]
-        target = pairs.target[pairs.target_start[first]:pairs.target_start[last]]
-        found.append((int(max(draft.max(initial=-1), target.max(initial=-1))), file["path"]))
-        first = last
-    return found
 
 
 def check_ids(largest_ids: list[tuple[int, str]], size: int, advice: str) -> None:
@@ -275,8 +286,11 @@ def detect_task_name(data: Data) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- training
-def make_adapter(config: TrainConfig, data: Data):
-    """The checkpoint that was asked for, or a new adapter with the vocabulary that the pairs need."""
+def make_adapter(config: TrainConfig, data: Data, known: Pairs | None):
+    """The checkpoint that was asked for, or a new adapter with the vocabulary that the pairs need.
+
+    known: the pairs it is trained on, whose target tokens are all that --draft_vocab scores.
+    """
     import torch
 
     from token_adapter import AdapterConfig, TokenAdapter, load_adapter
@@ -284,6 +298,11 @@ def make_adapter(config: TrainConfig, data: Data):
     if config.checkpoint:
         adapter = load_adapter(config.checkpoint)
         check_ids(data.largest_ids, adapter.config.vocab_size, "a checkpoint needs pairs of its tokenizer")
+        if config.conditioning not in ("auto", adapter.config.conditioning):
+            raise UserError(f"{config.checkpoint} was trained in {adapter.config.conditioning} conditioning, wanted "
+                            f"--conditioning {config.conditioning}; leave the flag out to measure it by its own")
+        if adapter.config.conditioning == "draft":
+            check_drafts(data.test)
         log(f"checkpoint | {config.checkpoint} | {adapter.config.contract}")
         return adapter
     rounded = min(max(data.largest_ids)[0] // 64 * 64 + 64, MAX_VOCAB_SIZE)
@@ -292,11 +311,22 @@ def make_adapter(config: TrainConfig, data: Data):
         raise UserError(f"the pair files record a vocabulary of {vocab_size} ids, wanted 1 to {MAX_VOCAB_SIZE}; mend "
                         "them, or set --vocab_size")
     check_ids(data.largest_ids, vocab_size, "mend the file, or set --vocab_size to that of the models")
+    if config.conditioning == "draft":
+        check_drafts(data.test)
+        check_drafts(known)
     torch.manual_seed(config.seed)
+    outputs = torch.from_numpy(np.unique(known.target)).long() if config.draft_vocab else None
     return TokenAdapter(AdapterConfig(
         vocab_size=vocab_size, embed_dim=config.embed_dim, num_layers=config.num_layers,
         num_heads=config.num_heads, feedforward_dim=4 * config.embed_dim, max_seq_len=config.max_seq_len,
-        conditioning=config.conditioning, dropout=config.dropout))
+        conditioning=config.conditioning, dropout=config.dropout,
+        draft_vocab=0 if outputs is None else len(outputs)), outputs)
+
+
+def check_drafts(pairs: Pairs) -> None:
+    if not len(pairs.draft):
+        raise UserError(f"{pairs.files[0]['path']} holds no draft token at all, and draft conditioning sees nothing "
+                        "else; wanted drafts, or --conditioning prefix")
 
 
 def learning_rate_factor(step: int, total: int) -> float:
@@ -313,7 +343,7 @@ def train_epoch(adapter, tokens, optimizer, schedule, batch_size: int, generator
     import torch
     import torch.nn.functional as F
 
-    from acceptance import PAST_END, measure, score
+    from acceptance import measure, score
 
     device, steps = tokens.target.device, math.ceil(len(tokens.lengths) / batch_size)
     # Kept on the device until the pass is over: reading a loss earlier would make the host wait for the GPU.
@@ -326,7 +356,7 @@ def train_epoch(adapter, tokens, optimizer, schedule, batch_size: int, generator
             shown = torch.rand(len(rows), device=device) >= DRAFT_DROPOUT
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits, labels = score(adapter, tokens, rows, width, 0, shown)
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAST_END)
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
             whole = loss + draft_text * draft_text_loss(adapter, tokens, rows) if draft_text else loss
         whole.backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), MAX_GRADIENT_NORM)
@@ -350,7 +380,8 @@ def draft_text_loss(adapter, tokens, rows):
     import torch.nn.functional as F
 
     draft, lengths = tokens.draft[rows].long(), tokens.draft_lengths[rows]
-    losses = F.cross_entropy(adapter.draft_as_answer(draft).transpose(1, 2), draft, reduction="none")
+    labels = adapter.labels_of(draft)
+    losses = F.cross_entropy(adapter.draft_as_answer(draft).transpose(1, 2), labels, reduction="none")
     inside = torch.arange(draft.shape[1], device=draft.device) < lengths[:, None]
     return (losses * inside).sum() / inside.sum().clamp(min=1)
 
@@ -454,7 +485,7 @@ def refit(trained: Trained, chosen: str, epochs: dict[str, int], config: TrainCo
     """Train anew from the same start on train and validation pairs together, as long as was best without them."""
     from acceptance import TokenTensors
 
-    adapter = make_adapter(config, data).to(device)
+    adapter = make_adapter(config, data, data.all_train).to(device)
     tokens = TokenTensors.of(data.all_train, config.max_seq_len, device)
     log(f"train | again, with the validation pairs: {len(data.all_train)} pairs")
     for number, (name, epoch) in enumerate(epochs.items()):
@@ -467,101 +498,52 @@ def refit(trained: Trained, chosen: str, epochs: dict[str, int], config: TrainCo
 
 
 # ---------------------------------------------------------------------------------------------------- results
-def evaluate(adapter, data: Data, batch_size: int, device, selected=None) -> dict:
-    """Metrics of the adapter and both baselines on each set of pairs there is: {"train": ..., "test": ...}.
+def shortened(pairs: Pairs, samples: int) -> Pairs:
+    """At most so many pairs: of every sequence its first clips, in proportion, so that neighbours stay neighbours."""
+    if len(pairs) <= samples:
+        return pairs
+    size, seen, share_before = collections.Counter(pairs.sequence), collections.Counter(), []
+    for name in pairs.sequence:
+        share_before.append(seen[name] / size[name])
+        seen[name] += 1
+    return pairs.select(np.sort(np.argsort(share_before, kind="stable")[:samples]))
+
+
+def samples_to_measure(adapter, config: TrainConfig, device) -> int:
+    if config.max_test_samples is not None:
+        return config.max_test_samples if config.max_test_samples != -1 else sys.maxsize
+    return CPU_SAMPLES if device.type == "cpu" and adapter.num_parameters() > SMALL_ADAPTER else sys.maxsize
+
+
+def evaluate(adapter, trained: Trained | None, data: Data, config: TrainConfig, device) -> dict:
+    """Metrics on each set of pairs there is: {"train": ..., "test": ...}; on test with all drafters side by side.
 
     On validation it is the selected adapter, which never trained on those pairs.
     """
-    from acceptance import TokenTensors, compare, predict
+    import acceptance
     from drafting import commonest_tokens
 
-    max_seq_len = adapter.config.max_seq_len
-    metrics = {}
-    for name, pairs in (("train", data.train), ("validation", data.validation), ("test", data.test)):
+    max_seq_len, samples = adapter.config.max_seq_len, samples_to_measure(adapter, config, device)
+    metrics, test = {}, shortened(data.test, samples)
+    for name, pairs in (("train", data.train), ("validation", data.validation), ("test", test)):
         if pairs:
-            model = (selected if name == "validation" else adapter).to(device)
+            pairs = pairs if name == "validation" else shortened(pairs, samples)
+            model = (trained.selected if name == "validation" else adapter).to(device)
             known = data.all_train if name == "test" else data.train
             commonest = commonest_tokens(known, max_seq_len) if known else None
-            top1, top5, loss = predict(model, TokenTensors.of(pairs, max_seq_len, device), batch_size)
-            metrics[name] = {"loss": loss, **compare(top1, top5, pairs, commonest)}
-    return metrics
-
-
-def measure_drafters(adapter, trained: Trained | None, data: Data, config: TrainConfig, device) -> dict:
-    """Every drafter streams over the test answers in clip order: {"drafters": {name: ...}, "draft_worth": ...}."""
-    import acceptance
-    import drafting
-
-    test, known = data.test, data.all_train
+            top1, top5, loss = acceptance.predict(
+                model, acceptance.TokenTensors.of(pairs, max_seq_len, device), config.batch_size)
+            metrics[name] = {"loss": loss, **acceptance.compare(top1, top5, pairs, commonest)}
+    if len(test) < len(data.test):
+        log(f"drafters | on {len(test)} of {len(data.test)} test pairs, the first clips of every sequence; "
+            "--max_test_samples -1 measures all")
     online = config.online if config.online is not None else (
         device.type == "cuda" or adapter.num_parameters() < SMALL_ADAPTER)
-    online = online and config.stream and adapter.config.sees_prefix
-    found, hits = {}, {}
-
-    def run(name: str, drafter, parameters: int = 0) -> None:
-        start = time.monotonic()
-        found[name] = {**acceptance.stream(drafter, test), "parameters": parameters}
-        hits[name] = found[name].pop("top1")
-        log(f"drafters | {name} | accepted {found[name]['alpha']:.1%} | tau "
-            f"{found[name]['simulated']['8']['tau']:.2f} at gamma 8 | {time.monotonic() - start:.1f} s")
-
-    width = int(test.lengths("target").max())
-    copied = np.full((len(test), width, drafting.TOP), drafting.NOTHING, np.int32)
-    copied[:, :, 0] = drafting.direct_copy(test, width)
-    run("copy of the draft", drafting.Fixed(copied, test))
-    if known:
-        run("constant string", drafting.Fixed(drafting.commonest_tokens(known, width), test))
-        run("n-gram", drafting.Memory(known, test, streaming=False))
-        memory = drafting.Memory(known, test, streaming=config.stream)
-        run("memory", memory)
-    if trained and trained.prefix is not None and adapter.config.conditioning == "prefix+draft":
-        run("prefix", drafting.Adapter(trained.prefix, test, device), adapter.num_parameters())
-        run("adapter, drafts shuffled", drafting.Adapter(adapter, test, device, shuffled=config.seed),
-            adapter.num_parameters())
-    plain = drafting.Adapter(adapter, test, device)
-    run("adapter", plain, adapter.num_parameters())
-    kinds = {"hybrid": plain}
-    if online:
-        kinds["hybrid, online"] = drafting.Adapter(adapter, test, device, online=True)
-        run("adapter, online", kinds["hybrid, online"], adapter.num_parameters())
-    shares = {}
-    if trained and adapter.config.sees_prefix:
-        for name, drafter in kinds.items():
-            shares[name] = choose_share(trained.selected, drafter.online, data, config, device)
-            memory = drafting.Memory(known, test, streaming=config.stream)
-            run(name, drafting.Hybrid(drafter, memory, shares[name]), adapter.num_parameters())
-    lengths = test.lengths("target")
-    worth = {name: acceptance.interval(hits["adapter"], lengths, test.sequence, hits[name])
-             for name in ("copy of the draft", "n-gram", "prefix", "adapter, drafts shuffled") if name in hits}
-    return {"drafters": found, "memory_share": shares, "stream": config.stream, "adapter_minus": worth,
-            "step_ms": step_ms(adapter, data.test, device) if adapter.config.sees_prefix else None}
-
-
-def choose_share(selected, online: bool, data: Data, config: TrainConfig, device) -> float:
-    """The memory's share in the hybrid that is best on the validation pairs, which neither was trained on."""
-    from acceptance import stream
-    from drafting import MEMORY_SHARES, Adapter, Hybrid, Memory
-
-    adapter = Adapter(selected, data.validation, device, online)
-    alphas = {share: stream(Hybrid(adapter, Memory(data.train, data.validation, config.stream), share),
-                            data.validation)["alpha"] for share in MEMORY_SHARES}
-    return max(alphas, key=alphas.get)
-
-
-def step_ms(adapter, pairs: Pairs, device) -> float:
-    """Milliseconds of one cached proposal step at batch 1, eager, the median of 30."""
-    import torch
-
-    token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    draft = torch.from_numpy(pairs.select(np.arange(1)).padded("draft", adapter.config.max_seq_len)).to(device).long()
-    times = []
-    with torch.inference_mode():
-        _, cache = adapter.start(draft, torch.tensor([draft.shape[1]], device=device))
-        for _ in range(min(40, adapter.config.max_seq_len - 1)):
-            start = time.perf_counter()
-            int(adapter.step(token, cache)[0, -1].argmax())
-            times.append(time.perf_counter() - start)
-    return 1000 * float(np.median(times[-30:]))
+    metrics["test"].update(acceptance.measure_drafters(
+        adapter, test, data.all_train, trained and trained.prefix,
+        trained and (trained.selected, data.train, data.validation), config.stream, online and config.stream,
+        config.seed), whole_test=len(data.test))
+    return metrics
 
 
 def main() -> None:
@@ -569,14 +551,13 @@ def main() -> None:
     config = parse_config(TrainConfig)
     device = choose_device(config.device)
     data = load_data(config)
-    adapter, trained = make_adapter(config, data), None
+    adapter, trained = make_adapter(config, data, data.train), None
     task = open_task(config, data)
     if not config.checkpoint:
         trained = train(adapter, config, data, device, task)
         adapter = trained.adapter
     trained_s = time.monotonic() - start
-    metrics = evaluate(adapter, data, config.batch_size, device, trained and trained.selected)
-    metrics["test"].update(measure_drafters(adapter, trained, data, config, device))
+    metrics = evaluate(adapter, trained, data, config, device)
     results = {
         "kind": "checkpoint" if config.checkpoint else "training",
         "task": task.resolve().name,

@@ -11,7 +11,7 @@ import acceptance
 import drafting
 from acceptance import TokenTensors, compare, measure
 from base import Pairs
-from token_adapter import CONTRACTS, ORIGINAL_CONTRACT
+from token_adapter import CONTRACTS, ORIGINAL_CONTRACT, AdapterConfig, TokenAdapter
 from train_and_evaluate import train_epoch
 
 VOCAB_SIZE = 11
@@ -44,6 +44,9 @@ class Oracle(nn.Module):
         self.config = SimpleNamespace(first_position=int(contract == ORIGINAL_CONTRACT), sees_prefix=False,
                                       conditioning="draft")
         self.sure = nn.Parameter(torch.tensor(9.0))
+
+    def labels_of(self, ids):
+        return ids
 
     def forward(self, draft):
         known = torch.roll((draft + 3) % VOCAB_SIZE, -self.late, dims=1)
@@ -194,3 +197,19 @@ def test_intervals_hold_the_value_and_pairing_takes_the_common_part_out():
     assert 0 < both["low"] < both["value"] < both["high"]
     assert both["high"] - both["low"] < 0.3 * (one["high"] - one["low"])
     assert acceptance.interval(good, lengths, [""] * 200)["by"] == "blocks of 20 clips"
+
+
+def test_beside_an_interval_stands_the_range_when_one_drive_at_a_time_is_left_out():
+    lengths, names = np.full(6, 10), ["bern_00_a", "bern_00_b", "bern_00_b", "thun_01_a", "basel_02_a", "basel_02_a"]
+    hits = np.arange(10) < np.array([9, 9, 9, 2, 5, 5])[:, None]
+    assert acceptance.interval(hits, lengths, names)["left_out"] == pytest.approx([12 / 30, 37 / 50])
+    assert acceptance.interval(hits[:3], lengths[:3], names[:3])["left_out"] is None
+
+
+def test_a_token_that_is_not_scored_is_a_miss_and_costs_no_loss():
+    pairs = pairs_of([[1]] * 2, [[3, 7, 5], [7, 9]])
+    adapter = TokenAdapter(AdapterConfig(11, "prefix", 8, 1, 2, 16, 4, draft_vocab=3), torch.tensor([3, 5, 7]))
+    top1, top5, loss = acceptance.predict(adapter, TokenTensors.of(pairs, 4, torch.device("cpu")), 2)
+    assert top5.tolist() == [[True, True, True], [True, False, False]] and not top1[1, 1] and 0 < loss < 20
+    whole = drafting.Adapter(adapter, pairs)
+    assert set(np.concatenate([whole.predict(0), whole.predict(1)]).ravel()) <= {3, 5, 7, drafting.NOTHING}

@@ -114,7 +114,8 @@ def test_several_files_become_one_set_and_select_keeps_rows_whole(tmp_path):
         content = {"vocab_size": 32064, "results": [extraction(0, target=target)]}
         (tmp_path / name).write_text(json.dumps(content))
     pairs = base.load_pairs([tmp_path / "a", tmp_path / "b"])
-    assert pairs.vocab_size == 32064 and pairs.max_id() == 9088 and pairs.lengths("target").tolist() == [4, 5]
+    assert pairs.vocab_size == 32064 and pairs.lengths("target").tolist() == [4, 5]
+    assert [(largest, Path(name).name) for largest, name in pairs.largest_ids()] == [(9088, "a"), (9088, "b")]
     turned = pairs.select(np.array([1, 0]))
     assert turned.padded("target", 6).tolist() == [[8, 9, 10, 11, 12, 0], [4, 5, 6, 7, 0, 0]]
     assert turned.padded("target", 2).tolist() == [[8, 9], [4, 5]]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from base import Pairs
-from drafting import KEPT, NOTHING, Adapter, Fixed, Hybrid, Memory, answers, commonest_tokens
+from drafting import KEPT, NOTHING, Adapter, Fixed, Hybrid, Memory, commonest_tokens
 from token_adapter import AdapterConfig, TokenAdapter
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def test_the_memory_learns_an_answer_only_when_told_and_then_prefers_it():
 
 
 def test_the_memory_of_the_past_does_not_change_when_later_answers_do():
-    later = pairs_of([*list(answers(TEST, "target"))[:1], [1, 2, 3], [4]])
+    later = pairs_of([*list(TEST.answers("target"))[:1], [1, 2, 3], [4]])
     for pairs in (TEST, later):
         memory = Memory(TRAINING, pairs)
         first = memory.predict(0)
@@ -69,7 +69,7 @@ def tiny(conditioning: str) -> TokenAdapter:
 @pytest.mark.parametrize("conditioning", ["draft", "prefix", "prefix+draft"])
 def test_an_adapter_proposes_alike_alone_and_in_a_batch(conditioning):
     adapter = tiny(conditioning)
-    together, alone = (Adapter(adapter, TEST, CPU, batch_size=size) for size in (3, 1))
+    together, alone = (Adapter(adapter, TEST, batch_size=size) for size in (3, 1))
     for number in range(3):
         assert together.predict(number).tolist() == alone.predict(number).tolist()
         assert together.predict(number).shape == (TEST.lengths("target")[number], 5)
@@ -77,12 +77,12 @@ def test_an_adapter_proposes_alike_alone_and_in_a_batch(conditioning):
 
 def test_an_adapter_proposes_nothing_past_its_longest_answer():
     adapter = TokenAdapter(AdapterConfig(50, "prefix", 32, 1, 2, 64, 3))
-    proposals = Adapter(adapter, TEST, CPU).predict(0)
+    proposals = Adapter(adapter, TEST).predict(0)
     assert (proposals[:3] != NOTHING).all() and (proposals[3:] == NOTHING).all()
 
 
 def test_shuffled_drafts_are_other_clips_drafts():
-    drafter = Adapter(tiny("prefix+draft"), TEST, CPU, shuffled=3)
+    drafter = Adapter(tiny("prefix+draft"), TEST, shuffled=3)
     assert sorted(drafter.draft_lengths.tolist()) == [0, 2, 3]
     assert drafter.draft_lengths.tolist() != [2, 0, 3]
 
@@ -91,8 +91,8 @@ def test_online_steps_teach_the_next_answer_and_leave_the_adapter_itself_alone()
     adapter = tiny("prefix")
     before = [parameter.clone() for parameter in adapter.parameters()]
     pairs = pairs_of([[5, 6, 30, 31]] * 40)
-    drafter, right = Adapter(adapter, pairs, CPU, online=True), []
-    for number, target in enumerate(answers(pairs, "target")):
+    drafter, right = Adapter(adapter, pairs, online=True), []
+    for number, target in enumerate(pairs.answers("target")):
         right.append((drafter.predict(number)[:, 0] == target).mean())
         drafter.learn(number)
     assert right[-1] == 1.0 > right[0]
@@ -100,7 +100,7 @@ def test_online_steps_teach_the_next_answer_and_leave_the_adapter_itself_alone()
 
 
 def test_a_hybrid_with_all_or_nothing_of_the_memory_is_the_one_or_the_other():
-    adapter = Adapter(tiny("prefix"), TEST, CPU)
+    adapter = Adapter(tiny("prefix"), TEST)
     for share, other in ((0.0, adapter), (1.0, Memory(TRAINING, TEST))):
         hybrid = Hybrid(adapter, Memory(TRAINING, TEST), share)
         for number in range(3):

@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from base import UserError
-from token_adapter import CONTRACTS, ORIGINAL_CONTRACT, AdapterConfig, TokenAdapter, load_adapter, save_adapter
+from token_adapter import (
+    CONTRACTS,
+    NOT_SCORED,
+    ORIGINAL_CONTRACT,
+    AdapterConfig,
+    TokenAdapter,
+    load_adapter,
+    save_adapter,
+)
 
 TINY = AdapterConfig(vocab_size=50, conditioning="draft", embed_dim=32, num_layers=2, num_heads=4,
                      feedforward_dim=64, max_seq_len=12)
@@ -130,6 +138,44 @@ def test_a_saved_prefix_adapter_comes_back_tied(tmp_path, conditioning):
     assert loaded.output_proj[1].weight is loaded.embedding.weight
     arguments = drafts(), DRAFT_LENGTHS, prefixes()
     assert torch.equal(loaded(*arguments), adapter(*arguments))
+
+
+OUTPUTS = torch.tensor([2, 3, 11, 30, 49])
+
+
+def with_outputs(conditioning: str = "prefix+draft") -> TokenAdapter:
+    """The tiny adapter, scoring five ids alone."""
+    whole = tiny_adapter(conditioning)
+    adapter = TokenAdapter(dataclasses.replace(whole.config, draft_vocab=5), OUTPUTS.clone()).eval()
+    adapter.load_state_dict({**whole.state_dict(), "output_ids": OUTPUTS})
+    return adapter
+
+
+def test_a_draft_vocabulary_gives_the_logits_of_its_ids_in_a_full_pass_and_step_by_step(tmp_path):
+    save_adapter(with_outputs(), tmp_path / "best_model.pt")
+    adapter, arguments = load_adapter(tmp_path / "best_model.pt"), (drafts(), DRAFT_LENGTHS, prefixes())
+    assert adapter.config.draft_vocab == 5 and adapter.output_proj[1].weight is adapter.embedding.weight
+    assert torch.allclose(adapter(*arguments), tiny_adapter("prefix+draft")(*arguments)[..., OUTPUTS], atol=1e-6)
+    first, cache = adapter.start(drafts(), DRAFT_LENGTHS)
+    stepped = torch.cat([first[:, None], adapter.step(prefixes(), cache)], dim=1)
+    assert (stepped - adapter(*arguments)).abs().max() < 1e-5
+
+
+def test_ids_and_columns_of_a_draft_vocabulary_are_each_others_inverse():
+    adapter, columns = with_outputs(), torch.arange(5)
+    assert torch.equal(adapter.labels_of(adapter.ids_of(columns)), columns)
+    ids = torch.tensor([[0, 1, 4], [48, NOT_SCORED, 12]])
+    assert (adapter.labels_of(ids) == NOT_SCORED).all()
+    assert torch.equal(tiny_adapter().labels_of(ids), ids)
+
+
+@pytest.mark.parametrize("ids", [[3, 2, 11], [2, 2, 3], [-1, 3], [3, 50], [2.0, 3.0]])
+def test_a_damaged_map_of_a_draft_vocabulary_is_refused(tmp_path, ids):
+    adapter = with_outputs()
+    state = {**adapter.state_dict(), "output_ids": torch.tensor(ids)}
+    torch.save({"model_state_dict": state, "config": dataclasses.asdict(adapter.config)}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match="output_ids must be"):
+        load_adapter(tmp_path / "odd.pt")
 
 
 def test_the_budget_of_the_original_is_kept():

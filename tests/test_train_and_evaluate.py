@@ -132,6 +132,17 @@ def test_a_measured_checkpoint_gives_the_numbers_of_its_training(trained, monkey
     assert again["metrics"]["test"]["constant_string"] is None and again["history"] == []
 
 
+def test_a_checkpoint_of_another_conditioning_or_without_drafts_is_refused(trained, monkeypatch, tmp_path, files):
+    flags = ["--checkpoint", str(trained[0] / "best_model.pt")]
+    with pytest.raises(UserError, match=r"trained in draft conditioning, wanted --conditioning prefix\+draft"):
+        run_main(monkeypatch, tmp_path, None, files["test"], *flags, "--conditioning", "prefix+draft")
+    pairs = json.loads(files["test"].read_text())
+    pairs["results"] = [{**row, "egpt_tokens": []} for row in pairs["results"]]
+    (tmp_path / "no_drafts.json").write_text(json.dumps(pairs))
+    with pytest.raises(UserError, match=r"no_drafts\.json holds no draft token at all"):
+        run_main(monkeypatch, tmp_path, None, tmp_path / "no_drafts.json", *flags)
+
+
 def test_an_original_checkpoint_is_measured_by_its_own_contract(trained, monkeypatch, tmp_path, files):
     checkpoint = torch.load(trained[0] / "best_model.pt", weights_only=True)
     torch.save({**checkpoint, "config": {"num_heads": 2}}, tmp_path / "old.pt")
@@ -182,13 +193,28 @@ def test_an_overlap_of_train_and_test_is_said_in_log_and_results(files, tmp_path
     assert capsys.readouterr().out.count("WARNING") == len(words)
 
 
+@pytest.mark.parametrize("random_split", [True, False])
+def test_without_sequence_names_a_random_split_is_seen_by_the_answers_it_repeats(tmp_path, random_split):
+    """Neighbouring clips are often answered alike: here every answer occurs twice in a row."""
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(60):
+        answer = rng.integers(3, 90, 30).tolist()
+        rows += [{"sample_idx": len(rows) + k, "egpt_tokens": [4], "vl_tokens": answer} for k in range(2)]
+    order = rng.permutation(120) if random_split else np.arange(120)
+    for name, part in (("train", order[:90]), ("test", order[90:])):
+        (tmp_path / name).write_text(json.dumps({"results": [rows[i] for i in part]}))
+    config = TrainConfig(test_benchmark=[tmp_path / "test"], train_benchmark=[tmp_path / "train"])
+    found = [warning for warning in train_and_evaluate.load_data(config).warnings if "word for word" in warning]
+    assert len(found) == random_split
+
+
 # ------------------------------------------------------------------------------------------- vocabulary, flags
 @pytest.mark.parametrize(("recorded", "flag", "wanted"), [({}, 0, 64), ({"vocab_size": 70}, 0, 70), ({}, 45, 45)])
 def test_the_vocabulary_is_the_flag_else_recorded_else_from_the_ids(tmp_path, recorded, flag, wanted):
     path = write_pairs(tmp_path / "pairs.json", ["a_a", "b_b"], **recorded)
     config = TrainConfig(test_benchmark=[path], train_benchmark=[path], vocab_size=flag, embed_dim=8)
     data = train_and_evaluate.load_data(config)
-    assert train_and_evaluate.make_adapter(config, data).config.vocab_size == wanted
+    assert train_and_evaluate.make_adapter(config, data, data.train).config.vocab_size == wanted
 
 
 def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_path, files):
@@ -198,7 +224,8 @@ def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_pat
         config = TrainConfig(test_benchmark=[files["test"], odd], train_benchmark=[files["train"]],
                              vocab_size=vocab_size)
         with pytest.raises(UserError, match=rf"odd\.json holds the token id 2000000, .* size {size};"):
-            train_and_evaluate.make_adapter(config, train_and_evaluate.load_data(config))
+            data = train_and_evaluate.load_data(config)
+            train_and_evaluate.make_adapter(config, data, data.train)
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -206,6 +233,9 @@ def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_pat
     ({"val_fraction": 1.0}, "--val_fraction"), ({"learning_rate": float("nan")}, "--learning_rate"),
     ({"max_train_samples": 1}, "--max_train_samples"), ({"device": "gpu"}, "--device"), ({"seed": -1}, "--seed"),
     ({"task_name": "../1s"}, "--task_name"), ({"vocab_size": 2**21}, "--vocab_size"),
+    ({"draft_vocab": True, "conditioning": "draft"}, "--draft_vocab"),
+    ({"draft_vocab": True, "checkpoint": Path("a.pt")}, "--draft_vocab"),
+    ({"max_test_samples": 0}, "--max_test_samples"),
     ({"train_benchmark": None}, "--train_benchmark is missing")])
 def test_an_impossible_setting_is_a_user_error(flags, words):
     with pytest.raises(UserError, match=words):
@@ -230,7 +260,7 @@ def by_conditioning(files, tmp_path_factory) -> dict:
     """results.json and folder of one small run each; online steps and a second training on all pairs included."""
     runs = {}
     for name, flags in (("prefix", ["--no-refit"]), ("prefix+draft", []),
-                        ("no stream", ["--no-refit", "--no-stream"])):
+                        ("no stream", ["--no-refit", "--no-stream"]), ("draft_vocab", ["--draft_vocab"])):
         with pytest.MonkeyPatch.context() as monkeypatch:
             conditioning = name if name.startswith("prefix") else "prefix"
             runs[name] = run_main(monkeypatch, tmp_path_factory.mktemp("task"), files["train"], files["test"],
@@ -270,3 +300,27 @@ def test_without_streaming_nothing_learns_from_the_test_answers(by_conditioning)
     drafters = by_conditioning["no stream"][1]["metrics"]["test"]["drafters"]
     assert drafters["memory"]["alpha"] == drafters["n-gram"]["alpha"]
     assert "adapter, online" not in drafters
+
+
+def test_a_draft_vocabulary_scores_the_target_tokens_of_training(by_conditioning, files):
+    task, results = by_conditioning["draft_vocab"]
+    adapter = load_adapter(task / "best_model.pt")
+    assert adapter.output_ids.tolist() == np.unique(load_pairs([files["train"]]).target).tolist()
+    assert results["adapter"]["draft_vocab"] == 40 < results["adapter"]["vocab_size"]
+    assert results["metrics"]["test"]["drafters"]["hybrid"]["alpha"] > 0
+
+
+def test_a_large_adapter_on_a_cpu_is_measured_on_a_part_of_every_sequence_and_the_report_says_so(
+        by_conditioning, monkeypatch, tmp_path):
+    test = write_pairs(tmp_path / "test.json", ["basel_03_a", "bern_07_a"], pairs_each=20)
+    flags = ["--conditioning", "prefix", "--checkpoint", str(by_conditioning["prefix"][0] / "best_model.pt")]
+    monkeypatch.setattr(train_and_evaluate, "SMALL_ADAPTER", 10)
+    monkeypatch.setattr(train_and_evaluate, "CPU_SAMPLES", 8)
+    for number, extra in ((8, []), (40, ["--max_test_samples", "-1"]), (5, ["--max_test_samples", "5"])):
+        task, results = run_main(monkeypatch, tmp_path / f"{number}", None, test, *flags, *extra)
+        measured = results["metrics"]["test"]
+        assert (measured["pairs"], measured["whole_test"]) == (number, 40)
+        assert ("of 40 test pairs" in (task / "RESULTS.md").read_text()) == (number < 40)
+        assert "adapter, online" not in measured["drafters"]
+    part = train_and_evaluate.shortened(load_pairs([test]), 8)
+    assert part.sequence == ["basel_03_a"] * 4 + ["bern_07_a"] * 4 and part.clip == [0, 1, 2, 3] * 2
