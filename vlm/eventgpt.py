@@ -188,12 +188,24 @@ class EventGPT:
 
     def answer(self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int) -> list[Answer]:
         """One greedy answer per row; rows may differ in query, not in the number of pictures."""
-        with torch.inference_mode():
-            features = self.model.event_features(torch.stack(pixels).to(self.runtime.device, non_blocking=True))
-            ids = [prompt_ids(self.tokenizer, query) for query in queries]
-            embeds, mask = self.model.inputs_embeds(ids, features)
+        embeds, mask = self._embeds(pixels, queries)
         return generate_greedily(self.model.language_model, self.tokenizer, max_new_tokens,
                                  inputs_embeds=embeds, attention_mask=mask)
+
+    def prompt_embeds(self, pixels: torch.Tensor, query: str) -> torch.Tensor:
+        """One clip's pixels (t, 3, S, S) as prepare() gives them -> (1, L, H), what the decoder reads."""
+        return self._embeds([pixels], [query])[0]
+
+    @property
+    def decoder(self) -> tuple:
+        """(LlamaModel, lm_head), the parts that vlm/steps.py runs."""
+        return self.model.language_model.model, self.model.language_model.lm_head
+
+    @torch.inference_mode()
+    def _embeds(self, pixels: list[torch.Tensor], queries: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, L, H) and its mask (B, L), as EventGPTModel.inputs_embeds."""
+        features = self.model.event_features(torch.stack(pixels).to(self.runtime.device, non_blocking=True))
+        return self.model.inputs_embeds([prompt_ids(self.tokenizer, query) for query in queries], features)
 
     def unload(self) -> None:
         """Free the weights; the object can't answer any more."""

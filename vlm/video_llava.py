@@ -108,9 +108,7 @@ class VideoLlava:
 
     def answer(self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int) -> list[Answer]:
         """One greedy answer per row; rows may differ in query, not in the number of frames."""
-        vision = self.model.config.vision_config
-        video_tokens = len(pixels[0]) * (1 + (vision.image_size // vision.patch_size) ** 2)
-        rows = [prompt_ids(self.tokenizer, query, video_tokens) for query in queries]
+        rows = [self._prompt_ids(len(pixels[0]), query) for query in queries]
         length, room = max(map(len, rows)) + max_new_tokens, self.model.config.text_config.max_position_embeddings
         if length > room:
             raise UserError(f"{len(pixels[0])} frames, the query and --max_new_tokens {max_new_tokens} need {length} "
@@ -123,6 +121,29 @@ class VideoLlava:
         return generate_greedily(
             self.model, self.tokenizer, max_new_tokens, input_ids=ids.to(device), attention_mask=mask.to(device),
             pixel_values_videos=torch.stack(pixels).to(device, self.runtime.dtype, non_blocking=True))
+
+    @torch.inference_mode()
+    def prompt_embeds(self, pixels: torch.Tensor, query: str) -> torch.Tensor:
+        """One clip's pixels (F, 3, S, S) as prepare() gives them -> (1, L, H), what the decoder reads."""
+        ids = self._prompt_ids(len(pixels), query)
+        device = self.runtime.device
+        clip = pixels[None].to(device, self.runtime.dtype, non_blocking=True)
+        features = self.model.model.get_video_features(clip).pooler_output.flatten(0, 1)      # (video tokens, H)
+        embeds = self.model.get_input_embeddings()(torch.tensor([ids], device=device))
+        video = self.model.config.video_token_index
+        assert len(features) == ids.count(video), f"{len(features)} features for {ids.count(video)} tokens"
+        first = ids.index(video)                     # a slice, not a mask: indexing by a mask waits for the GPU
+        embeds[0, first:first + len(features)] = features
+        return embeds
+
+    @property
+    def decoder(self) -> tuple:
+        """(LlamaModel, lm_head), the parts that vlm/steps.py runs."""
+        return self.model.model.language_model, self.model.lm_head
+
+    def _prompt_ids(self, frames: int, query: str) -> list[int]:
+        vision = self.model.config.vision_config
+        return prompt_ids(self.tokenizer, query, frames * (1 + (vision.image_size // vision.patch_size) ** 2))
 
     def unload(self) -> None:
         """Free the weights; the object can't answer any more."""
