@@ -343,6 +343,9 @@ def _usable_rows(path: Path, report: dict) -> Iterator[tuple[list[int], list[int
     if isinstance(data, dict):
         recorded = ("vocab_size", "dataset_dir", "dataset_name")
         report.update({key: data[key] for key in recorded if key in data})
+        models = data.get("models") if isinstance(data.get("models"), dict) else {}
+        report["models"] = {which: {key: found[key] for key in ("name", "revision", "vocab_size") if key in found}
+                            for which, found in models.items() if isinstance(found, dict)}
     if report["format"] is None:
         raise UserError(f"{path} has no usable rows: none of its {len(rows)} rows has tokens under the keys "
                         "of the formats extraction (egpt_tokens, vl_tokens), benchmark (eventgpt.output_tokens, "

@@ -8,16 +8,19 @@ By agreement every drafter has the same two verbs:
 
 Answers come in clip order, so a drafter that learns knows what this drive's clips were answered a moment ago and
 nothing of later ones. For greedy verification these proposals decide everything: proposals after a wrong one are
-thrown away, and up to there the proposed prefix is the true one.
+thrown away, and up to there the proposed prefix is the true one. decoding.py has the same drafters live.
 """
 
 import copy
+import itertools
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from base import Pairs
+from base import Pairs, UserError, write_whole
 from token_adapter import NOT_SCORED, TokenAdapter
 
 TOP = 5
@@ -74,21 +77,18 @@ class Fixed:
 
 
 # ----------------------------------------------------------------------------------------------------- memory
-class Memory:
-    """An n-gram memory of target answers, contexts of 1 to MAX_ORDER tokens, interpolated as Witten and Bell 1991.
-
-    It knows the training answers and, with `streaming`, each answer of these pairs from the moment it is verified.
-    """
+class NGrams:
+    """Counts of what followed contexts of 1 to MAX_ORDER tokens, interpolated as Witten and Bell 1991."""
 
     BEGIN = -2                 # stands in front of every answer: a context like any other
 
-    def __init__(self, training: Pairs, pairs: Pairs, streaming: bool = True):
+    def __init__(self, training=()):
+        """training: token lists of the training answers."""
         self.counts: dict[tuple[int, ...], dict[int, float]] = {}
-        self.targets, self.streaming = list(pairs.answers("target")), streaming
-        for answer in training.answers("target"):
+        for answer in training:
             self.add(answer, TRAINING_WEIGHT)
 
-    def add(self, answer: list[int], weight: float) -> None:
+    def add(self, answer: list[int], weight: float = 1.0) -> None:
         tokens = [self.BEGIN, *answer]
         for at in range(1, len(tokens)):
             for order in range(1, min(MAX_ORDER, at) + 1):
@@ -109,13 +109,42 @@ class Memory:
                 chances[token] = chances.get(token, 0.0) + count / total
         return chances
 
+
+def save_memory(pairs: Pairs, path: Path) -> None:
+    """What a memory begins with when it decodes: the training answers, as they came."""
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, target=pairs.target, target_start=pairs.target_start)
+
+    write_whole(path, write)
+
+
+def load_memory(path: Path) -> list[list[int]]:
+    """The training answers of save_memory, as token lists."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            flat, start = found["target"], found["target_start"]
+        if flat.dtype != np.int32 or start.ndim != 1 or (np.diff(start) < 0).any() or start[-1] != len(flat):
+            raise ValueError("its arrays don't fit together")
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not the memory of a task: {error}; train anew, or delete it to begin without") from error
+    return [flat[a:b].tolist() for a, b in itertools.pairwise(start)]
+
+
+class Memory:
+    """NGrams of the training answers and, with `streaming`, of each answer of these pairs once it is verified."""
+
+    def __init__(self, training: Pairs, pairs: Pairs, streaming: bool = True):
+        self.ngrams = NGrams(training.answers("target"))
+        self.targets, self.streaming = list(pairs.answers("target")), streaming
+
     def predict(self, number: int) -> np.ndarray:
         target = self.targets[number]
-        return np.array([top_of(self.distribution(target[:at])) for at in range(len(target))], np.int32)
+        return np.array([top_of(self.ngrams.distribution(target[:at])) for at in range(len(target))], np.int32)
 
     def learn(self, number: int) -> None:
         if self.streaming:
-            self.add(self.targets[number], 1.0)
+            self.ngrams.add(self.targets[number])
 
 
 # ---------------------------------------------------------------------------------------------------- adapter
@@ -196,23 +225,27 @@ class Adapter:
                         parameter.grad = None
 
 
+def mixed(ids: list[int], chances: list[float], remembered: dict[int, float], share: float) -> dict[int, float]:
+    """chance = (1 - share) x adapter + share x memory."""
+    mixture = dict(zip(ids, ((1 - share) * chance for chance in chances)))
+    for token, chance in remembered.items():
+        mixture[token] = mixture.get(token, 0.0) + share * chance
+    return mixture
+
+
 class Hybrid:
-    """Adapter and memory mixed: chance = (1 - share) x adapter + share x memory."""
+    """Adapter and memory mixed."""
 
     def __init__(self, adapter: Adapter, memory: Memory, share: float):
         self.adapter, self.memory, self.share = adapter, memory, share
 
     def predict(self, number: int) -> np.ndarray:
         target = self.memory.targets[number]
-        ids, chances = self.adapter.best(number)
+        ids, chances = (kept.tolist() for kept in self.adapter.best(number))
         proposals = np.full((len(target), TOP), NOTHING, np.int32)
         for at in range(len(target)):
-            mixed = {}
-            if at < len(ids):
-                mixed = dict(zip(ids[at].tolist(), ((1 - self.share) * chances[at]).tolist()))
-            for token, chance in self.memory.distribution(target[:at]).items():
-                mixed[token] = mixed.get(token, 0.0) + self.share * chance
-            proposals[at] = top_of(mixed)
+            own = (ids[at], chances[at]) if at < len(ids) else ((), ())
+            proposals[at] = top_of(mixed(*own, self.memory.ngrams.distribution(target[:at]), self.share))
         return proposals
 
     def learn(self, number: int) -> None:

@@ -91,10 +91,10 @@ class ExtractConfig:
 
 
 def main():
-    from vlm.dataset import read_dataset
+    from vlm.dataset import read_dataset, read_questions
 
     config = parse_config(ExtractConfig)
-    questions = read_questions(config)
+    questions = read_questions(config.query, config.questions_file, config.num_questions)
     samples = read_dataset(config.dataset_dir)[:config.max_samples if config.max_samples > 0 else None]
     make_folder(config.output_file.absolute().parent)
     with only_writer(config.output_file, config.wait):
@@ -107,27 +107,6 @@ def main():
             pairs, lost_too = answer_all("videollava", drafts, questions, journal, config)
             write_pairs(config, settings, samples, questions, journal, drafts, pairs, lost + lost_too)
             journal.remove()
-
-
-def read_questions(config: ExtractConfig) -> list[str]:
-    """The questions to ask about every clip, in rank order."""
-    if config.questions_file is None:
-        if config.num_questions > 1:
-            raise UserError(f"--num_questions {config.num_questions} needs --questions_file")
-        return [config.query]
-    if config.questions_file.suffix == ".json":
-        entries = read_json(config.questions_file)
-    else:                             # plain lines, each with or without "count<TAB>" in front
-        try:
-            entries = [line.split("\t")[-1].strip() for line in config.questions_file.read_text("utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"can't read {config.questions_file}: {error}") from error
-        entries = [line for line in entries if line]
-    entries = entries if isinstance(entries, list) else []
-    questions = [entry.get("question") if isinstance(entry, dict) else entry for entry in entries]
-    if not questions or not all(isinstance(question, str) and question.strip() for question in questions):
-        raise UserError(f"{config.questions_file}: wanted a list of questions (strings, or objects with 'question')")
-    return questions[:config.num_questions if config.num_questions > 0 else None]
 
 
 # ------------------------------------------------------------------------- one writer, one journal

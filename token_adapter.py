@@ -76,14 +76,20 @@ class AdapterConfig:
 
 
 class Cache:
-    """Keys and values of the positions passed so far, for one batch; `length` moves back to forget some."""
+    """Keys and values of one batch: the draft, then begin-of-answer and the answer; `length` moves back to forget.
+
+    Slots are numbered by tensors and masks always span all of them, so that a CUDA graph can replay a step.
+    """
+
+    SPARE = 16                     # slots that a graph of more tokens than are left may write to; never seen
 
     def __init__(self, config: AdapterConfig, batch: int, device: torch.device):
-        heads, room = config.num_heads, 2 * config.max_seq_len
-        shape = (config.num_layers, 2, batch, heads, room, config.embed_dim // heads)
-        self.values = torch.zeros(shape, device=device)
-        self.visible = torch.zeros(batch, room, dtype=torch.bool, device=device)
-        self.length = self.draft_length = 0
+        heads, room = config.num_heads, 2 * config.max_seq_len + self.SPARE
+        self.values = torch.zeros(config.num_layers, 2, batch, heads, room, config.embed_dim // heads, device=device)
+        self.slots = torch.arange(room, device=device)
+        self.visible = torch.ones(batch, room, dtype=torch.bool, device=device)      # False past a draft's end
+        self.begin = torch.zeros((), dtype=torch.long, device=device)                # slot of begin-of-answer
+        self.length = 0
 
 
 class SelfAttention(nn.Module):
@@ -96,18 +102,17 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x, mask=None, kept=None, start=0):
+    def forward(self, x, mask=None, kept=None, slots=None):
         """x (B, T, D) -> (B, T, D). mask (B, 1, T, S) bool, True where seen; None: causal.
 
-        kept (2, B, heads, room, D / heads) keeps keys and values from one call to the next: these T positions
-        are written at `start`, and all S = start + T are attended to.
+        kept (2, B, heads, S, D / heads) keeps keys and values from one call to the next: these T positions are
+        written at slots (T,) int64, and all S are attended to, as far as the mask lets them.
         """
         B, T, D = x.shape
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, T, 3, self.num_heads, -1)
         query, key, value = projected.permute(2, 0, 3, 1, 4)                   # each (B, heads, T, D / heads)
         if kept is not None:
-            kept[:, :, :, start:start + T] = torch.stack([key, value])
-            key, value = kept[:, :, :, :start + T]
+            key, value = kept.index_copy_(3, slots, torch.stack([key, value]))
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None)
         return self.out_proj(mixed.transpose(1, 2).reshape(B, T, D))
@@ -218,40 +223,43 @@ class TokenAdapter(nn.Module):
         x = torch.cat([self.begin.expand(len(prefix), 1, -1), self.embedding(prefix)], dim=1)
         return x + self.position_embedding.weight[:x.shape[1]]
 
-    def _blocks(self, x, mask=None, cache=None):
+    def _blocks(self, x, mask=None, cache=None, slots=None):
         for number, block in enumerate(self.transformer["layers"]):
-            x = block(x, mask, *(() if cache is None else (cache.values[number], cache.length)))
+            x = block(x, mask, *(() if cache is None else (cache.values[number], slots)))
         return x
 
     # ------------------------------------------------------------------------------------------- step by step
-    def start(self, draft, draft_lengths) -> tuple:
-        """Read drafts (B, Td) int64 of lengths (B,) -> (logits (B, vocab_size) of position 0, the cache)."""
-        cache = Cache(self.config, len(draft), self.begin.device)
-        if self.config.conditioning == "prefix+draft" and draft.shape[1]:
-            shown = torch.arange(draft.shape[1], device=draft.device) < draft_lengths[:, None]
-            mask = shown[:, None] | torch.eye(draft.shape[1], dtype=torch.bool, device=draft.device)
-            self._blocks(self._embed_draft(draft), mask[:, None], cache)
-            cache.length = cache.draft_length = draft.shape[1]
-            cache.visible[:, :cache.length] = shown
-        begin = self.begin + self.position_embedding.weight[0]
-        return self._advance(begin.expand(len(draft), 1, -1), cache)[:, 0], cache
+    def start(self, draft, draft_lengths, cache: Cache | None = None) -> tuple:
+        """Read drafts (B, Td) int64 of lengths (B,) -> (logits (B, 1, V) of position 0, the cache)."""
+        cache = cache or Cache(self.config, len(draft), self.begin.device)
+        cache.visible.fill_(True)
+        before = draft.shape[1] if self.config.conditioning == "prefix+draft" else 0
+        x = (self.begin + self.position_embedding.weight[0]).expand(len(draft), 1, -1)
+        if before:
+            x = torch.cat([self._embed_draft(draft), x], dim=1)
+            cache.visible[:, :before] = cache.slots[:before] < draft_lengths[:, None]
+        seen = cache.slots <= cache.slots[:before + 1, None].clamp(min=before - 1)        # a draft sees all of itself
+        mask = cache.visible[:, None] & seen | (cache.slots == cache.slots[:before + 1, None])
+        x = self._blocks(x, mask[:, None], cache, cache.slots[:before + 1])
+        cache.begin.fill_(before)
+        cache.length = before + 1
+        return self._logits(x[:, -1:]), cache
 
     def step(self, tokens, cache: Cache):
-        """The next tokens (B, T) int64, verified or proposed -> logits (B, T, vocab_size) of what follows each.
+        """The next tokens (B, T) int64, verified or proposed -> logits (B, T, V) of what follows each.
 
         The result equals the full pass. To take back the last n tokens: cache.length -= n.
         """
-        first = cache.length - cache.draft_length
-        return self._advance(self.embedding(tokens) + self.position_embedding.weight[first:first + tokens.shape[1]],
-                             cache)
+        slots = cache.slots[cache.length:cache.length + tokens.shape[1]]
+        cache.length += tokens.shape[1]
+        return self.step_at(tokens, slots, cache)
 
-    def _advance(self, x, cache: Cache):
-        start, stop = cache.length, cache.length + x.shape[1]
-        cache.visible[:, start:stop] = True
-        causal = torch.ones(x.shape[1], stop, dtype=torch.bool, device=x.device).tril(start)
-        x = self._blocks(x, (cache.visible[:, None, :stop] & causal)[:, None], cache)
-        cache.length = stop
-        return self._logits(x)
+    def step_at(self, tokens, slots, cache: Cache):
+        """`step` at slots (T,) int64; nothing here depends on the host, so that a CUDA graph can hold it."""
+        places = (slots - cache.begin).clamp(max=self.config.max_seq_len - 1)      # beyond: spare, never looked at
+        x = self.embedding(tokens) + self.position_embedding(places)
+        mask = cache.visible[:, None] & (cache.slots <= slots[:, None])
+        return self._logits(self._blocks(x, mask[:, None], cache, slots))
 
     def condition(self, conditioning: str) -> None:
         """Go on as `prefix` or `prefix+draft`: they have the same weights and differ in what is shown."""

@@ -547,6 +547,8 @@ def evaluate(adapter, trained: Trained | None, data: Data, config: TrainConfig, 
 
 
 def main() -> None:
+    from drafting import save_memory
+
     start = time.monotonic()
     config = parse_config(TrainConfig)
     device = choose_device(config.device)
@@ -556,6 +558,7 @@ def main() -> None:
     if not config.checkpoint:
         trained = train(adapter, config, data, device, task)
         adapter = trained.adapter
+        save_memory(data.all_train, task / "memory.npz")
     trained_s = time.monotonic() - start
     metrics = evaluate(adapter, trained, data, config, device)
     results = {

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from base import Pairs
-from drafting import KEPT, NOTHING, Adapter, Fixed, Hybrid, Memory, commonest_tokens
+from drafting import KEPT, NOTHING, Adapter, Fixed, Hybrid, Memory, NGrams, commonest_tokens
 from token_adapter import AdapterConfig, TokenAdapter
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_without_streaming_it_is_a_plain_n_gram():
 
 
 def test_chances_add_up_to_no_more_than_one_and_longer_contexts_win():
-    memory = Memory(pairs_of([[1, 2, 3]] * 3 + [[4, 2, 5]] * 9), TEST)
+    memory = NGrams([[1, 2, 3]] * 3 + [[4, 2, 5]] * 9)
     assert sum(memory.distribution([1, 2]).values()) == pytest.approx(1.0, abs=0.35)
     assert sum(memory.distribution([1, 2]).values()) <= 1.0
     assert max(memory.distribution([1, 2]).items(), key=lambda item: item[1])[0] == 3

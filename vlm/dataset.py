@@ -111,6 +111,27 @@ def read_row(root: Path, number: int, row) -> Sample:
     return Sample(number, sample_id, sequence, clip, tuple(images), events, video)
 
 
+def read_questions(query: str, questions_file: Path | None, num_questions: int) -> list[str]:
+    """The questions to ask about every clip, in rank order: the query, or those of a file (-1: all of them)."""
+    if questions_file is None:
+        if num_questions > 1:
+            raise UserError(f"--num_questions {num_questions} needs --questions_file")
+        return [query]
+    if questions_file.suffix == ".json":
+        entries = read_json(questions_file)
+    else:                             # plain lines, each with or without "count<TAB>" in front
+        try:
+            entries = [line.split("\t")[-1].strip() for line in questions_file.read_text("utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"can't read {questions_file}: {error}") from error
+        entries = [line for line in entries if line]
+    entries = entries if isinstance(entries, list) else []
+    questions = [entry.get("question") if isinstance(entry, dict) else entry for entry in entries]
+    if not questions or not all(isinstance(question, str) and question.strip() for question in questions):
+        raise UserError(f"{questions_file}: wanted a list of questions (strings, or objects with 'question')")
+    return questions[:num_questions if num_questions > 0 else None]
+
+
 def draft_pictures(sample: Sample, which: Literal["first", "all"]) -> list[np.ndarray]:
     """What EventGPT sees: the event PNGs; where a row lists none, pictures rendered from its raw events."""
     if sample.event_images:

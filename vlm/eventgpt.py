@@ -201,6 +201,10 @@ class EventGPT:
         """(LlamaModel, lm_head), the parts that vlm/steps.py runs."""
         return self.model.language_model.model, self.model.language_model.lm_head
 
+    @property
+    def max_positions(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
+
     @torch.inference_mode()
     def _embeds(self, pixels: list[torch.Tensor], queries: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, L, H) and its mask (B, L), as EventGPTModel.inputs_embeds."""

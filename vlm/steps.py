@@ -209,6 +209,29 @@ class Steps:
         return graph, output
 
 
+class Prompted:
+    """One prompt at a time on Steps, with the verbs that decoding.decode wants of a target."""
+
+    def __init__(self, steps: Steps):
+        self.steps, self.vocab_size = steps, steps.model.embed_tokens.num_embeddings
+
+    def ask(self, embeds: torch.Tensor) -> None:
+        """embeds (1, L, D): the prompt of the answer to come."""
+        self.embeds = embeds
+
+    def prefill(self, proposed: list[int]) -> Next:
+        """The prompt and an opening draft in one pass -> what follows the prompt and each proposal."""
+        embeds = torch.cat([self.embeds, self.steps.embed(proposed)], 1) if proposed else self.embeds
+        return self.steps.prefill(embeds, len(proposed) + 1)
+
+    def verify(self, tokens: list[int]) -> Next:
+        return self.steps.verify(tokens)
+
+    def keep(self, tokens: int) -> None:
+        """Forget all but the prompt and so many tokens of the answer."""
+        self.steps.rollback(self.embeds.shape[1] + tokens)
+
+
 # ---------------------------------------------------------------------------------------------- parts
 def normed(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     """LLaMA's RMS norm in one kernel; transformers' rounds once more in between (visible in 16 bits only)."""

@@ -141,6 +141,10 @@ class VideoLlava:
         """(LlamaModel, lm_head), the parts that vlm/steps.py runs."""
         return self.model.model.language_model, self.model.lm_head
 
+    @property
+    def max_positions(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
+
     def _prompt_ids(self, frames: int, query: str) -> list[int]:
         vision = self.model.config.vision_config
         return prompt_ids(self.tokenizer, query, frames * (1 + (vision.image_size // vision.patch_size) ** 2))

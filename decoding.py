@@ -1,0 +1,291 @@
+"""Speculative decoding of one answer: live drafters, the rules that verify their proposals, the decode loop.
+
+A live drafter proposes what its namesake in drafting.py proposes, one answer at a time and not knowing it:
+
+    begin(draft, question)             a new answer: EventGPT's tokens for it and the question's
+    propose(prefix, gamma, least)      up to gamma tokens to follow the verified prefix
+    learn(answer)                      the answer has been verified: use it for the next ones
+
+Whatever is proposed, the answer is the target's own: a wrong proposal costs time and nothing else.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from drafting import KEPT, NOTHING, NGrams, mixed, top_of
+from token_adapter import Cache, TokenAdapter
+
+
+def matching(ours: list[int], theirs: list[int]) -> int:
+    """How many tokens both lists begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs)))
+
+
+# --------------------------------------------------------------------------------------------------- drafters
+class Live:
+    """A live drafter, and the one that proposes nothing."""
+
+    def begin(self, draft: list[int], question: list[int] = ()) -> None:
+        """A new answer: EventGPT's tokens for it, and the question's."""
+
+    def propose(self, prefix: list[int], gamma: int, least: float = 0.0) -> list[int]:
+        """Up to gamma tokens to follow the verified prefix, while all together are right with a chance >= least."""
+        return []
+
+    def learn(self, answer: list[int]) -> None:
+        """The answer has been verified."""
+
+
+class LiveTable(Live):
+    """Proposals by position, known when the answer begins: the draft itself, or an adapter that sees nothing else."""
+
+    def __init__(self, adapter: TokenAdapter | None = None):
+        self.adapter = adapter and adapter.eval()
+
+    @torch.inference_mode()
+    def begin(self, draft: list[int], question: list[int] = ()) -> None:
+        self.table = draft
+        if self.adapter:
+            width, first = self.adapter.config.max_seq_len, self.adapter.config.first_position
+            device = self.adapter.embedding.weight.device
+            filled = torch.tensor([[*draft, *[0] * width][:width - first]], device=device)
+            self.table = [NOTHING] * first + self.adapter(filled)[0].argmax(-1).tolist()
+
+    def propose(self, prefix: list[int], gamma: int, least: float = 0.0) -> list[int]:
+        return list(itertools.takewhile(lambda token: token != NOTHING, self.table[len(prefix):len(prefix) + gamma]))
+
+
+class LiveLookup(Live):
+    """Prompt lookup (Saxena 2023): what followed the last tokens where they stood before, in question or answer."""
+
+    LONGEST = 3
+
+    def begin(self, draft: list[int], question: list[int] = ()) -> None:
+        self.question = list(question)
+
+    def propose(self, prefix: list[int], gamma: int, least: float = 0.0) -> list[int]:
+        text = self.question + prefix
+        for size in range(min(self.LONGEST, len(text) - 1), 0, -1):
+            for at in range(len(text) - size - 1, -1, -1):
+                if text[at:at + size] == text[-size:]:
+                    return text[at + size:at + size + gamma]
+        return []
+
+
+class AdapterSteps:
+    """A prefix adapter at batch 1 on its cache: eager on a CPU, CUDA graphs on a GPU, where launching costs most."""
+
+    SIZES = (1, 2, 4, 8, Cache.SPARE)
+
+    def __init__(self, adapter: TokenAdapter, kept: int = KEPT):
+        self.adapter, self.config = adapter.eval(), adapter.config
+        device = adapter.begin.device
+        self.cache = Cache(self.config, 1, device)
+        self.tokens = torch.zeros(1, self.SIZES[-1], dtype=torch.long, device=device)
+        self.slots = self.cache.slots[:self.SIZES[-1]].clone()
+        # Row of each slot: ids and chances of what follows it. As float64, so that one copy brings both to the host.
+        self.kept = min(kept, self.config.draft_vocab or self.config.vocab_size)
+        self.rows = torch.zeros(len(self.cache.slots), 2, self.kept, dtype=torch.float64, device=device)
+        self.graphs = {}
+        if device.type == "cuda":
+            self._capture()
+
+    @torch.inference_mode()
+    def begin(self, draft: list[int]) -> None:
+        draft = torch.tensor([draft[:self.config.max_seq_len]], dtype=torch.long, device=self.tokens.device)
+        logits, _ = self.adapter.start(draft, torch.tensor([draft.shape[1]], device=draft.device), self.cache)
+        self.first, self.fed, self.known = self.cache.length - 1, [], {}
+        self._keep(logits, self.cache.slots[self.first:self.first + 1])
+
+    @torch.inference_mode()
+    def after(self, prefix: list[int], further: int = 0) -> list[tuple[list[int], list[float]]]:
+        """(ids, chances) best first of what follows the prefix, and of `further` positions after its own best ones."""
+        same = matching(self.fed, prefix)
+        self.known = {place: row for place, row in self.known.items() if place <= same}
+        if further == 0 and len(prefix) in self.known:
+            self.fed = self.fed[:same]
+            return [self.known[len(prefix)]]
+        for at in range(same, len(prefix), self.SIZES[-1]):
+            self._feed(prefix[at:at + self.SIZES[-1]], at)
+        last = self.first + len(prefix)
+        if further:
+            self.tokens[0, :1].copy_(self.rows[last, 0, :1])
+            self.slots[:1].copy_(self.cache.slots[last + 1:last + 2])
+            for _ in range(further):                                # each writes the next one's input: nothing waits
+                self._run(1)
+        rows = [(list(map(int, ids)), chances) for ids, chances in self.rows[last:last + further + 1].tolist()]
+        self.known.update({len(prefix) + k: row for k, row in enumerate(rows)})
+        self.fed = prefix + [ids[0] for ids, _ in rows[:-1]]
+        return rows
+
+    def _feed(self, tokens: list[int], at: int) -> None:
+        size = next(size for size in self.SIZES if size >= len(tokens))
+        host = torch.tensor(tokens, pin_memory=self.tokens.is_cuda)
+        self.tokens[0, :len(tokens)].copy_(host, non_blocking=True)
+        start = self.first + 1 + at
+        self.slots[:size].copy_(self.cache.slots[start:start + size])
+        self._run(size)
+
+    def _run(self, size: int) -> None:
+        if size in self.graphs:
+            self.graphs[size].replay()
+        else:
+            self._forward(size)
+
+    def _forward(self, size: int) -> None:
+        slots = self.slots[:size]
+        self._keep(self.adapter.step_at(self.tokens[:, :size], slots, self.cache), slots)
+        if size == 1:
+            self.tokens[0, :1].copy_(self.rows[slots, 0, 0])
+            slots.add_(1)
+
+    def _keep(self, logits: torch.Tensor, slots: torch.Tensor) -> None:             # logits (1, T, V)
+        chances, columns = F.softmax(logits[0].float(), -1).topk(self.kept)
+        self.rows.index_copy_(0, slots, torch.stack([self.adapter.ids_of(columns).double(), chances.double()], 1))
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        for size in reversed(self.SIZES):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self._forward(size)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self._forward(size)
+            self.graphs[size] = graph
+
+
+class LiveAdapter(Live):
+    """The adapter's own best tokens, chained on the device: one wait a proposal however long it is."""
+
+    def __init__(self, adapter: TokenAdapter):
+        self.steps = AdapterSteps(adapter, kept=1)
+
+    def begin(self, draft: list[int], question: list[int] = ()) -> None:
+        self.steps.begin(draft)
+
+    def propose(self, prefix: list[int], gamma: int, least: float = 0.0) -> list[int]:
+        gamma = min(gamma, self.steps.config.max_seq_len - len(prefix))
+        if gamma < 1:
+            return []
+        rows = self.steps.after(prefix, gamma - 1)
+        sure = itertools.accumulate((chances[0] for _, chances in rows), lambda a, b: a * b)
+        return [ids[0] for (ids, _), chance in zip(rows, sure) if chance >= least]
+
+
+class LiveHybrid(Live):
+    """Adapter and memory mixed, token by token; without an adapter the memory alone."""
+
+    def __init__(self, ngrams: NGrams, adapter: TokenAdapter | None = None, share: float = 1.0):
+        self.ngrams, self.share, self.steps = ngrams, share, adapter and AdapterSteps(adapter)
+
+    def begin(self, draft: list[int], question: list[int] = ()) -> None:
+        if self.steps:
+            self.steps.begin(draft)
+
+    def propose(self, prefix: list[int], gamma: int, least: float = 0.0) -> list[int]:
+        tokens, sure = list(prefix), 1.0
+        while len(tokens) < len(prefix) + gamma:
+            chances = self.ngrams.distribution(tokens)
+            if self.steps:
+                seen = len(tokens) < self.steps.config.max_seq_len
+                chances = mixed(*(self.steps.after(tokens)[0] if seen else ((), ())), chances, self.share)
+            best = top_of(chances)[0]
+            sure *= chances.get(best, 0.0)
+            if best == NOTHING or sure < least:
+                break
+            tokens.append(best)
+        return tokens[len(prefix):]
+
+    def learn(self, answer: list[int]) -> None:
+        self.ngrams.add(answer)
+
+
+# ------------------------------------------------------------------------------------------------ decode loop
+@dataclasses.dataclass
+class Decoded:
+    """One answer and how it came about; pass 0 is the prefill."""
+
+    tokens: list[int]
+    proposed: list[int] = dataclasses.field(default_factory=list)     # tokens proposed to each pass of the target
+    accepted: list[int] = dataclasses.field(default_factory=list)     # and how many of them were right
+    draft_s: float = 0.0             # seconds in the drafter
+    prefill_s: float = 0.0           # in the prefill
+    verify_s: float = 0.0            # in all other passes
+
+
+def greedy(answer: list[int], proposed: list[int], following) -> list[int]:
+    """The right proposals and the target's own next token: just what greedy decoding would have said.
+
+    following.best (k + 1,): what the target says after the prefix and after each proposal.
+    """
+    best = following.best.tolist()
+    return best[:matching(proposed, best) + 1]
+
+
+class Sampling:
+    """Lossless sampling (Leviathan et al. 2023; Chen et al. 2023) at a temperature; proposals are single tokens.
+
+    With all of the drafter's weight on one token, it is kept with the target's chance of it; if it is not, the token
+    comes from the target's distribution without it. Together that is the target's own distribution.
+    """
+
+    def __init__(self, temperature: float, seed: int):
+        self.temperature, self.generator = temperature, torch.Generator().manual_seed(seed)
+
+    def __call__(self, answer: list[int], proposed: list[int], following) -> list[int]:
+        chances, emitted = F.softmax(following.logits.double().cpu() / self.temperature, -1), []
+        for row, token in zip(chances, [*proposed, None]):
+            if token is not None and float(torch.rand((), generator=self.generator)) < float(row[token]):
+                emitted.append(token)
+                continue
+            if token is not None:
+                row[token] = 0.0
+            return [*emitted, int(torch.multinomial(row, 1, generator=self.generator))]
+        raise AssertionError("the last row always ends the loop")
+
+
+def decode(target, drafter: Live, max_new_tokens: int, eos: int, gamma: int, least: Callable[[], float] = lambda: 0.0,
+           rule: Callable = greedy) -> Decoded:
+    """One answer by speculative decoding: the target's own, whatever the drafter proposes.
+
+    target: prefill(proposed) and verify(tokens) -> what follows the last known token and each proposal (`best`
+    (k + 1,) ids, `logits` (k + 1, V)); keep(n): forget all but the prompt and n tokens of the answer; vocab_size. eos
+    and the length end the answer exactly where they end plain decoding. gamma: proposals a pass at most; least: asked
+    before each pass, the chance of being right below which a proposal isn't worth its cost.
+    """
+    found = Decoded([])
+    while True:
+        start, answer = time.perf_counter(), found.tokens
+        room = min(gamma, max_new_tokens - len(answer) - 1)            # the last token is always the target's own
+        proposed = drafter.propose(answer, room, least()) if room > 0 else []
+        proposed = list(itertools.takewhile(lambda token: 0 <= token < target.vocab_size, proposed))
+        between = time.perf_counter()
+        if answer:
+            target.keep(len(answer) - 1)
+            following = target.verify([answer[-1], *proposed])
+        else:
+            following = target.prefill(proposed)
+        emitted = rule(answer, proposed, following)
+        if eos in emitted:
+            emitted = emitted[:emitted.index(eos) + 1]
+        end = time.perf_counter()
+        found.draft_s += between - start
+        if answer:
+            found.verify_s += end - between
+        else:
+            found.prefill_s = end - between
+        found.proposed.append(len(proposed))
+        found.accepted.append(matching(emitted, proposed))
+        found.tokens = answer + emitted
+        if found.tokens[-1] == eos or len(found.tokens) >= max_new_tokens:
+            drafter.learn(found.tokens)
+            return found

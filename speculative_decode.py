@@ -1,0 +1,472 @@
+"""Step 3: the target's own words, sooner: draft, adapter and target decode a data set together, checked and timed.
+
+    python speculative_decode.py --task task/1s_20260128_020530 --draft_model models/EventGPT-7b --compare \\
+        --dataset_dir data/my_egpt_dsec_test/my_egpt_dsec_seq_1s
+
+EventGPT answers for every clip first and is unloaded. Then Video-LLaVA answers, clip by clip in the order they were
+driven: a drafter proposes tokens, one pass verifies them, and what comes out is what greedy decoding says. With
+--compare each answer is also decoded plainly, by transformers and by our own loop, and by every other drafter.
+Writes decode.json, DECODE.md and pictures into a new folder decode_{time} inside the task folder. Exit 3: an answer
+differs from plain decoding by more than rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from base import (
+    Progress,
+    UserError,
+    as_json,
+    log,
+    new_task_folder,
+    option,
+    parse_config,
+    provenance,
+    read_json,
+    required,
+    run,
+    write_whole,
+)
+from decode_report import one_line, totals, write_decode_report
+
+if TYPE_CHECKING:                  # torch and vlm are imported only after the flags are read
+    from decoding import Decoded
+    from vlm.dataset import Sample
+
+DRAFTERS = ("hybrid", "memory", "adapter", "lookup", "copy", "none")
+MAX_GAMMA = 16                     # proposals a pass with --gamma auto: verifying 17 tokens costs hardly more than one
+SLACK = 8                          # positions by which a clip's prompt may be longer than the first clip's
+REPEATS = 7                        # a cost is the median of so many
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Decode a data set speculatively with a trained task; check and time it."""
+
+    task: Path = required("task folder of train_and_evaluate.py")
+    dataset_dir: Path = required("data set folder, with event_image/ and mp4/")
+    draft_model: Path = required("folder of the EventGPT checkpoint")
+    target_model: str = option("LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA")
+    drafter: Literal["hybrid", "memory", "adapter", "lookup", "copy", "none"] = option(
+        "hybrid", "hybrid: adapter and memory; memory of answers; adapter; prompt lookup; EventGPT's tokens; none")
+    gamma: str = option("auto", "tokens proposed for each pass, 1 to 16; auto: while they are worth their cost")
+    compare: bool = option(False, "decode plainly too, by transformers and by our loop, and with every drafter")
+    max_samples: int = option(-1, "use only the first so many clips; -1: all")
+    max_new_tokens: int = option(50, "longest answer, in tokens")
+    query: str = option("What are the key elements in this scene?", "the question asked about every clip")
+    questions_file: Path | None = option(None, "ask these instead: JSON list of strings or {question, ...}, or lines")
+    num_questions: int = option(-1, "use only the first so many questions of the file; -1: all")
+    temperature: float = option(0.0, "above 0: sample from the target's distribution instead, just as losslessly")
+    shuffle: bool = option(False, "decode the clips in random order: shows what the order is worth to a memory")
+    quantization: Literal["auto", "4bit", "8bit", "none"] = option("auto", "auto: 4bit on a GPU, none on a CPU")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, else float32")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    num_frames: int = option(8, "video frames shown to the target")
+    event_images: Literal["first", "all"] = option("first", "event pictures shown to the draft")
+    num_workers: int = option(4, "threads that read pictures and videos ahead of the model")
+    seed: int = option(42, "for --temperature and --shuffle")
+    plots: bool = option(True, "draw the pictures")
+
+    def __post_init__(self):
+        if self.gamma != "auto" and not (self.gamma.isascii() and self.gamma.isdigit()
+                                         and 1 <= int(self.gamma) <= MAX_GAMMA):
+            raise UserError(f"--gamma must be auto or from 1 to {MAX_GAMMA}, got {self.gamma}")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature must be 0 or more, got {self.temperature}")
+        if self.temperature and self.compare:
+            raise UserError("--compare needs greedy answers: sampled ones differ by chance; leave out --temperature")
+        if not self.query.strip():
+            raise UserError("--query is empty: wanted a question")
+        for name in ("max_new_tokens", "num_frames", "num_workers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("max_samples", "num_questions"):
+            if getattr(self, name) < 1 and getattr(self, name) != -1:
+                raise UserError(f"--{name} must be 1 or more, or -1 for all, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
+        if not self.draft_model.is_dir():
+            raise UserError(f"no such folder: {self.draft_model}; wanted the folder of the EventGPT checkpoint")
+
+
+# ------------------------------------------------------------------------------------------------------- task
+@dataclasses.dataclass
+class Task:
+    """What training left: the adapter, its memory, and what is known of both."""
+
+    folder: Path
+    adapter: object                        # TokenAdapter
+    answers: list[list[int]]               # target answers of training: what a memory begins with
+    share: float                           # of the memory in the hybrid
+    simulated: dict                        # drafter -> gamma -> tau on the test pairs
+    target: dict                           # recorded name, revision and vocab_size of the target, {} if none
+
+
+def read_task(folder: Path) -> Task:
+    from drafting import load_memory
+    from token_adapter import load_adapter
+
+    for name in ("best_model.pt", "results.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is no finished task: it has no {name}; wanted a folder that "
+                            "train_and_evaluate.py wrote")
+    results = read_json(folder / "results.json")
+    test = (results.get("metrics") or {}).get("test") if isinstance(results, dict) else None
+    if not isinstance(test, dict) or not isinstance(test.get("drafters"), dict):
+        raise UserError(f"{folder / 'results.json'} is not the results.json of train_and_evaluate.py")
+    adapter = load_adapter(folder / "best_model.pt")
+    memory = folder / "memory.npz"
+    if not memory.exists():
+        log(f"decode | {folder} has no memory.npz: the memory begins without training answers")
+    targets = [file.get("models", {}).get("videollava", {}) for file in results.get("files", {}).get("train", [])]
+    return Task(folder, adapter, load_memory(memory) if memory.exists() else [],
+                (test.get("memory_share") or {}).get("hybrid", 0.5),
+                {name: {gamma: found["tau"] for gamma, found in drafter["simulated"].items()}
+                 for name, drafter in test["drafters"].items()}, next(filter(None, targets), {}))
+
+
+def check_target(task: Task, name: str, revision: str, vocab_size: int) -> None:
+    """The adapter was trained on this model's answers, as far as its pair files say whose they were."""
+    for key, found in (("vocab_size", vocab_size), ("revision", revision)):
+        trained = task.target.get(key)
+        # A local revision before digests were recorded is just "local".
+        if trained not in (None, "local", "unknown", found):
+            raise UserError(f"{task.folder} was trained on answers of {task.target.get('name')} ({key} {trained}), but "
+                            f"{name} has {key} {found}; decode with that model, or train on pairs of this one")
+
+
+def make_drafter(name: str, task: Task):
+    """A live drafter; an adapter in draft conditioning knows nothing of the prefix and joins no hybrid."""
+    import decoding
+    from drafting import NGrams
+
+    prefix = task.adapter.config.sees_prefix
+    if name == "adapter":
+        return decoding.LiveAdapter(task.adapter) if prefix else decoding.LiveTable(task.adapter)
+    if name in ("memory", "hybrid"):
+        mixed = name == "hybrid" and prefix
+        return decoding.LiveHybrid(NGrams(task.answers), task.adapter if mixed else None, task.share if mixed else 1.0)
+    return {"lookup": decoding.LiveLookup, "copy": decoding.LiveTable, "none": decoding.Live}[name]()
+
+
+# ------------------------------------------------------------------------------------------------ both models
+def clips(model, read: Callable, samples: list[Sample], failed: list[dict], which: str,
+          config: DecodeConfig) -> Iterator[tuple]:
+    """Yield (sample, pixels) in order; a clip that can't be read is added to `failed`."""
+    from vlm.dataset import read_ahead
+
+    for sample, pixels in read_ahead(lambda sample: model.prepare(read(sample)), samples, config.num_workers,
+                                     2 * config.num_workers):
+        if isinstance(pixels, Exception):
+            failed.append({"sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip, "model": which,
+                           "reason": str(pixels)})
+            log(f"decode | {which} | WARNING | clip {sample.key} failed: {pixels}")
+        else:
+            yield sample, pixels
+
+
+def prompted(model, pixels, questions: list[str], config: DecodeConfig):
+    """The model's decoder on a static cache that holds the longest prompt, its answer and a last round's proposals."""
+    from vlm.steps import Prompted, Steps
+
+    longest = max(model.prompt_embeds(pixels, question).shape[1] for question in questions)
+    room, positions = longest + SLACK + config.max_new_tokens + MAX_GAMMA, model.max_positions
+    if longest + config.max_new_tokens > positions:
+        raise UserError(f"the prompt ({longest} tokens) and --max_new_tokens {config.max_new_tokens} need "
+                        f"{longest + config.max_new_tokens} positions, the model has {positions}: use fewer")
+    steps = Steps(*model.decoder, room=room)
+    log(f"decode | keys and values: {steps.bytes / 2**20:,.0f} MiB for {room} positions")
+    return Prompted(steps)
+
+
+def timed(work: Callable, device) -> tuple:
+    """(what work() returns, seconds), with the device done before and after."""
+    import torch
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    start = time.perf_counter()
+    result = work()
+    wait()
+    return result, time.perf_counter() - start
+
+
+def median_s(work: Callable, device) -> float:
+    return statistics.median(timed(work, device)[1] for _ in range(REPEATS))
+
+
+def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], runtime, config: DecodeConfig) -> tuple:
+    """EventGPT's answer for every clip and question: {(key, question number): (tokens, seconds)}, and its costs."""
+    import functools
+
+    from decoding import Live, decode
+    from vlm.dataset import draft_pictures
+    from vlm.eventgpt import EventGPT
+
+    model = EventGPT.load(config.draft_model, runtime)
+    drafts, target, costs = {}, None, {}
+    progress = Progress("decode | drafts", len(samples) * len(questions), unit="answers")
+    for sample, pixels in clips(model, functools.partial(draft_pictures, which=config.event_images), samples, failed,
+                                "eventgpt", config):
+        if target is None:
+            target = prompted(model, pixels, questions, config)
+            costs = measure_costs(target, model, pixels, questions[0], runtime.device, sizes=(1,))
+        for number, question in enumerate(questions):
+            def answer(pixels=pixels, question=question) -> Decoded:
+                target.ask(model.prompt_embeds(pixels, question))
+                return decode(target, Live(), config.max_new_tokens, model.tokenizer.eos_token_id, 1)
+
+            found, seconds = timed(answer, runtime.device)
+            drafts[sample.key, number] = found.tokens, seconds
+            progress.update(len(drafts))
+    target = None                                       # it holds the weights
+    model.unload()
+    return drafts, costs
+
+
+def measure_costs(target, model, pixels, question: str, device, sizes) -> dict:
+    """Seconds of vision (with the prompt's embedding), prefill, and one pass over k tokens for each k in sizes."""
+    embeds = model.prompt_embeds(pixels, question)
+    target.ask(embeds)
+    target.prefill([])
+    target.verify([0]).best.tolist()
+
+    def one(k: int) -> None:
+        target.keep(0)
+        target.verify([0] * k).best.tolist()
+
+    verify = {k: median_s(lambda k=k: one(k), device) for k in sizes}
+    return {"vision": median_s(lambda: model.prompt_embeds(pixels, question), device),
+            "prefill": median_s(lambda: target.prefill([]).best.tolist(), device), "verify": verify}
+
+
+def rounding(target, model, embeds, tokens: list[int]) -> float:
+    """The largest difference of a logit between three ways to reckon it: one by one, 8 at a time, by transformers.
+
+    This is the noise of the number format on this device; it decides what a tie is.
+    """
+    import torch
+
+    target.ask(embeds)
+    tokens = tokens[:8]
+    target.prefill([])
+    one_by_one = torch.cat([target.verify([token]).logits.float() for token in tokens])
+    target.keep(0)
+    together = target.verify(tokens).logits.float()
+    decoder, head = model.decoder
+    with torch.inference_mode():
+        whole = torch.cat([embeds, target.steps.embed(tokens)], 1)
+        reference = head(decoder(inputs_embeds=whole).last_hidden_state[0, -len(tokens):]).float()
+    return float(max((one_by_one - together).abs().max(), (one_by_one - reference).abs().max()))
+
+
+# --------------------------------------------------------------------------------------------------- decoding
+@dataclasses.dataclass
+class Pace:
+    """--gamma auto: a proposal is worth its cost while cost < chance that it counts x time a token takes otherwise.
+
+    Renewal-reward: the best stopping rule for tokens a second compares with the average seconds a token so far.
+    """
+
+    proposal_s: float                  # seconds of one more proposal, drafting and verifying it
+    seconds: float                     # so far; begins as one plain step for one token
+    tokens: int = 1
+
+    def least(self) -> float:
+        return min(1.0, self.proposal_s * self.tokens / self.seconds)
+
+    def add(self, found: Decoded) -> None:
+        self.seconds += found.draft_s + found.verify_s
+        self.tokens += len(found.tokens)
+
+
+class Decoder:
+    """One drafter at work: its memory and its pace go from answer to answer."""
+
+    def __init__(self, name: str, task: Task, target, costs: dict, eos: int, config: DecodeConfig):
+        from decoding import Live, Sampling, greedy
+
+        self.name, self.target, self.eos, self.config = name, target, eos, config
+        self.drafter = Live() if name == "none" else make_drafter(name, task)
+        self.gamma = MAX_GAMMA if config.gamma == "auto" else int(config.gamma)
+        self.rule = Sampling(config.temperature, config.seed) if config.temperature else greedy
+        verify = costs["verify"]
+        self.step_s = verify[1]
+        self.slope_s = max(0.0, (verify[max(verify)] - verify[1]) / (max(verify) - 1))   # of verifying one token more
+        self.proposal_s = self.pace = None
+
+    def set_pace(self, draft: list[int], question: list[int], answer: list[int], device) -> None:
+        """Measure what a proposed token costs, on the beginning of a first answer; nothing is learnt from it."""
+        def propose() -> int:
+            self.drafter.begin(draft, question)
+            return len(self.drafter.propose(answer, 8))
+
+        begin_s, count = median_s(lambda: self.drafter.begin(draft, question), device), max(1, propose())
+        self.proposal_s = max(0.0, median_s(propose, device) - begin_s) / count
+        if self.config.gamma == "auto":
+            self.pace = Pace(self.proposal_s + self.slope_s, self.step_s)
+
+    def answer(self, embeds, draft: list[int], question: list[int]) -> Decoded:
+        from decoding import decode
+
+        start = time.perf_counter()
+        self.drafter.begin(draft, question)
+        begin_s = time.perf_counter() - start
+        self.target.ask(embeds)
+        least = self.pace.least if self.pace else lambda: 0.0
+        found = decode(self.target, self.drafter, self.config.max_new_tokens, self.eos, self.gamma, least, self.rule)
+        found.draft_s += begin_s
+        if self.pace:
+            self.pace.add(found)
+        return found
+
+
+def judge(ours: list[int], plain: list[int], target, embeds, noise: float) -> dict:
+    """exact; else the first difference with the gap between the target's two best logits there: tie or WRONG."""
+    from decoding import matching
+
+    if ours == plain:
+        return {"verdict": "exact"}
+    at = matching(ours, plain)
+    target.ask(embeds)
+    best = target.prefill(plain[:at]).logits[-1].float().topk(2).values.tolist()
+    gap = best[0] - best[1]
+    return {"verdict": "tie" if gap <= noise else "WRONG", "position": at, "gap": gap,
+            "ours": ours[at:at + 1], "plain": plain[at:at + 1]}
+
+
+def decode_all(samples: list[Sample], questions: list[str], drafts: dict, failed: list[dict], task: Task, runtime,
+               config: DecodeConfig) -> dict:
+    """Every answer by the chosen drafter, and with --compare by all of them and by transformers."""
+    import functools
+
+    from vlm.dataset import target_pictures
+    from vlm.video_llava import VideoLlava
+
+    model = VideoLlava.load(config.target_model, runtime)
+    check_target(task, config.target_model, model.revision, model.vocab_size)
+    task.adapter.to(runtime.device)
+    device, target, decoders, rows, costs, noise = runtime.device, None, [], [], {}, 0.0
+    progress = Progress("decode | answers", len(drafts), unit="answers")
+    for sample, pixels in clips(model, functools.partial(target_pictures, num_frames=config.num_frames), samples,
+                                failed, "videollava", config):
+        for number, question in enumerate(questions):
+            draft, draft_s = drafts[sample.key, number]
+            words = model.tokenizer(question, add_special_tokens=False).input_ids
+            if target is None:
+                target = prompted(model, pixels, questions, config)
+                costs = measure_costs(target, model, pixels, question, device, range(1, MAX_GAMMA + 2))
+                decoders, noise = begin(target, model, pixels, question, draft, words, costs, task, config)
+            embeds, vision_s = timed(lambda pixels=pixels, question=question: model.prompt_embeds(pixels, question),
+                                     device)
+            found = {decoder.name: decoder.answer(embeds, draft, words) for decoder in decoders}
+            ours = found[config.drafter].tokens
+            row = {"sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip, "question_idx": number,
+                   "query": question, "text": model.tokenizer.decode(ours, skip_special_tokens=True).strip(),
+                   "tokens": ours, "vision_s": vision_s, "eventgpt_s": draft_s, "runs": {}}
+            for name, decoded in found.items():
+                row["runs"][name] = {**dataclasses.asdict(decoded), "tokens": len(decoded.tokens)}
+                if config.compare:
+                    row["runs"][name] |= judge(decoded.tokens, found["none"].tokens, target, embeds, noise)
+            if config.compare:
+                def generate(length: int, pixels=pixels, question=question) -> list[int]:
+                    return model.answer([pixels], [question], length)[0].tokens
+
+                tokens, all_s = timed(lambda generate=generate: generate(config.max_new_tokens), device)
+                row["generate"] = {"tokens": len(tokens), "all_s": all_s,
+                                   "first_token_s": timed(lambda generate=generate: generate(1), device)[1],
+                                   **judge(found["none"].tokens, tokens, target, embeds, noise)}
+            rows.append(row)
+            progress.update(len(rows))
+    if not rows:
+        raise UserError(f"none of {len(samples)} clips could be decoded; the first reason: {failed[0]['reason']}")
+    facts = {"name": config.target_model, "revision": model.revision, "vocab_size": model.vocab_size}
+    decoders = target = None                              # they hold the weights
+    model.unload()
+    return {"target": facts, "noise": noise, "costs": costs, "answers": rows, "failed": failed}
+
+
+def begin(target, model, pixels, question: str, draft: list[int], words: list[int], costs: dict, task: Task,
+          config: DecodeConfig) -> tuple[list[Decoder], float]:
+    """The drafters with their measured costs, and the gap between two logits up to which they count as tied."""
+    device, eos = model.runtime.device, model.tokenizer.eos_token_id
+    embeds = model.prompt_embeds(pixels, question)
+    if config.compare:
+        model.answer([pixels], [question], 2)              # transformers' first call is slow and not to be timed
+    plain = Decoder("none", task, target, costs, eos, config)
+    tokens = plain.answer(embeds, draft, words).tokens
+    noise = 4 * rounding(target, model, embeds, tokens)    # either logit may be off either way: 2 at least, 4 to be sure
+    names = DRAFTERS if config.compare else (config.drafter,)
+    decoders, costs["proposal"] = [Decoder(name, task, target, costs, eos, config) for name in names], {}
+    for decoder in decoders:
+        decoder.set_pace(draft, words, tokens[:1], device)
+        costs["proposal"][decoder.name] = decoder.proposal_s
+    log("decode | one token takes {:.2f} ms, verifying 9 {:.2f} ms, a proposal of {} {:.2f} ms | tied: logits within {:.2g}"
+        .format(1000 * costs["verify"][1], 1000 * costs["verify"][9], config.drafter,
+                1000 * costs["proposal"][config.drafter], noise))
+    return decoders, noise
+
+
+# ---------------------------------------------------------------------------------------------------- results
+def in_order(samples: list[Sample], config: DecodeConfig) -> list[Sample]:
+    """As they were driven, sequence by sequence, so that a memory sees yesterday's answers; or shuffled."""
+    if config.shuffle:
+        return random.Random(config.seed).sample(samples, len(samples))
+    seen = {name: number for number, name in reversed(list(enumerate(sample.sequence for sample in samples)))}
+    return sorted(samples, key=lambda sample: (seen[sample.sequence], str(sample.clip).zfill(12)))
+
+
+def main() -> None:
+    config = parse_config(DecodeConfig)
+    task = read_task(config.task)
+
+    import torch
+
+    from vlm.dataset import read_dataset, read_questions
+    from vlm.loading import Runtime
+
+    questions = read_questions(config.query, config.questions_file, config.num_questions)
+    samples = read_dataset(config.dataset_dir)[:config.max_samples if config.max_samples > 0 else None]
+    runtime = Runtime.choose(config.device, config.dtype, config.quantization)
+    if runtime.device.type == "cuda" and runtime.dtype == torch.float32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    failed = [{"sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip, "model": None,
+               "reason": sample.trouble} for sample in samples if sample.trouble]
+    usable = in_order([sample for sample in samples if not sample.trouble], config)
+    drafts, draft_costs = draft_all(usable, questions, failed, runtime, config)
+    drafted = [sample for sample in usable if (sample.key, 0) in drafts]
+    found = decode_all(drafted, questions, drafts, failed, task, runtime, config)
+    found["costs"]["eventgpt"] = draft_costs
+    folder = new_task_folder(config.task, "decode")
+    results = {
+        "kind": "decoding", "task": config.task.resolve().name, "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+        "config": as_json(config), "drafter": config.drafter, "gamma": config.gamma, "memory_share": task.share,
+        "simulated_tau": task.simulated, "dtype": str(runtime.dtype).removeprefix("torch."),
+        "quantization": runtime.quantization, "device": torch.cuda.get_device_name(runtime.device)
+        if runtime.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads", **found,
+        "totals": totals(found["answers"]), "provenance": provenance()}
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    write_whole(folder / "decode.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_decode_report(folder, plots=config.plots)
+    log(f"RESULT | {folder} | {one_line(results)}")
+    if results["totals"]["verdicts"].get("WRONG"):
+        log("ERROR | an answer differs from plain decoding by more than rounding: see DECODE.md")
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    run(main)
