@@ -104,7 +104,7 @@ class AdapterSteps:
 
     @torch.inference_mode()
     def after(self, prefix: list[int], further: int = 0) -> list[tuple[list[int], list[float]]]:
-        """(ids, chances) best first of what follows the prefix, and of `further` positions after its own best ones."""
+        """(ids, chances), best first, of what follows the prefix and each of `further` tokens of its own choice."""
         same = matching(self.fed, prefix)
         self.known = {place: row for place, row in self.known.items() if place <= same}
         if further == 0 and len(prefix) in self.known:

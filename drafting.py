@@ -127,7 +127,8 @@ def load_memory(path: Path) -> list[list[int]]:
         if flat.dtype != np.int32 or start.ndim != 1 or (np.diff(start) < 0).any() or start[-1] != len(flat):
             raise ValueError("its arrays don't fit together")
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not the memory of a task: {error}; train anew, or delete it to begin without") from error
+        raise UserError(f"{path} is not the memory of a task: {error}; train anew, or delete it to begin "
+                        "without") from error
     return [flat[a:b].tolist() for a, b in itertools.pairwise(start)]
 
 

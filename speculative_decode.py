@@ -59,7 +59,7 @@ class DecodeConfig:
     draft_model: Path = required("folder of the EventGPT checkpoint")
     target_model: str = option("LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA")
     drafter: Literal["hybrid", "memory", "adapter", "lookup", "copy", "none"] = option(
-        "hybrid", "hybrid: adapter and memory; memory of answers; adapter; prompt lookup; EventGPT's tokens; none")
+        "hybrid", "adapter and memory together, either alone, prompt lookup, EventGPT's own tokens, or nothing")
     gamma: str = option("auto", "tokens proposed for each pass, 1 to 16; auto: while they are worth their cost")
     compare: bool = option(False, "decode plainly too, by transformers and by our loop, and with every drafter")
     max_samples: int = option(-1, "use only the first so many clips; -1: all")
@@ -142,8 +142,8 @@ def check_target(task: Task, name: str, revision: str, vocab_size: int) -> None:
         trained = task.target.get(key)
         # A local revision before digests were recorded is just "local".
         if trained not in (None, "local", "unknown", found):
-            raise UserError(f"{task.folder} was trained on answers of {task.target.get('name')} ({key} {trained}), but "
-                            f"{name} has {key} {found}; decode with that model, or train on pairs of this one")
+            raise UserError(f"{task.folder} was trained on answers of {task.target.get('name')} ({key} {trained}), "
+                            f"but {name} has {key} {found}; decode with that model, or train on pairs of this one")
 
 
 def make_drafter(name: str, task: Task):
@@ -156,7 +156,7 @@ def make_drafter(name: str, task: Task):
         return decoding.LiveAdapter(task.adapter) if prefix else decoding.LiveTable(task.adapter)
     if name in ("memory", "hybrid"):
         mixed = name == "hybrid" and prefix
-        return decoding.LiveHybrid(NGrams(task.answers), task.adapter if mixed else None, task.share if mixed else 1.0)
+        return decoding.LiveHybrid(NGrams(task.answers), *((task.adapter, task.share) if mixed else ()))
     return {"lookup": decoding.LiveLookup, "copy": decoding.LiveTable, "none": decoding.Live}[name]()
 
 
@@ -166,8 +166,8 @@ def clips(model, read: Callable, samples: list[Sample], failed: list[dict], whic
     """Yield (sample, pixels) in order; a clip that can't be read is added to `failed`."""
     from vlm.dataset import read_ahead
 
-    for sample, pixels in read_ahead(lambda sample: model.prepare(read(sample)), samples, config.num_workers,
-                                     2 * config.num_workers):
+    ahead = 2 * config.num_workers
+    for sample, pixels in read_ahead(lambda sample: model.prepare(read(sample)), samples, config.num_workers, ahead):
         if isinstance(pixels, Exception):
             failed.append({"sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip, "model": which,
                            "reason": str(pixels)})
@@ -177,7 +177,7 @@ def clips(model, read: Callable, samples: list[Sample], failed: list[dict], whic
 
 
 def prompted(model, pixels, questions: list[str], config: DecodeConfig):
-    """The model's decoder on a static cache that holds the longest prompt, its answer and a last round's proposals."""
+    """The model's decoder on a static cache with room for the longest prompt, an answer and a round's proposals."""
     from vlm.steps import Prompted, Steps
 
     longest = max(model.prompt_embeds(pixels, question).shape[1] for question in questions)
@@ -218,7 +218,7 @@ def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], r
     from vlm.eventgpt import EventGPT
 
     model = EventGPT.load(config.draft_model, runtime)
-    drafts, target, costs = {}, None, {}
+    target, drafts, costs = None, {}, {}
     progress = Progress("decode | drafts", len(samples) * len(questions), unit="answers")
     for sample, pixels in clips(model, functools.partial(draft_pictures, which=config.event_images), samples, failed,
                                 "eventgpt", config):
@@ -226,14 +226,14 @@ def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], r
             target = prompted(model, pixels, questions, config)
             costs = measure_costs(target, model, pixels, questions[0], runtime.device, sizes=(1,))
         for number, question in enumerate(questions):
-            def answer(pixels=pixels, question=question) -> Decoded:
+            def answer(target=target, pixels=pixels, question=question) -> Decoded:
                 target.ask(model.prompt_embeds(pixels, question))
                 return decode(target, Live(), config.max_new_tokens, model.tokenizer.eos_token_id, 1)
 
             found, seconds = timed(answer, runtime.device)
             drafts[sample.key, number] = found.tokens, seconds
             progress.update(len(drafts))
-    target = None                                       # it holds the weights
+    del target, answer                                  # they hold the weights
     model.unload()
     return drafts, costs
 
@@ -415,9 +415,9 @@ def begin(target, model, pixels, question: str, draft: list[int], words: list[in
     for decoder in decoders:
         decoder.set_pace(draft, words, tokens[:1], device)
         costs["proposal"][decoder.name] = decoder.proposal_s
-    log("decode | one token takes {:.2f} ms, verifying 9 {:.2f} ms, a proposal of {} {:.2f} ms | tied: logits within {:.2g}"
-        .format(1000 * costs["verify"][1], 1000 * costs["verify"][9], config.drafter,
-                1000 * costs["proposal"][config.drafter], noise))
+    verify, proposal_s = costs["verify"], costs["proposal"][config.drafter]
+    log(f"decode | one token takes {1000 * verify[1]:.2f} ms, verifying 9 {1000 * verify[9]:.2f} ms, a proposal of "
+        f"{config.drafter} {1000 * proposal_s:.2f} ms | tied: logits within {noise:.2g}")
     return decoders, noise
 
 
@@ -428,6 +428,10 @@ def in_order(samples: list[Sample], config: DecodeConfig) -> list[Sample]:
         return random.Random(config.seed).sample(samples, len(samples))
     seen = {name: number for number, name in reversed(list(enumerate(sample.sequence for sample in samples)))}
     return sorted(samples, key=lambda sample: (seen[sample.sequence], str(sample.clip).zfill(12)))
+
+
+def milliseconds(costs: dict) -> dict:
+    return {key: milliseconds(cost) if isinstance(cost, dict) else 1000 * cost for key, cost in costs.items()}
 
 
 def main() -> None:
@@ -450,7 +454,7 @@ def main() -> None:
     drafts, draft_costs = draft_all(usable, questions, failed, runtime, config)
     drafted = [sample for sample in usable if (sample.key, 0) in drafts]
     found = decode_all(drafted, questions, drafts, failed, task, runtime, config)
-    found["costs"]["eventgpt"] = draft_costs
+    costs = {**found.pop("costs"), "eventgpt": draft_costs}
     folder = new_task_folder(config.task, "decode")
     results = {
         "kind": "decoding", "task": config.task.resolve().name, "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
@@ -458,6 +462,7 @@ def main() -> None:
         "simulated_tau": task.simulated, "dtype": str(runtime.dtype).removeprefix("torch."),
         "quantization": runtime.quantization, "device": torch.cuda.get_device_name(runtime.device)
         if runtime.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads", **found,
+        "costs_ms": milliseconds(costs),
         "totals": totals(found["answers"]), "provenance": provenance()}
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     write_whole(folder / "decode.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
