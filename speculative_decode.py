@@ -45,7 +45,7 @@ if TYPE_CHECKING:                  # torch and vlm are imported only after the f
     from vlm.dataset import Sample
 
 DRAFTERS = ("hybrid", "memory", "adapter", "lookup", "copy", "none")
-MAX_GAMMA = 16                     # proposals a pass with --gamma auto: verifying 17 tokens costs hardly more than one
+MAX_GAMMA = 16                     # proposals a pass with --gamma auto: verifying 17 tokens costs little more than one
 SLACK = 8                          # positions by which a clip's prompt may be longer than the first clip's
 REPEATS = 7                        # a cost is the median of so many
 
@@ -209,7 +209,7 @@ def median_s(work: Callable, device) -> float:
     return statistics.median(timed(work, device)[1] for _ in range(REPEATS))
 
 
-def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], runtime, config: DecodeConfig) -> tuple:
+def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], runtime, config) -> tuple[dict, dict]:
     """EventGPT's answer for every clip and question: {(key, question number): (tokens, seconds)}, and its costs."""
     import functools
 
@@ -409,7 +409,7 @@ def begin(target, model, pixels, question: str, draft: list[int], words: list[in
         model.answer([pixels], [question], 2)              # transformers' first call is slow and not to be timed
     plain = Decoder("none", task, target, costs, eos, config)
     tokens = plain.answer(embeds, draft, words).tokens
-    noise = 4 * rounding(target, model, embeds, tokens)    # either logit may be off either way: 2 at least, 4 to be sure
+    noise = 4 * rounding(target, model, embeds, tokens)    # each of two logits may be off either way: 2, and a margin
     names = DRAFTERS if config.compare else (config.drafter,)
     decoders, costs["proposal"] = [Decoder(name, task, target, costs, eos, config) for name in names], {}
     for decoder in decoders:
@@ -457,7 +457,8 @@ def main() -> None:
     costs = {**found.pop("costs"), "eventgpt": draft_costs}
     folder = new_task_folder(config.task, "decode")
     results = {
-        "kind": "decoding", "task": config.task.resolve().name, "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+        "kind": "decoding", "task": config.task.resolve().name,
+        "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
         "config": as_json(config), "drafter": config.drafter, "gamma": config.gamma, "memory_share": task.share,
         "simulated_tau": task.simulated, "dtype": str(runtime.dtype).removeprefix("torch."),
         "quantization": runtime.quantization, "device": torch.cuda.get_device_name(runtime.device)
