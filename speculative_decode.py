@@ -45,7 +45,7 @@ if TYPE_CHECKING:                  # torch and vlm are imported only after the f
     from vlm.dataset import Sample
 
 DRAFTERS = ("hybrid", "memory", "adapter", "lookup", "copy", "none")
-MAX_GAMMA = 16                     # proposals a pass with --gamma auto: verifying 17 tokens costs little more than one
+MAX_GAMMA = 16                     # proposals a pass with --gamma auto: verifying 17 costs little more than one
 SLACK = 8                          # positions by which a clip's prompt may be longer than the first clip's
 REPEATS = 7                        # a cost is the median of so many
 

@@ -1,0 +1,322 @@
+"""Speculative decoding says exactly what plain decoding says, and as fast as simulation foretells."""
+
+import collections
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import acceptance
+import drafting
+from base import Pairs, UserError
+from decoding import (
+    AdapterSteps,
+    Decoded,
+    Live,
+    LiveAdapter,
+    LiveHybrid,
+    LiveLookup,
+    LiveTable,
+    Sampling,
+    decode,
+    matching,
+)
+from drafting import NGrams
+from token_adapter import AdapterConfig, TokenAdapter
+
+VOCABULARY, EOS = 23, 2
+
+
+@dataclasses.dataclass
+class Following:
+    best: torch.Tensor
+    logits: torch.Tensor | None = None
+
+
+class Automaton:
+    """A target whose next token hangs on its last three, enough to notice a wrong rollback; prompts are token lists."""
+
+    vocab_size = VOCABULARY
+
+    def __init__(self, seed: int = 0, eos_every: int = 0):
+        self.logits = torch.from_numpy(np.random.default_rng(seed).normal(0, 2, (VOCABULARY,) * 4))
+        self.logits[..., EOS] = 9.0 if eos_every == 1 else -9.0
+        if eos_every > 1:
+            self.logits[::eos_every, :, :, EOS] = 9.0
+        self.fed: list[int] = []
+
+    def ask(self, prompt: list[int]) -> None:
+        self.prompt, self.fed = prompt, []
+
+    def _after(self, tokens: list[int], count: int) -> Following:
+        rows = [self.logits[tuple(tokens[at - 3:at])] for at in range(len(tokens) - count + 1, len(tokens) + 1)]
+        return Following(torch.stack(rows).argmax(-1), torch.stack(rows))
+
+    def prefill(self, proposed: list[int]) -> Following:
+        self.fed = [*self.prompt, *proposed]
+        return self._after(self.fed, len(proposed) + 1)
+
+    def verify(self, tokens: list[int]) -> Following:
+        self.fed = [*self.fed, *tokens]
+        return self._after(self.fed, len(tokens))
+
+    def keep(self, tokens: int) -> None:
+        assert 0 <= tokens <= len(self.fed) - len(self.prompt)
+        self.fed = self.fed[:len(self.prompt) + tokens]
+
+    def plain(self, prompt: list[int], length: int) -> list[int]:
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + length and tokens[len(prompt):][-1:] != [EOS]:
+            tokens.append(int(self.logits[tuple(tokens[-3:])].argmax()))
+        return tokens[len(prompt):]
+
+
+class Knowing(Live):
+    """Proposes the true answer, wrong wherever `wrong(position)` says so, and on past its end."""
+
+    def __init__(self, answer: list[int], wrong):
+        self.answer, self.wrong = answer, wrong
+
+    def propose(self, prefix, gamma, least=0.0):
+        truth = [*self.answer, *[5] * 40][len(prefix):len(prefix) + gamma]
+        return [(token + 1) % VOCABULARY if self.wrong(len(prefix) + k) else token for k, token in enumerate(truth)]
+
+
+PROMPTS = ([1, 7, 9], [3, 3, 4], [20, 11, 8])
+QUALITY = {"never": lambda at: True, "always": lambda at: False, "sometimes": lambda at: at % 4 == 3,
+           "odd": lambda at: at * at % 7 in (2, 3)}
+
+
+# ---------------------------------------------------------------------------------------------------- lossless
+@pytest.mark.parametrize("quality", QUALITY)
+@pytest.mark.parametrize("gamma", [1, 2, 3, 5, 8, 12])
+def test_whatever_is_proposed_the_answer_is_that_of_plain_decoding(quality, gamma):
+    for eos_every in (0, 1, 2, 5):                    # 1: the first token ends the answer; 2, 5: EOS inside a draft
+        target = Automaton(eos_every, eos_every)
+        for prompt in PROMPTS:
+            for length in (1, 2, 7, 30):              # the limit falls inside a draft
+                plain = target.plain(prompt, length)
+                target.ask(prompt)
+                found = decode(target, Knowing(plain, QUALITY[quality]), length, EOS, gamma)
+                assert found.tokens == plain
+                assert sum(found.accepted) <= sum(found.proposed) and len(found.accepted) <= len(plain)
+                if quality == "always":
+                    assert len(found.accepted) == -(-len(plain) // (gamma + 1))
+                if quality == "never":
+                    assert len(found.accepted) == len(plain) and not any(found.accepted)
+
+
+def test_ids_that_the_target_does_not_have_are_never_fed_to_it():
+    target = Automaton()
+    for strange in (VOCABULARY, -1, 10**6):
+        plain = target.plain(PROMPTS[0], 12)
+        drafter = Live()
+        drafter.propose = lambda prefix, gamma, _, plain=plain, strange=strange: [plain[len(prefix)], strange, 3][:gamma]
+        target.ask(PROMPTS[0])
+        found = decode(target, drafter, 12, EOS, 5)
+        assert found.tokens == plain and max(found.proposed) == 1
+
+
+def test_every_verified_answer_is_learnt_once_and_whole():
+    target, learnt = Automaton(5, 5), []
+    for prompt in PROMPTS:
+        drafter = Live()
+        drafter.learn = learnt.append
+        target.ask(prompt)
+        found = decode(target, drafter, 9, EOS, 4)
+        assert learnt[-1] == found.tokens
+    assert len(learnt) == len(PROMPTS)
+
+
+def test_a_drafter_is_asked_for_what_still_fits_and_told_what_is_worth_it():
+    asked = []
+
+    class Asked(Live):
+        def propose(self, prefix, gamma, least=0.0):
+            asked.append((len(prefix), gamma, least))
+            return []
+
+    target = Automaton()
+    target.ask(PROMPTS[0])
+    decode(target, Asked(), 6, EOS, 3, least=lambda: 0.25)
+    assert asked == [(0, 3, 0.25), (1, 3, 0.25), (2, 3, 0.25), (3, 2, 0.25), (4, 1, 0.25)]
+
+
+# ------------------------------------------------------------------------------------------------ temperature
+def test_sampling_gives_the_targets_own_distribution_whatever_is_proposed():
+    """Pairs of tokens drawn with proposals against their exact chances: chi-square over many seeds."""
+    rng = np.random.default_rng(3)
+    first, second = rng.normal(0, 1.5, 5), rng.normal(0, 1.5, (5, 5))
+    temperature, draws = 0.7, 20_000
+
+    def softmax(logits):
+        chances = np.exp((logits - logits.max(-1, keepdims=True)) / temperature)
+        return chances / chances.sum(-1, keepdims=True)
+
+    expected = (softmax(first)[:, None] * softmax(second)).ravel() * draws
+    likely = int(first.argmax())
+    for proposed in ([likely, 1], [(likely + 1) % 5, 3], []):
+        rule, counts = Sampling(temperature, seed=11), collections.Counter()
+        for _ in range(draws):
+            rows = np.stack([first, *(second[token] for token in proposed)])
+            emitted = rule([], proposed, Following(None, torch.from_numpy(rows)))
+            if len(emitted) == 1:                                   # the second token comes from a plain pass
+                emitted = emitted + rule(emitted, [], Following(None, torch.from_numpy(second[emitted[0]][None])))
+            counts[emitted[0] * 5 + emitted[1]] += 1
+        observed = np.array([counts[cell] for cell in range(25)])
+        statistic = ((observed - expected) ** 2 / expected).sum()
+        assert statistic < 51.2, proposed                           # 24 degrees of freedom: 0.1 % of runs exceed it
+
+
+def test_a_sampled_answer_is_the_same_for_the_same_seed_and_near_greedy_when_cold():
+    target = Automaton(5, 5)
+    for temperature, seeds in ((1.0, (4, 4)), (1e-3, (1, 2))):
+        answers = []
+        for seed in seeds:
+            target.ask(PROMPTS[1])
+            drafter = Knowing(target.plain(PROMPTS[1], 20), QUALITY["odd"])
+            answers.append(decode(target, drafter, 20, EOS, 5, rule=Sampling(temperature, seed)).tokens)
+        assert answers[0] == answers[1]
+    assert answers[0] == target.plain(PROMPTS[1], 20)
+
+
+# --------------------------------------------------------------------------------------------------- drafters
+def pairs_of(targets: list[list[int]], drafts: list[list[int]]) -> Pairs:
+    def flat(answers):
+        return np.concatenate([np.array(answer, np.int32) for answer in answers]), np.cumsum([0, *map(len, answers)])
+
+    return Pairs(*flat(drafts), *flat(targets), [""] * len(targets), list(range(len(targets))), [])
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple:
+    """(automaton, training pairs, test pairs, prompts of the test answers): answers of 12 tokens at most."""
+    target, rng = Automaton(7, 5), np.random.default_rng(1)
+    prompts = [rng.integers(3, VOCABULARY, 3).tolist() for _ in range(60)]
+    answers = [target.plain(prompt, 12) for prompt in prompts]
+    drafts = [rng.integers(3, VOCABULARY, rng.integers(0, 9)).tolist() for _ in prompts]
+    drafts[41] = []
+    return (target, pairs_of(answers[:40], drafts[:40]), pairs_of(answers[40:], drafts[40:]), prompts[40:])
+
+
+def tiny(conditioning: str, draft_vocab: bool = False) -> TokenAdapter:
+    torch.manual_seed(0)
+    outputs = torch.arange(2, VOCABULARY, 2) if draft_vocab else None
+    adapter = TokenAdapter(AdapterConfig(VOCABULARY, conditioning, 16, 2, 2, 32, 10, dropout=0.0,
+                                         draft_vocab=len(outputs) if draft_vocab else 0), outputs)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return adapter
+
+
+def live(drafter: Live, world: tuple, gamma: int) -> list[Decoded]:
+    target, _, test, prompts = world
+    found = []
+    for prompt, draft in zip(prompts, test.answers("draft")):
+        drafter.begin(draft, [4, 4])
+        target.ask(prompt)
+        found.append(decode(target, drafter, 12, EOS, gamma))
+    assert [one.tokens for one in found] == list(test.answers("target"))
+    return found
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 8])
+@pytest.mark.parametrize("kind", ["memory", "copy", "draft", "prefix", "prefix+draft", "hybrid", "draft_vocab"])
+def test_live_decoding_needs_the_passes_that_simulation_foretells(world, kind, gamma):
+    _, training, test, _ = world
+    adapter = tiny(kind if kind in ("draft", "prefix") else "prefix+draft", kind == "draft_vocab")
+    answers = list(training.answers("target"))
+    if kind == "memory":
+        simulated, drafter = drafting.Memory(training, test), LiveHybrid(NGrams(answers))
+    elif kind == "copy":
+        copied = np.full((len(test), 12, drafting.TOP), drafting.NOTHING, np.int32)
+        copied[:, :, 0] = drafting.direct_copy(test, 12)
+        simulated, drafter = drafting.Fixed(copied, test), LiveTable()
+    elif kind == "hybrid":
+        simulated = drafting.Hybrid(drafting.Adapter(adapter, test), drafting.Memory(training, test), 0.5)
+        drafter = LiveHybrid(NGrams(answers), adapter, 0.5)
+    else:
+        simulated = drafting.Adapter(adapter, test)
+        drafter = LiveTable(adapter) if kind == "draft" else LiveAdapter(adapter)
+    wanted = acceptance.stream(simulated, test)["simulated"]
+    if gamma not in acceptance.SIMULATED_GAMMAS:
+        pytest.skip("not simulated")
+    found = live(drafter, world, gamma)
+    passes, tokens = sum(len(one.accepted) for one in found), sum(len(one.tokens) for one in found)
+    assert tokens / passes == pytest.approx(wanted[str(gamma)]["tau"])
+    assert kind == "copy" or sum(sum(one.accepted) for one in found) > 0
+
+
+def test_the_cached_adapter_follows_a_prefix_that_grows_turns_back_and_turns_off():
+    adapter, steps = tiny("prefix+draft"), None
+    steps, rng, draft = AdapterSteps(adapter, kept=5), np.random.default_rng(0), [3, 9, 4]
+    steps.begin(draft)
+    prefix: list[int] = []
+    for _ in range(60):
+        turn = rng.integers(4)
+        if turn == 0:
+            prefix = prefix[:int(rng.integers(0, len(prefix) + 1))]
+        elif len(prefix) < 9:
+            prefix = prefix + rng.integers(0, VOCABULARY, rng.integers(0, 10 - len(prefix))).tolist()
+        further = int(rng.integers(0, 10 - len(prefix)))
+        rows = steps.after(prefix, further)
+        assert len(rows) == further + 1
+        said = list(prefix)
+        for ids, chances in rows:
+            with torch.no_grad():
+                logits = adapter(torch.tensor([draft]), torch.tensor([3]), torch.tensor([said], dtype=torch.long))
+            wanted = logits[0, -1].softmax(-1).topk(5)
+            assert ids == wanted.indices.tolist() and chances == pytest.approx(wanted.values.tolist(), rel=1e-4)
+            said.append(ids[0])
+
+
+def test_proposals_end_where_they_are_no_longer_likely_enough():
+    memory = LiveHybrid(NGrams())
+    memory.begin([])
+    for answer in [[5, 6, 7, 8]] * 3 + [[5, 6, 9, 9]] * 2:
+        memory.learn(answer)
+    sure, unsure = memory.propose([], 4), memory.propose([], 4, least=0.7)
+    assert sure == [5, 6, 7, 8] and unsure == [5, 6]
+    adapter = LiveAdapter(tiny("prefix"))
+    adapter.begin([])
+    everything = adapter.propose([3], 6)
+    assert len(everything) == 6
+    for least in (0.5, 0.1, 0.01, 0.0):
+        some = adapter.propose([3], 6, least)
+        assert everything[:len(some)] == some
+        chance = float(np.prod([chances[0] for _, chances in adapter.steps.after([3], 5)][:len(some) + 1]))
+        assert len(some) == 6 or chance < least
+
+
+def test_an_adapter_proposes_nothing_past_its_longest_answer():
+    adapter = LiveAdapter(tiny("prefix"))
+    adapter.begin([])
+    assert len(adapter.propose(list(range(3, 11)), 8)) == 2        # 8 tokens said, max_seq_len 10
+    assert adapter.propose(list(range(3, 13)), 8) == []
+
+
+def test_prompt_lookup_proposes_what_followed_the_longest_latest_match():
+    lookup = LiveLookup()
+    lookup.begin([], [1, 2, 3, 9, 1, 2])
+    assert lookup.propose([4, 1, 2], 3) == [4, 1, 2]               # ... 1 2 | 4 1 2: the latest "1 2" before
+    assert lookup.propose([7, 2, 3], 2) == [9, 1]
+    assert lookup.propose([8], 3) == []
+
+
+def test_a_memory_is_saved_and_comes_back_as_it_was(tmp_path, world):
+    _, training, _, _ = world
+    drafting.save_memory(training, tmp_path / "memory.npz")
+    answers = drafting.load_memory(tmp_path / "memory.npz")
+    assert answers == list(training.answers("target"))
+    before, after = NGrams(training.answers("target")), NGrams(answers)
+    assert before.counts == after.counts
+    (tmp_path / "odd.npz").write_bytes(b"PK nothing")
+    np.savez(tmp_path / "other.npz", target=np.zeros(3, np.int32), target_start=np.array([0, 9]))
+    for name in ("odd.npz", "other.npz", "none.npz"):
+        with pytest.raises(UserError, match="not the memory of a task"):
+            drafting.load_memory(tmp_path / name)
+
+
+def test_matching_counts_the_common_beginning():
+    assert [matching(a, b) for a, b in (([], [1]), ([1, 2], [1, 3]), ([1, 2], [1, 2, 3]))] == [0, 1, 2]
