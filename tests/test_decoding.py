@@ -35,7 +35,7 @@ class Following:
 
 
 class Automaton:
-    """A target whose next token hangs on its last three, enough to notice a wrong rollback; prompts are token lists."""
+    """A target whose next token hangs on its last three, enough to notice a wrong rollback. Prompts: token lists."""
 
     vocab_size = VOCABULARY
 
@@ -112,7 +112,7 @@ def test_ids_that_the_target_does_not_have_are_never_fed_to_it():
     for strange in (VOCABULARY, -1, 10**6):
         plain = target.plain(PROMPTS[0], 12)
         drafter = Live()
-        drafter.propose = lambda prefix, gamma, _, plain=plain, strange=strange: [plain[len(prefix)], strange, 3][:gamma]
+        drafter.propose = lambda prefix, gamma, _, odd=strange, plain=plain: [plain[len(prefix)], odd, 3][:gamma]
         target.ask(PROMPTS[0])
         found = decode(target, drafter, 12, EOS, 5)
         assert found.tokens == plain and max(found.proposed) == 1
@@ -189,6 +189,10 @@ def pairs_of(targets: list[list[int]], drafts: list[list[int]]) -> Pairs:
     return Pairs(*flat(drafts), *flat(targets), [""] * len(targets), list(range(len(targets))), [])
 
 
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
+
+
 @pytest.fixture(scope="module")
 def world() -> tuple:
     """(automaton, training pairs, test pairs, prompts of the test answers): answers of 12 tokens at most."""
@@ -221,11 +225,12 @@ def live(drafter: Live, world: tuple, gamma: int) -> list[Decoded]:
     return found
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("gamma", [1, 3, 8])
 @pytest.mark.parametrize("kind", ["memory", "copy", "draft", "prefix", "prefix+draft", "hybrid", "draft_vocab"])
-def test_live_decoding_needs_the_passes_that_simulation_foretells(world, kind, gamma):
+def test_live_decoding_needs_the_passes_that_simulation_foretells(world, kind, gamma, device):
     _, training, test, _ = world
-    adapter = tiny(kind if kind in ("draft", "prefix") else "prefix+draft", kind == "draft_vocab")
+    adapter = tiny(kind if kind in ("draft", "prefix") else "prefix+draft", kind == "draft_vocab").to(device)
     answers = list(training.answers("target"))
     if kind == "memory":
         simulated, drafter = drafting.Memory(training, test), LiveHybrid(NGrams(answers))
@@ -240,17 +245,20 @@ def test_live_decoding_needs_the_passes_that_simulation_foretells(world, kind, g
         simulated = drafting.Adapter(adapter, test)
         drafter = LiveTable(adapter) if kind == "draft" else LiveAdapter(adapter)
     wanted = acceptance.stream(simulated, test)["simulated"]
-    if gamma not in acceptance.SIMULATED_GAMMAS:
-        pytest.skip("not simulated")
     found = live(drafter, world, gamma)
     passes, tokens = sum(len(one.accepted) for one in found), sum(len(one.tokens) for one in found)
     assert tokens / passes == pytest.approx(wanted[str(gamma)]["tau"])
     assert kind == "copy" or sum(sum(one.accepted) for one in found) > 0
 
 
-def test_the_cached_adapter_follows_a_prefix_that_grows_turns_back_and_turns_off():
-    adapter, steps = tiny("prefix+draft"), None
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_cached_adapter_follows_a_prefix_that_grows_turns_back_and_turns_off(device):
+    """On a GPU that is: what the CUDA graphs compute is what the full pass computes."""
+    adapter = tiny("prefix+draft").to(device)
     steps, rng, draft = AdapterSteps(adapter, kept=5), np.random.default_rng(0), [3, 9, 4]
+    assert bool(steps.graphs) == (device == "cuda")
+    steps.begin([8] * 10)
+    steps.begin(draft)
     steps.begin(draft)
     prefix: list[int] = []
     for _ in range(60):
@@ -265,7 +273,8 @@ def test_the_cached_adapter_follows_a_prefix_that_grows_turns_back_and_turns_off
         said = list(prefix)
         for ids, chances in rows:
             with torch.no_grad():
-                logits = adapter(torch.tensor([draft]), torch.tensor([3]), torch.tensor([said], dtype=torch.long))
+                parts = (torch.tensor(part, dtype=torch.long, device=device) for part in ([draft], [3], [said]))
+                logits = adapter(*parts)
             wanted = logits[0, -1].softmax(-1).topk(5)
             assert ids == wanted.indices.tolist() and chances == pytest.approx(wanted.values.tolist(), rel=1e-4)
             said.append(ids[0])
