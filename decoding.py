@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+import drafting
 from drafting import KEPT, NOTHING, NGrams, mixed, top_of
 from token_adapter import Cache, TokenAdapter
 
@@ -88,19 +89,23 @@ class AdapterSteps:
         self.cache = Cache(self.config, 1, device)
         self.tokens = torch.zeros(1, self.SIZES[-1], dtype=torch.long, device=device)
         self.slots = self.cache.slots[:self.SIZES[-1]].clone()
-        # Row of each slot: ids and chances of what follows it. As float64, so that one copy brings both to the host.
+        # Row of each slot: ids and chances (their bits) of what follows it, so that one copy brings both to the host.
         self.kept = min(kept, self.config.draft_vocab or self.config.vocab_size)
-        self.rows = torch.zeros(len(self.cache.slots), 2, self.kept, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(len(self.cache.slots), 2, self.kept, dtype=torch.int32, device=device)
+        self.draft = torch.zeros(1, self.config.max_seq_len, dtype=torch.long, device=device)
+        self.draft_length = torch.zeros(1, dtype=torch.long, device=device)
+        self.first = self.config.max_seq_len if self.config.conditioning == "prefix+draft" else 0
         self.graphs = {}
         if device.type == "cuda":
             self._capture()
 
     @torch.inference_mode()
     def begin(self, draft: list[int]) -> None:
-        draft = torch.tensor([draft[:self.config.max_seq_len]], dtype=torch.long, device=self.tokens.device)
-        logits, _ = self.adapter.start(draft, torch.tensor([draft.shape[1]], device=draft.device), self.cache)
-        self.first, self.fed, self.known = self.cache.length - 1, [], {}
-        self._keep(logits, self.cache.slots[self.first:self.first + 1])
+        draft = draft[:self.config.max_seq_len]
+        self.draft[0, :len(draft)].copy_(self._on_host(draft), non_blocking=True)
+        self.draft_length.fill_(len(draft))
+        self._run("start")
+        self.fed, self.known = [], {}
 
     @torch.inference_mode()
     def after(self, prefix: list[int], further: int = 0) -> list[tuple[list[int], list[float]]]:
@@ -118,26 +123,35 @@ class AdapterSteps:
             self.slots[:1].copy_(self.cache.slots[last + 1:last + 2])
             for _ in range(further):                                # each writes the next one's input: nothing waits
                 self._run(1)
-        rows = [(list(map(int, ids)), chances) for ids, chances in self.rows[last:last + further + 1].tolist()]
+        found = self.rows[last:last + further + 1].cpu()
+        rows = list(zip(found[:, 0].tolist(), found[:, 1].view(torch.float32).tolist()))
         self.known.update({len(prefix) + k: row for k, row in enumerate(rows)})
         self.fed = prefix + [ids[0] for ids, _ in rows[:-1]]
         return rows
 
     def _feed(self, tokens: list[int], at: int) -> None:
         size = next(size for size in self.SIZES if size >= len(tokens))
-        host = torch.tensor(tokens, pin_memory=self.tokens.is_cuda)
-        self.tokens[0, :len(tokens)].copy_(host, non_blocking=True)
+        self.tokens[0, :len(tokens)].copy_(self._on_host(tokens), non_blocking=True)
         start = self.first + 1 + at
         self.slots[:size].copy_(self.cache.slots[start:start + size])
         self._run(size)
 
-    def _run(self, size: int) -> None:
+    def _on_host(self, tokens: list[int]) -> torch.Tensor:
+        """Pinned, so that the copy to a GPU doesn't wait for it."""
+        return torch.tensor(tokens, dtype=torch.long, pin_memory=self.tokens.is_cuda)
+
+    def _run(self, size: int | str) -> None:
         if size in self.graphs:
             self.graphs[size].replay()
         else:
             self._forward(size)
 
-    def _forward(self, size: int) -> None:
+    def _forward(self, size: int | str) -> None:
+        """One step over `size` tokens, or "start": the draft and begin-of-answer."""
+        if size == "start":                                  # always as long, so that one graph serves every draft
+            logits, _ = self.adapter.start(self.draft, self.draft_length, self.cache)
+            self._keep(logits, self.cache.slots[self.first:self.first + 1])
+            return
         slots = self.slots[:size]
         self._keep(self.adapter.step_at(self.tokens[:, :size], slots, self.cache), slots)
         if size == 1:
@@ -145,13 +159,15 @@ class AdapterSteps:
             slots.add_(1)
 
     def _keep(self, logits: torch.Tensor, slots: torch.Tensor) -> None:             # logits (1, T, V)
-        chances, columns = F.softmax(logits[0].float(), -1).topk(self.kept)
-        self.rows.index_copy_(0, slots, torch.stack([self.adapter.ids_of(columns).double(), chances.double()], 1))
+        chances = F.softmax(logits[0], -1)
+        chances, columns = chances.max(-1, keepdim=True) if self.kept == 1 else chances.topk(self.kept)
+        ids = self.adapter.ids_of(columns).int()
+        self.rows.index_copy_(0, slots, torch.stack([ids, chances.view(torch.int32)], 1))
 
     @torch.inference_mode()
     def _capture(self) -> None:
         stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        for size in reversed(self.SIZES):
+        for size in ("start", *reversed(self.SIZES)):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(3):
@@ -182,7 +198,7 @@ class LiveAdapter(Live):
 
 
 class LiveHybrid(Live):
-    """Adapter and memory mixed, token by token; without an adapter the memory alone."""
+    """Adapter and memory mixed, token by token, where the memory isn't sure; without an adapter the memory alone."""
 
     def __init__(self, ngrams: NGrams, adapter: TokenAdapter | None = None, share: float = 1.0):
         self.ngrams, self.share, self.steps = ngrams, share, adapter and AdapterSteps(adapter)
@@ -195,9 +211,9 @@ class LiveHybrid(Live):
         tokens, sure = list(prefix), 1.0
         while len(tokens) < len(prefix) + gamma:
             chances = self.ngrams.distribution(tokens)
-            if self.steps:
-                seen = len(tokens) < self.steps.config.max_seq_len
-                chances = mixed(*(self.steps.after(tokens)[0] if seen else ((), ())), chances, self.share)
+            unsure = max(chances.values(), default=0) < drafting.SURE
+            if unsure and self.steps and len(tokens) < self.steps.config.max_seq_len:
+                chances = mixed(*self.steps.after(tokens)[0], chances, self.share)
             best = top_of(chances)[0]
             sure *= chances.get(best, 0.0)
             if best == NOTHING or sure < least:

@@ -32,6 +32,7 @@ MAX_ORDER = 12                 # tokens of context
 TRAINING_WEIGHT = 0.05         # a training answer counts 1/20 of one verified in this stream
 BACK_OFF = 0.3                 # share of the Witten-Bell weight that goes to shorter contexts
 MEMORY_SHARES = (0.3, 0.5, 0.7)      # of the memory in the hybrid; the run's own validation chooses one
+SURE = 0.9                           # chance from which the memory's word is taken without asking the adapter
 ONLINE_STEPS, ONLINE_RATE = 8, 0.1   # plain gradient descent on each verified answer
 
 
@@ -235,7 +236,7 @@ def mixed(ids: list[int], chances: list[float], remembered: dict[int, float], sh
 
 
 class Hybrid:
-    """Adapter and memory mixed."""
+    """Adapter and memory mixed, where the memory isn't SURE."""
 
     def __init__(self, adapter: Adapter, memory: Memory, share: float):
         self.adapter, self.memory, self.share = adapter, memory, share
@@ -245,8 +246,10 @@ class Hybrid:
         ids, chances = (kept.tolist() for kept in self.adapter.best(number))
         proposals = np.full((len(target), TOP), NOTHING, np.int32)
         for at in range(len(target)):
-            own = (ids[at], chances[at]) if at < len(ids) else ((), ())
-            proposals[at] = top_of(mixed(*own, self.memory.ngrams.distribution(target[:at]), self.share))
+            found = self.memory.ngrams.distribution(target[:at])
+            if at < len(ids) and max(found.values(), default=0) < SURE:
+                found = mixed(ids[at], chances[at], found, self.share)
+            proposals[at] = top_of(found)
         return proposals
 
     def learn(self, number: int) -> None:
