@@ -11,6 +11,7 @@ Whatever is proposed, the answer is the target's own: a wrong proposal costs tim
 
 import dataclasses
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 import drafting
 from drafting import KEPT, NOTHING, NGrams, mixed, top_of
 from token_adapter import Cache, TokenAdapter
+
+REPEATS = 7                        # a cost is the median of so many
 
 
 def matching(ours: list[int], theirs: list[int]) -> int:
@@ -305,3 +308,86 @@ def decode(target, drafter: Live, max_new_tokens: int, eos: int, gamma: int, lea
         if found.tokens[-1] == eos or len(found.tokens) >= max_new_tokens:
             drafter.learn(found.tokens)
             return found
+
+
+# ------------------------------------------------------------------------------------------- checks and costs
+def judge(ours: list[int], plain: list[int], target, embeds, noise: float) -> dict:
+    """exact; else the first difference with the gap between the target's two best logits there: tie or WRONG."""
+    if ours == plain:
+        return {"verdict": "exact"}
+    at = matching(ours, plain)
+    target.ask(embeds)
+    best = target.prefill(plain[:at]).logits[-1].float().topk(2).values.tolist()
+    gap = best[0] - best[1]
+    return {"verdict": "tie" if gap <= noise else "WRONG", "position": at, "gap": gap,
+            "ours": ours[at:at + 1], "plain": plain[at:at + 1]}
+
+
+def timed(work: Callable, device) -> tuple:
+    """(what work() returns, seconds), with the device done before and after."""
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    start = time.perf_counter()
+    result = work()
+    wait()
+    return result, time.perf_counter() - start
+
+
+def median_s(work: Callable, device) -> float:
+    return statistics.median(timed(work, device)[1] for _ in range(REPEATS))
+
+
+def measure_costs(target, model, pixels, question: str, device, sizes) -> dict:
+    """Seconds of vision (with the prompt's embedding), prefill, and one pass over k tokens for each k in sizes."""
+    embeds = model.prompt_embeds(pixels, question)
+    target.ask(embeds)
+    target.prefill([])
+    target.verify([0]).best.tolist()
+
+    def one(k: int) -> None:
+        target.keep(0)
+        target.verify([0] * k).best.tolist()
+
+    verify = {k: median_s(lambda k=k: one(k), device) for k in sizes}
+    return {"vision": median_s(lambda: model.prompt_embeds(pixels, question), device),
+            "prefill": median_s(lambda: target.prefill([]).best.tolist(), device), "verify": verify}
+
+
+def rounding(target, model, embeds, tokens: list[int]) -> float:
+    """The largest difference of a logit between three ways to reckon it: one by one, 8 at a time, by transformers.
+
+    This is the noise of the number format on this device; it decides what a tie is.
+    """
+    target.ask(embeds)
+    tokens = tokens[:8]
+    target.prefill([])
+    one_by_one = torch.cat([target.verify([token]).logits.float() for token in tokens])
+    target.keep(0)
+    together = target.verify(tokens).logits.float()
+    decoder, head = model.decoder
+    with torch.inference_mode():
+        whole = torch.cat([embeds, target.steps.embed(tokens)], 1)
+        reference = head(decoder(inputs_embeds=whole).last_hidden_state[0, -len(tokens):]).float()
+    return float(max((one_by_one - together).abs().max(), (one_by_one - reference).abs().max()))
+
+
+@dataclasses.dataclass
+class Pace:
+    """--gamma auto: a proposal is worth its cost while cost < chance that it counts x time a token takes otherwise.
+
+    Renewal-reward: the best stopping rule for tokens a second compares with the average seconds a token so far.
+    """
+
+    proposal_s: float                  # seconds of one more proposal, drafting and verifying it
+    seconds: float                     # so far; begins as one plain step for one token
+    tokens: int = 1
+
+    def least(self) -> float:
+        return min(1.0, self.proposal_s * self.tokens / self.seconds)
+
+    def add(self, found: Decoded) -> None:
+        self.seconds += found.draft_s + found.verify_s
+        self.tokens += len(found.tokens)

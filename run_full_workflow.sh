@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole workflow: token pairs of both models, a trained adapter, its report; for the 1s and the 500ms data sets.
+# The whole workflow: token pairs of both models, a trained adapter, speculative decoding; for 1s and 500ms data sets.
 #
 #   ./run_full_workflow.sh --demo                              everything on a small made-up world, 2 CPU cores, minutes
 #   EVENTGPT=models/EventGPT-7b ./run_full_workflow.sh         the real thing, from a terminal
@@ -8,7 +8,8 @@
 #   ./run_full_workflow.sh --new                               trains into new task folders (tokens are kept)
 #
 # Leaves TOKENS_DIR/{train_tokens_full,test_tokens_1s,train_tokens_500ms,test_tokens_500ms}.json and four task folders
-# TASK_DIR/{1s_draft,1s,500ms_draft,500ms}_{date}_{time} with best_model.pt, results.json, RESULTS.md and the pictures.
+# TASK_DIR/{1s_draft,1s,500ms_draft,500ms}_{date}_{time} with best_model.pt, results.json, RESULTS.md and the pictures;
+# in 1s and 500ms decode_{date}_{time} with decode.json, DECODE.md and pictures of speculative decoding, checked and timed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -17,7 +18,7 @@ for argument in "$@"; do
   case "${argument}" in
     --demo) demo=1 ;;
     --new) new=1 ;;
-    -h|--help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h|--help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "ERROR | unknown argument ${argument}: wanted --demo, --new or --help" >&2; exit 2 ;;
   esac
 done
@@ -35,6 +36,7 @@ if [[ -n "${demo}" ]]; then
   TRAIN_FLAGS="${TRAIN_FLAGS:---embed_dim 64 --num_layers 2 --num_heads 4 --num_epochs 24 --batch_size 16 \
     --learning_rate 3e-3 --dropout 0.1 --draft_text 0 --early_stopping 0 --no-refit --no-online}"
   DRAFT_FLAGS="${DRAFT_FLAGS:---num_epochs 12}"
+  DECODE_FLAGS="${DECODE_FLAGS:---max_samples 12 --max_new_tokens 80 --num_workers 1}"
 else
   DATA_ROOT="${DATA_ROOT:-data}"
   TOKENS_DIR="${TOKENS_DIR:-tokens}"
@@ -44,6 +46,7 @@ else
   EXTRACT_FLAGS="${EXTRACT_FLAGS:-}"                              # e.g. "--batch_size 16 --quantization none"
   TRAIN_FLAGS="${TRAIN_FLAGS:-}"                                  # e.g. "--num_epochs 30"
 fi
+DECODE_FLAGS="${DECODE_FLAGS:---max_samples 100}"    # further flags of decoding
 DRAFT_FLAGS="${DRAFT_FLAGS:-}"    # further flags of the training in draft conditioning alone
 DEMO_FLAGS="${DEMO_FLAGS:-}"      # further flags of make_demo.py, e.g. "--train_clips 48"
 TEST_1S="${TEST_1S:-}"            # an existing pair file to test the 1s adapter on, instead of extracting one
@@ -81,12 +84,12 @@ extract() {
     --draft_model "${EVENTGPT}" --target_model "${VIDEO_LLAVA}" --wait ${EXTRACT_FLAGS}
 }
 
-# task_of NAME : the folder chosen for this task, now or when the workflow was started before
-task_of() {
+# chosen NAME PREFIX : the folder PREFIX_{date}_{time} chosen for this, now or when the workflow was started before
+chosen() {
   local folder
   folder="$(sed -n "s/^$1=//p" "${STATE}" 2>/dev/null || true)"
   if [[ -z "${folder}" ]]; then
-    folder="${TASK_DIR}/$1_$(date +%Y%m%d_%H%M%S)"
+    folder="$2_$(date +%Y%m%d_%H%M%S)"
     echo "$1=${folder}" >> "${STATE}"
   fi
   echo "${folder}"
@@ -96,13 +99,23 @@ task_of() {
 train() {
   local name="$1" folder
   for name in "$1_draft" "$1"; do
-    folder="$(task_of "${name}")"
+    folder="$(chosen "${name}" "${TASK_DIR}/${name}")"
     # shellcheck disable=SC2086
     step "train ${name}" "${folder}/RESULTS.md" "${PYTHON}" train_and_evaluate.py --train_benchmark "$2" \
       --test_benchmark "$3" --task_name "${name}" --task_folder "${folder}" ${TRAIN_FLAGS} \
       $([[ "${name}" == *_draft ]] && echo "--conditioning draft ${DRAFT_FLAGS}")
     tasks+=("${folder}")
   done
+}
+
+# decode NAME DATASET : with the task NAME, after `train NAME`; in a dated folder inside the task's
+decode() {
+  local task folder
+  task="$(chosen "$1" "${TASK_DIR}/$1")"
+  folder="$(chosen "decode $1" "${task}/decode")"
+  # shellcheck disable=SC2086
+  step "decode $1" "${folder}/DECODE.md" "${PYTHON}" speculative_decode.py --task "${task}" --dataset_dir "$2" \
+    --draft_model "${EVENTGPT}" --target_model "${VIDEO_LLAVA}" --output_folder "${folder}" --compare ${DECODE_FLAGS}
 }
 
 main() {
@@ -124,11 +137,13 @@ main() {
   extract "extract train 1s" "${train_root}_1s" "${TOKENS_DIR}/train_tokens_full.json"
   extract "extract test 1s" "${test_root}_1s" "${test_1s}"
   train 1s "${TOKENS_DIR}/train_tokens_full.json" "${test_1s}"
+  decode 1s "${test_root}_1s"
 
   log "PHASE 2 | the 500ms data set"
   extract "extract train 500ms" "${train_root}_500ms" "${TOKENS_DIR}/train_tokens_500ms.json"
   extract "extract test 500ms" "${test_root}_500ms" "${TOKENS_DIR}/test_tokens_500ms.json"
   train 500ms "${TOKENS_DIR}/train_tokens_500ms.json" "${TOKENS_DIR}/test_tokens_500ms.json"
+  decode 500ms "${test_root}_500ms"
 
   log "SUMMARY"
   "${PYTHON}" report.py "${tasks[@]}"

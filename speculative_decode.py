@@ -12,12 +12,13 @@ differs from plain decoding by more than rounding.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import json
 import math
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from base import (
     UserError,
     as_json,
     log,
+    make_folder,
     new_task_folder,
     option,
     parse_config,
@@ -47,7 +49,7 @@ if TYPE_CHECKING:                  # torch and vlm are imported only after the f
 DRAFTERS = ("hybrid", "memory", "adapter", "lookup", "copy", "none")
 MAX_GAMMA = 16                     # proposals a pass with --gamma auto: verifying 17 costs little more than one
 SLACK = 8                          # positions by which a clip's prompt may be longer than the first clip's
-REPEATS = 7                        # a cost is the median of so many
+PARALLEL_CLIPS = 32                # clips that --parallel reads beforehand and decodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,8 @@ class DecodeConfig:
         "hybrid", "adapter and memory together, either alone, prompt lookup, EventGPT's own tokens, or nothing")
     gamma: str = option("auto", "tokens proposed for each pass, 1 to 16; auto: while they are worth their cost")
     compare: bool = option(False, "decode plainly too, by transformers and by our loop, and with every drafter")
+    parallel: bool = option(False, "measure both models at work at once too (both in memory), on the first clips")
+    draft_device: str = option("auto", "with --parallel: where EventGPT runs; auto: beside the target, on --device")
     max_samples: int = option(-1, "use only the first so many clips; -1: all")
     max_new_tokens: int = option(50, "longest answer, in tokens")
     query: str = option("What are the key elements in this scene?", "the question asked about every clip")
@@ -76,6 +80,7 @@ class DecodeConfig:
     event_images: Literal["first", "all"] = option("first", "event pictures shown to the draft")
     num_workers: int = option(4, "threads that read pictures and videos ahead of the model")
     seed: int = option(42, "for --temperature and --shuffle")
+    output_folder: Path | None = option(None, "exactly this folder, instead of a new one in the task folder")
     plots: bool = option(True, "draw the pictures")
 
     def __post_init__(self):
@@ -96,6 +101,9 @@ class DecodeConfig:
                 raise UserError(f"--{name} must be 1 or more, or -1 for all, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
+        if self.output_folder and (self.output_folder / "DECODE.md").exists():
+            raise UserError(f"{self.output_folder} holds a finished decoding (DECODE.md), nothing was changed; "
+                            "choose another --output_folder")
         if not self.draft_model.is_dir():
             raise UserError(f"no such folder: {self.draft_model}; wanted the folder of the EventGPT checkpoint")
 
@@ -190,30 +198,11 @@ def prompted(model, pixels, questions: list[str], config: DecodeConfig):
     return Prompted(steps)
 
 
-def timed(work: Callable, device) -> tuple:
-    """(what work() returns, seconds), with the device done before and after."""
-    import torch
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
-    start = time.perf_counter()
-    result = work()
-    wait()
-    return result, time.perf_counter() - start
-
-
-def median_s(work: Callable, device) -> float:
-    return statistics.median(timed(work, device)[1] for _ in range(REPEATS))
-
-
 def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], runtime, config) -> tuple[dict, dict]:
     """EventGPT's answer for every clip and question: {(key, question number): (tokens, seconds)}, and its costs."""
     import functools
 
-    from decoding import Live, decode
+    import decoding
     from vlm.dataset import draft_pictures
     from vlm.eventgpt import EventGPT
 
@@ -224,13 +213,13 @@ def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], r
                                 "eventgpt", config):
         if target is None:
             target = prompted(model, pixels, questions, config)
-            costs = measure_costs(target, model, pixels, questions[0], runtime.device, sizes=(1,))
+            costs = decoding.measure_costs(target, model, pixels, questions[0], runtime.device, sizes=(1,))
         for number, question in enumerate(questions):
             def answer(target=target, pixels=pixels, question=question) -> Decoded:
                 target.ask(model.prompt_embeds(pixels, question))
-                return decode(target, Live(), config.max_new_tokens, model.tokenizer.eos_token_id, 1)
+                return decoding.decode(target, decoding.Live(), config.max_new_tokens, model.tokenizer.eos_token_id, 1)
 
-            found, seconds = timed(answer, runtime.device)
+            found, seconds = decoding.timed(answer, runtime.device)
             drafts[sample.key, number] = found.tokens, seconds
             progress.update(len(drafts))
     del target, answer                                  # they hold the weights
@@ -238,72 +227,17 @@ def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], r
     return drafts, costs
 
 
-def measure_costs(target, model, pixels, question: str, device, sizes) -> dict:
-    """Seconds of vision (with the prompt's embedding), prefill, and one pass over k tokens for each k in sizes."""
-    embeds = model.prompt_embeds(pixels, question)
-    target.ask(embeds)
-    target.prefill([])
-    target.verify([0]).best.tolist()
-
-    def one(k: int) -> None:
-        target.keep(0)
-        target.verify([0] * k).best.tolist()
-
-    verify = {k: median_s(lambda k=k: one(k), device) for k in sizes}
-    return {"vision": median_s(lambda: model.prompt_embeds(pixels, question), device),
-            "prefill": median_s(lambda: target.prefill([]).best.tolist(), device), "verify": verify}
-
-
-def rounding(target, model, embeds, tokens: list[int]) -> float:
-    """The largest difference of a logit between three ways to reckon it: one by one, 8 at a time, by transformers.
-
-    This is the noise of the number format on this device; it decides what a tie is.
-    """
-    import torch
-
-    target.ask(embeds)
-    tokens = tokens[:8]
-    target.prefill([])
-    one_by_one = torch.cat([target.verify([token]).logits.float() for token in tokens])
-    target.keep(0)
-    together = target.verify(tokens).logits.float()
-    decoder, head = model.decoder
-    with torch.inference_mode():
-        whole = torch.cat([embeds, target.steps.embed(tokens)], 1)
-        reference = head(decoder(inputs_embeds=whole).last_hidden_state[0, -len(tokens):]).float()
-    return float(max((one_by_one - together).abs().max(), (one_by_one - reference).abs().max()))
-
-
 # --------------------------------------------------------------------------------------------------- decoding
-@dataclasses.dataclass
-class Pace:
-    """--gamma auto: a proposal is worth its cost while cost < chance that it counts x time a token takes otherwise.
-
-    Renewal-reward: the best stopping rule for tokens a second compares with the average seconds a token so far.
-    """
-
-    proposal_s: float                  # seconds of one more proposal, drafting and verifying it
-    seconds: float                     # so far; begins as one plain step for one token
-    tokens: int = 1
-
-    def least(self) -> float:
-        return min(1.0, self.proposal_s * self.tokens / self.seconds)
-
-    def add(self, found: Decoded) -> None:
-        self.seconds += found.draft_s + found.verify_s
-        self.tokens += len(found.tokens)
-
-
 class Decoder:
     """One drafter at work: its memory and its pace go from answer to answer."""
 
     def __init__(self, name: str, task: Task, target, costs: dict, eos: int, config: DecodeConfig):
-        from decoding import Live, Sampling, greedy
+        import decoding
 
         self.name, self.target, self.eos, self.config = name, target, eos, config
-        self.drafter = Live() if name == "none" else make_drafter(name, task)
+        self.drafter = decoding.Live() if name == "none" else make_drafter(name, task)
         self.gamma = MAX_GAMMA if config.gamma == "auto" else int(config.gamma)
-        self.rule = Sampling(config.temperature, config.seed) if config.temperature else greedy
+        self.rule = decoding.Sampling(config.temperature, config.seed) if config.temperature else decoding.greedy
         verify = costs["verify"]
         self.step_s = verify[1]
         self.slope_s = max(0.0, (verify[max(verify)] - verify[1]) / (max(verify) - 1))   # of verifying one token more
@@ -311,42 +245,30 @@ class Decoder:
 
     def set_pace(self, draft: list[int], question: list[int], answer: list[int], device) -> None:
         """Measure what a proposed token costs, on the beginning of a first answer; nothing is learnt from it."""
+        import decoding
+
         def propose() -> int:
             self.drafter.begin(draft, question)
             return len(self.drafter.propose(answer, 8))
 
-        begin_s, count = median_s(lambda: self.drafter.begin(draft, question), device), max(1, propose())
-        self.proposal_s = max(0.0, median_s(propose, device) - begin_s) / count
+        begin_s, count = decoding.median_s(lambda: self.drafter.begin(draft, question), device), max(1, propose())
+        self.proposal_s = max(0.0, decoding.median_s(propose, device) - begin_s) / count
         if self.config.gamma == "auto":
-            self.pace = Pace(self.proposal_s + self.slope_s, self.step_s)
+            self.pace = decoding.Pace(self.proposal_s + self.slope_s, self.step_s)
 
     def answer(self, embeds, draft: list[int], question: list[int]) -> Decoded:
-        from decoding import decode
+        import decoding
 
         start = time.perf_counter()
         self.drafter.begin(draft, question)
         begin_s = time.perf_counter() - start
         self.target.ask(embeds)
         least = self.pace.least if self.pace else lambda: 0.0
-        found = decode(self.target, self.drafter, self.config.max_new_tokens, self.eos, self.gamma, least, self.rule)
+        found = decoding.decode(self.target, self.drafter, self.config.max_new_tokens, self.eos, self.gamma, least, self.rule)
         found.draft_s += begin_s
         if self.pace:
             self.pace.add(found)
         return found
-
-
-def judge(ours: list[int], plain: list[int], target, embeds, noise: float) -> dict:
-    """exact; else the first difference with the gap between the target's two best logits there: tie or WRONG."""
-    from decoding import matching
-
-    if ours == plain:
-        return {"verdict": "exact"}
-    at = matching(ours, plain)
-    target.ask(embeds)
-    best = target.prefill(plain[:at]).logits[-1].float().topk(2).values.tolist()
-    gap = best[0] - best[1]
-    return {"verdict": "tie" if gap <= noise else "WRONG", "position": at, "gap": gap,
-            "ours": ours[at:at + 1], "plain": plain[at:at + 1]}
 
 
 def decode_all(samples: list[Sample], questions: list[str], drafts: dict, failed: list[dict], task: Task, runtime,
@@ -354,6 +276,7 @@ def decode_all(samples: list[Sample], questions: list[str], drafts: dict, failed
     """Every answer by the chosen drafter, and with --compare by all of them and by transformers."""
     import functools
 
+    import decoding
     from vlm.dataset import target_pictures
     from vlm.video_llava import VideoLlava
 
@@ -369,10 +292,10 @@ def decode_all(samples: list[Sample], questions: list[str], drafts: dict, failed
             words = model.tokenizer(question, add_special_tokens=False).input_ids
             if target is None:
                 target = prompted(model, pixels, questions, config)
-                costs = measure_costs(target, model, pixels, question, device, range(1, MAX_GAMMA + 2))
+                costs = decoding.measure_costs(target, model, pixels, question, device, range(1, MAX_GAMMA + 2))
                 decoders, noise = begin(target, model, pixels, question, draft, words, costs, task, config)
-            embeds, vision_s = timed(lambda pixels=pixels, question=question: model.prompt_embeds(pixels, question),
-                                     device)
+            embeds, vision_s = decoding.timed(
+                lambda pixels=pixels, question=question: model.prompt_embeds(pixels, question), device)
             found = {decoder.name: decoder.answer(embeds, draft, words) for decoder in decoders}
             ours = found[config.drafter].tokens
             row = {"sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip, "question_idx": number,
@@ -381,35 +304,95 @@ def decode_all(samples: list[Sample], questions: list[str], drafts: dict, failed
             for name, decoded in found.items():
                 row["runs"][name] = {**dataclasses.asdict(decoded), "tokens": len(decoded.tokens)}
                 if config.compare:
-                    row["runs"][name] |= judge(decoded.tokens, found["none"].tokens, target, embeds, noise)
+                    row["runs"][name] |= decoding.judge(decoded.tokens, found["none"].tokens, target, embeds, noise)
             if config.compare:
                 def generate(length: int, pixels=pixels, question=question) -> list[int]:
                     return model.answer([pixels], [question], length)[0].tokens
 
-                tokens, all_s = timed(lambda generate=generate: generate(config.max_new_tokens), device)
+                tokens, all_s = decoding.timed(lambda generate=generate: generate(config.max_new_tokens), device)
                 row["generate"] = {"tokens": len(tokens), "all_s": all_s,
-                                   "first_token_s": timed(lambda generate=generate: generate(1), device)[1],
-                                   **judge(found["none"].tokens, tokens, target, embeds, noise)}
+                                   "first_token_s": decoding.timed(lambda generate=generate: generate(1), device)[1],
+                                   **decoding.judge(found["none"].tokens, tokens, target, embeds, noise)}
             rows.append(row)
             progress.update(len(rows))
     if not rows:
         raise UserError(f"none of {len(samples)} clips could be decoded; the first reason: {failed[0]['reason']}")
+    together = config.parallel and in_parallel(samples, questions[0], model, target, task, costs, runtime, config)
     facts = {"name": config.target_model, "revision": model.revision, "vocab_size": model.vocab_size}
     decoders = target = None                              # they hold the weights
     model.unload()
-    return {"target": facts, "noise": noise, "costs": costs, "answers": rows, "failed": failed}
+    return {"target": facts, "noise": noise, "costs": costs, "answers": rows, "failed": failed, "parallel": together or None}
+
+
+def in_parallel(samples: list[Sample], question: str, model, target, task: Task, costs: dict, runtime,
+                config: DecodeConfig) -> dict:
+    """Seconds for the first clips with EventGPT drafting each next clip while the target decodes, and without drafts.
+
+    Both run whole, one after the other, over clips that are in memory already; the drafter begins anew.
+    """
+    import torch
+
+    import decoding
+    from vlm.dataset import draft_pictures, target_pictures
+    from vlm.eventgpt import EventGPT
+    from vlm.loading import Runtime
+    from vlm.media import MediaError
+
+    beside = runtime if config.draft_device == "auto" else Runtime.choose(
+        config.draft_device, config.dtype, config.quantization)
+    eventgpt, both = EventGPT.load(config.draft_model, beside), []
+    for sample in samples[:PARALLEL_CLIPS]:
+        with contextlib.suppress(MediaError):          # its clip is among the failed already
+            both.append((eventgpt.prepare(draft_pictures(sample, config.event_images)),
+                         model.prepare(target_pictures(sample, config.num_frames))))
+    short = prompted(eventgpt, both[0][0], [question], config)
+    words, eos = model.tokenizer(question, add_special_tokens=False).input_ids, model.tokenizer.eos_token_id
+    gpu = beside.device.type == "cuda"
+    stream = torch.cuda.Stream(beside.device) if gpu else None
+
+    def draft(number: int) -> list[int]:
+        with torch.cuda.stream(stream) if gpu else contextlib.nullcontext():
+            short.ask(eventgpt.prompt_embeds(both[number][0], question))
+            eos = eventgpt.tokenizer.eos_token_id
+            return decoding.decode(short, decoding.Live(), config.max_new_tokens, eos, 1).tokens
+
+    def speculative(decoder: Decoder) -> None:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(draft, 0)
+            for number, (_, pixels) in enumerate(both):
+                tokens = coming.result()
+                if number + 1 < len(both):
+                    coming = pool.submit(draft, number + 1)
+                decoder.answer(model.prompt_embeds(pixels, question), tokens, words)
+
+    def plain(decoder: Decoder) -> None:
+        for _, pixels in both:
+            decoder.answer(model.prompt_embeds(pixels, question), [], words)
+
+    first, seconds = draft(0), {}
+    for name, work in ((config.drafter, speculative), ("none", plain)):
+        decoder = Decoder(name, task, target, costs, eos, config)
+        decoder.set_pace(first, words, first[:1], runtime.device)
+        seconds[work.__name__] = decoding.timed(lambda work=work, decoder=decoder: work(decoder), runtime.device)[1]
+    log(f"decode | in parallel | {len(both)} clips in {seconds['speculative']:.2f} s, plain {seconds['plain']:.2f} s")
+    short = None                                          # it holds the weights
+    eventgpt.unload()
+    return {"clips": len(both), "all_s": seconds["speculative"], "plain_all_s": seconds["plain"],
+            "draft_device": str(beside.device)}
 
 
 def begin(target, model, pixels, question: str, draft: list[int], words: list[int], costs: dict, task: Task,
           config: DecodeConfig) -> tuple[list[Decoder], float]:
     """The drafters with their measured costs, and the gap between two logits up to which they count as tied."""
+    import decoding
+
     device, eos = model.runtime.device, model.tokenizer.eos_token_id
     embeds = model.prompt_embeds(pixels, question)
     if config.compare:
         model.answer([pixels], [question], 2)              # transformers' first call is slow and not to be timed
     plain = Decoder("none", task, target, costs, eos, config)
     tokens = plain.answer(embeds, draft, words).tokens
-    noise = 4 * rounding(target, model, embeds, tokens)    # each of two logits may be off either way: 2, and a margin
+    noise = 4 * decoding.rounding(target, model, embeds, tokens)    # each of two logits may be off either way: 2, and a margin
     names = DRAFTERS if config.compare else (config.drafter,)
     decoders, costs["proposal"] = [Decoder(name, task, target, costs, eos, config) for name in names], {}
     for decoder in decoders:
@@ -454,8 +437,8 @@ def main() -> None:
     drafts, draft_costs = draft_all(usable, questions, failed, runtime, config)
     drafted = [sample for sample in usable if (sample.key, 0) in drafts]
     found = decode_all(drafted, questions, drafts, failed, task, runtime, config)
-    costs = {**found.pop("costs"), "eventgpt": draft_costs}
-    folder = new_task_folder(config.task, "decode")
+    costs, together = {**found.pop("costs"), "eventgpt": draft_costs}, found.pop("parallel")
+    folder = make_folder(config.output_folder) if config.output_folder else new_task_folder(config.task, "decode")
     results = {
         "kind": "decoding", "task": config.task.resolve().name,
         "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
@@ -464,7 +447,7 @@ def main() -> None:
         "quantization": runtime.quantization, "device": torch.cuda.get_device_name(runtime.device)
         if runtime.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads", **found,
         "costs_ms": milliseconds(costs),
-        "totals": totals(found["answers"]), "provenance": provenance()}
+        "totals": {**totals(found["answers"]), "parallel": together}, "provenance": provenance()}
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
     write_whole(folder / "decode.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
     write_decode_report(folder, plots=config.plots)

@@ -43,7 +43,8 @@ def demo(tmp_path_factory) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
     shorter = {"DEMO_FLAGS": "--train_clips 24 --test_clips 20",
                "EXTRACT_FLAGS": "--max_new_tokens 80 --batch_size 16 --num_workers 2",
-               "TRAIN_FLAGS": "--embed_dim 32 --num_layers 1 --num_heads 2 --num_epochs 2 --no-refit --no-online"}
+               "TRAIN_FLAGS": "--embed_dim 32 --num_layers 1 --num_heads 2 --num_epochs 2 --no-refit --no-online",
+               "DECODE_FLAGS": "--max_samples 3 --max_new_tokens 80 --num_workers 1"}
     first, second = (run_workflow(folder, "--demo", **shorter) for _ in range(2))
     assert first.returncode == 0, first.stdout + first.stderr
     assert second.returncode == 0, second.stdout + second.stderr
