@@ -422,8 +422,15 @@ def write_report(task: Path, plots: bool = True) -> None:
     log(f"report | {task / 'RESULTS.md'}")
 
 
+def newest_decoding(task: Path) -> list[Path]:
+    """The last folder of speculative_decode.py that was finished, none or one; its name ends in the time."""
+    return sorted(path.parent for path in task.glob("decode_*/decode.json"))[-1:]
+
+
 def summary(tasks: list[Path]) -> None:
-    """Log the table of these tasks, one line each, and where their pages and pictures are."""
+    """Log the table of these tasks, one line each, their newest decoding, and where pages and pictures are."""
+    import decode_report  # not above: it reads this file
+
     rows = [["task", "conditioning", "pairs train/test", "copying", "constant", "adapter", "top-5",
              "best drafter", "alpha", f"tau, gamma {GAMMA_OF_LEAD}"]]
     for task in tasks:
@@ -441,11 +448,18 @@ def summary(tasks: list[Path]) -> None:
         log("SUMMARY | " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)))
     for task in tasks:
         log(f"SUMMARY | {read_results(task)['task']} | what the draft adds: {draft_worth(read_results(task))}")
+        for folder in newest_decoding(task):
+            decoding = decode_report.one_line(decode_report.read_decoding(folder))
+            log(f"SUMMARY | {read_results(task)['task']} | decoding: {decoding}")
     log("SUMMARY | tau: tokens for each target pass in simulated greedy speculative decoding")
     for task in tasks:
         for name in ("RESULTS.md", *PICTURES, *DRAFTER_PICTURES):
             if (task / name).exists():
                 log(f"SUMMARY | {task / name}")
+        for folder in newest_decoding(task):
+            for name in ("DECODE.md", *decode_report.PICTURES):
+                if (folder / name).exists():
+                    log(f"SUMMARY | {folder / name}")
 
 
 def main() -> None:
