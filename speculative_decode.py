@@ -207,7 +207,7 @@ def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], r
     from vlm.eventgpt import EventGPT
 
     model = EventGPT.load(config.draft_model, runtime)
-    target, drafts, costs = None, {}, {}
+    target, drafts, costs, eos = None, {}, {}, model.tokenizer.eos_token_id
     progress = Progress("decode | drafts", len(samples) * len(questions), unit="answers")
     for sample, pixels in clips(model, functools.partial(draft_pictures, which=config.event_images), samples, failed,
                                 "eventgpt", config):
@@ -217,7 +217,7 @@ def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], r
         for number, question in enumerate(questions):
             def answer(target=target, pixels=pixels, question=question) -> Decoded:
                 target.ask(model.prompt_embeds(pixels, question))
-                return decoding.decode(target, decoding.Live(), config.max_new_tokens, model.tokenizer.eos_token_id, 1)
+                return decoding.decode(target, decoding.Live(), config.max_new_tokens, eos, 1)
 
             found, seconds = decoding.timed(answer, runtime.device)
             drafts[sample.key, number] = found.tokens, seconds
@@ -264,7 +264,8 @@ class Decoder:
         begin_s = time.perf_counter() - start
         self.target.ask(embeds)
         least = self.pace.least if self.pace else lambda: 0.0
-        found = decoding.decode(self.target, self.drafter, self.config.max_new_tokens, self.eos, self.gamma, least, self.rule)
+        found = decoding.decode(self.target, self.drafter, self.config.max_new_tokens, self.eos, self.gamma, least,
+                                self.rule)
         found.draft_s += begin_s
         if self.pace:
             self.pace.add(found)
@@ -321,7 +322,8 @@ def decode_all(samples: list[Sample], questions: list[str], drafts: dict, failed
     facts = {"name": config.target_model, "revision": model.revision, "vocab_size": model.vocab_size}
     decoders = target = None                              # they hold the weights
     model.unload()
-    return {"target": facts, "noise": noise, "costs": costs, "answers": rows, "failed": failed, "parallel": together or None}
+    return {"target": facts, "noise": noise, "costs": costs, "answers": rows, "failed": failed,
+            "parallel": together or None}
 
 
 def in_parallel(samples: list[Sample], question: str, model, target, task: Task, costs: dict, runtime,
@@ -392,7 +394,8 @@ def begin(target, model, pixels, question: str, draft: list[int], words: list[in
         model.answer([pixels], [question], 2)              # transformers' first call is slow and not to be timed
     plain = Decoder("none", task, target, costs, eos, config)
     tokens = plain.answer(embeds, draft, words).tokens
-    noise = 4 * decoding.rounding(target, model, embeds, tokens)    # each of two logits may be off either way: 2, and a margin
+    # Each of two logits may be off either way: twice the rounding, and a margin.
+    noise = 4 * decoding.rounding(target, model, embeds, tokens)
     names = DRAFTERS if config.compare else (config.drafter,)
     decoders, costs["proposal"] = [Decoder(name, task, target, costs, eos, config) for name in names], {}
     for decoder in decoders:
