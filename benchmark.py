@@ -1,0 +1,551 @@
+"""How fast: decoding at the target's real size, measured without its weights; and two measurements side by side.
+
+    python benchmark.py decode --pairs extraction_1s_val.json --task task/1s_20260128_020530 --output decode.json
+    python benchmark.py compare old.json decode.json
+
+`decode` builds a Video-LLaVA with random weights and replays recorded answers through it: every pass is computed, and
+only the chosen token is replaced by the recorded one. So both time and acceptance are real. Its peers run beside it
+on the same answers: three modes of transformers' generate, our loop without drafts, and every drafter. It prints a
+table and writes all numbers, those of each answer too, as JSON. `compare` prints old, new and their ratio.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from base import (
+    Pairs,
+    Progress,
+    UserError,
+    as_json,
+    load_pairs,
+    log,
+    make_folder,
+    option,
+    parse_config,
+    provenance,
+    read_json,
+    required,
+    run,
+    write_whole,
+)
+from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, measure_costs, median_s, read_task, timed
+
+if TYPE_CHECKING:                    # torch and vlm are imported only after the flags are read
+    from vlm.video_llava import VideoLlava
+
+FRAMES, WARM_UPS = 8, 2              # video frames; answers that every peer runs before it is timed
+NO_EOS = -1                          # an id that no token has: an answer ends where its recording ends
+LOOKUP_TOKENS = 10                   # proposals of transformers' prompt lookup with --gamma auto: its own default
+BRIEF = ("lookup", "copy", "none")   # ours that learn from no answer: a part tells all, as with transformers
+
+# LLaMA's ids around the frames: <s> "USER: ", then "\n", the question, " ASSISTANT:". With 8 x 257 of frames 2,076.
+BEFORE, NEWLINE, AFTER = [1, 3148, 1001, 29901, 29871], 13, [319, 1799, 9047, 13566, 29901]
+QUESTION = [5618, 526, 278, 1820, 3161, 297, 445, 9088, 29973]      # What are the key elements in this scene?
+
+VISION_7B = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+             "image_size": 224, "patch_size": 14, "projection_dim": 768}
+TEXT_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+WORDS_7B, VOCAB_SIZE_7B = 32000, 32064                              # then come <image>, <video>, <pad>, and nothing
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+WHAT = (
+    "Real: every pass of vision, prefill, drafter and target is computed at this size, on random frames; the host "
+    "waits for the target's choice in each pass, as greedy decoding does.",
+    "Replayed: the weights are random and their choice means nothing, so the recorded answer's token is taken in its "
+    "place, by our loop and (a logit of +inf) by transformers. Acceptance is that of the recorded answers.",
+    "Not counted: EventGPT's time. Its recorded tokens are there when an answer begins; who reads none is marked.",
+    "Decode: all after the prefill, with the drafter's time, its first proposals and its learning (transformers: the "
+    "whole call less a call for one token). End to end: vision, prefill and decode.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeBenchmark:
+    """Time decoding at real size with random weights, recorded answers replayed, against its peers."""
+
+    pairs: list[Path] = required("pair files whose recorded answers are replayed")
+    task: Path = required("task folder of train_and_evaluate.py: the drafters")
+    size: Literal["7b", "small"] = option("7b", "of the target; small: to try the program on a CPU")
+    max_answers: int = option(-1, "use only the first so many answers, in clip order; -1: all")
+    gamma: str = option("auto", "tokens proposed for each pass, 1 to 16; auto: while they are worth their cost")
+    peer_answers: int = option(20, "the first so many, for transformers and for ours that learn from none; -1: all")
+    output: Path = option(Path("benchmark_decode.json"), "where all numbers go")
+    compare: Path | None = option(None, "an earlier output: print old, new and ratio of each figure")
+    dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "of the target's weights")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    compile: bool = option(True, "let transformers compile the step on its static cache, as it does by itself")
+    seed: int = option(42, "of the weights and the frames")
+
+    def __post_init__(self):
+        if self.gamma != "auto" and not (self.gamma.isascii() and self.gamma.isdigit()
+                                         and 1 <= int(self.gamma) <= MAX_GAMMA):
+            raise UserError(f"--gamma must be auto or from 1 to {MAX_GAMMA}, got {self.gamma}")
+        for name in ("max_answers", "peer_answers"):
+            if getattr(self, name) < 1 and getattr(self, name) != -1:
+                raise UserError(f"--{name} must be 1 or more, or -1 for all, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
+        if self.compare:
+            read_benchmark(self.compare)             # now, not after minutes
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Print each figure of two outputs of benchmark.py, and new / old."""
+
+    old: Path = required("the earlier output", positional=True)
+    new: Path = required("the later output", positional=True)
+
+
+# ----------------------------------------------------------------------------------------------------- inputs
+def read_answers(config: DecodeBenchmark, task: Task) -> Pairs:
+    """The recorded pairs as a stream would bring them; every id must be one of the adapter's and of the target's."""
+    from train_and_evaluate import check_ids, in_clip_order
+
+    pairs = load_pairs(config.pairs)
+    known = min(task.adapter.config.vocab_size, VOCAB_SIZE_7B if config.size == "7b" else math.inf)
+    check_ids(pairs.largest_ids(), known, f"use pairs like those that {config.task} was trained on")
+    pairs = in_clip_order(pairs)
+    return pairs.select(range(len(pairs))[:config.max_answers if config.max_answers != -1 else None])
+
+
+def random_model(config: DecodeBenchmark, task: Task, runtime) -> VideoLlava:
+    """Video-LLaVA of that size, made where it runs, without its image tower; it answers to vlm's verbs."""
+    import torch
+
+    from vlm.video_llava import VIDEO, VideoLlava, VideoLlavaForConditionalGeneration
+
+    real = config.size == "7b"
+    words = WORDS_7B if real else task.adapter.config.vocab_size           # then come <image> and <video>
+    text = {**(TEXT_7B if real else SMALL), "vocab_size": VOCAB_SIZE_7B if real else words + 2,
+            "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    vision = VISION_7B if real else {**SMALL, "image_size": 28, "patch_size": 14, "projection_dim": 32}
+    shape = VideoLlavaForConditionalGeneration.config_class(
+        vision_config=vision, text_config=text, image_token_index=words, video_token_index=words + 1)
+    torch.manual_seed(config.seed)
+    torch.set_default_dtype(runtime.dtype)
+    try:
+        with runtime.device:
+            model = VideoLlavaForConditionalGeneration(shape).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.model.image_tower = None
+    model.generation_config.eos_token_id = None
+
+    def tokenizer(prompt: str):                      # knows one question, whatever it is asked
+        around = [[token % words for token in part] for part in (BEFORE, [NEWLINE, *QUESTION, *AFTER])]
+        return types.SimpleNamespace(input_ids=[*around[0], *[words + 1] * prompt.count(VIDEO), *around[1]])
+
+    tokenizer.bos_token_id = BEFORE[0]
+    return VideoLlava(model, tokenizer, None, runtime, "random weights")
+
+
+# ------------------------------------------------------------------------------------------- transformers' way
+class Forced:
+    """A logits processor that makes generate say a recorded answer: its next token gets the logit +inf.
+
+    Told by the position, because assisted decoding asks about all candidates of a pass, one after the other. No other
+    logit is touched: prompt lookup drops candidates whose logit is -inf, and would be told the answer that way.
+    """
+
+    def __init__(self, prompt_length: int, answer: list[int]):
+        self.prompt_length, self.answer = prompt_length, answer
+
+    def __call__(self, input_ids, scores):           # (1, L) ids so far, (1, V) logits of what follows
+        at = input_ids.shape[1] - self.prompt_length
+        scores[:, self.answer[min(at, len(self.answer) - 1)]] = math.inf      # candidates may reach past the end
+        return scores
+
+
+def generate(model: VideoLlava, pixels, answer: list[int], length: int, **mode) -> list[int]:
+    """The first `length` tokens of the recorded answer, by transformers' greedy generate in one of its modes."""
+    import torch
+
+    prompt = model._prompt_ids(len(pixels), "")
+    ids = torch.tensor([prompt], device=model.runtime.device)
+    # Compiled code and inference tensors do not go together; generate turns gradients off by itself.
+    with torch.inference_mode("cache_implementation" not in mode):
+        found = model.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length,
+            pixel_values_videos=pixels[None].to(ids.device, model.runtime.dtype, non_blocking=True),
+            logits_processor=[Forced(len(prompt), answer)], **mode)
+    return found[0, len(prompt):].tolist()
+
+
+def run_transformers(model: VideoLlava, pixels, answers: list[list[int]], config: DecodeBenchmark) -> dict:
+    """{mode: what run_mode says of it}, each on the same answers."""
+    tokens = LOOKUP_TOKENS if config.gamma == "auto" else int(config.gamma)
+    # Prompt lookup finds the ":" of "USER:" and proposes what follows, <video>; the model refuses more of these than
+    # there are features (ValueError). What is suppressed is not proposed.
+    suppressed = [model.model.config.video_token_index]
+    modes = {"generate": {},
+             "generate, static cache": {"cache_implementation": "static", "disable_compile": not config.compile},
+             "generate, prompt lookup": {"prompt_lookup_num_tokens": tokens, "suppress_tokens": suppressed}}
+    return {name: run_mode(name, mode, model, pixels, answers) for name, mode in modes.items()}
+
+
+def run_mode(name: str, mode: dict, model: VideoLlava, pixels, answers: list[list[int]]) -> dict:
+    """{"rows": [tokens and seconds of each answer], "memory_mib", "compiled", "warm_up_s"}."""
+    import torch
+
+    device, before = model.runtime.device, memory(model.runtime.device)
+
+    def both(answer: list[int]) -> dict:
+        first, first_s = timed(lambda: generate(model, pixels, answer, 1, **mode), device)
+        found, all_s = timed(lambda: generate(model, pixels, answer, len(answer), **mode), device)
+        assert found == answer and first == answer[:1], f"{name} said {found} for {answer}"
+        return {"tokens": len(answer), "first_token_s": first_s, "decode_s": all_s - first_s, "end_s": all_s}
+
+    def warm_up() -> None:                           # the longest: a static cache that grows later compiles again
+        for answer in sorted(answers, key=len, reverse=True)[:WARM_UPS]:
+            both(answer)
+
+    try:
+        _, warm_up_s = timed(warm_up, device)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:     # no compiler, no headers, a bug in it
+        if mode.get("disable_compile", True):
+            raise
+        log(f"benchmark | WARNING | {name}: the step can't be compiled here and runs uncompiled: {error!s:.300}")
+        mode["disable_compile"] = True
+        _, warm_up_s = timed(warm_up, device)
+    compiled = hasattr(model.model, "_compiled_call") and not mode["disable_compile"]
+    progress, rows = Progress(f"benchmark | {name}", len(answers), unit="answers"), []
+    for answer in answers:
+        rows.append(both(answer))
+        progress.update(len(rows))
+    for left in {"_compiled_call", "_previous_max_cache_length"} & vars(model.model).keys():
+        delattr(model.model, left)                   # ours must not carry what this one left
+    if compiled:
+        torch._dynamo.reset()
+    return {"rows": rows, "compiled": compiled, "warm_up_s": warm_up_s,
+            "memory_mib": {"before": before["held"], "peak": memory(device)["peak"]}}
+
+
+# ----------------------------------------------------------------------------------------------------- our way
+def replay(recorded: list[int]):
+    """A rule for decoding.decode: waits for the target's choice as `greedy` does, then takes the recorded tokens."""
+    from decoding import matching
+
+    def rule(answer: list[int], proposed: list[int], following) -> list[int]:
+        following.best.tolist()
+        true = recorded[len(answer):]
+        return true[:matching(proposed, true) + 1]
+
+    return rule
+
+
+def run_ours(model: VideoLlava, pixels, pairs: Pairs, part: int, task: Task, config: DecodeBenchmark) -> tuple:
+    """({drafter: {"rows"}}, costs in seconds, memory in MiB): all drafters on each answer in turn."""
+    from vlm.steps import Prompted, Steps
+
+    device, before = model.runtime.device, memory(model.runtime.device)
+    recorded = list(zip(pairs.answers("draft"), pairs.answers("target")))
+    question = model.tokenizer("").input_ids[-len(QUESTION) - len(AFTER):-len(AFTER)]
+    length, longest = len(model._prompt_ids(len(pixels), "")), max(len(answer) for _, answer in recorded)
+    target = Prompted(Steps(*model.decoder, room=length + longest + MAX_GAMMA))
+    costs = measure_costs(target, model, pixels, "", device, range(1, MAX_GAMMA + 2))
+    settings = types.SimpleNamespace(gamma=config.gamma, temperature=0.0, seed=config.seed, max_new_tokens=0)
+    task.adapter.to(device)
+    decoders = {name: Decoder(name, task, target, costs, NO_EOS, settings) for name in DRAFTERS}
+
+    def one(decoder: Decoder, embeds, draft: list[int], answer: list[int]) -> dict:
+        settings.max_new_tokens, decoder.rule = len(answer), replay(answer)
+        found, seconds = timed(lambda: decoder.answer(embeds, draft, question), device)
+        assert found.tokens == answer, f"{decoder.name} said {found.tokens} for {answer}"
+        return {"tokens": len(answer), "passes": len(found.accepted), "proposed": sum(found.proposed),
+                "accepted": sum(found.accepted), "draft_s": found.draft_s, "verify_s": found.verify_s,
+                "prefill_s": found.prefill_s, "decode_s": seconds - found.prefill_s, "end_s": seconds}
+
+    embeds = model.prompt_embeds(pixels, "")
+    for decoder in decoders.values():
+        decoder.drafter.learn = lambda answer: None                          # warming up must teach nothing
+        for draft, answer in recorded[:WARM_UPS]:
+            one(decoder, embeds, draft, answer)
+        del decoder.drafter.learn
+        draft, answer = recorded[0]
+        decoder.set_pace(draft, question, answer[:1], device)
+    costs |= proposing(decoders, *recorded[0], question, device)
+    progress = Progress("benchmark | ours", len(recorded), unit="answers")
+    runs = {name: {"rows": []} for name in DRAFTERS}
+    for number, (draft, answer) in enumerate(recorded):
+        embeds, vision_s = timed(lambda: model.prompt_embeds(pixels, ""), device)
+        for name, decoder in decoders.items():
+            if number < part or name not in BRIEF:
+                row = one(decoder, embeds, draft, answer)
+                runs[name]["rows"].append({**row, "vision_s": vision_s, "end_s": vision_s + row["end_s"]})
+        progress.update(number + 1)
+    return runs, costs, {"before": before["held"], "peak": memory(device)["peak"],
+                         "keys_and_values": target.steps.bytes / 2**20}
+
+
+def proposing(decoders: dict, draft: list[int], answer: list[int], question: list[int], device) -> dict:
+    """Seconds of 8 proposals, the median along an answer that grows by 5 tokens; of one step of the adapter."""
+    found = {"propose_8": {}}
+    for name in ("adapter", "hybrid", "memory"):
+        drafter = decoders[name].drafter
+        drafter.begin(draft, question)
+        found["propose_8"][name] = statistics.median(
+            timed(lambda at=at: drafter.propose(answer[:at], 8), device)[1]                        # noqa: B023
+            for at in range(min(5, len(answer)), max(6, len(answer) - 7), 5))
+    steps = getattr(decoders["adapter"].drafter, "steps", None)              # none in draft conditioning
+    most = min(8, steps.config.max_seq_len - 1) if steps else 0
+    if most > 1:
+        steps.begin(draft)
+        many, one = (median_s(lambda n=n: steps.after([], n), device) for n in (most, 1))
+        found["adapter_step"] = (many - one) / (most - 1)
+    return found
+
+
+def simulated(pairs: Pairs, task: Task) -> dict:
+    """{drafter: (N, T) bool hits} of what drafting.py says that each of them proposes for these answers."""
+    import drafting
+    from acceptance import stream
+
+    known = types.SimpleNamespace(answers=lambda which: task.answers)
+    memory, another = (drafting.Memory(known, pairs) for _ in range(2))
+    width = int(pairs.lengths("target").max())
+    copied = drafting.direct_copy(pairs, width)[:, :, None]
+    drafters = {"memory": memory, "adapter": drafting.Adapter(task.adapter, pairs), "hybrid": another,
+                "copy": drafting.Fixed(copied.repeat(drafting.TOP, -1), pairs)}
+    if task.adapter.config.sees_prefix:
+        drafters["hybrid"] = drafting.Hybrid(drafters["adapter"], another, task.share)
+    return {name: stream(drafter, pairs)["top1"] for name, drafter in drafters.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+def memory(device) -> dict:
+    """MiB: "peak" since this was called last, "held" now that what is not in use was given back; None on a CPU."""
+    import torch
+
+    from vlm.loading import free_memory
+
+    if device.type != "cuda":
+        return {"peak": None, "held": None}
+    peak = torch.cuda.max_memory_allocated(device)
+    free_memory()
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"peak": peak / 2**20, "held": torch.cuda.memory_allocated(device) / 2**20}
+
+
+def limits(model: VideoLlava) -> dict:
+    """No step is faster than reading the weights once, at the rate at which this device copies."""
+    import torch
+
+    decoder, head = model.decoder
+    weights = [weight for name, weight in decoder.named_parameters() if not name.startswith("embed_tokens")]
+    weights = sum(weight.nbytes for weight in [*weights, *head.parameters()])
+    size = 2**30 if model.runtime.device.type == "cuda" else 2**26
+    source = torch.ones(size, dtype=torch.uint8, device=model.runtime.device)
+    copy = torch.empty_like(source)
+    copy.copy_(source)
+    rate = 2 * size / median_s(lambda: copy.copy_(source), model.runtime.device)         # read and written
+    return {"step_weights_gib": weights / 2**30, "copy_gib_per_s": rate / 2**30,
+            "least_step_ms": 1000 * weights / rate}
+
+
+def totals(rows: list[dict]) -> dict:
+    """Sums over these answers, and how the time of a token spreads over them."""
+    tokens, passes = sum(row["tokens"] for row in rows), sum(row.get("passes", 0) for row in rows)
+    decode_s, end_s = (sum(row[key] for row in rows) for key in ("decode_s", "end_s"))
+    ms = sorted(1000 * row["decode_s"] / row["tokens"] for row in rows)
+    return {"answers": len(rows), "tokens": tokens, "decode_s": decode_s, "end_s": end_s,
+            "ms_per_token": 1000 * decode_s / tokens, "end_s_per_answer": end_s / len(rows),
+            "ms_per_token_by_answer": {"min": ms[0], "median": statistics.median(ms), "max": ms[-1]},
+            "passes": passes or None, "tau": tokens / passes if passes else None}
+
+
+def summarise(runs: dict, part: int, hits: dict, pairs: Pairs, task: Task, config: DecodeBenchmark) -> None:
+    """Add to each run its totals, on the part too, its simulated tau, and how much faster than its peers it is."""
+    from acceptance import simulate
+
+    gamma = MAX_GAMMA if config.gamma == "auto" else int(config.gamma)
+    lengths, reads = pairs.lengths("target"), task.adapter.config.conditioning != "prefix"
+    for name, found in runs.items():
+        count = len(found["rows"])
+        found |= {**totals(found["rows"]), "part": totals(found["rows"][:part])}
+        if name in DRAFTERS:
+            found["reads_eventgpt"] = name == "copy" or (name in ("adapter", "hybrid") and reads)
+            found["tau_simulated"] = 1.0 if name == "none" else None if name not in hits else simulate(
+                hits[name][:count], lengths[:count], gamma)["tau"]
+            found["tau_of_training"] = task.simulated.get({"copy": "copy of the draft"}.get(name, name), {}).get(
+                str(gamma))
+    theirs = [name for name in runs if name not in DRAFTERS]
+    for name in DRAFTERS:
+        ours, found = runs[name]["part"], {}
+        for peer in [*theirs, "none"]:
+            found[peer] = {key: runs[peer]["part"][f"{key}_s"] / ours[f"{key}_s"] for key in ("decode", "end")}
+        found["fastest generate"] = {key: min(found[peer][key] for peer in theirs) for key in ("decode", "end")}
+        runs[name]["times_faster_than"] = found
+
+
+def wanted(results: dict) -> list[dict]:
+    """The project's numbers for one H200, each with what was measured; None: not to be had here."""
+    runs, costs, faster = results["runs"], results["costs_ms"], results["runs"]["hybrid"]["times_faster_than"]
+    free = max((name for name in DRAFTERS if not runs[name]["reads_eventgpt"]),
+               key=lambda name: runs[name]["times_faster_than"]["generate"]["end"])
+    static, ours = (results["memory_mib"][name]["peak"] for name in ("generate, static cache", "ours"))
+    rows = [
+        ("decode, hybrid: times faster than generate", faster["generate"]["decode"], ">=", 8),
+        ("decode, hybrid: times faster than generate's fastest mode", faster["fastest generate"]["decode"], ">=", 2),
+        ("decode, hybrid: times faster than our loop without drafts", faster["none"]["decode"], ">=", 2.5),
+        (f"end to end without EventGPT, {free}: times faster than generate",
+         runs[free]["times_faster_than"]["generate"]["end"], ">=", 4),
+        ("verify(9) over one step", costs["verify"][9] / costs["verify"][1], "<=", 1.25),
+        ("tau, hybrid", runs["hybrid"]["tau"], ">=", 4.8),
+        ("adapter step, ms", costs["adapter_step"], "<=", 0.2),
+        ("8 proposals of the adapter, ms", costs["propose_8"]["adapter"], "<=", 1.6),
+        ("peak memory over generate's with a static cache", ours and static and ours / static, "<=", 1.05)]
+    return [{"what": what, "measured": found, "wanted": f"{sign} {bound}", "reached": None
+             if found is None or results["size"] != "7b" else found >= bound if sign == ">=" else found <= bound}
+            for what, found, sign, bound in rows]
+
+
+def show(results: dict) -> None:
+    """The table, as log lines."""
+    def ms(value: float | None) -> str:
+        return "none" if value is None else f"{value:.3f}"
+
+    for line in results["what"]:
+        log(f"benchmark | {line}")
+    for name, found in results["runs"].items():
+        spread, facts = found["ms_per_token_by_answer"], []
+        if name in DRAFTERS:
+            taus, faster = (found["tau"], found["tau_simulated"]), found["times_faster_than"]
+            if results["gamma"] != "auto" and taus[1] and not math.isclose(*taus):
+                log(f"benchmark | WARNING | {name}: tau live {taus[0]} is not the simulated {taus[1]}")
+            facts = [f"tau {found['tau']:.4f} simulated {ms(found['tau_simulated'])} in training "
+                     f"{ms(found['tau_of_training'])}",
+                     f"on {results['peer_answers']} answers, times faster than generate "
+                     f"{faster['generate']['decode']:.2f} (end to end {faster['generate']['end']:.2f}), its fastest "
+                     f"mode {faster['fastest generate']['decode']:.2f}, no drafts {faster['none']['decode']:.2f}",
+                     *([] if found["reads_eventgpt"] else ["needs no EventGPT"])]
+        elif "static" in name:
+            facts = ["compiled" if found["compiled"] else "not compiled"]
+        log(" | ".join([f"table | {name:23}", f"{found['answers']:4} answers",
+                        f"decode {found['ms_per_token']:.3f} ms a token (by answer {spread['min']:.3f} "
+                        f"{spread['median']:.3f} {spread['max']:.3f})",
+                        f"end to end {found['end_s_per_answer']:.4f} s an answer", *facts]))
+    costs = results["costs_ms"]
+    log("table | ms of verifying 1 to 17 tokens | " + " ".join(ms(cost) for cost in costs["verify"].values()))
+    log(f"table | ms | vision {ms(costs['vision'])} | prefill {ms(costs['prefill'])} | adapter step "
+        f"{ms(costs['adapter_step'])} | 8 proposals: "
+        + ", ".join(f"{name} {ms(cost)}" for name, cost in costs["propose_8"].items()))
+    peaks = {name: kept["peak"] for name, kept in results["memory_mib"].items()}
+    log("table | peak MiB | " + "; ".join(f"{name} {ms(peak)}" for name, peak in peaks.items()))
+    log("table | limits | " + ", ".join(f"{name} {ms(value)}" for name, value in results["limits"].items()))
+    for row in results["wanted"]:
+        verdict = {True: "reached", False: "missed", None: "-"}[row["reached"]]
+        log(f"wanted | {row['what']} | {ms(row['measured'])} | {row['wanted']} | {verdict}")
+
+
+# ---------------------------------------------------------------------------------------------------- compare
+def read_benchmark(path: Path) -> dict:
+    found = read_json(path)
+    if not isinstance(found, dict) or not str(found.get("kind", "")).startswith("benchmark"):
+        raise UserError(f"{path} is no output of benchmark.py; wanted a file that --output named")
+    return found
+
+
+def figures(value, name: str = "") -> dict[str, float]:
+    """{dotted name: number} of all numbers that are not those of single answers, flags or versions."""
+    if isinstance(value, dict):
+        parts = (figures(part, f"{name}.{key}" if name else str(key)) for key, part in value.items()
+                 if key not in ("config", "provenance"))
+        return {name: number for part in parts for name, number in part.items()}
+    return {name: value} if isinstance(value, (int, float)) and not isinstance(value, bool) else {}
+
+
+def print_comparison(old: dict, new: dict) -> None:
+    for key in ("kind", "size", "device", "dtype", "gamma"):
+        if old.get(key) != new.get(key):
+            log(f"compare | WARNING | another {key}: {old.get(key)} -> {new.get(key)}")
+    before, after = figures(old), figures(new)
+    for name, value in after.items():
+        if name in before:
+            ratio = f"{value / before[name]:.3f}" if before[name] else "-"
+            log(f"compare | {name} | {before[name]:.5g} -> {value:.5g} | {ratio}")
+    if alone := sorted(before.keys() ^ after.keys()):
+        log(f"compare | only in one of them: {', '.join(alone)}")
+
+
+# --------------------------------------------------------------------------------------------------- programs
+def decode(config: DecodeBenchmark) -> None:
+    start = time.monotonic()
+    make_folder(config.output.resolve().parent)
+    task = read_task(config.task)
+    pairs = read_answers(config, task)
+
+    import torch
+
+    from speculative_decode import milliseconds
+    from train_and_evaluate import device_name
+    from vlm.loading import Runtime
+
+    runtime = Runtime.choose(config.device, config.dtype, "none")
+    model = random_model(config, task, runtime)
+    side = model.model.config.vision_config.image_size
+    pixels = torch.randn(FRAMES, 3, side, side, generator=torch.Generator().manual_seed(config.seed))
+    part = len(pairs) if config.peer_answers == -1 else min(config.peer_answers, len(pairs))
+    results = {
+        "kind": "benchmark decode", "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}", "size": config.size,
+        "device": device_name(runtime.device), "dtype": config.dtype, "gamma": config.gamma, "what": [
+            *WHAT, f"Part: transformers' modes and {', '.join(BRIEF)} ran on the first {part} of {len(pairs)} "
+            "answers, one contiguous part, the same for all; whoever is compared with them is timed on that part."],
+        "config": as_json(config), "answers": len(pairs), "peer_answers": part,
+        "prompt_positions": len(model._prompt_ids(FRAMES, "")), "limits": limits(model)}
+    log("benchmark | " + " | ".join(f"{key} {results[key]}" for key in (
+        "size", "device", "dtype", "answers", "peer_answers", "prompt_positions")))
+    runs = run_transformers(model, pixels, list(pairs.answers("target"))[:part], config)
+    ours, costs, kept = run_ours(model, pixels, pairs, part, task, config)
+    results["memory_mib"] = {**{name: found.pop("memory_mib") for name, found in runs.items()}, "ours": kept}
+    results["runs"] = runs | ours
+    results["costs_ms"] = {"adapter_step": None} | milliseconds(costs)
+    summarise(results["runs"], part, simulated(pairs, task), pairs, task, config)
+    results |= {"wanted": wanted(results), "seconds": time.monotonic() - start, "provenance": provenance()}
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    write_whole(config.output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    show(results)
+    if config.compare:
+        print_comparison(read_benchmark(config.compare), json.loads(text))
+    hybrid = results["runs"]["hybrid"]
+    log(f"RESULT | {config.output} | hybrid {hybrid['ms_per_token']:.3f} ms a token, tau {hybrid['tau']:.2f}, "
+        f"{hybrid['times_faster_than']['generate']['decode']:.2f} times faster than generate | "
+        f"{results['seconds']:.0f} s")
+
+
+def compare(config: Compare) -> None:
+    print_comparison(read_benchmark(config.old), read_benchmark(config.new))
+    log(f"RESULT | {config.new} against {config.old}")
+
+
+PROGRAMS = {"decode": (DecodeBenchmark, decode), "compare": (Compare, compare)}
+
+
+def main() -> None:
+    program, name, flags = sys.argv[0], (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if name in ("-h", "--help"):
+        print(f"{__doc__}\n    python benchmark.py {'|'.join(PROGRAMS)} --help     the flags of each")
+        return
+    if name not in PROGRAMS:
+        raise UserError(f"{name!r}: wanted one of {', '.join(PROGRAMS)} (see benchmark.py --help)")
+    config_class, work = PROGRAMS[name]
+    sys.argv[0] = f"{program} {name}"                # argparse names the program by it
+    try:
+        config = parse_config(config_class, flags)
+    finally:
+        sys.argv[0] = program
+    work(config)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,246 @@
+"""The benchmark replays recorded answers exactly, counts passes as simulation does, and compares what it wrote."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import benchmark
+from base import ROOT, UserError
+from benchmark import DecodeBenchmark, Forced, figures, generate, random_model, read_answers
+from speculative_decode import DRAFTERS, read_task
+from tests.test_train_and_evaluate import run_main
+from vlm.loading import Runtime
+
+ANSWERS, PART, GAMMA = 10, 4, 3
+MODES = ("generate", "generate, static cache", "generate, prompt lookup")
+# Another checkout of transformers to test against, as on the GPU machine: OTHER_TRANSFORMERS=/work/tf517
+OTHER = os.environ.get("OTHER_TRANSFORMERS")
+
+
+def write_pairs(path: Path, sequences: list[str], seed: int = 0) -> Path:
+    """Answers from three sentences with some words changed, 8 to 15 tokens: part can be guessed, part can't."""
+    rng, rows = np.random.default_rng(seed), []
+    sentences = np.random.default_rng(99).integers(3, 60, (3, 15))
+    for sequence in sequences:
+        for clip in range(ANSWERS):
+            sentence = sentences[rng.integers(3)].copy()
+            sentence[rng.random(15) < 0.2] = 60 + rng.integers(3)
+            target, draft = sentence[:rng.integers(8, 16)], np.where(rng.random(15) < 0.5, sentence, 5)
+            rows.append({"sample_idx": len(rows), "sequence": sequence, "clip": ANSWERS - clip,
+                         "egpt_tokens": draft.tolist(), "vl_tokens": target.tolist()})
+    path.write_text(json.dumps({"results": rows}))
+    return path
+
+
+@pytest.fixture(scope="module", params=["prefix+draft", "draft"])
+def trained(request, tmp_path_factory) -> tuple[Path, Path]:
+    """(test pairs, folder of a task trained on others)."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    train = write_pairs(folder / "train.json", ["zurich_00_a", "thun_01_a", "bern_02_a", "genf_04_a"])
+    test = write_pairs(folder / "test.json", ["basel_03_a"], seed=1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        task, results = run_main(monkeypatch, folder / "task", train, test, "--conditioning", request.param,
+                                 "--max_seq_len", "13", "--no-online", "--num_epochs", "30", "--early_stopping", "0")
+    assert request.param == "draft" or results["metrics"]["test"]["adapter"]["alpha"] > 0.3
+    return test, task
+
+
+@pytest.fixture(scope="module")
+def measured(trained) -> tuple[dict, Path]:
+    """(results, their file) of one run with a fixed gamma."""
+    output = trained[1] / "benchmark.json"
+    benchmark.decode(settings(trained, gamma=str(GAMMA), output=output))
+    return json.loads(output.read_text()), output
+
+
+def settings(trained: tuple[Path, Path], **changes) -> DecodeBenchmark:
+    return DecodeBenchmark(**{"pairs": [trained[0]], "task": trained[1], "size": "small", "peer_answers": PART,
+                              "dtype": "float32", "device": "cpu", **changes})
+
+
+# ------------------------------------------------------------------------------------------------------ replay
+def test_every_drafter_replays_the_recorded_answers_in_clip_order(measured, trained):
+    """That the tokens are the recorded ones is asserted where they come out."""
+    rows = json.loads(trained[0].read_text())["results"]
+    lengths = [len(row["vl_tokens"]) for row in sorted(rows, key=lambda row: row["clip"])]
+    for name, found in measured[0]["runs"].items():
+        part = PART if name in (*MODES, *benchmark.BRIEF) else ANSWERS
+        assert [row["tokens"] for row in found["rows"]] == lengths[:part], name
+        assert found["answers"] == part and found["part"]["answers"] == PART
+
+
+def test_live_tau_is_the_simulated_one(measured):
+    runs = measured[0]["runs"]
+    for name in ("memory", "adapter", "hybrid", "copy", "none"):
+        assert math.isclose(runs[name]["tau"], runs[name]["tau_simulated"]), name
+    assert runs["memory"]["tau"] > 1.2 and runs["none"]["tau"] == 1       # else the comparison would say little
+    assert runs["memory"]["tau_of_training"] == runs["memory"]["tau"]     # the same answers, measured in training
+
+
+def test_the_passes_of_each_answer_add_up_to_its_tokens(measured):
+    for name in DRAFTERS:
+        for row in measured[0]["runs"][name]["rows"]:
+            assert row["accepted"] <= row["proposed"] <= GAMMA * row["passes"]
+            assert row["tokens"] - row["passes"] == row["accepted"] or row["tokens"] == 1
+            assert 0 < row["decode_s"] < row["end_s"] and row["prefill_s"] < row["end_s"]
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    config = settings(trained)
+    return random_model(config, read_task(trained[1]), Runtime.choose("cpu"))
+
+
+@pytest.mark.parametrize("mode", [{}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 4}],
+                         ids=MODES)
+def test_generate_says_the_recorded_tokens_in_every_mode(model, mode):
+    if "prompt_lookup_num_tokens" in mode:
+        mode = {**mode, "suppress_tokens": [model.model.config.video_token_index]}
+    pixels = torch.randn(8, 3, 28, 28)
+    for answer in ([7, 8, 9, 7, 8, 9, 7, 8, 2, 2, 0, 9], [5], [4] * 9):      # repeats to be found; 2 ends nothing
+        assert generate(model, pixels, answer, len(answer), **mode) == answer
+        assert generate(model, pixels, answer, 1, **mode) == answer[:1]
+
+
+def test_forcing_forbids_no_token_and_goes_by_the_position():
+    forced = Forced(3, [4, 5])
+    for length, token in ((3, 4), (4, 5), (9, 5)):
+        scores = forced(torch.zeros(1, length, dtype=torch.long), torch.zeros(1, 8))
+        assert scores.argmax() == token and scores.isfinite().sum() == 7 and scores.min() == 0
+
+
+@pytest.mark.parametrize("size", ["small", "7b"])
+def test_the_prompt_is_as_long_as_the_published_one(trained, size):
+    """On the meta device: nothing of the 7B is computed."""
+    model = random_model(settings(trained, size=size), read_task(trained[1]),
+                         Runtime(torch.device("meta"), torch.bfloat16, "none"))
+    ids = model._prompt_ids(8, "")
+    assert len(ids) == {"small": 8 * 5 + 20, "7b": 2076}[size]
+    assert ids.count(model.model.config.video_token_index) == len(ids) - 20 and max(ids) < model.vocab_size
+    assert {weight.dtype for weight in model.model.parameters()} == {torch.bfloat16}
+    billions = sum(weight.numel() for weight in model.model.parameters()) / 1e9
+    assert size == "small" or billions == pytest.approx(7.366 - 0.303, abs=0.002)
+
+
+def test_warming_up_teaches_nothing(trained, monkeypatch):
+    """Else tau would be better than in real life: the first answers would be known."""
+    from decoding import LiveHybrid
+
+    learnt = []
+    monkeypatch.setattr(LiveHybrid, "learn", lambda self, answer: learnt.append(answer))
+    config = settings(trained, max_answers=3)
+    task = read_task(trained[1])
+    pairs = read_answers(config, task)
+    model = random_model(config, task, Runtime.choose("cpu"))
+    benchmark.run_ours(model, torch.randn(8, 3, 28, 28), pairs, PART, task, config)
+    assert learnt == [answer for answer in pairs.answers("target") for _ in ("hybrid", "memory")]
+
+
+# ----------------------------------------------------------------------------------------------------- figures
+def test_the_output_holds_everything(measured, trained):
+    results, _ = measured
+    assert set(results) == {"kind", "date", "size", "device", "dtype", "gamma", "what", "config", "answers",
+                            "peer_answers", "prompt_positions", "limits", "memory_mib", "runs", "costs_ms", "wanted",
+                            "seconds", "provenance"}
+    assert set(results["runs"]) == {*MODES, *DRAFTERS}
+    assert list(results["costs_ms"]["verify"]) == [str(k) for k in range(1, 18)]
+    assert set(results["costs_ms"]["propose_8"]) == {"adapter", "hybrid", "memory"}
+    assert all(results["costs_ms"][name] > 0 for name in ("vision", "prefill"))
+    assert (results["costs_ms"]["adapter_step"] is None) == (not read_task(trained[1]).adapter.config.sees_prefix)
+    assert all(value > 0 for value in results["limits"].values())
+    assert {"torch", "transformers"} <= set(results["provenance"]["versions"]) and len(results["wanted"]) == 9
+    assert "Replayed" in results["what"][1] and f"first {PART} of {ANSWERS} answers" in results["what"][-1]
+    spread = results["runs"]["hybrid"]["ms_per_token_by_answer"]
+    assert spread["min"] <= spread["median"] <= spread["max"]
+
+
+def test_ratios_are_of_the_same_answers(measured):
+    runs = measured[0]["runs"]
+    for name in DRAFTERS:
+        faster = runs[name]["times_faster_than"]
+        for peer in (*MODES, "none"):
+            for key in ("decode_s", "end_s"):
+                theirs, ours = (sum(row[key] for row in runs[one]["rows"][:PART]) for one in (peer, name))
+                assert faster[peer][key.removesuffix("_s")] == pytest.approx(theirs / ours)
+        assert faster["fastest generate"]["end"] == min(faster[peer]["end"] for peer in MODES)
+    assert runs["none"]["times_faster_than"]["none"]["decode"] == 1
+
+
+def test_gamma_auto_runs_and_an_earlier_output_is_compared(trained, measured, tmp_path, capsys):
+    output = tmp_path / "again.json"
+    benchmark.decode(settings(trained, max_answers=3, output=output, compare=measured[1]))
+    printed = capsys.readouterr().out
+    assert "WARNING | another gamma: 3 -> auto" in printed and "compare | runs.hybrid.tau | " in printed
+    assert json.loads(output.read_text())["answers"] == 3 and "RESULT | " in printed.splitlines()[-1]
+
+
+def test_compare_prints_old_new_and_ratio(tmp_path, capsys, monkeypatch):
+    for name, ms, more in (("old", 4.0, {"x": 1}), ("new", 3.0, {"y": {"z": 2}})):
+        (tmp_path / name).write_text(json.dumps({
+            "kind": "benchmark decode", "runs": {"hybrid": {"ms": ms, "rows": [1], "ok": True}}, "zero": 0,
+            "config": {"seed": 1}, **more}))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "compare", str(tmp_path / "old"), str(tmp_path / "new")])
+    benchmark.main()
+    lines = [line.split("] ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert lines[:3] == ["compare | runs.hybrid.ms | 4 -> 3 | 0.750", "compare | zero | 0 -> 0 | -",
+                         "compare | only in one of them: x, y.z"]
+
+
+def test_figures_are_numbers_of_the_whole(measured):
+    found = figures(measured[0])
+    assert "runs.hybrid.times_faster_than.generate.decode" in found and "costs_ms.verify.9" in found
+    assert not any("rows" in name or name.startswith(("config", "provenance")) for name in found)
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def call(*flags: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "benchmark.py", *flags], text=True, capture_output=True,
+                          timeout=120, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["decode", "--help"], ["compare", "-h"]])
+def test_help_is_quick_and_imports_no_torch(flags):
+    start = time.monotonic()
+    found = call(*flags, PYTHONPROFILEIMPORTTIME="1")
+    assert found.returncode == 0 and "benchmark.py" in found.stdout and time.monotonic() - start < 1.5
+    assert not any(line.endswith((" torch", " transformers")) for line in found.stderr.splitlines())
+    assert flags[0] == "--help" or f"usage: benchmark.py {flags[0]} " in found.stdout
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ([], "wanted one of decode, compare"), (["train"], "'train': wanted one of decode, compare"),
+    (["decode"], "--pairs, --task"), (["decode", "--pairs", "a", "--task", "b", "--gamma", "17"], "--gamma must be"),
+    (["decode", "--pairs", "a", "--task", "b", "--peer_answers", "0"], "--peer_answers must be 1 or more"),
+    (["decode", "--pairs", "a", "--task", "b", "--max_answers", "-2"], "--max_answers must be 1 or more"),
+    (["decode", "--pairs", "a", "--task", "b", "--compare", "none.json"], "no such file: none.json"),
+    (["decode", "--pairs", "a", "--task", "b", "--size", "13b"], "invalid choice"),
+    (["decode", "--pairs", "a", "--task", "b", "--output", "/tmp/no_task.json"], "b is no finished task"),
+    (["compare", "a"], "required: new"), (["compare", str(ROOT / "demo" / "models" / "video_llava" / "config.json"),
+                                          "b"], "is no output of benchmark.py")])
+def test_a_mistake_is_one_line(flags, words):
+    found = call(*flags)
+    assert found.returncode == 2 and not found.stderr and len(found.stdout.splitlines()) == 1
+    assert words in found.stdout and "ERROR" in found.stdout
+
+
+def test_ids_beyond_the_adapter_are_refused(trained, tmp_path):
+    (tmp_path / "odd.json").write_text(trained[0].read_text().replace('"vl_tokens": [', '"vl_tokens": [70, '))
+    with pytest.raises(UserError, match=r"odd\.json holds the token id 70, wanted ids below the vocabulary size 64"):
+        read_answers(settings((tmp_path / "odd.json", trained[1])), read_task(trained[1]))
+
+
+@pytest.mark.skipif(not OTHER, reason="OTHER_TRANSFORMERS names no second transformers")
+def test_another_transformers_is_forced_too(trained, tmp_path):
+    found = call("decode", "--pairs", str(trained[0]), "--task", str(trained[1]), "--size", "small", "--dtype",
+                 "float32", "--device", "cpu", "--output", str(tmp_path / "out.json"), PYTHONPATH=OTHER)
+    assert found.returncode == 0, found.stdout + found.stderr
+    version = json.loads((tmp_path / "out.json").read_text())["provenance"]["versions"]["transformers"]
+    assert version == next(Path(OTHER).glob("transformers-*.dist-info")).name.split("-")[1].removesuffix(".dist")
