@@ -39,7 +39,7 @@ from base import (
     run,
     write_whole,
 )
-from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, measure_costs, median_s, read_task, timed
+from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, read_task
 
 if TYPE_CHECKING:                    # torch and vlm are imported only after the flags are read
     from vlm.video_llava import VideoLlava
@@ -198,11 +198,13 @@ def run_mode(name: str, mode: dict, model: VideoLlava, pixels, answers: list[lis
     """{"rows": [tokens and seconds of each answer], "memory_mib", "compiled", "warm_up_s"}."""
     import torch
 
+    import decoding
+
     device, before = model.runtime.device, memory(model.runtime.device)
 
     def both(answer: list[int]) -> dict:
-        first, first_s = timed(lambda: generate(model, pixels, answer, 1, **mode), device)
-        found, all_s = timed(lambda: generate(model, pixels, answer, len(answer), **mode), device)
+        first, first_s = decoding.timed(lambda: generate(model, pixels, answer, 1, **mode), device)
+        found, all_s = decoding.timed(lambda: generate(model, pixels, answer, len(answer), **mode), device)
         assert found == answer and first == answer[:1], f"{name} said {found} for {answer}"
         return {"tokens": len(answer), "first_token_s": first_s, "decode_s": all_s - first_s, "end_s": all_s}
 
@@ -211,13 +213,13 @@ def run_mode(name: str, mode: dict, model: VideoLlava, pixels, answers: list[lis
             both(answer)
 
     try:
-        _, warm_up_s = timed(warm_up, device)
+        _, warm_up_s = decoding.timed(warm_up, device)
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:     # no compiler, no headers, a bug in it
         if mode.get("disable_compile", True):
             raise
         log(f"benchmark | WARNING | {name}: the step can't be compiled here and runs uncompiled: {error!s:.300}")
         mode["disable_compile"] = True
-        _, warm_up_s = timed(warm_up, device)
+        _, warm_up_s = decoding.timed(warm_up, device)
     compiled = hasattr(model.model, "_compiled_call") and not mode["disable_compile"]
     progress, rows = Progress(f"benchmark | {name}", len(answers), unit="answers"), []
     for answer in answers:
@@ -246,6 +248,7 @@ def replay(recorded: list[int]):
 
 def run_ours(model: VideoLlava, pixels, pairs: Pairs, part: int, task: Task, config: DecodeBenchmark) -> tuple:
     """({drafter: {"rows"}}, costs in seconds, memory in MiB): all drafters on each answer in turn."""
+    import decoding
     from vlm.steps import Prompted, Steps
 
     device, before = model.runtime.device, memory(model.runtime.device)
@@ -253,14 +256,14 @@ def run_ours(model: VideoLlava, pixels, pairs: Pairs, part: int, task: Task, con
     question = model.tokenizer("").input_ids[-len(QUESTION) - len(AFTER):-len(AFTER)]
     length, longest = len(model._prompt_ids(len(pixels), "")), max(len(answer) for _, answer in recorded)
     target = Prompted(Steps(*model.decoder, room=length + longest + MAX_GAMMA))
-    costs = measure_costs(target, model, pixels, "", device, range(1, MAX_GAMMA + 2))
+    costs = decoding.measure_costs(target, model, pixels, "", device, range(1, MAX_GAMMA + 2))
     settings = types.SimpleNamespace(gamma=config.gamma, temperature=0.0, seed=config.seed, max_new_tokens=0)
     task.adapter.to(device)
     decoders = {name: Decoder(name, task, target, costs, NO_EOS, settings) for name in DRAFTERS}
 
     def one(decoder: Decoder, embeds, draft: list[int], answer: list[int]) -> dict:
         settings.max_new_tokens, decoder.rule = len(answer), replay(answer)
-        found, seconds = timed(lambda: decoder.answer(embeds, draft, question), device)
+        found, seconds = decoding.timed(lambda: decoder.answer(embeds, draft, question), device)
         assert found.tokens == answer, f"{decoder.name} said {found.tokens} for {answer}"
         return {"tokens": len(answer), "passes": len(found.accepted), "proposed": sum(found.proposed),
                 "accepted": sum(found.accepted), "draft_s": found.draft_s, "verify_s": found.verify_s,
@@ -278,7 +281,7 @@ def run_ours(model: VideoLlava, pixels, pairs: Pairs, part: int, task: Task, con
     progress = Progress("benchmark | ours", len(recorded), unit="answers")
     runs = {name: {"rows": []} for name in DRAFTERS}
     for number, (draft, answer) in enumerate(recorded):
-        embeds, vision_s = timed(lambda: model.prompt_embeds(pixels, ""), device)
+        embeds, vision_s = decoding.timed(lambda: model.prompt_embeds(pixels, ""), device)
         for name, decoder in decoders.items():
             if number < part or name not in BRIEF:
                 row = one(decoder, embeds, draft, answer)
@@ -290,18 +293,20 @@ def run_ours(model: VideoLlava, pixels, pairs: Pairs, part: int, task: Task, con
 
 def proposing(decoders: dict, draft: list[int], answer: list[int], question: list[int], device) -> dict:
     """Seconds of 8 proposals, the median along an answer that grows by 5 tokens; of one step of the adapter."""
+    import decoding
+
     found = {"propose_8": {}}
     for name in ("adapter", "hybrid", "memory"):
         drafter = decoders[name].drafter
         drafter.begin(draft, question)
         found["propose_8"][name] = statistics.median(
-            timed(lambda at=at: drafter.propose(answer[:at], 8), device)[1]                        # noqa: B023
+            decoding.timed(lambda at=at: drafter.propose(answer[:at], 8), device)[1]                        # noqa: B023
             for at in range(min(5, len(answer)), max(6, len(answer) - 7), 5))
     steps = getattr(decoders["adapter"].drafter, "steps", None)              # none in draft conditioning
     most = min(8, steps.config.max_seq_len - 1) if steps else 0
     if most > 1:
         steps.begin(draft)
-        many, one = (median_s(lambda n=n: steps.after([], n), device) for n in (most, 1))
+        many, one = (decoding.median_s(lambda n=n: steps.after([], n), device) for n in (most, 1))
         found["adapter_step"] = (many - one) / (most - 1)
     return found
 
@@ -341,6 +346,8 @@ def limits(model: VideoLlava) -> dict:
     """No step is faster than reading the weights once, at the rate at which this device copies."""
     import torch
 
+    import decoding
+
     decoder, head = model.decoder
     weights = [weight for name, weight in decoder.named_parameters() if not name.startswith("embed_tokens")]
     weights = sum(weight.nbytes for weight in [*weights, *head.parameters()])
@@ -348,7 +355,7 @@ def limits(model: VideoLlava) -> dict:
     source = torch.ones(size, dtype=torch.uint8, device=model.runtime.device)
     copy = torch.empty_like(source)
     copy.copy_(source)
-    rate = 2 * size / median_s(lambda: copy.copy_(source), model.runtime.device)         # read and written
+    rate = 2 * size / decoding.median_s(lambda: copy.copy_(source), model.runtime.device)         # read and written
     return {"step_weights_gib": weights / 2**30, "copy_gib_per_s": rate / 2**30,
             "least_step_ms": 1000 * weights / rate}
 

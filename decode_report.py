@@ -236,22 +236,25 @@ def accounting_section(results: dict) -> list[str]:
     whole, plain = whole_s(results, name), whole_s(results, "none") if "none" in sums["runs"] else None
     all_s, parallel = sums["generate"] and sums["generate"]["all_s"], sums.get("parallel")
 
-    def row(label: str, taken_s: float, plain_s: float | None = plain) -> list[str]:
-        return [label, f"{taken_s:.2f}", f"{taken_s / sums['answers']:.3f}", times(ratio(all_s, taken_s)),
-                times(ratio(plain_s, taken_s))]
+    def row(label: str, taken_s: float) -> list:
+        return [label, sums["answers"], f"{taken_s:.2f}", f"{taken_s / sums['answers']:.3f}",
+                times(ratio(all_s, taken_s)), times(ratio(plain, taken_s))]
 
     rows = [row("draft free", whole),
-            row("draft in parallel", parallel["all_s"], parallel.get("plain_all_s")) if parallel
-            else ["draft in parallel", *["not measured: run with --parallel"] * 4],
+            ["draft in parallel", parallel["clips"], f"{parallel['all_s']:.2f}",
+             f"{parallel['all_s'] / parallel['clips']:.3f}", "-",
+             times(ratio(parallel["plain_all_s"], parallel["all_s"]))] if parallel
+            else ["draft in parallel", *["not measured: run with --parallel"] * 5],
             row("draft charged", whole + sums["eventgpt_s"])]
     unread = (f" {name} reads nothing of EventGPT's answer: it needs no draft, and draft free is its true account."
               if name in WITHOUT_DRAFT else "")
     return [f"## Three accountings: {escape(name)}, end to end", "",
-            *table(["EventGPT's time", "s in all", "s an answer", "over generate", "over our loop without drafts"],
+            *table(["EventGPT's time", "answers", "s in all", "s an answer", "over generate", "over our loop without drafts"],
                    rows),
             "Draft free: EventGPT has answered anyway, for its own sake, and its answer is at hand; counted are "
-            "vision, prefill, drafting and verifying. Draft in parallel: EventGPT answers while the target is at "
-            "work on the same clip, and one clock measures both; it is never reckoned as the larger of two times. "
+            "vision, prefill, drafting and verifying. Draft in parallel: EventGPT answers for the next clip "
+            "while the target is at work on this one, and one clock measures both; compared is the same with the "
+            "target alone and no drafts. "
             "Draft charged: EventGPT is run first, for nothing but the draft, and all its time is added."
             f"{unread}", ""]
 

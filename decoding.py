@@ -3,7 +3,7 @@
 A live drafter proposes what its namesake in drafting.py proposes, one answer at a time and not knowing it:
 
     begin(draft, question)             a new answer: EventGPT's tokens for it and the question's
-    propose(prefix, gamma, least)      up to gamma tokens to follow the verified prefix
+    propose(prefix, gamma, price)      up to gamma tokens to follow the verified prefix, as far as they are worth it
     learn(answer)                      the answer has been verified: use it for the next ones
 
 Whatever is proposed, the answer is the target's own: a wrong proposal costs time and nothing else.
@@ -32,13 +32,22 @@ def matching(ours: list[int], theirs: list[int]) -> int:
 
 # --------------------------------------------------------------------------------------------------- drafters
 class Live:
-    """A live drafter, and the one that proposes nothing."""
+    """A live drafter, and the one that proposes nothing.
+
+    --gamma auto weighs seconds against tokens. proposal_s: of one more proposal, drafting and verifying it; asking_s:
+    of asking the adapter, where that is a choice. Both are measured (measure_drafter) before they count.
+    """
+
+    proposal_s = asking_s = 0.0
 
     def begin(self, draft: list[int], question: list[int] = ()) -> None:
         """A new answer: EventGPT's tokens for it, and the question's."""
 
-    def propose(self, prefix: list[int], gamma: int, least: float = 0.0) -> list[int]:
-        """Up to gamma tokens to follow the verified prefix, while all together are right with a chance >= least."""
+    def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
+        """Up to gamma tokens to follow the verified prefix; price: the tokens that a second brings otherwise.
+
+        One more is proposed while the chance that it counts (it and all before it are right) is worth its seconds.
+        """
         return []
 
     def learn(self, answer: list[int]) -> None:
@@ -60,7 +69,7 @@ class LiveTable(Live):
             filled = torch.tensor([[*draft, *[0] * width][:width - first]], device=device)
             self.table = [NOTHING] * first + self.adapter(filled)[0].argmax(-1).tolist()
 
-    def propose(self, prefix: list[int], gamma: int, least: float = 0.0) -> list[int]:
+    def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
         return list(itertools.takewhile(lambda token: token != NOTHING, self.table[len(prefix):len(prefix) + gamma]))
 
 
@@ -72,7 +81,7 @@ class LiveLookup(Live):
     def begin(self, draft: list[int], question: list[int] = ()) -> None:
         self.question = list(question)
 
-    def propose(self, prefix: list[int], gamma: int, least: float = 0.0) -> list[int]:
+    def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
         text = self.question + prefix
         for size in range(min(self.LONGEST, len(text) - 1), 0, -1):
             for at in range(len(text) - size - 1, -1, -1):
@@ -191,17 +200,20 @@ class LiveAdapter(Live):
     def begin(self, draft: list[int], question: list[int] = ()) -> None:
         self.steps.begin(draft)
 
-    def propose(self, prefix: list[int], gamma: int, least: float = 0.0) -> list[int]:
+    def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
         gamma = min(gamma, self.steps.config.max_seq_len - len(prefix))
         if gamma < 1:
             return []
         rows = self.steps.after(prefix, gamma - 1)
         sure = itertools.accumulate((chances[0] for _, chances in rows), lambda a, b: a * b)
-        return [ids[0] for (ids, _), chance in zip(rows, sure) if chance >= least]
+        return [ids[0] for (ids, _), chance in zip(rows, sure) if chance >= self.proposal_s * price]
 
 
 class LiveHybrid(Live):
-    """Adapter and memory mixed, token by token, where the memory isn't sure; without an adapter the memory alone."""
+    """Adapter and memory mixed, token by token, where the memory isn't sure; without an adapter the memory alone.
+
+    Asked is the adapter only where it can win what it costs: the chance that the memory alone fails just here.
+    """
 
     def __init__(self, ngrams: NGrams, adapter: TokenAdapter | None = None, share: float = 1.0):
         self.ngrams, self.share, self.steps = ngrams, share, adapter and AdapterSteps(adapter)
@@ -210,16 +222,17 @@ class LiveHybrid(Live):
         if self.steps:
             self.steps.begin(draft)
 
-    def propose(self, prefix: list[int], gamma: int, least: float = 0.0) -> list[int]:
+    def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
         tokens, sure = list(prefix), 1.0
         while len(tokens) < len(prefix) + gamma:
             chances = self.ngrams.distribution(tokens)
-            unsure = max(chances.values(), default=0) < drafting.SURE
-            if unsure and self.steps and len(tokens) < self.steps.config.max_seq_len:
+            doubt = 1 - max(chances.values(), default=0)
+            asked = doubt > 1 - drafting.SURE and sure * doubt >= self.asking_s * price
+            if asked and self.steps and len(tokens) < self.steps.config.max_seq_len:
                 chances = mixed(*self.steps.after(tokens)[0], chances, self.share)
             best = top_of(chances)[0]
             sure *= chances.get(best, 0.0)
-            if best == NOTHING or sure < least:
+            if best == NOTHING or sure < self.proposal_s * price:
                 break
             tokens.append(best)
         return tokens[len(prefix):]
@@ -272,20 +285,20 @@ class Sampling:
         raise AssertionError("the last row always ends the loop")
 
 
-def decode(target, drafter: Live, max_new_tokens: int, eos: int, gamma: int, least: Callable[[], float] = lambda: 0.0,
+def decode(target, drafter: Live, max_new_tokens: int, eos: int, gamma: int, price: Callable[[], float] = lambda: 0.0,
            rule: Callable = greedy) -> Decoded:
     """One answer by speculative decoding: the target's own, whatever the drafter proposes.
 
     target: prefill(proposed) and verify(tokens) -> what follows the last known token and each proposal (`best`
     (k + 1,) ids, `logits` (k + 1, V)); keep(n): forget all but the prompt and n tokens of the answer; vocab_size. eos
-    and the length end the answer exactly where they end plain decoding. gamma: proposals a pass at most; least: asked
-    before each pass, the chance of being right below which a proposal isn't worth its cost.
+    and the length end the answer exactly where they end plain decoding. gamma: proposals a pass at most; price: asked
+    before each pass, the tokens that a second is worth, 0 if drafting costs nothing.
     """
     found = Decoded([])
     while True:
         start, answer = time.perf_counter(), found.tokens
         room = min(gamma, max_new_tokens - len(answer) - 1)            # the last token is always the target's own
-        proposed = drafter.propose(answer, room, least()) if room > 0 else []
+        proposed = drafter.propose(answer, room, price()) if room > 0 else []
         proposed = list(itertools.takewhile(lambda token: 0 <= token < target.vocab_size, proposed))
         between = time.perf_counter()
         if answer:
@@ -374,19 +387,47 @@ def rounding(target, model, embeds, tokens: list[int]) -> float:
     return float(max((one_by_one - together).abs().max(), (one_by_one - reference).abs().max()))
 
 
+def measure_drafter(drafter: Live, draft: list[int], question: list[int], answer: list[int], slope_s: float,
+                    device) -> dict:
+    """Set what a drafter costs, measured on the beginning of a first answer; nothing is learnt from it.
+
+    slope_s: seconds of verifying one token more. Returns seconds: "proposal" of one token, all in all, and "asking".
+    """
+    def propose() -> int:
+        drafter.begin(draft, question)
+        return len(drafter.propose(answer, 8))
+
+    def cost_s() -> float:
+        begin_s, count = median_s(lambda: drafter.begin(draft, question), device), max(1, propose())
+        return max(0.0, median_s(propose, device) - begin_s) / count
+
+    found = {"proposal": cost_s(), "asking": 0.0}
+    steps = getattr(drafter, "steps", None)
+    if isinstance(drafter, LiveHybrid) and steps:
+        drafter.begin(draft, question)
+        turn = itertools.cycle([[0], [1]])                      # another token each time, so that none is remembered
+        found["asking"] = median_s(lambda: steps.after(answer + next(turn)), device)
+        drafter.steps = None
+        drafter.proposal_s = cost_s() + slope_s
+        drafter.steps = steps
+    else:
+        drafter.proposal_s = found["proposal"] + slope_s
+    drafter.asking_s = found["asking"]
+    return found
+
+
 @dataclasses.dataclass
 class Pace:
-    """--gamma auto: a proposal is worth its cost while cost < chance that it counts x time a token takes otherwise.
+    """--gamma auto: what a second is worth, in tokens, by what it brought so far; begins with plain steps.
 
-    Renewal-reward: the best stopping rule for tokens a second compares with the average seconds a token so far.
+    Renewal-reward: the stopping rule that gives most tokens a second compares each cost with that very average.
     """
 
-    proposal_s: float                  # seconds of one more proposal, drafting and verifying it
-    seconds: float                     # so far; begins as one plain step for one token
+    seconds: float                     # of one plain step, for one token
     tokens: int = 1
 
-    def least(self) -> float:
-        return min(1.0, self.proposal_s * self.tokens / self.seconds)
+    def price(self) -> float:
+        return self.tokens / self.seconds
 
     def add(self, found: Decoded) -> None:
         self.seconds += found.draft_s + found.verify_s

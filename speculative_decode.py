@@ -222,8 +222,10 @@ def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], r
             found, seconds = decoding.timed(answer, runtime.device)
             drafts[sample.key, number] = found.tokens, seconds
             progress.update(len(drafts))
-    del target, answer                                  # they hold the weights
+    answer = target = None                              # they hold the weights
     model.unload()
+    if not drafts:
+        raise UserError(f"none of {len(samples)} clips could be read; the first reason: {failed[0]['reason']}")
     return drafts, costs
 
 
@@ -238,23 +240,20 @@ class Decoder:
         self.drafter = decoding.Live() if name == "none" else make_drafter(name, task)
         self.gamma = MAX_GAMMA if config.gamma == "auto" else int(config.gamma)
         self.rule = decoding.Sampling(config.temperature, config.seed) if config.temperature else decoding.greedy
-        verify = costs["verify"]
-        self.step_s = verify[1]
-        self.slope_s = max(0.0, (verify[max(verify)] - verify[1]) / (max(verify) - 1))   # of verifying one token more
-        self.proposal_s = self.pace = None
+        self.costs, self.pace = costs, None
 
     def set_pace(self, draft: list[int], question: list[int], answer: list[int], device) -> None:
-        """Measure what a proposed token costs, on the beginning of a first answer; nothing is learnt from it."""
+        """Measure what proposals cost this drafter; with --gamma auto it weighs them from now on."""
         import decoding
 
-        def propose() -> int:
-            self.drafter.begin(draft, question)
-            return len(self.drafter.propose(answer, 8))
-
-        begin_s, count = decoding.median_s(lambda: self.drafter.begin(draft, question), device), max(1, propose())
-        self.proposal_s = max(0.0, decoding.median_s(propose, device) - begin_s) / count
+        verify = self.costs["verify"]
+        slope_s = max(0.0, (verify[max(verify)] - verify[1]) / (max(verify) - 1))
+        found = decoding.measure_drafter(self.drafter, draft, question, answer, slope_s, device)
+        self.costs.setdefault("proposal", {})[self.name] = found["proposal"]
+        if found["asking"]:
+            self.costs["adapter_step"] = found["asking"]
         if self.config.gamma == "auto":
-            self.pace = decoding.Pace(self.proposal_s + self.slope_s, self.step_s)
+            self.pace = decoding.Pace(verify[1])
 
     def answer(self, embeds, draft: list[int], question: list[int]) -> Decoded:
         import decoding
@@ -263,8 +262,8 @@ class Decoder:
         self.drafter.begin(draft, question)
         begin_s = time.perf_counter() - start
         self.target.ask(embeds)
-        least = self.pace.least if self.pace else lambda: 0.0
-        found = decoding.decode(self.target, self.drafter, self.config.max_new_tokens, self.eos, self.gamma, least,
+        price = self.pace.price if self.pace else lambda: 0.0
+        found = decoding.decode(self.target, self.drafter, self.config.max_new_tokens, self.eos, self.gamma, price,
                                 self.rule)
         found.draft_s += begin_s
         if self.pace:
@@ -373,7 +372,7 @@ def in_parallel(samples: list[Sample], question: str, model, target, task: Task,
 
     first, seconds = draft(0), {}
     for name, work in ((config.drafter, speculative), ("none", plain)):
-        decoder = Decoder(name, task, target, costs, eos, config)
+        decoder = Decoder(name, task, target, dict(costs), eos, config)
         decoder.set_pace(first, words, first[:1], runtime.device)
         seconds[work.__name__] = decoding.timed(lambda work=work, decoder=decoder: work(decoder), runtime.device)[1]
     log(f"decode | in parallel | {len(both)} clips in {seconds['speculative']:.2f} s, plain {seconds['plain']:.2f} s")
@@ -397,10 +396,9 @@ def begin(target, model, pixels, question: str, draft: list[int], words: list[in
     # Each of two logits may be off either way: twice the rounding, and a margin.
     noise = 4 * decoding.rounding(target, model, embeds, tokens)
     names = DRAFTERS if config.compare else (config.drafter,)
-    decoders, costs["proposal"] = [Decoder(name, task, target, costs, eos, config) for name in names], {}
+    decoders = [Decoder(name, task, target, costs, eos, config) for name in names]
     for decoder in decoders:
         decoder.set_pace(draft, words, tokens[:1], device)
-        costs["proposal"][decoder.name] = decoder.proposal_s
     verify, proposal_s = costs["verify"], costs["proposal"][config.drafter]
     log(f"decode | one token takes {1000 * verify[1]:.2f} ms, verifying 9 {1000 * verify[9]:.2f} ms, a proposal of "
         f"{config.drafter} {1000 * proposal_s:.2f} ms | tied: logits within {noise:.2g}")

@@ -1,6 +1,7 @@
 """Speculative decoding says exactly what plain decoding says, and as fast as simulation foretells."""
 
 import collections
+import copy
 import dataclasses
 
 import numpy as np
@@ -21,6 +22,7 @@ from decoding import (
     Sampling,
     decode,
     matching,
+    measure_drafter,
 )
 from drafting import NGrams
 from token_adapter import AdapterConfig, TokenAdapter
@@ -78,7 +80,7 @@ class Knowing(Live):
     def __init__(self, answer: list[int], wrong):
         self.answer, self.wrong = answer, wrong
 
-    def propose(self, prefix, gamma, least=0.0):
+    def propose(self, prefix, gamma, price=0.0):
         truth = [*self.answer, *[5] * 40][len(prefix):len(prefix) + gamma]
         return [(token + 1) % VOCABULARY if self.wrong(len(prefix) + k) else token for k, token in enumerate(truth)]
 
@@ -133,13 +135,13 @@ def test_a_drafter_is_asked_for_what_still_fits_and_told_what_is_worth_it():
     asked = []
 
     class Asked(Live):
-        def propose(self, prefix, gamma, least=0.0):
-            asked.append((len(prefix), gamma, least))
+        def propose(self, prefix, gamma, price=0.0):
+            asked.append((len(prefix), gamma, price))
             return []
 
     target = Automaton()
     target.ask(PROMPTS[0])
-    decode(target, Asked(), 6, EOS, 3, least=lambda: 0.25)
+    decode(target, Asked(), 6, EOS, 3, price=lambda: 0.25)
     assert asked == [(0, 3, 0.25), (1, 3, 0.25), (2, 3, 0.25), (3, 2, 0.25), (4, 1, 0.25)]
 
 
@@ -285,17 +287,46 @@ def test_proposals_end_where_they_are_no_longer_likely_enough():
     memory.begin([])
     for answer in [[5, 6, 7, 8]] * 3 + [[5, 6, 9, 9]] * 2:
         memory.learn(answer)
-    sure, unsure = memory.propose([], 4), memory.propose([], 4, least=0.7)
+    memory.proposal_s = 0.001
+    sure, unsure = memory.propose([], 4), memory.propose([], 4, price=700.0)
     assert sure == [5, 6, 7, 8] and unsure == [5, 6]
     adapter = LiveAdapter(tiny("prefix"))
     adapter.begin([])
     everything = adapter.propose([3], 6)
     assert len(everything) == 6
+    adapter.proposal_s = 0.001
     for least in (0.5, 0.1, 0.01, 0.0):
-        some = adapter.propose([3], 6, least)
+        some = adapter.propose([3], 6, 1000 * least)
         assert everything[:len(some)] == some
         chance = float(np.prod([chances[0] for _, chances in adapter.steps.after([3], 5)][:len(some) + 1]))
         assert len(some) == 6 or chance < least
+
+
+def test_a_hybrid_asks_its_adapter_only_where_the_memory_doubts_and_only_while_it_pays():
+    hybrid, asked = LiveHybrid(NGrams(), tiny("prefix"), 0.5), []
+    for answer in [[5, 6, 7, 8]] * 9 + [[5, 6, 9, 9]] * 8:
+        hybrid.learn(answer)
+    hybrid.begin([])
+    after = hybrid.steps.after
+    hybrid.steps.after = lambda prefix, further=0: asked.append(list(prefix)) or after(prefix, further)
+    hybrid.propose([], 3)
+    assert asked == [[5, 6]]                                       # there alone two tokens are as good as equal
+    hybrid.asking_s = 0.001
+    for price, times in ((100.0, 1), (2000.0, 0)):
+        asked.clear()
+        hybrid.propose([], 3, price)
+        assert len(asked) == times
+
+
+def test_measuring_a_drafter_sets_its_costs_and_teaches_it_nothing():
+    cpu = torch.device("cpu")
+    for drafter in (LiveHybrid(NGrams([[3, 4, 5]]), tiny("prefix"), 0.5), LiveHybrid(NGrams([[3, 4, 5]])),
+                    LiveAdapter(tiny("prefix")), LiveLookup(), LiveTable(), Live()):
+        before = copy.deepcopy(getattr(drafter, "ngrams", NGrams()).counts)
+        found = measure_drafter(drafter, [3, 4], [5], [3], 0.5, cpu)
+        assert drafter.proposal_s >= 0.5 and found["proposal"] >= 0
+        assert (drafter.asking_s > 0) == (isinstance(drafter, LiveHybrid) and drafter.steps is not None)
+        assert getattr(drafter, "ngrams", NGrams()).counts == before
 
 
 def test_an_adapter_proposes_nothing_past_its_longest_answer():

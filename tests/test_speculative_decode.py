@@ -127,11 +127,11 @@ def test_a_difference_is_a_tie_only_within_the_noise():
     assert found["verdict"] == "tie" and judge([4, 5], [4, 7], target, None, 0.05)["verdict"] == "WRONG"
 
 
-def test_the_pace_asks_for_more_certainty_the_dearer_a_proposal_is():
-    cheap, dear = Pace(0.0001, 0.01), Pace(0.005, 0.01)
-    assert cheap.least() == pytest.approx(0.01) and dear.least() == pytest.approx(0.5)
-    cheap.add(decoding.Decoded([1] * 9, draft_s=0.0, verify_s=0.01))        # 10 tokens in 0.02 s: 5 times the pace
-    assert cheap.least() == pytest.approx(0.05)
+def test_the_price_of_a_second_is_what_it_brought_so_far():
+    pace = Pace(0.01)
+    assert pace.price() == pytest.approx(100)
+    pace.add(decoding.Decoded([1] * 9, draft_s=0.004, verify_s=0.006))      # 10 tokens in 0.02 s
+    assert pace.price() == pytest.approx(500)
 
 
 # ----------------------------------------------------------------------------------------------- mistakes
