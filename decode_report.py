@@ -156,11 +156,12 @@ def lead(results: dict) -> list[str]:
     if judged and name != "none":
         first += exactness(judged)
     lines = [first.strip()]
-    sides = [f"**{times(speed[key])}** {words}" for key, words in (
-        ("plain", "the speed of our own loop without drafts"), ("generate", "that of transformers' generate"),
-        ("whole", "that of generate end to end, draft free")) if speed[key]]
+    sides = [f"**{times(speed[key])}** the speed of {whose}" for key, whose in (
+        ("plain", "our own loop without drafts"), ("generate", "transformers' generate")) if speed[key]]
     if sides:
-        lines.append(f"Decoding goes at {'; '.join(sides)}. These are ratios of totals over the same answers.")
+        lines.append(f"Decoding goes at {' and '.join(sides)}"
+                     + (f"; end to end, draft free, at **{times(speed['whole'])}** the speed of generate"
+                        if speed["whole"] else "") + ". These are ratios of totals over the same answers.")
     if judged:
         if sums["generate"]:
             said = exactness(sums["generate"]["verdicts"], "generate")
@@ -192,13 +193,14 @@ def costs(results: dict) -> dict[int, float]:
 
 
 def who_pays(results: dict) -> str:
-    """The drafter with the least total decode time, if it beats decoding plainly."""
+    """The drafter with the least total decode time and no WRONG answer, if it beats decoding plainly."""
     runs, verify = results["totals"]["runs"], costs(results)
-    drafters = {name: decode_s(found) for name, found in runs.items() if name != "none"}
+    drafters = {name: decode_s(found) for name, found in runs.items()
+                if name != "none" and not found["verdicts"].get("WRONG")}
     best, plain_s = min(drafters, key=drafters.get, default=None), decode_s(runs["none"]) if "none" in runs else None
     speed = ratio(plain_s, drafters[best]) if best else None
     if speed is None:
-        return "Which drafter pays can't be told from these answers."
+        return "Which drafter pays on this machine can't be told from these answers."
     if speed > 1:
         chosen = "" if best == results["drafter"] else f" (this run chose {escape(results['drafter'])})"
         return (f"**On this machine {escape(best)} pays most:** decoding everything takes it {drafters[best]:.2f} s, "
@@ -234,29 +236,32 @@ def accounting_section(results: dict) -> list[str]:
     """The chosen drafter end to end, with EventGPT's time left out, alongside, or added."""
     name, sums = results["drafter"], results["totals"]
     whole, plain = whole_s(results, name), whole_s(results, "none") if "none" in sums["runs"] else None
-    all_s, parallel = sums["generate"] and sums["generate"]["all_s"], sums.get("parallel")
+    all_s, together = sums["generate"] and sums["generate"]["all_s"], sums.get("parallel")
 
-    def row(label: str, taken_s: float) -> list:
-        return [label, sums["answers"], f"{taken_s:.2f}", f"{taken_s / sums['answers']:.3f}",
-                times(ratio(all_s, taken_s)), times(ratio(plain, taken_s))]
+    def row(label: str, number: int, taken_s: float, generate_s: float | None, plain_s: float | None) -> list:
+        return [label, number, f"{taken_s:.2f}", f"{taken_s / number:.3f}", times(ratio(generate_s, taken_s)),
+                times(ratio(plain_s, taken_s))]
 
-    rows = [row("draft free", whole),
-            ["draft in parallel", parallel["clips"], f"{parallel['all_s']:.2f}",
-             f"{parallel['all_s'] / parallel['clips']:.3f}", "-",
-             times(ratio(parallel["plain_all_s"], parallel["all_s"]))] if parallel
-            else ["draft in parallel", *["not measured: run with --parallel"] * 5],
-            row("draft charged", whole + sums["eventgpt_s"])]
+    parallel = ["draft in parallel", *["not measured: run with --parallel"] * 5]
+    if together:
+        # Only the first clips and the first question: generate's time is that of the same answers.
+        same = [answer.get("generate") for answer in results["answers"] if answer["question_idx"] == 0]
+        same = same[:together["clips"]]
+        known = len(same) == together["clips"] and all(same)
+        parallel = row("draft in parallel", together["clips"], together["all_s"],
+                       sum(found["all_s"] for found in same) if known else None, together["plain_all_s"])
+    rows = [row("draft free", sums["answers"], whole, all_s, plain), parallel,
+            row("draft charged", sums["answers"], whole + sums["eventgpt_s"], all_s, plain)]
     unread = (f" {name} reads nothing of EventGPT's answer: it needs no draft, and draft free is its true account."
               if name in WITHOUT_DRAFT else "")
     return [f"## Three accountings: {escape(name)}, end to end", "",
-            *table(["EventGPT's time", "answers", "s in all", "s an answer", "over generate", "over our loop without drafts"],
-                   rows),
+            *table(["EventGPT's time", "answers", "s in all", "s an answer", "over generate",
+                    "over our loop without drafts"], rows),
             "Draft free: EventGPT has answered anyway, for its own sake, and its answer is at hand; counted are "
-            "vision, prefill, drafting and verifying. Draft in parallel: EventGPT answers for the next clip "
-            "while the target is at work on this one, and one clock measures both; compared is the same with the "
-            "target alone and no drafts. "
-            "Draft charged: EventGPT is run first, for nothing but the draft, and all its time is added."
-            f"{unread}", ""]
+            "vision, prefill, drafting and verifying. Draft in parallel: EventGPT drafts for the next clip while the "
+            "target decodes this one, and one clock measures both, over the first clips; beside it stands the target "
+            "alone without drafts, timed alike; it is never reckoned as the larger of two times. Draft charged: EventGPT is run first, for nothing but the draft, and all its time "
+            f"is added. Each ratio is over the same answers.{unread}", ""]
 
 
 def stages(results: dict) -> dict[str, dict[str, float]]:
@@ -340,7 +345,8 @@ def verdict_section(results: dict) -> list[str]:
              "Otherwise the target is asked again at the first difference: tie if its two best logits there lie no "
              f"further apart than the noise, {results['noise']:.3g} here; else WRONG. The noise is 4 times the "
              "largest difference of a logit between three ways to reckon the same tokens, one by one, 8 at a time, "
-             "and by transformers' own forward pass, measured in this run.", ""]
+             "and by transformers' own forward pass, measured in this run. position: how many tokens are the same.",
+             ""]
     if not rows:
         return [*lines, "There are no differences.", ""]
     lines += table(["clip", "question", "by", "position", "gap of logits", "verdict"], rows)
