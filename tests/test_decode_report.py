@@ -103,6 +103,11 @@ def test_speed_ups_are_ratios_of_totals():
     # The mean of the two answers' own ratios would be 2.75 / 1.125 and 0.25 / 0.375, together 1.56.
 
 
+def test_a_time_that_is_lost_in_the_clock_gives_no_ratio():
+    assert decode_report.ratio(3.0, 2.0) == 1.5
+    assert not any(decode_report.ratio(*seconds) for seconds in ((-0.5, 1.0), (1.0, 0.0), (None, 1.0), (0.0, 1.0)))
+
+
 def test_answers_of_one_token_have_no_speed_up(tmp_path):
     rows = answers()
     for row in rows:
@@ -303,6 +308,11 @@ def test_pictures_are_drawn_large_enough_and_named_on_the_page(tmp_path):
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG" and picture.info["dpi"][0] >= 159 and picture.width >= 1000
     assert len(list(tmp_path.iterdir())) == 5                                # nothing temporary stays
+
+
+def test_dollars_in_names_are_no_formula_in_a_picture(tmp_path):
+    page(tmp_path, plots=True, task=r"$\no$ such $\symbol{$")
+    assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 def test_without_pictures_none_are_named(tmp_path):
