@@ -260,8 +260,9 @@ def accounting_section(results: dict) -> list[str]:
             "Draft free: EventGPT has answered anyway, for its own sake, and its answer is at hand; counted are "
             "vision, prefill, drafting and verifying. Draft in parallel: EventGPT drafts for the next clip while the "
             "target decodes this one, and one clock measures both, over the first clips; beside it stands the target "
-            "alone without drafts, timed alike; it is never reckoned as the larger of two times. Draft charged: EventGPT is run first, for nothing but the draft, and all its time "
-            f"is added. Each ratio is over the same answers.{unread}", ""]
+            "alone without drafts, timed alike; it is never reckoned as the larger of two times. Draft charged: "
+            "EventGPT is run first, for nothing but the draft, and all its time is added. "
+            f"Each ratio is over the same answers.{unread}", ""]
 
 
 def stages(results: dict) -> dict[str, dict[str, float]]:
