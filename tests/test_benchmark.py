@@ -110,6 +110,25 @@ def test_generate_says_the_recorded_tokens_in_every_mode(model, mode):
         assert generate(model, pixels, answer, 1, **mode) == answer[:1]
 
 
+def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so(model, monkeypatch, capsys):
+    calls = []
+
+    def refusing(model, pixels, answer, length, **mode):
+        calls.append(mode["disable_compile"])
+        if not mode["disable_compile"]:
+            raise RuntimeError("no compiler\nhere")
+        return generate(model, pixels, answer, length, **mode)
+
+    monkeypatch.setattr(benchmark, "generate", refusing)
+    mode, pixels = {"cache_implementation": "static", "disable_compile": False}, torch.randn(8, 3, 28, 28)
+    found = benchmark.run_mode("static", mode, model, pixels, [[4, 5, 6]])
+    assert "runs uncompiled: no compiler here" in capsys.readouterr().out
+    assert calls[0] is False and all(calls[1:]) and len(found["rows"]) == 1 and not found["compiled"]
+    with pytest.raises(AssertionError, match="said"):             # a wrong answer is no compiler's refusal
+        monkeypatch.setattr(benchmark, "generate", lambda *_, **__: [1])
+        benchmark.run_mode("static", {"disable_compile": False}, model, pixels, [[4, 5, 6]])
+
+
 def test_forcing_forbids_no_token_and_goes_by_the_position():
     forced = Forced(3, [4, 5])
     for length, token in ((3, 4), (4, 5), (9, 5)):
@@ -175,8 +194,9 @@ def test_ratios_are_of_the_same_answers(measured):
 
 
 def test_gamma_auto_runs_and_an_earlier_output_is_compared(trained, measured, tmp_path, capsys):
-    output = tmp_path / "again.json"
-    benchmark.decode(settings(trained, max_answers=3, output=output, compare=measured[1]))
+    output = tmp_path / "again.json"                                       # written over while it is compared with
+    output.write_text(measured[1].read_text())
+    benchmark.decode(settings(trained, max_answers=3, output=output, compare=output))
     printed = capsys.readouterr().out
     assert "WARNING | another gamma: 3 -> auto" in printed and "compare | runs.hybrid.tau | " in printed
     assert json.loads(output.read_text())["answers"] == 3 and "RESULT | " in printed.splitlines()[-1]
