@@ -249,7 +249,7 @@ class Decoded:
     tokens: list[int]
     proposed: list[int] = dataclasses.field(default_factory=list)     # tokens proposed to each pass of the target
     accepted: list[int] = dataclasses.field(default_factory=list)     # and how many of them were right
-    draft_s: float = 0.0             # seconds in the drafter
+    draft_s: float = 0.0             # seconds in the drafter, learning included
     prefill_s: float = 0.0           # in the prefill
     verify_s: float = 0.0            # in all other passes
 
@@ -319,7 +319,9 @@ def decode(target, drafter: Live, max_new_tokens: int, eos: int, gamma: int, pri
         found.accepted.append(matching(emitted, proposed))
         found.tokens = answer + emitted
         if found.tokens[-1] == eos or len(found.tokens) >= max_new_tokens:
+            start = time.perf_counter()
             drafter.learn(found.tokens)
+            found.draft_s += time.perf_counter() - start
             return found
 
 
@@ -364,6 +366,8 @@ def measure_costs(target, model, pixels, question: str, device, sizes) -> dict:
         target.keep(0)
         target.verify([0] * k).best.tolist()
 
+    for _ in range(3 * REPEATS):                     # a GPU that has waited is slow for its first passes
+        one(1)
     verify = {k: median_s(lambda k=k: one(k), device) for k in sizes}
     return {"vision": median_s(lambda: model.prompt_embeds(pixels, question), device),
             "prefill": median_s(lambda: target.prefill([]).best.tolist(), device), "verify": verify}

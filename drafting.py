@@ -32,7 +32,7 @@ MAX_ORDER = 12                 # tokens of context
 TRAINING_WEIGHT = 0.05         # a training answer counts 1/20 of one verified in this stream
 BACK_OFF = 0.3                 # share of the Witten-Bell weight that goes to shorter contexts
 MEMORY_SHARES = (0.3, 0.5, 0.7)      # of the memory in the hybrid; the run's own validation chooses one
-SURE = 0.9                           # chance from which the memory's word is taken without asking the adapter
+SURE = 0.7                           # chance from which the memory's word is taken without asking the adapter
 ONLINE_STEPS, ONLINE_RATE = 8, 0.1   # plain gradient descent on each verified answer
 
 

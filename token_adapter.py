@@ -94,7 +94,7 @@ class Cache:
 
 def added(mask):
     """mask (B, T, S) bool, True where seen -> (B, 1, T, S) float32, to be added to scores."""
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)[:, None]
+    return torch.where(mask, 0.0, -torch.inf)[:, None]
 
 
 class SelfAttention(nn.Module):
