@@ -100,13 +100,14 @@ class AdapterSteps:
         device = adapter.begin.device
         self.cache = Cache(self.config, 1, device)
         self.tokens = torch.zeros(1, self.SIZES[-1], dtype=torch.long, device=device)
-        self.slots = self.cache.slots[:self.SIZES[-1]].clone()
         # Row of each slot: ids and chances (their bits) of what follows it, so that one copy brings both to the host.
         self.kept = min(kept, self.config.draft_vocab or self.config.vocab_size)
         self.rows = torch.zeros(len(self.cache.slots), 2, self.kept, dtype=torch.int32, device=device)
         self.draft = torch.zeros(1, self.config.max_seq_len, dtype=torch.long, device=device)
         self.draft_length = torch.zeros(1, dtype=torch.long, device=device)
         self.first = self.config.max_seq_len if self.config.conditioning == "prefix+draft" else 0
+        # Behind begin-of-answer, where a capture may run them: no slot before it has a place in the answer.
+        self.slots = self.cache.slots[self.first + 1:self.first + 1 + self.SIZES[-1]].clone()
         self.graphs = {}
         if device.type == "cuda":
             self._capture()
@@ -165,16 +166,17 @@ class AdapterSteps:
             self._keep(logits, self.cache.slots[self.first:self.first + 1])
             return
         slots = self.slots[:size]
-        self._keep(self.adapter.step_at(self.tokens[:, :size], slots, self.cache), slots)
+        ids = self._keep(self.adapter.step_at(self.tokens[:, :size], slots, self.cache), slots)
         if size == 1:
-            self.tokens[0, :1].copy_(self.rows[slots, 0, 0])
+            self.tokens[0].copy_(ids[0, 0])
             slots.add_(1)
 
-    def _keep(self, logits: torch.Tensor, slots: torch.Tensor) -> None:             # logits (1, T, V)
+    def _keep(self, logits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:     # (1, T, V) -> ids (T, kept)
         chances = F.softmax(logits[0], -1)
         chances, columns = chances.max(-1, keepdim=True) if self.kept == 1 else chances.topk(self.kept)
         ids = self.adapter.ids_of(columns).int()
         self.rows.index_copy_(0, slots, torch.stack([ids, chances.view(torch.int32)], 1))
+        return ids
 
     @torch.inference_mode()
     def _capture(self) -> None:

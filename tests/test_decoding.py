@@ -282,6 +282,19 @@ def test_the_cached_adapter_follows_a_prefix_that_grows_turns_back_and_turns_off
             said.append(ids[0])
 
 
+@pytest.mark.parametrize("conditioning", ["prefix", "prefix+draft"])
+def test_what_a_graph_would_capture_can_run_before_anything_was_begun(conditioning):
+    """Capturing runs each size several times on the buffers as they are; on a GPU a place below 0 kills the process."""
+    steps = AdapterSteps(tiny(conditioning))
+    for size in ("start", *reversed(steps.SIZES)):
+        for _ in range(4):
+            steps._forward(size)
+    steps.begin([3, 9])
+    fresh = AdapterSteps(tiny(conditioning))
+    fresh.begin([3, 9])
+    assert steps.after([4, 5], 3) == fresh.after([4, 5], 3)
+
+
 def test_proposals_end_where_they_are_no_longer_likely_enough():
     memory = LiveHybrid(NGrams())
     memory.begin([])
