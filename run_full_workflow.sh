@@ -111,6 +111,7 @@ train() {
 # decode NAME DATASET : with the task NAME, after `train NAME`; in a dated folder inside the task's
 decode() {
   local task folder
+  if [[ ! -d "$2" ]]; then log "decode $1 | skipped, no data set folder $2"; return; fi       # TEST_1S does without
   task="$(chosen "$1" "${TASK_DIR}/$1")"
   folder="$(chosen "decode $1" "${task}/decode")"
   # shellcheck disable=SC2086

@@ -284,7 +284,7 @@ def test_the_cached_adapter_follows_a_prefix_that_grows_turns_back_and_turns_off
 
 @pytest.mark.parametrize("conditioning", ["prefix", "prefix+draft"])
 def test_what_a_graph_would_capture_can_run_before_anything_was_begun(conditioning):
-    """Capturing runs each size several times on the buffers as they are; on a GPU a place below 0 kills the process."""
+    """Capturing runs each size several times on the buffers as they are; a place below 0 would end a GPU's process."""
     steps = AdapterSteps(tiny(conditioning))
     for size in ("start", *reversed(steps.SIZES)):
         for _ in range(4):

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+import benchmark
 import extract_tokens_train
 import make_demo
+import speculative_decode
 import train_and_evaluate
 
 ROOT = Path(__file__).parents[1]
 PAGES = [(ROOT / name).read_text() for name in ("README.md", "WORKFLOW.md")]
-CONFIGS = [extract_tokens_train.ExtractConfig, train_and_evaluate.TrainConfig, make_demo.DemoConfig]
+CONFIGS = [extract_tokens_train.ExtractConfig, train_and_evaluate.TrainConfig, speculative_decode.DecodeConfig,
+           benchmark.DecodeBenchmark, make_demo.DemoConfig]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
