@@ -14,8 +14,9 @@ from PIL import Image
 
 from tests.conftest import ROOT, run_workflow
 
-FILES = {"best_model.pt", "results.json", "RESULTS.md", "training_curves.png", "loss_curve.png",
+FILES = {"best_model.pt", "memory.npz", "results.json", "RESULTS.md", "training_curves.png", "loss_curve.png",
          "accuracy_curve.png", "drafters_by_position.png", "tau_over_gamma.png"}
+DECODE_FILES = {"decode.json", "DECODE.md", "accepted_lengths.png", "stage_times.png", "drafter_speed_up.png"}
 LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] ")
 
 
@@ -26,15 +27,20 @@ def task(request, demo):
 
 
 def test_every_task_has_its_files_and_no_others(task):
-    assert {path.name for path in task.iterdir()} == FILES
+    decodings = [path for path in task.iterdir() if re.fullmatch(r"decode_\d{8}_\d{6}", path.name)]
+    assert {path.name for path in task.iterdir()} - {path.name for path in decodings} == FILES
+    assert len(decodings) == (0 if "draft" in task.name else 1)
+    for folder in decodings:
+        assert {path.name for path in folder.iterdir()} == DECODE_FILES
+        assert set(json.loads((folder / "decode.json").read_text())["totals"]["verdicts"]) == {"exact"}
     assert re.fullmatch(r"(1s|500ms)(_draft)?_\d{8}_\d{6}", task.name)
     assert json.loads((task / "results.json").read_text())["metrics"]["test"]["pairs"] > 0
 
 
 def test_the_pictures_are_pictures(task):
-    for path in task.glob("*.png"):
-        pixels = np.asarray(Image.open(path).convert("RGB"))
-        assert min(pixels.shape[:2]) >= 500 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    for path in task.rglob("*.png"):
+        pixels = np.asarray(Image.open(path).convert("RGBA"))
+        assert min(pixels.shape[:2]) >= 500 and len(np.unique(pixels.view(np.uint32))) > 20
 
 
 def test_the_token_files_have_the_names_of_the_original(demo):
@@ -52,10 +58,11 @@ def test_the_log_is_whole_lines_and_ends_with_the_summary(demo):
     for path in demo.tasks.glob("*_*"):
         assert path.name in summary and str(path / "RESULTS.md") in summary
         assert "accuracy_curve.png" in summary
+    assert len(re.findall(r"decoding: 3 answers \| 3 exact \| hybrid \| tau \d", summary)) == 2
 
 
 def test_a_second_start_skips_everything_and_shows_the_same_summary(demo):
-    assert demo.again.count("| skipped, ") == 9
+    assert demo.again.count("| skipped, ") == 11
     assert "| start |" not in demo.again
     strip = LINE.sub
     assert strip("", demo.again.split("SUMMARY")[1]) == strip("", demo.log.split("SUMMARY")[1])
@@ -109,7 +116,8 @@ def test_a_kill_stops_the_step_and_the_same_command_goes_on(demo, tmp_path):
     assert kept > 5 and "the same command goes on" in log.read_text()
 
 
-@pytest.mark.parametrize("program", ["extract_tokens_train", "train_and_evaluate", "make_demo", "report"])
+@pytest.mark.parametrize("program", ["extract_tokens_train", "train_and_evaluate", "speculative_decode",
+                                     "decode_report", "benchmark", "make_demo", "report"])
 def test_help_is_quick_because_nothing_heavy_is_imported(program):
     code = (f"import sys, runpy; sys.argv = ['{program}.py', '--help']\n"
             f"try: runpy.run_path('{program}.py', run_name='__main__')\nexcept SystemExit as e: assert not e.code\n"
