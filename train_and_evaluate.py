@@ -547,10 +547,11 @@ def evaluate(adapter, trained: Trained | None, data: Data, config: TrainConfig, 
 
 
 def main() -> None:
-    from drafting import save_memory
+    config = parse_config(TrainConfig)
+
+    from drafting import save_memory  # brings torch: not before the flags are read
 
     start = time.monotonic()
-    config = parse_config(TrainConfig)
     device = choose_device(config.device)
     data = load_data(config)
     adapter, trained = make_adapter(config, data, data.train), None
