@@ -40,6 +40,7 @@ from base import (
     write_whole,
 )
 from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, read_task
+from splits import check_ids, in_clip_order
 
 if TYPE_CHECKING:                    # torch and vlm are imported only after the flags are read
     from vlm.video_llava import VideoLlava
@@ -106,8 +107,6 @@ class Compare:
 # ----------------------------------------------------------------------------------------------------- inputs
 def read_answers(config: DecodeBenchmark, task: Task) -> Pairs:
     """The recorded pairs as a stream would bring them; every id must be one of the adapter's and of the target's."""
-    from train_and_evaluate import check_ids, in_clip_order
-
     pairs = load_pairs(config.pairs)
     known = min(task.adapter.config.vocab_size, VOCAB_SIZE_7B if config.size == "7b" else math.inf)
     check_ids(pairs.largest_ids(), known, f"use pairs like those that {config.task} was trained on")
