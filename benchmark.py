@@ -12,8 +12,6 @@ table and writes all numbers, those of each answer too, as JSON. `compare` print
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import math
 import statistics
 import subprocess
@@ -31,15 +29,17 @@ from base import (
     load_pairs,
     log,
     make_folder,
+    now,
     option,
     parse_config,
     provenance,
     read_json,
     required,
     run,
-    write_whole,
+    write_json,
 )
-from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, read_task
+from decode_report import SIMULATED
+from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, check_gamma, read_task
 from splits import check_ids, in_clip_order
 
 if TYPE_CHECKING:                    # torch and vlm are imported only after the flags are read
@@ -77,9 +77,7 @@ class DecodeBenchmark:
     compile: bool = option(True, "let transformers compile the step on its static cache, as it does by itself")
 
     def __post_init__(self):
-        if self.gamma != "auto" and not (self.gamma.isascii() and self.gamma.isdigit()
-                                         and 1 <= int(self.gamma) <= MAX_GAMMA):
-            raise UserError(f"--gamma must be auto or from 1 to {MAX_GAMMA}, got {self.gamma}")
+        check_gamma(self.gamma)
         for name in ("max_answers", "peer_answers"):
             if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise UserError(f"--{name} must be 1 or more, or -1 for all, got {getattr(self, name)}")
@@ -311,8 +309,7 @@ def summarise(runs: dict, part: int, hits: dict, pairs: Pairs, task: Task, confi
             found["simulated_gamma"] = gamma             # with auto nothing stops it: more than can be reached
             found["tau_simulated"] = 1.0 if name == "none" else None if name not in hits else simulate(
                 hits[name][:count], lengths[:count], gamma)["tau"]
-            found["tau_of_training"] = task.simulated.get({"copy": "copy of the draft"}.get(name, name), {}).get(
-                str(gamma))
+            found["tau_of_training"] = task.simulated.get(SIMULATED.get(name), {}).get(str(gamma))
     theirs = [name for name in runs if name not in DRAFTERS]
     for name in DRAFTERS:
         ours, found = runs[name]["part"], {}
@@ -430,7 +427,7 @@ def decode(config: DecodeBenchmark) -> None:
     pixels = torch.randn(FRAMES, 3, side, side, generator=torch.Generator().manual_seed(SEED))
     part = len(pairs) if config.peer_answers == -1 else min(config.peer_answers, len(pairs))
     results = {
-        "kind": "benchmark decode", "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}", "size": config.size,
+        "kind": "benchmark decode", "date": now(), "size": config.size,
         "device": device_name(runtime.device), "dtype": config.dtype, "gamma": config.gamma, "what": [
             *WHAT, f"Part: transformers' modes and {', '.join(BRIEF)} ran on the first {part} of {len(pairs)} "
             "answers, one contiguous part, the same for all; whoever is compared with them is timed on that part."],
@@ -445,11 +442,10 @@ def decode(config: DecodeBenchmark) -> None:
     results["costs_ms"] = {"adapter_step": None} | milliseconds(costs)
     summarise(results["runs"], part, simulated(pairs, task), pairs, task, config)
     results |= {"wanted": wanted(results), "seconds": time.monotonic() - start, "provenance": provenance()}
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    write_whole(config.output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(config.output, results)
     show(results)
     if old:
-        print_comparison(old, json.loads(text))
+        print_comparison(old, read_json(config.output))
     hybrid = results["runs"]["hybrid"]
     log(f"RESULT | {config.output} | hybrid {hybrid['ms_per_token']:.3f} ms a token, tau {hybrid['tau']:.2f}, "
         f"{hybrid['times_faster_than']['generate']['decode']:.2f} times faster than generate | "

@@ -59,11 +59,14 @@ def load_data(config) -> Data:
     return Data(train, all_train or train, validation, test, split, files, warnings, vocab_size, largest_ids)
 
 
+def clip_order(sequences: list[str], clips: list[int | str]) -> list[int]:
+    """Row numbers as a stream would bring them: sequences as they appear, the clips of each as they were driven."""
+    seen = {name: number for number, name in reversed(list(enumerate(sequences)))}
+    return sorted(range(len(clips)), key=lambda i: (seen[sequences[i]], str(clips[i]).zfill(12)))
+
+
 def in_clip_order(pairs: Pairs) -> Pairs:
-    """Sequences in their order of appearance, clips in the order they were driven: as a stream would bring them."""
-    seen = {name: number for number, name in reversed(list(enumerate(pairs.sequence)))}
-    clips = [str(clip).zfill(12) for clip in pairs.clip]
-    return pairs.select(sorted(range(len(pairs)), key=lambda i: (seen[pairs.sequence[i]], clips[i])))
+    return pairs.select(clip_order(pairs.sequence, pairs.clip))
 
 
 def split_validation(pairs: Pairs, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray, dict]:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import datetime
-import json
 import math
 import os
 import re
@@ -34,12 +32,13 @@ from base import (
     log,
     make_folder,
     new_task_folder,
+    now,
     option,
     parse_config,
     provenance,
     required,
     run,
-    write_whole,
+    write_json,
 )
 from report import one_line, write_report
 from splits import Data, check_drafts, check_ids, load_data, shortened
@@ -438,7 +437,7 @@ def main() -> None:
     results = {
         "kind": "checkpoint" if config.checkpoint else "training",
         "task": task.resolve().name,
-        "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+        "date": now(),
         "config": as_json(config),
         "adapter": {**dataclasses.asdict(adapter.config), "parameters": adapter.num_parameters()},
         "files": data.files,
@@ -451,8 +450,7 @@ def main() -> None:
         "seconds": {"until_trained": trained_s, "all": time.monotonic() - start},
         "provenance": {**provenance(), "folder": os.getcwd(), "device": device_name(device)},
     }
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    write_whole(task / "results.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(task / "results.json", results)
     write_report(task, plots=config.plots)
     log(f"RESULT | {task} | {one_line(results)}")
 
