@@ -43,9 +43,14 @@ class UserError(Exception):
     """What the user can put right: the message says what was found, what was wanted and what to do."""
 
 
+def now() -> str:
+    """Local time, as the log and every result say it: 2026-01-28 02:07:11."""
+    return f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
+
+
 def log(message: str) -> None:
     """Print one whole, timestamped, flushed line; ids and paths from files can't break it in two."""
-    print(f"[{datetime.datetime.now():%Y-%m-%d %H:%M:%S}] {' '.join(str(message).splitlines())}", flush=True)
+    print(f"[{now()}] {' '.join(str(message).splitlines())}", flush=True)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -159,6 +164,15 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, results: dict) -> None:
+    """What a program measured; a figure that is no number is a bug and is refused."""
+    write_text(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
 def make_folder(path: Path) -> Path:

@@ -12,8 +12,6 @@ table and writes all numbers, those of each answer too, as JSON. `compare` print
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import math
 import statistics
 import subprocess
@@ -31,34 +29,26 @@ from base import (
     load_pairs,
     log,
     make_folder,
+    now,
     option,
     parse_config,
     provenance,
     read_json,
     required,
     run,
-    write_whole,
+    write_json,
 )
-from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, read_task
+from decode_report import SIMULATED
+from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, check_gamma, read_task
+from splits import check_ids, in_clip_order
 
 if TYPE_CHECKING:                    # torch and vlm are imported only after the flags are read
     from vlm.video_llava import VideoLlava
 
 FRAMES, WARM_UPS = 8, 2              # video frames; answers that every peer runs before it is timed
-SEED = 42                            # of the weights and the frames
 NO_EOS = -1                          # an id that no token has: an answer ends where its recording ends
 LOOKUP_TOKENS = 10                   # proposals of transformers' prompt lookup with --gamma auto: its own default
 BRIEF = ("lookup", "copy", "none")   # ours that learn from no answer: a part tells all, as with transformers
-
-# LLaMA's ids around the frames: <s> "USER: ", then "\n", the question, " ASSISTANT:". With 8 x 257 of frames 2,076.
-BEFORE, NEWLINE, AFTER = [1, 3148, 1001, 29901, 29871], 13, [319, 1799, 9047, 13566, 29901]
-QUESTION = [5618, 526, 278, 1820, 3161, 297, 445, 9088, 29973]      # What are the key elements in this scene?
-
-VISION_7B = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-             "image_size": 224, "patch_size": 14, "projection_dim": 768}
-TEXT_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-WORDS_7B, VOCAB_SIZE_7B = 32000, 32064                              # then come <image>, <video>, <pad>, and nothing
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 WHAT = (
     "Real: every pass of vision, prefill, drafter and target is computed at this size, on random frames; the host "
@@ -87,9 +77,7 @@ class DecodeBenchmark:
     compile: bool = option(True, "let transformers compile the step on its static cache, as it does by itself")
 
     def __post_init__(self):
-        if self.gamma != "auto" and not (self.gamma.isascii() and self.gamma.isdigit()
-                                         and 1 <= int(self.gamma) <= MAX_GAMMA):
-            raise UserError(f"--gamma must be auto or from 1 to {MAX_GAMMA}, got {self.gamma}")
+        check_gamma(self.gamma)
         for name in ("max_answers", "peer_answers"):
             if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise UserError(f"--{name} must be 1 or more, or -1 for all, got {getattr(self, name)}")
@@ -106,7 +94,7 @@ class Compare:
 # ----------------------------------------------------------------------------------------------------- inputs
 def read_answers(config: DecodeBenchmark, task: Task) -> Pairs:
     """The recorded pairs as a stream would bring them; every id must be one of the adapter's and of the target's."""
-    from train_and_evaluate import check_ids, in_clip_order
+    from vlm.peers import VOCAB_SIZE_7B
 
     pairs = load_pairs(config.pairs)
     known = min(task.adapter.config.vocab_size, VOCAB_SIZE_7B if config.size == "7b" else math.inf)
@@ -115,69 +103,7 @@ def read_answers(config: DecodeBenchmark, task: Task) -> Pairs:
     return pairs.select(range(len(pairs))[:config.max_answers if config.max_answers != -1 else None])
 
 
-def random_model(config: DecodeBenchmark, task: Task, runtime) -> VideoLlava:
-    """Video-LLaVA of that size, made where it runs, without its image tower; it answers to vlm's verbs."""
-    import torch
-
-    from vlm.video_llava import VIDEO, VideoLlava, VideoLlavaForConditionalGeneration
-
-    real = config.size == "7b"
-    words = WORDS_7B if real else task.adapter.config.vocab_size           # then come <image> and <video>
-    text = {**(TEXT_7B if real else SMALL), "vocab_size": VOCAB_SIZE_7B if real else words + 2,
-            "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
-    vision = VISION_7B if real else {**SMALL, "image_size": 28, "patch_size": 14, "projection_dim": 32}
-    shape = VideoLlavaForConditionalGeneration.config_class(
-        vision_config=vision, text_config=text, image_token_index=words, video_token_index=words + 1)
-    torch.manual_seed(SEED)
-    torch.set_default_dtype(runtime.dtype)
-    try:
-        with runtime.device:
-            model = VideoLlavaForConditionalGeneration(shape).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    model.model.image_tower = None
-    model.generation_config.eos_token_id = None
-
-    def tokenizer(prompt: str):                      # knows one question, whatever it is asked
-        around = [[token % words for token in part] for part in (BEFORE, [NEWLINE, *QUESTION, *AFTER])]
-        return types.SimpleNamespace(input_ids=[*around[0], *[words + 1] * prompt.count(VIDEO), *around[1]])
-
-    tokenizer.bos_token_id = BEFORE[0]
-    return VideoLlava(model, tokenizer, None, runtime, "random weights")
-
-
 # ------------------------------------------------------------------------------------------- transformers' way
-class Forced:
-    """A logits processor that makes generate say a recorded answer: its next token gets the logit +inf.
-
-    Told by the position, because assisted decoding asks about all candidates of a pass, one after the other. No other
-    logit is touched: prompt lookup drops candidates whose logit is -inf, and would be told the answer that way.
-    """
-
-    def __init__(self, prompt_length: int, answer: list[int]):
-        self.prompt_length, self.answer = prompt_length, answer
-
-    def __call__(self, input_ids, scores):           # (1, L) ids so far, (1, V) logits of what follows
-        at = input_ids.shape[1] - self.prompt_length
-        scores[:, self.answer[min(at, len(self.answer) - 1)]] = math.inf      # candidates may reach past the end
-        return scores
-
-
-def generate(model: VideoLlava, pixels, answer: list[int], length: int, **mode) -> list[int]:
-    """The first `length` tokens of the recorded answer, by transformers' greedy generate in one of its modes."""
-    import torch
-
-    prompt = model._prompt_ids(len(pixels), "")
-    ids = torch.tensor([prompt], device=model.runtime.device)
-    # Compiled code and inference tensors do not go together; generate turns gradients off by itself.
-    with torch.inference_mode("cache_implementation" not in mode):
-        found = model.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length,
-            pixel_values_videos=pixels[None].to(ids.device, model.runtime.dtype, non_blocking=True),
-            logits_processor=[Forced(len(prompt), answer)], **mode)
-    return found[0, len(prompt):].tolist()
-
-
 def run_transformers(model: VideoLlava, pixels, answers: list[list[int]], config: DecodeBenchmark) -> dict:
     """{mode: what run_mode says of it}, each on the same answers."""
     tokens = LOOKUP_TOKENS if config.gamma == "auto" else int(config.gamma)
@@ -195,6 +121,7 @@ def run_mode(name: str, mode: dict, model: VideoLlava, pixels, answers: list[lis
     import torch
 
     import decoding
+    from vlm.peers import generate
 
     device, before = model.runtime.device, memory(model.runtime.device)
 
@@ -245,6 +172,7 @@ def replay(recorded: list[int]):
 def run_ours(model: VideoLlava, pixels, pairs: Pairs, part: int, task: Task, config: DecodeBenchmark) -> tuple:
     """({drafter: {"rows"}}, costs in seconds, memory in MiB): all drafters on each answer in turn."""
     import decoding
+    from vlm.peers import AFTER, QUESTION
     from vlm.steps import Prompted, Steps
 
     device, before = model.runtime.device, memory(model.runtime.device)
@@ -381,8 +309,7 @@ def summarise(runs: dict, part: int, hits: dict, pairs: Pairs, task: Task, confi
             found["simulated_gamma"] = gamma             # with auto nothing stops it: more than can be reached
             found["tau_simulated"] = 1.0 if name == "none" else None if name not in hits else simulate(
                 hits[name][:count], lengths[:count], gamma)["tau"]
-            found["tau_of_training"] = task.simulated.get({"copy": "copy of the draft"}.get(name, name), {}).get(
-                str(gamma))
+            found["tau_of_training"] = task.simulated.get(SIMULATED.get(name), {}).get(str(gamma))
     theirs = [name for name in runs if name not in DRAFTERS]
     for name in DRAFTERS:
         ours, found = runs[name]["part"], {}
@@ -492,14 +419,15 @@ def decode(config: DecodeBenchmark) -> None:
     from speculative_decode import milliseconds
     from train_and_evaluate import device_name
     from vlm.loading import Runtime
+    from vlm.peers import SEED, random_model
 
     runtime = Runtime.choose(config.device, config.dtype, "none")
-    model = random_model(config, task, runtime)
+    model = random_model(config.size, task.adapter.config.vocab_size, runtime)
     side = model.model.config.vision_config.image_size
     pixels = torch.randn(FRAMES, 3, side, side, generator=torch.Generator().manual_seed(SEED))
     part = len(pairs) if config.peer_answers == -1 else min(config.peer_answers, len(pairs))
     results = {
-        "kind": "benchmark decode", "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}", "size": config.size,
+        "kind": "benchmark decode", "date": now(), "size": config.size,
         "device": device_name(runtime.device), "dtype": config.dtype, "gamma": config.gamma, "what": [
             *WHAT, f"Part: transformers' modes and {', '.join(BRIEF)} ran on the first {part} of {len(pairs)} "
             "answers, one contiguous part, the same for all; whoever is compared with them is timed on that part."],
@@ -514,11 +442,10 @@ def decode(config: DecodeBenchmark) -> None:
     results["costs_ms"] = {"adapter_step": None} | milliseconds(costs)
     summarise(results["runs"], part, simulated(pairs, task), pairs, task, config)
     results |= {"wanted": wanted(results), "seconds": time.monotonic() - start, "provenance": provenance()}
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    write_whole(config.output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(config.output, results)
     show(results)
     if old:
-        print_comparison(old, json.loads(text))
+        print_comparison(old, read_json(config.output))
     hybrid = results["runs"]["hybrid"]
     log(f"RESULT | {config.output} | hybrid {hybrid['ms_per_token']:.3f} ms a token, tau {hybrid['tau']:.2f}, "
         f"{hybrid['times_faster_than']['generate']['decode']:.2f} times faster than generate | "

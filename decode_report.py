@@ -10,7 +10,7 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from base import UserError, log, parse_config, read_json, required, run, write_whole
+from base import UserError, log, parse_config, read_json, required, run, write_text, write_whole
 from report import BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION, escape, percent, table
 
 PICTURES = ("accepted_lengths.png", "stage_times.png", "drafter_speed_up.png")
@@ -472,7 +472,7 @@ def write_decode_report(folder: Path, plots: bool = True) -> None:
     """Make the pictures and then DECODE.md of a folder, from its decode.json alone."""
     results = read_decoding(folder)
     text = markdown(results, draw(folder, results) if plots else [])
-    write_whole(folder / "DECODE.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(folder / "DECODE.md", text)
     log(f"decode | {folder / 'DECODE.md'}")
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import fcntl
 import functools
 import json
@@ -28,6 +27,7 @@ from base import (
     as_json,
     log,
     make_folder,
+    now,
     option,
     parse_config,
     provenance,
@@ -124,7 +124,7 @@ def only_writer(output_file: Path, wait: bool) -> Iterator[None]:
             log(f"extract | {output_file} is being written by {holder}: waiting for it to end")
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
-        file.write(f"process {os.getpid()} since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}")
+        file.write(f"process {os.getpid()} since {now()}")
         file.flush()
         yield
 
@@ -356,7 +356,7 @@ def write_pairs(config: ExtractConfig, settings: dict, samples: list[Sample], qu
                 journal: Journal, drafts: list[Sample], pairs: list[Sample], failed: list[dict]) -> None:
     """The output file, whole: a head, one row a line in `results`, then `failed`."""
     head = {
-        "timestamp": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}", "dataset_dir": str(config.dataset_dir),
+        "timestamp": now(), "dataset_dir": str(config.dataset_dir),
         "total_samples": len(samples), "num_questions": len(questions), "questions": questions,
         "eventgpt_success": len(drafts) * len(questions), "videollava_success": len(pairs) * len(questions),
         "vocab_size": max(model["vocab_size"] for model in journal.models.values()), "models": journal.models,

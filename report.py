@@ -12,7 +12,7 @@ import re
 import shlex
 from pathlib import Path
 
-from base import UserError, log, option, parse_config, read_json, required, run, write_whole
+from base import UserError, log, option, parse_config, read_json, required, run, write_text, write_whole
 
 CURVE_LINES = 50               # lines of the text curve in RESULTS.md; longer answers are shown in bins
 GAMMA_OF_LEAD = "8"
@@ -418,7 +418,7 @@ def write_report(task: Path, plots: bool = True) -> None:
     """Make the pictures and then RESULTS.md of a task folder, from its results.json alone."""
     results = read_results(task)
     text = markdown(results, draw(task, results) if plots else [])
-    write_whole(task / "RESULTS.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(task / "RESULTS.md", text)
     log(f"report | {task / 'RESULTS.md'}")
 
 

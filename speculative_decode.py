@@ -15,8 +15,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import datetime
-import json
 import math
 import random
 import sys
@@ -32,15 +30,17 @@ from base import (
     log,
     make_folder,
     new_task_folder,
+    now,
     option,
     parse_config,
     provenance,
     read_json,
     required,
     run,
-    write_whole,
+    write_json,
 )
 from decode_report import one_line, totals, write_decode_report
+from splits import clip_order
 
 if TYPE_CHECKING:                  # torch and vlm are imported only after the flags are read
     from decoding import Decoded
@@ -84,9 +84,7 @@ class DecodeConfig:
     plots: bool = option(True, "draw the pictures")
 
     def __post_init__(self):
-        if self.gamma != "auto" and not (self.gamma.isascii() and self.gamma.isdigit()
-                                         and 1 <= int(self.gamma) <= MAX_GAMMA):
-            raise UserError(f"--gamma must be auto or from 1 to {MAX_GAMMA}, got {self.gamma}")
+        check_gamma(self.gamma)
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature must be 0 or more, got {self.temperature}")
         if self.temperature and self.compare:
@@ -106,6 +104,11 @@ class DecodeConfig:
                             "choose another --output_folder")
         if not self.draft_model.is_dir():
             raise UserError(f"no such folder: {self.draft_model}; wanted the folder of the EventGPT checkpoint")
+
+
+def check_gamma(gamma: str) -> None:
+    if gamma != "auto" and not (gamma.isascii() and gamma.isdigit() and 1 <= int(gamma) <= MAX_GAMMA):
+        raise UserError(f"--gamma must be auto or from 1 to {MAX_GAMMA}, got {gamma}")
 
 
 # ------------------------------------------------------------------------------------------------------- task
@@ -410,8 +413,8 @@ def in_order(samples: list[Sample], config: DecodeConfig) -> list[Sample]:
     """As they were driven, sequence by sequence, so that a memory sees yesterday's answers; or shuffled."""
     if config.shuffle:
         return random.Random(config.seed).sample(samples, len(samples))
-    seen = {name: number for number, name in reversed(list(enumerate(sample.sequence for sample in samples)))}
-    return sorted(samples, key=lambda sample: (seen[sample.sequence], str(sample.clip).zfill(12)))
+    order = clip_order([sample.sequence for sample in samples], [sample.clip for sample in samples])
+    return [samples[number] for number in order]
 
 
 def milliseconds(costs: dict) -> dict:
@@ -424,6 +427,7 @@ def main() -> None:
 
     import torch
 
+    from train_and_evaluate import device_name
     from vlm.dataset import read_dataset, read_questions
     from vlm.loading import Runtime
 
@@ -441,16 +445,13 @@ def main() -> None:
     costs, together = {**found.pop("costs"), "eventgpt": draft_costs}, found.pop("parallel")
     folder = make_folder(config.output_folder) if config.output_folder else new_task_folder(config.task, "decode")
     results = {
-        "kind": "decoding", "task": config.task.resolve().name,
-        "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+        "kind": "decoding", "task": config.task.resolve().name, "date": now(),
         "config": as_json(config), "drafter": config.drafter, "gamma": config.gamma, "memory_share": task.share,
         "simulated_tau": task.simulated, "dtype": str(runtime.dtype).removeprefix("torch."),
-        "quantization": runtime.quantization, "device": torch.cuda.get_device_name(runtime.device)
-        if runtime.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads", **found,
+        "quantization": runtime.quantization, "device": device_name(runtime.device), **found,
         "costs_ms": milliseconds(costs),
         "totals": {**totals(found["answers"]), "parallel": together}, "provenance": provenance()}
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    write_whole(folder / "decode.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(folder / "decode.json", results)
     write_decode_report(folder, plots=config.plots)
     log(f"RESULT | {folder} | {one_line(results)}")
     if results["totals"]["verdicts"].get("WRONG"):

@@ -10,11 +10,8 @@ that has it is whole. Validation is cut from training, by whole drives; the test
 
 from __future__ import annotations
 
-import collections
 import copy
 import dataclasses
-import datetime
-import json
 import math
 import os
 import re
@@ -31,20 +28,20 @@ from base import (
     Progress,
     UserError,
     as_json,
-    drive_of,
     duration_of,
-    load_pairs,
     log,
     make_folder,
     new_task_folder,
+    now,
     option,
     parse_config,
     provenance,
     required,
     run,
-    write_whole,
+    write_json,
 )
 from report import one_line, write_report
+from splits import Data, check_drafts, check_ids, load_data, shortened
 
 if TYPE_CHECKING:          # torch is imported only after the flags are read
     from torch import nn
@@ -54,8 +51,6 @@ WARM_UP = 0.05             # share of the steps in which the learning rate rises
 MAX_GRADIENT_NORM = 1.0
 SMALL_ADAPTER = 2_000_000  # parameters up to which a CPU measures all there is, online steps too
 CPU_SAMPLES = 200          # pairs of a set that a larger adapter is measured on there, if nothing else is said
-REPEATED, LONG_ANSWER = 0.1, 20      # of answers that long, 3 % recur word for word in another drive's of the real
-                                     # 1s pairs and none of the demo's; in a random split 22 to 39 % do
 MAX_VOCAB_SIZE = 2**20     # four times the largest vocabulary in use: an id beyond is damage, not a word
 
 
@@ -137,112 +132,6 @@ class TrainConfig:
             raise UserError(f"--task_name may hold letters, digits, '_', '-' and '.', got {self.task_name!r}")
 
 
-# ------------------------------------------------------------------------------------------------------- data
-@dataclasses.dataclass(frozen=True)
-class Data:
-    train: Pairs | None              # without the validation pairs
-    all_train: Pairs | None          # with them
-    validation: Pairs | None         # None when nothing is trained
-    test: Pairs
-    split: dict | None               # which drives went where
-    files: dict                      # {"train": [report of each file], "test": [...]}
-    warnings: list[str]              # what makes the figures doubtful
-    vocab_size: int | None           # as recorded in the files
-    largest_ids: list                # (largest id, path) of each file
-
-
-def load_data(config: TrainConfig) -> Data:
-    train = load_pairs(config.train_benchmark) if config.train_benchmark else None
-    test = load_pairs(config.test_benchmark)
-    read = [pairs for pairs in (train, test) if pairs]
-    files = {"train": train.files if train else [], "test": test.files}
-    warnings = overlap_warnings(train, test) if train else []
-    warnings += [f"{n} of {file['used']} rows of {file['path']}: {flag}" for pairs in read for file in pairs.files
-                 for flag, n in file["flagged"].items() if 2 * n > file["used"]]
-    for warning in warnings:
-        log(f"data | WARNING | {warning}")
-    vocab_size = max((pairs.vocab_size for pairs in read if pairs.vocab_size), default=None)
-    largest_ids = [found for pairs in read for found in pairs.largest_ids()]
-    test = in_clip_order(test)
-    all_train = validation = split = None
-    if train and config.max_train_samples != -1:
-        train = train.select(np.arange(min(config.max_train_samples, len(train))))
-    if train and not config.checkpoint:
-        train_rows, validation_rows, split = split_validation(train, config.val_fraction, config.seed)
-        all_train, train, validation = train, train.select(train_rows), train.select(validation_rows)
-        log(f"split | train {len(train)} validation {len(validation)} test {len(test)} | validation by "
-            f"{split['by']}: {', '.join(split['validation'])}")
-    return Data(train, all_train or train, validation, test, split, files, warnings, vocab_size, largest_ids)
-
-
-def in_clip_order(pairs: Pairs) -> Pairs:
-    """Sequences in their order of appearance, clips in the order they were driven: as a stream would bring them."""
-    seen = {name: number for number, name in reversed(list(enumerate(pairs.sequence)))}
-    clips = [str(clip).zfill(12) for clip in pairs.clip]
-    return pairs.select(sorted(range(len(pairs)), key=lambda i: (seen[pairs.sequence[i]], clips[i])))
-
-
-def split_validation(pairs: Pairs, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray, dict]:
-    """(train rows, validation rows, description): whole drives, else sequences, else the last block of rows.
-
-    Clips overlap their neighbours by half and the segments of a drive show one road: a random split would be
-    marked with answers that were trained on. Drives come in seeded order, and one is taken when that brings
-    the share closer to `fraction`.
-    """
-    if len(pairs) < 2:
-        raise UserError("the training files hold 1 usable pair, wanted 2 or more: to train and to validate")
-    drives = [drive_of(name) for name in pairs.sequence]
-    for by, group in (("drive", drives), ("sequence", pairs.sequence)):
-        names, sizes = np.unique(group, return_counts=True)
-        if len(names) < 2:
-            continue
-        taken, rows, wanted = [], 0, fraction * len(pairs)
-        for i in np.random.default_rng(seed).permutation(len(names)):
-            more = rows + sizes[i]
-            if more < len(pairs) and abs(more - wanted) < abs(rows - wanted):
-                taken, rows = [*taken, i], more
-        taken = taken or [sizes.argmin()]
-        chosen = np.isin(group, names[taken])
-        labels = [str(name) or "(no sequence name)" for name in names]
-        return np.flatnonzero(~chosen), np.flatnonzero(chosen), {
-            "by": by, "validation": sorted(labels[i] for i in taken),
-            "train": [label for i, label in enumerate(labels) if i not in taken]}
-    size = min(max(1, round(fraction * len(pairs))), len(pairs) - 1)
-    rows = np.arange(len(pairs))
-    return rows[:-size], rows[-size:], {"by": "last block of rows", "validation": [f"the last {size} pairs"],
-                                        "train": [f"the first {len(pairs) - size} pairs"]}
-
-
-def overlap_warnings(train: Pairs, test: Pairs) -> list[str]:
-    """What train and test have in common, as sentences."""
-    paths = [{str(Path(file["path"]).resolve()) for file in pairs.files} for pairs in (train, test)]
-    sequences = [set(pairs.sequence) - {""} for pairs in (train, test)]
-    drives = [{drive_of(name) for name in names} for names in sequences]
-    warnings = []
-    for kind, (ours, theirs) in (("files", paths), ("sequences", sequences), ("drives", drives)):
-        if ours & theirs:
-            warnings.append(f"train and test share {len(ours & theirs)} {kind}: "
-                            f"{', '.join(sorted(ours & theirs))}")
-    if "" in train.sequence or "" in test.sequence:
-        warnings.append("rows without a sequence name: whether train and test share a drive can't be seen")
-        known = set(map(tuple, train.answers("target")))
-        long = [tuple(answer) for answer in test.answers("target") if len(answer) >= LONG_ANSWER]
-        repeated = sum(answer in known for answer in long) / max(len(long), 1)
-        if repeated > REPEATED:
-            warnings.append(
-                f"{repeated:.0%} of {len(long)} test answers of {LONG_ANSWER} or more tokens are training answers "
-                "word for word, far more than separate drives have in common: most likely a random split, which "
-                "inflates acceptance")
-    return warnings
-
-
-def check_ids(largest_ids: list[tuple[int, str]], size: int, advice: str) -> None:
-    largest, path = max(largest_ids)
-    if largest >= size:
-        raise UserError(f"{path} holds the token id {largest}, wanted ids below the vocabulary size {size}; "
-                        f"{advice}")
-
-
 # ------------------------------------------------------------------------------------------------------- task
 def choose_device(name: str):
     import torch
@@ -321,12 +210,6 @@ def make_adapter(config: TrainConfig, data: Data, known: Pairs | None):
         num_heads=config.num_heads, feedforward_dim=4 * config.embed_dim, max_seq_len=config.max_seq_len,
         conditioning=config.conditioning, dropout=config.dropout,
         draft_vocab=0 if outputs is None else len(outputs)), outputs)
-
-
-def check_drafts(pairs: Pairs) -> None:
-    if not len(pairs.draft):
-        raise UserError(f"{pairs.files[0]['path']} holds no draft token at all, and draft conditioning sees nothing "
-                        "else; wanted drafts, or --conditioning prefix")
 
 
 def learning_rate_factor(step: int, total: int) -> float:
@@ -498,17 +381,6 @@ def refit(trained: Trained, chosen: str, epochs: dict[str, int], config: TrainCo
 
 
 # ---------------------------------------------------------------------------------------------------- results
-def shortened(pairs: Pairs, samples: int) -> Pairs:
-    """At most so many pairs: of every sequence its first clips, in proportion, so that neighbours stay neighbours."""
-    if len(pairs) <= samples:
-        return pairs
-    size, seen, share_before = collections.Counter(pairs.sequence), collections.Counter(), []
-    for name in pairs.sequence:
-        share_before.append(seen[name] / size[name])
-        seen[name] += 1
-    return pairs.select(np.sort(np.argsort(share_before, kind="stable")[:samples]))
-
-
 def samples_to_measure(adapter, config: TrainConfig, device) -> int:
     if config.max_test_samples is not None:
         return config.max_test_samples if config.max_test_samples != -1 else sys.maxsize
@@ -547,10 +419,11 @@ def evaluate(adapter, trained: Trained | None, data: Data, config: TrainConfig, 
 
 
 def main() -> None:
-    from drafting import save_memory
+    config = parse_config(TrainConfig)
+
+    from drafting import save_memory  # brings torch: not before the flags are read
 
     start = time.monotonic()
-    config = parse_config(TrainConfig)
     device = choose_device(config.device)
     data = load_data(config)
     adapter, trained = make_adapter(config, data, data.train), None
@@ -564,7 +437,7 @@ def main() -> None:
     results = {
         "kind": "checkpoint" if config.checkpoint else "training",
         "task": task.resolve().name,
-        "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+        "date": now(),
         "config": as_json(config),
         "adapter": {**dataclasses.asdict(adapter.config), "parameters": adapter.num_parameters()},
         "files": data.files,
@@ -577,8 +450,7 @@ def main() -> None:
         "seconds": {"until_trained": trained_s, "all": time.monotonic() - start},
         "provenance": {**provenance(), "folder": os.getcwd(), "device": device_name(device)},
     }
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    write_whole(task / "results.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(task / "results.json", results)
     write_report(task, plots=config.plots)
     log(f"RESULT | {task} | {one_line(results)}")
 

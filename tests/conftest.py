@@ -1,16 +1,39 @@
-"""What several test files share: one shortened demo, made once by the real workflow script."""
+"""What several test files share: pairs to train on, and one shortened demo, made once by the real workflow script."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)      # the models are tiny: two threads only get in each other's way
+
+
+def write_pairs(path: Path, sequences: list[str], pairs_each: int = 20, seed: int = 0, **recorded) -> Path:
+    """Pairs whose target tokens are the draft's, each mapped to another id: only the draft tells what comes."""
+    rng, ids = np.random.default_rng(seed), np.arange(3, 43)
+    mapping = dict(zip(ids, np.random.default_rng(99).permutation(ids)))
+    rows = []
+    for sequence in sequences:
+        for clip in range(pairs_each):
+            draft = rng.choice(ids, rng.integers(4, 10))
+            rows.append({"sample_idx": len(rows), "sequence": sequence, "clip": clip,
+                         "egpt_tokens": draft.tolist(), "vl_tokens": [int(mapping[token]) for token in draft]})
+    path.write_text(json.dumps({**recorded, "results": rows}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> dict:
+    folder, drives = tmp_path_factory.mktemp("data"), ["zurich_00_a", "zurich_00_b", "thun_01_a", "bern_02_a"]
+    return {"train": write_pairs(folder / "train_tokens_500ms.json", drives),
+            "test": write_pairs(folder / "test_tokens_500ms.json", ["basel_03_a"], seed=1)}
 
 
 @dataclasses.dataclass(frozen=True)

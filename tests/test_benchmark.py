@@ -14,10 +14,12 @@ import torch
 
 import benchmark
 from base import ROOT, UserError
-from benchmark import DecodeBenchmark, Forced, figures, generate, random_model, read_answers
+from benchmark import DecodeBenchmark, figures, read_answers
 from speculative_decode import DRAFTERS, read_task
 from tests.test_train_and_evaluate import run_main
+from vlm import peers
 from vlm.loading import Runtime
+from vlm.peers import generate, random_model
 
 ANSWERS, PART, GAMMA = 10, 4, 3
 MODES = ("generate", "generate, static cache", "generate, prompt lookup")
@@ -93,25 +95,8 @@ def test_the_passes_of_each_answer_add_up_to_its_tokens(measured):
             assert 0 < row["decode_s"] < row["end_s"] and row["prefill_s"] < row["end_s"]
 
 
-@pytest.fixture(scope="module")
-def model(trained):
-    config = settings(trained)
-    return random_model(config, read_task(trained[1]), Runtime.choose("cpu"))
-
-
-@pytest.mark.parametrize("mode", [{}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 4}],
-                         ids=MODES)
-def test_generate_says_the_recorded_tokens_in_every_mode(model, mode):
-    if "prompt_lookup_num_tokens" in mode:
-        mode = {**mode, "suppress_tokens": [model.model.config.video_token_index]}
-    pixels = torch.randn(8, 3, 28, 28)
-    for answer in ([7, 8, 9, 7, 8, 9, 7, 8, 2, 2, 0, 9], [5], [4] * 9):      # repeats to be found; 2 ends nothing
-        assert generate(model, pixels, answer, len(answer), **mode) == answer
-        assert generate(model, pixels, answer, 1, **mode) == answer[:1]
-
-
-def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so(model, monkeypatch, capsys):
-    calls = []
+def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so(monkeypatch, capsys):
+    model, calls = random_model("small", 64, Runtime.choose("cpu")), []
 
     def refusing(model, pixels, answer, length, **mode):
         calls.append(mode["disable_compile"])
@@ -119,34 +104,14 @@ def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so(model, monke
             raise RuntimeError("no compiler\nhere")
         return generate(model, pixels, answer, length, **mode)
 
-    monkeypatch.setattr(benchmark, "generate", refusing)
+    monkeypatch.setattr(peers, "generate", refusing)
     mode, pixels = {"cache_implementation": "static", "disable_compile": False}, torch.randn(8, 3, 28, 28)
     found = benchmark.run_mode("static", mode, model, pixels, [[4, 5, 6]])
     assert "runs uncompiled: no compiler here" in capsys.readouterr().out
     assert calls[0] is False and all(calls[1:]) and len(found["rows"]) == 1 and not found["compiled"]
     with pytest.raises(AssertionError, match="said"):             # a wrong answer is no compiler's refusal
-        monkeypatch.setattr(benchmark, "generate", lambda *_, **__: [1])
+        monkeypatch.setattr(peers, "generate", lambda *_, **__: [1])
         benchmark.run_mode("static", {"disable_compile": False}, model, pixels, [[4, 5, 6]])
-
-
-def test_forcing_forbids_no_token_and_goes_by_the_position():
-    forced = Forced(3, [4, 5])
-    for length, token in ((3, 4), (4, 5), (9, 5)):
-        scores = forced(torch.zeros(1, length, dtype=torch.long), torch.zeros(1, 8))
-        assert scores.argmax() == token and scores.isfinite().sum() == 7 and scores.min() == 0
-
-
-@pytest.mark.parametrize("size", ["small", "7b"])
-def test_the_prompt_is_as_long_as_the_published_one(trained, size):
-    """On the meta device: nothing of the 7B is computed."""
-    model = random_model(settings(trained, size=size), read_task(trained[1]),
-                         Runtime(torch.device("meta"), torch.bfloat16, "none"))
-    ids = model._prompt_ids(8, "")
-    assert len(ids) == {"small": 8 * 5 + 20, "7b": 2076}[size]
-    assert ids.count(model.model.config.video_token_index) == len(ids) - 20 and max(ids) < model.vocab_size
-    assert {weight.dtype for weight in model.model.parameters()} == {torch.bfloat16}
-    billions = sum(weight.numel() for weight in model.model.parameters()) / 1e9
-    assert size == "small" or billions == pytest.approx(7.366 - 0.303, abs=0.002)
 
 
 def test_warming_up_teaches_nothing(trained, monkeypatch):
@@ -158,7 +123,7 @@ def test_warming_up_teaches_nothing(trained, monkeypatch):
     config = settings(trained, max_answers=3)
     task = read_task(trained[1])
     pairs = read_answers(config, task)
-    model = random_model(config, task, Runtime.choose("cpu"))
+    model = random_model(config.size, task.adapter.config.vocab_size, Runtime.choose("cpu"))
     benchmark.run_ours(model, torch.randn(8, 3, 28, 28), pairs, PART, task, config)
     assert learnt == [answer for answer in pairs.answers("target") for _ in ("hybrid", "memory")]
 

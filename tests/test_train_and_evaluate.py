@@ -13,34 +13,15 @@ import pytest
 import torch
 
 import train_and_evaluate
-from base import ROOT, UserError, drive_of, load_pairs
+from base import ROOT, UserError, load_pairs
+from splits import load_data
+from tests.conftest import write_pairs
 from token_adapter import load_adapter
-from train_and_evaluate import TrainConfig, split_validation
+from train_and_evaluate import TrainConfig
 
 SMALL = ["--embed_dim", "32", "--num_layers", "1", "--num_heads", "2", "--num_epochs", "8", "--batch_size", "8",
          "--learning_rate", "1e-2", "--max_seq_len", "9", "--device", "cpu", "--no-plots",
          "--conditioning", "draft"]
-
-
-def write_pairs(path: Path, sequences: list[str], pairs_each: int = 20, seed: int = 0, **recorded) -> Path:
-    """Pairs whose target tokens are the draft's, each mapped to another id: only the draft tells what comes."""
-    rng, ids = np.random.default_rng(seed), np.arange(3, 43)
-    mapping = dict(zip(ids, np.random.default_rng(99).permutation(ids)))
-    rows = []
-    for sequence in sequences:
-        for clip in range(pairs_each):
-            draft = rng.choice(ids, rng.integers(4, 10))
-            rows.append({"sample_idx": len(rows), "sequence": sequence, "clip": clip,
-                         "egpt_tokens": draft.tolist(), "vl_tokens": [int(mapping[token]) for token in draft]})
-    path.write_text(json.dumps({**recorded, "results": rows}))
-    return path
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict:
-    folder, drives = tmp_path_factory.mktemp("data"), ["zurich_00_a", "zurich_00_b", "thun_01_a", "bern_02_a"]
-    return {"train": write_pairs(folder / "train_tokens_500ms.json", drives),
-            "test": write_pairs(folder / "test_tokens_500ms.json", ["basel_03_a"], seed=1)}
 
 
 def run_main(monkeypatch, task_dir: Path, train, test, *flags) -> tuple[Path, dict]:
@@ -154,66 +135,12 @@ def test_an_original_checkpoint_is_measured_by_its_own_contract(trained, monkeyp
     assert results["metrics"]["train"]["pairs"] == 80
 
 
-# ----------------------------------------------------------------------------------------------------- splits
-@pytest.mark.parametrize("seed", range(5))
-def test_validation_takes_whole_drives(files, seed):
-    pairs = load_pairs([files["train"]])
-    train_rows, validation_rows, split = split_validation(pairs, 0.3, seed)
-    train, validation = ({drive_of(pairs.sequence[row]) for row in rows} for rows in (train_rows, validation_rows))
-    assert sorted([*train_rows, *validation_rows]) == list(range(80)) and split["by"] == "drive"
-    assert (sorted(train), sorted(validation)) == (sorted(split["train"]), split["validation"])
-    assert not train & validation
-
-
-@pytest.mark.parametrize(("sequences", "by", "validation"), [
-    (["zurich_00_a", "zurich_00_b"], "sequence", 20), (["thun_01_a"], "last block of rows", 3),
-    ([""], "last block of rows", 3)])
-def test_one_drive_is_cut_by_sequence_and_one_sequence_by_its_last_block(tmp_path, sequences, by, validation):
-    pairs = load_pairs([write_pairs(tmp_path / "pairs.json", sequences)])
-    train_rows, validation_rows, split = split_validation(pairs, 0.15, 42)
-    assert split["by"] == by and len(validation_rows) == validation
-    assert by == "sequence" or max(train_rows) < min(validation_rows)
-
-
-@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
-def test_neither_side_of_the_split_is_ever_empty(files, tmp_path, fraction):
-    for pairs in (load_pairs([files["train"]]), load_pairs([write_pairs(tmp_path / "two.json", ["a_a"], 2)])):
-        train_rows, validation_rows, _ = split_validation(pairs, fraction, 0)
-        assert len(train_rows) and len(validation_rows)
-
-
-@pytest.mark.parametrize(("test_sequence", "words"), [
-    ("thun_01_a", ["share 1 sequences: thun_01_a", "share 1 drives"]),
-    ("thun_01_c", ["share 1 drives: thun_01"]), ("", ["can't be seen"]), ("basel_03_a", [])])
-def test_an_overlap_of_train_and_test_is_said_in_log_and_results(files, tmp_path, capsys, test_sequence, words):
-    test = write_pairs(tmp_path / "test.json", [test_sequence])
-    config = TrainConfig(test_benchmark=[test], train_benchmark=[files["train"]])
-    warnings = train_and_evaluate.load_data(config).warnings
-    assert len(warnings) == len(words) and all(word in warning for word, warning in zip(words, warnings))
-    assert capsys.readouterr().out.count("WARNING") == len(words)
-
-
-@pytest.mark.parametrize("random_split", [True, False])
-def test_without_sequence_names_a_random_split_is_seen_by_the_answers_it_repeats(tmp_path, random_split):
-    """Neighbouring clips are often answered alike: here every answer occurs twice in a row."""
-    rng, rows = np.random.default_rng(0), []
-    for _ in range(60):
-        answer = rng.integers(3, 90, 30).tolist()
-        rows += [{"sample_idx": len(rows) + k, "egpt_tokens": [4], "vl_tokens": answer} for k in range(2)]
-    order = rng.permutation(120) if random_split else np.arange(120)
-    for name, part in (("train", order[:90]), ("test", order[90:])):
-        (tmp_path / name).write_text(json.dumps({"results": [rows[i] for i in part]}))
-    config = TrainConfig(test_benchmark=[tmp_path / "test"], train_benchmark=[tmp_path / "train"])
-    found = [warning for warning in train_and_evaluate.load_data(config).warnings if "word for word" in warning]
-    assert len(found) == random_split
-
-
 # ------------------------------------------------------------------------------------------- vocabulary, flags
 @pytest.mark.parametrize(("recorded", "flag", "wanted"), [({}, 0, 64), ({"vocab_size": 70}, 0, 70), ({}, 45, 45)])
 def test_the_vocabulary_is_the_flag_else_recorded_else_from_the_ids(tmp_path, recorded, flag, wanted):
     path = write_pairs(tmp_path / "pairs.json", ["a_a", "b_b"], **recorded)
     config = TrainConfig(test_benchmark=[path], train_benchmark=[path], vocab_size=flag, embed_dim=8)
-    data = train_and_evaluate.load_data(config)
+    data = load_data(config)
     assert train_and_evaluate.make_adapter(config, data, data.train).config.vocab_size == wanted
 
 
@@ -224,7 +151,7 @@ def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_pat
         config = TrainConfig(test_benchmark=[files["test"], odd], train_benchmark=[files["train"]],
                              vocab_size=vocab_size)
         with pytest.raises(UserError, match=rf"odd\.json holds the token id 2000000, .* size {size};"):
-            data = train_and_evaluate.load_data(config)
+            data = load_data(config)
             train_and_evaluate.make_adapter(config, data, data.train)
 
 
@@ -322,5 +249,3 @@ def test_a_large_adapter_on_a_cpu_is_measured_on_a_part_of_every_sequence_and_th
         assert (measured["pairs"], measured["whole_test"]) == (number, 40)
         assert ("of 40 test pairs" in (task / "RESULTS.md").read_text()) == (number < 40)
         assert "adapter, online" not in measured["drafters"]
-    part = train_and_evaluate.shortened(load_pairs([test]), 8)
-    assert part.sequence == ["basel_03_a"] * 4 + ["bern_07_a"] * 4 and part.clip == [0, 1, 2, 3] * 2

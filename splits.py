@@ -1,0 +1,147 @@
+"""What is trained on, validated on and tested on: pairs in stream order, whole drives apart, and what is doubtful.
+
+Validation is cut from training; the test pairs decide nothing. Imports no torch, so that `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from base import Pairs, UserError, drive_of, load_pairs, log
+
+REPEATED, LONG_ANSWER = 0.1, 20      # of answers that long, 3 % recur word for word in another drive's of the real
+                                     # 1s pairs and none of the demo's; in a random split 22 to 39 % do
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    train: Pairs | None              # without the validation pairs
+    all_train: Pairs | None          # with them
+    validation: Pairs | None         # None when nothing is trained
+    test: Pairs
+    split: dict | None               # which drives went where
+    files: dict                      # {"train": [report of each file], "test": [...]}
+    warnings: list[str]              # what makes the figures doubtful
+    vocab_size: int | None           # as recorded in the files
+    largest_ids: list                # (largest id, path) of each file
+
+
+def load_data(config) -> Data:
+    """Read, check and split the pairs, and log what is doubtful about them.
+
+    config: a TrainConfig; of its fields train_benchmark, test_benchmark, checkpoint, max_train_samples, val_fraction
+    and seed are read.
+    """
+    train = load_pairs(config.train_benchmark) if config.train_benchmark else None
+    test = load_pairs(config.test_benchmark)
+    read = [pairs for pairs in (train, test) if pairs]
+    files = {"train": train.files if train else [], "test": test.files}
+    warnings = overlap_warnings(train, test) if train else []
+    warnings += [f"{n} of {file['used']} rows of {file['path']}: {flag}" for pairs in read for file in pairs.files
+                 for flag, n in file["flagged"].items() if 2 * n > file["used"]]
+    for warning in warnings:
+        log(f"data | WARNING | {warning}")
+    vocab_size = max((pairs.vocab_size for pairs in read if pairs.vocab_size), default=None)
+    largest_ids = [found for pairs in read for found in pairs.largest_ids()]
+    test = in_clip_order(test)
+    all_train = validation = split = None
+    if train and config.max_train_samples != -1:
+        train = train.select(np.arange(min(config.max_train_samples, len(train))))
+    if train and not config.checkpoint:
+        train_rows, validation_rows, split = split_validation(train, config.val_fraction, config.seed)
+        all_train, train, validation = train, train.select(train_rows), train.select(validation_rows)
+        log(f"split | train {len(train)} validation {len(validation)} test {len(test)} | validation by "
+            f"{split['by']}: {', '.join(split['validation'])}")
+    return Data(train, all_train or train, validation, test, split, files, warnings, vocab_size, largest_ids)
+
+
+def clip_order(sequences: list[str], clips: list[int | str]) -> list[int]:
+    """Row numbers as a stream would bring them: sequences as they appear, the clips of each as they were driven."""
+    seen = {name: number for number, name in reversed(list(enumerate(sequences)))}
+    return sorted(range(len(clips)), key=lambda i: (seen[sequences[i]], str(clips[i]).zfill(12)))
+
+
+def in_clip_order(pairs: Pairs) -> Pairs:
+    return pairs.select(clip_order(pairs.sequence, pairs.clip))
+
+
+def split_validation(pairs: Pairs, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray, dict]:
+    """(train rows, validation rows, description): whole drives, else sequences, else the last block of rows.
+
+    Clips overlap their neighbours by half and the segments of a drive show one road: a random split would be
+    marked with answers that were trained on. Drives come in seeded order, and one is taken when that brings
+    the share closer to `fraction`.
+    """
+    if len(pairs) < 2:
+        raise UserError("the training files hold 1 usable pair, wanted 2 or more: to train and to validate")
+    drives = [drive_of(name) for name in pairs.sequence]
+    for by, group in (("drive", drives), ("sequence", pairs.sequence)):
+        names, sizes = np.unique(group, return_counts=True)
+        if len(names) < 2:
+            continue
+        taken, rows, wanted = [], 0, fraction * len(pairs)
+        for i in np.random.default_rng(seed).permutation(len(names)):
+            more = rows + sizes[i]
+            if more < len(pairs) and abs(more - wanted) < abs(rows - wanted):
+                taken, rows = [*taken, i], more
+        taken = taken or [sizes.argmin()]
+        chosen = np.isin(group, names[taken])
+        labels = [str(name) or "(no sequence name)" for name in names]
+        return np.flatnonzero(~chosen), np.flatnonzero(chosen), {
+            "by": by, "validation": sorted(labels[i] for i in taken),
+            "train": [label for i, label in enumerate(labels) if i not in taken]}
+    size = min(max(1, round(fraction * len(pairs))), len(pairs) - 1)
+    rows = np.arange(len(pairs))
+    return rows[:-size], rows[-size:], {"by": "last block of rows", "validation": [f"the last {size} pairs"],
+                                        "train": [f"the first {len(pairs) - size} pairs"]}
+
+
+def overlap_warnings(train: Pairs, test: Pairs) -> list[str]:
+    """What train and test have in common, as sentences."""
+    paths = [{str(Path(file["path"]).resolve()) for file in pairs.files} for pairs in (train, test)]
+    sequences = [set(pairs.sequence) - {""} for pairs in (train, test)]
+    drives = [{drive_of(name) for name in names} for names in sequences]
+    warnings = []
+    for kind, (ours, theirs) in (("files", paths), ("sequences", sequences), ("drives", drives)):
+        if ours & theirs:
+            warnings.append(f"train and test share {len(ours & theirs)} {kind}: "
+                            f"{', '.join(sorted(ours & theirs))}")
+    if "" in train.sequence or "" in test.sequence:
+        warnings.append("rows without a sequence name: whether train and test share a drive can't be seen")
+        known = set(map(tuple, train.answers("target")))
+        long = [tuple(answer) for answer in test.answers("target") if len(answer) >= LONG_ANSWER]
+        repeated = sum(answer in known for answer in long) / max(len(long), 1)
+        if repeated > REPEATED:
+            warnings.append(
+                f"{repeated:.0%} of {len(long)} test answers of {LONG_ANSWER} or more tokens are training answers "
+                "word for word, far more than separate drives have in common: most likely a random split, which "
+                "inflates acceptance")
+    return warnings
+
+
+def shortened(pairs: Pairs, samples: int) -> Pairs:
+    """At most so many pairs: of every sequence its first clips, in proportion, so that neighbours stay neighbours."""
+    if len(pairs) <= samples:
+        return pairs
+    size, seen, share_before = collections.Counter(pairs.sequence), collections.Counter(), []
+    for name in pairs.sequence:
+        share_before.append(seen[name] / size[name])
+        seen[name] += 1
+    return pairs.select(np.sort(np.argsort(share_before, kind="stable")[:samples]))
+
+
+def check_ids(largest_ids: list[tuple[int, str]], size: int, advice: str) -> None:
+    largest, path = max(largest_ids)
+    if largest >= size:
+        raise UserError(f"{path} holds the token id {largest}, wanted ids below the vocabulary size {size}; "
+                        f"{advice}")
+
+
+def check_drafts(pairs: Pairs) -> None:
+    if not len(pairs.draft):
+        raise UserError(f"{pairs.files[0]['path']} holds no draft token at all, and draft conditioning sees nothing "
+                        "else; wanted drafts, or --conditioning prefix")
