@@ -39,7 +39,7 @@ from base import (
     write_json,
 )
 from decode_report import SIMULATED
-from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, check_gamma, read_task
+from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, check_gamma, read_task, reads_draft
 from splits import check_ids, in_clip_order
 
 if TYPE_CHECKING:                    # torch and vlm are imported only after the flags are read
@@ -300,12 +300,12 @@ def summarise(runs: dict, part: int, hits: dict, pairs: Pairs, task: Task, confi
     from acceptance import simulate
 
     gamma = MAX_GAMMA if config.gamma == "auto" else int(config.gamma)
-    lengths, reads = pairs.lengths("target"), task.adapter.config.conditioning != "prefix"
+    lengths = pairs.lengths("target")
     for name, found in runs.items():
         count = len(found["rows"])
         found |= {**totals(found["rows"]), "part": totals(found["rows"][:part])}
         if name in DRAFTERS:
-            found["reads_eventgpt"] = name == "copy" or (name in ("adapter", "hybrid") and reads)
+            found["reads_eventgpt"] = reads_draft(name, task)
             found["simulated_gamma"] = gamma             # with auto nothing stops it: more than can be reached
             found["tau_simulated"] = 1.0 if name == "none" else None if name not in hits else simulate(
                 hits[name][:count], lengths[:count], gamma)["tau"]

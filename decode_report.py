@@ -18,7 +18,6 @@ MOST_ROWS = 20                         # of differences and of failed clips
 STAGE_COLORS = {"EventGPT": PURPLE, "vision and prefill": GREY, "vision and prompt": SKY, "prefill": BLUE,
                 "drafting": ORANGE, "decoding, verifying": VERMILION}
 VERDICTS = ("exact", "tie", "WRONG")
-WITHOUT_DRAFT = ("memory", "lookup", "none")                        # drafters that never read EventGPT's answer
 # The drafter's name in results.json of the task, where it was simulated.
 SIMULATED = {"hybrid": "hybrid", "memory": "memory", "adapter": "adapter", "copy": "copy of the draft"}
 
@@ -252,8 +251,8 @@ def accounting_section(results: dict) -> list[str]:
                        sum(found["all_s"] for found in same) if known else None, together["plain_all_s"])
     rows = [row("draft free", sums["answers"], whole, all_s, plain), parallel,
             row("draft charged", sums["answers"], whole + sums["eventgpt_s"], all_s, plain)]
-    unread = (f" {name} reads nothing of EventGPT's answer: it needs no draft, and draft free is its true account."
-              if name in WITHOUT_DRAFT else "")
+    unread = (f" {escape(name)} reads nothing of EventGPT's answer: it needs no draft, and draft free is its true account."
+              if name not in results["reads_draft"] else "")
     return [f"## Three accountings: {escape(name)}, end to end", "",
             *table(["EventGPT's time", "answers", "s in all", "s an answer", "over generate",
                     "over our loop without drafts"], rows),

@@ -110,7 +110,8 @@ class AdapterSteps:
         self.slots = self.cache.slots[self.first + 1:self.first + 1 + self.SIZES[-1]].clone()
         self.graphs = {}
         if device.type == "cuda":
-            self._capture()
+            with torch.cuda.device(device):
+                self._capture()
 
     @torch.inference_mode()
     def begin(self, draft: list[int]) -> None:

@@ -143,7 +143,7 @@ def read_task(folder: Path) -> Task:
     targets = [file.get("models", {}).get("videollava", {}) for file in results.get("files", {}).get("train", [])]
     return Task(folder, adapter, load_memory(memory) if memory.exists() else [],
                 (test.get("memory_share") or {}).get("hybrid", 0.5),
-                {name: {gamma: found["tau"] for gamma, found in drafter["simulated"].items()}
+                {name: {gamma: found["tau"] for gamma, found in drafter.get("simulated", {}).items()}
                  for name, drafter in test["drafters"].items()}, next(filter(None, targets), {}))
 
 
@@ -169,6 +169,13 @@ def make_drafter(name: str, task: Task):
         mixed = name == "hybrid" and prefix
         return decoding.LiveHybrid(NGrams(task.answers), *((task.adapter, task.share) if mixed else ()))
     return {"lookup": decoding.LiveLookup, "copy": decoding.LiveTable, "none": decoding.Live}[name]()
+
+
+def reads_draft(name: str, task: Task) -> bool:
+    """Whether this drafter needs EventGPT's answer at all."""
+    conditioning = task.adapter.config.conditioning
+    return name == "copy" or (name == "adapter" and conditioning != "prefix") or (
+        name == "hybrid" and conditioning == "prefix+draft")
 
 
 # ------------------------------------------------------------------------------------------------ both models
@@ -447,6 +454,7 @@ def main() -> None:
     results = {
         "kind": "decoding", "task": config.task.resolve().name, "date": now(),
         "config": as_json(config), "drafter": config.drafter, "gamma": config.gamma, "memory_share": task.share,
+        "reads_draft": [name for name in DRAFTERS if reads_draft(name, task)],
         "simulated_tau": task.simulated, "dtype": str(runtime.dtype).removeprefix("torch."),
         "quantization": runtime.quantization, "device": device_name(runtime.device), **found,
         "costs_ms": milliseconds(costs),

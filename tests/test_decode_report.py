@@ -48,7 +48,8 @@ def decoding(compare: bool = True, rows: list[dict] | None = None, parallel: dic
     results = {
         "kind": "decoding", "task": "1s", "date": "2026-01-28 04:15:03",
         "config": {"gamma": "auto", "compare": compare},
-        "drafter": "hybrid", "gamma": "auto", "memory_share": 0.5, "simulated_tau": {"hybrid": {"1": 1.5, "8": 4.5}},
+        "drafter": "hybrid", "gamma": "auto", "memory_share": 0.5,
+        "reads_draft": ["hybrid", "adapter", "copy"], "simulated_tau": {"hybrid": {"1": 1.5, "8": 4.5}},
         "dtype": "bfloat16", "quantization": "none", "device": "GPU", "noise": 0.05, "failed": [], "costs_ms": costs,
         "target": {"name": "models/v", "revision": "local", "vocab_size": 32000}, "answers": rows,
         "totals": decode_report.totals(rows), "provenance": {"argv": ["speculative_decode.py", "--compare"],
