@@ -251,7 +251,8 @@ def accounting_section(results: dict) -> list[str]:
                        sum(found["all_s"] for found in same) if known else None, together["plain_all_s"])
     rows = [row("draft free", sums["answers"], whole, all_s, plain), parallel,
             row("draft charged", sums["answers"], whole + sums["eventgpt_s"], all_s, plain)]
-    unread = (f" {escape(name)} reads nothing of EventGPT's answer: it needs no draft, and draft free is its true account."
+    unread = (f" {escape(name)} reads nothing of EventGPT's answer: it needs no draft, and draft free is its true "
+              "account."
               if name not in results["reads_draft"] else "")
     return [f"## Three accountings: {escape(name)}, end to end", "",
             *table(["EventGPT's time", "answers", "s in all", "s an answer", "over generate",
