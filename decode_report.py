@@ -15,6 +15,7 @@ from report import BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION, escape, percent, 
 
 PICTURES = ("accepted_lengths.png", "stage_times.png", "drafter_speed_up.png")
 MOST_ROWS = 20                         # of differences and of failed clips
+CLOCK_S = 1e-4                 # seconds in all; below that a time is a clock's noise
 STAGE_COLORS = {"EventGPT": PURPLE, "vision and prefill": GREY, "vision and prompt": SKY, "prefill": BLUE,
                 "drafting": ORANGE, "decoding, verifying": VERMILION}
 VERDICTS = ("exact", "tie", "WRONG")
@@ -76,8 +77,8 @@ def whole_s(results: dict, name: str) -> float:
 
 
 def ratio(slow_s: float | None, fast_s: float) -> float | None:
-    """How many times the speed; None where either time is unknown or too short to be told from nothing."""
-    return slow_s / fast_s if slow_s and slow_s > 0 and fast_s > 0 else None
+    """How many times the speed; None where either time is unknown or too short to be told from a clock's noise."""
+    return slow_s / fast_s if slow_s and slow_s > CLOCK_S and fast_s > CLOCK_S else None
 
 
 def speed_ups(results: dict, name: str) -> dict:
@@ -251,17 +252,18 @@ def accounting_section(results: dict) -> list[str]:
                        sum(found["all_s"] for found in same) if known else None, together["plain_all_s"])
     rows = [row("draft free", sums["answers"], whole, all_s, plain), parallel,
             row("draft charged", sums["answers"], whole + sums["eventgpt_s"], all_s, plain)]
+    where = f" (EventGPT on {escape(together['draft_device'])})" if together and "draft_device" in together else ""
     unread = (f" {escape(name)} reads nothing of EventGPT's answer: it needs no draft, and draft free is its true "
               "account."
-              if name not in results["reads_draft"] else "")
+              if name not in results.get("reads_draft", (name,)) else "")
     return [f"## Three accountings: {escape(name)}, end to end", "",
             *table(["EventGPT's time", "answers", "s in all", "s an answer", "over generate",
                     "over our loop without drafts"], rows),
             "Draft free: EventGPT has answered anyway, for its own sake, and its answer is at hand; counted are "
             "vision, prefill, drafting and verifying. Draft in parallel: EventGPT drafts for the next clip while the "
-            "target decodes this one, and one clock measures both, over the first clips; beside it stands the target "
-            "alone without drafts, timed alike; it is never reckoned as the larger of two times. Draft charged: "
-            "EventGPT is run first, for nothing but the draft, and all its time is added. "
+            f"target decodes this one{where}, and one clock measures both, over the first clips; beside it stands "
+            "the target alone without drafts, timed alike; it is never reckoned as the larger of two times. Draft "
+            "charged: EventGPT is run first, for nothing but the draft, and all its time is added. "
             f"Each ratio is over the same answers.{unread}", ""]
 
 
@@ -302,24 +304,29 @@ def cost_section(results: dict) -> list[str]:
     eventgpt = found["eventgpt"]
     parts = {"vision and prompt": found["vision"], "prefill": found["prefill"], "one token": verify[1],
              **{f"a proposal of {escape(drafter)}": cost for drafter, cost in found["proposal"].items()},
+             **({"a step of the adapter": found["adapter_step"]} if "adapter_step" in found else {}),
              "EventGPT: vision and prompt": eventgpt["vision"], "EventGPT: prefill": eventgpt["prefill"],
              "EventGPT: one token": eventgpt["verify"]["1"]}
     lines = ["## Costs", "", *table(["part", "ms"], [[part, f"{cost:.3f}"] for part, cost in parts.items()]),
              "Medians, measured on this machine in this run, on the first clip. verify(k) is one pass of the target "
              "over k tokens.", "", f"### Break-even: {escape(name)}", ""]
-    rows, expected = [], {}
+    rows, expected, run = [], {}, results["totals"]["runs"][name]
+    proposal_ms, how = found["proposal"][name], "as measured above"
+    if results["gamma"] == "auto" and run["proposed"]:         # there the adapter is asked only where it pays
+        proposal_ms, how = 1000 * run["draft_s"] / run["proposed"], "as this run drafted, on average"
     for gamma in range(1, max(verify)):
-        round_ms = verify[gamma + 1] + gamma * found["proposal"][name]
+        round_ms = verify[gamma + 1] + gamma * proposal_ms
         even, simulated = round_ms / verify[1], tau.get(str(gamma))
         if simulated:
             expected[gamma] = simulated / even
         rows.append([gamma, f"{verify[gamma + 1]:.2f}", f"{verify[gamma + 1] / verify[1]:.2f}",
-                     f"{gamma * found['proposal'][name]:.2f}", f"{round_ms:.2f}", f"{even:.2f}",
+                     f"{gamma * proposal_ms:.2f}", f"{round_ms:.2f}", f"{even:.2f}",
                      f"{simulated:.2f}" if simulated else "-", times(expected.get(gamma))])
     lines += table(["gamma", "verify(gamma + 1) ms", "over verify(1)", "proposals ms", "a round ms",
                     "break-even tau", "simulated tau", "expected speed-up"], rows)
-    lines += ["A round costs verify(gamma + 1) + gamma proposals; break-even tau is that over verify(1): the tokens "
-              "that a round must bring to be as fast as plain decoding. Simulated tau comes from the task's own test "
+    lines += [f"A round costs verify(gamma + 1) + gamma proposals of {proposal_ms:.3f} ms, {how}; break-even tau "
+              "is that over verify(1): the tokens that a round must bring to be as fast as plain decoding. Simulated "
+              "tau comes from the task's own test "
               f"pairs; live tau of this run, gamma {escape(results['gamma'])}, is "
               f"{results['totals']['runs'][name]['tau']:.2f}.", ""]
     if not expected:
@@ -339,15 +346,15 @@ def verdict_section(results: dict) -> list[str]:
              if judged.get("verdict") in ("tie", "WRONG")]
     found.sort(key=lambda row: row[2]["verdict"] != "WRONG")
     rows = [[escape(f"{answer['sequence']} {answer['clip']}"), answer["question_idx"], escape(name),
-             judged["position"], f"{judged['gap']:.3g}",
+             judged["position"], "-" if judged["gap"] is None else f"{judged['gap']:.3g}",
              "**WRONG**" if judged["verdict"] == "WRONG" else "tie"] for answer, name, judged in found[:MOST_ROWS]]
     lines = ["## Verdicts", "",
              "exact: the same tokens as our own loop without drafts (generate is held against that loop too). "
-             "Otherwise the target is asked again at the first difference: tie if its two best logits there lie no "
-             f"further apart than the noise, {results['noise']:.3g} here; else WRONG. The noise is 4 times the "
-             "largest difference of a logit between three ways to reckon the same tokens, one by one, 8 at a time, "
-             "and by transformers' own forward pass, measured in this run. position: how many tokens are the same.",
-             ""]
+             "Otherwise the target is asked again: tie if at the first difference both tokens, and from there on "
+             f"each of ours, lie no further below its best logit than the noise, {results['noise']:.3g} here; else "
+             "WRONG. The noise is 4 times the largest difference of a logit between four ways to reckon the same "
+             "tokens, one by one, together, in the prefill, and by transformers' own forward pass, measured in this "
+             "run. position: how many tokens are the same; gap: between the target's two best logits there.", ""]
     if not rows:
         return [*lines, "There are no differences.", ""]
     lines += table(["clip", "question", "by", "position", "gap of logits", "verdict"], rows)

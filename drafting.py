@@ -14,6 +14,7 @@ thrown away, and up to there the proposed prefix is the true one. decoding.py ha
 import copy
 import itertools
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -125,9 +126,10 @@ def load_memory(path: Path) -> list[list[int]]:
     try:
         with np.load(path, allow_pickle=False) as found:
             flat, start = found["target"], found["target_start"]
-        if flat.dtype != np.int32 or start.ndim != 1 or (np.diff(start) < 0).any() or start[-1] != len(flat):
+        if (flat.dtype != np.int32 or start.dtype.kind != "i" or start.ndim != 1 or (np.diff(start) < 0).any()
+                or start[-1] != len(flat)):
             raise ValueError("its arrays don't fit together")
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, LookupError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not the memory of a task: {error}; train anew, or delete it to begin "
                         "without") from error
     return [flat[a:b].tolist() for a, b in itertools.pairwise(start)]

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 import shlex
+import sys
 from pathlib import Path
 
 from base import UserError, log, option, parse_config, read_json, required, run, write_text, write_whole
@@ -427,10 +428,14 @@ def newest_decoding(task: Path) -> list[Path]:
     return sorted(path.parent for path in task.glob("decode_*/decode.json"))[-1:]
 
 
-def summary(tasks: list[Path]) -> None:
-    """Log the table of these tasks, one line each, their newest decoding, and where pages and pictures are."""
+def summary(tasks: list[Path]) -> int:
+    """Log the table of these tasks, one line each, their newest decoding, and where pages and pictures are.
+
+    Returns the number of answers, by any way of decoding, that were not the target's own.
+    """
     import decode_report  # not above: it reads this file
 
+    wrong = 0
     rows = [["task", "conditioning", "pairs train/test", "copying", "constant", "adapter", "top-5",
              "best drafter", "alpha", f"tau, gamma {GAMMA_OF_LEAD}"]]
     for task in tasks:
@@ -449,8 +454,9 @@ def summary(tasks: list[Path]) -> None:
     for task in tasks:
         log(f"SUMMARY | {read_results(task)['task']} | what the draft adds: {draft_worth(read_results(task))}")
         for folder in newest_decoding(task):
-            decoding = decode_report.one_line(decode_report.read_decoding(folder))
-            log(f"SUMMARY | {read_results(task)['task']} | decoding: {decoding}")
+            found = decode_report.read_decoding(folder)
+            wrong += found["totals"]["verdicts"].get("WRONG", 0)
+            log(f"SUMMARY | {read_results(task)['task']} | decoding: {decode_report.one_line(found)}")
     log("SUMMARY | tau: tokens for each target pass in simulated greedy speculative decoding")
     for task in tasks:
         for name in ("RESULTS.md", *PICTURES, *DRAFTER_PICTURES):
@@ -460,6 +466,7 @@ def summary(tasks: list[Path]) -> None:
             for name in ("DECODE.md", *decode_report.PICTURES):
                 if (folder / name).exists():
                     log(f"SUMMARY | {folder / name}")
+    return wrong
 
 
 def main() -> None:
@@ -467,8 +474,9 @@ def main() -> None:
     if config.rebuild:
         for task in config.tasks:
             write_report(task)
-    else:
-        summary(config.tasks)
+    elif wrong := summary(config.tasks):
+        log(f"ERROR | {wrong} decoded answers are not the target's own: see WRONG in DECODE.md")
+        sys.exit(3)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import math
 import random
@@ -87,8 +88,13 @@ class DecodeConfig:
         check_gamma(self.gamma)
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature must be 0 or more, got {self.temperature}")
-        if self.temperature and self.compare:
-            raise UserError("--compare needs greedy answers: sampled ones differ by chance; leave out --temperature")
+        if 0 < self.temperature < 0.01:
+            raise UserError(f"--temperature must be 0 (greedy) or from 0.01, got {self.temperature}")
+        if self.temperature and (self.compare or self.parallel):
+            raise UserError(f"--{'compare' if self.compare else 'parallel'} needs greedy answers: sampled ones "
+                            "differ by chance; leave out --temperature")
+        if self.draft_device != "auto" and not self.parallel:
+            raise UserError("--draft_device belongs to --parallel: without it one model at a time is on --device")
         if not self.query.strip():
             raise UserError("--query is empty: wanted a question")
         for name in ("max_new_tokens", "num_frames", "num_workers"):
@@ -121,7 +127,7 @@ class Task:
     answers: list[list[int]]               # target answers of training: what a memory begins with
     share: float                           # of the memory in the hybrid
     simulated: dict                        # drafter -> gamma -> tau on the test pairs
-    target: dict                           # recorded name, revision and vocab_size of the target, {} if none
+    models: dict                           # eventgpt, videollava -> recorded name, revision, vocab_size; {} if none
 
 
 def read_task(folder: Path) -> Task:
@@ -140,21 +146,28 @@ def read_task(folder: Path) -> Task:
     memory = folder / "memory.npz"
     if not memory.exists():
         log(f"decode | {folder} has no memory.npz: the memory begins without training answers")
-    targets = [file.get("models", {}).get("videollava", {}) for file in results.get("files", {}).get("train", [])]
-    return Task(folder, adapter, load_memory(memory) if memory.exists() else [],
-                (test.get("memory_share") or {}).get("hybrid", 0.5),
+    trained_on = [file.get("models") or {} for file in (results.get("files") or {}).get("train") or []]
+    share = (test.get("memory_share") or {}).get("hybrid")
+    return Task(folder, adapter, load_memory(memory) if memory.exists() else [], 0.5 if share is None else share,
                 {name: {gamma: found["tau"] for gamma, found in drafter.get("simulated", {}).items()}
-                 for name, drafter in test["drafters"].items()}, next(filter(None, targets), {}))
+                 for name, drafter in test["drafters"].items()}, next(filter(None, trained_on), {}))
 
 
-def check_target(task: Task, name: str, revision: str, vocab_size: int) -> None:
+def check_model(task: Task, which: Literal["eventgpt", "videollava"], name: str, revision: str,
+                vocab_size: int) -> None:
     """The adapter was trained on this model's answers, as far as its pair files say whose they were."""
+    recorded = task.models.get(which) or {}
     for key, found in (("vocab_size", vocab_size), ("revision", revision)):
-        trained = task.target.get(key)
+        trained = recorded.get(key)
         # A local revision before digests were recorded is just "local".
-        if trained not in (None, "local", "unknown", found):
-            raise UserError(f"{task.folder} was trained on answers of {task.target.get('name')} ({key} {trained}), "
-                            f"but {name} has {key} {found}; decode with that model, or train on pairs of this one")
+        if trained in (None, "local", "unknown", found):
+            continue
+        if key == "revision" and str(trained).startswith("local ") != found.startswith("local "):
+            log(f"decode | WARNING | {name}: whether {found} is {trained}, which the task was trained for, can't be "
+                "told: one is a folder, the other a hub's")
+            continue
+        raise UserError(f"{task.folder} was trained on answers of {recorded.get('name')} ({key} {trained}), but "
+                        f"{name} has {key} {found}; decode with that model, or train on pairs of this one")
 
 
 def make_drafter(name: str, task: Task):
@@ -167,6 +180,8 @@ def make_drafter(name: str, task: Task):
         return decoding.LiveAdapter(task.adapter) if prefix else decoding.LiveTable(task.adapter)
     if name in ("memory", "hybrid"):
         mixed = name == "hybrid" and prefix
+        if name == "hybrid" and not prefix:
+            log("decode | hybrid | the task's adapter knows nothing of the prefix (draft conditioning): memory alone")
         return decoding.LiveHybrid(NGrams(task.answers), *((task.adapter, task.share) if mixed else ()))
     return {"lookup": decoding.LiveLookup, "copy": decoding.LiveTable, "none": decoding.Live}[name]()
 
@@ -208,7 +223,8 @@ def prompted(model, pixels, questions: list[str], config: DecodeConfig):
     return Prompted(steps)
 
 
-def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], runtime, config) -> tuple[dict, dict]:
+def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], task: Task, runtime,
+              config: DecodeConfig) -> tuple[dict, dict]:
     """EventGPT's answer for every clip and question: {(key, question number): (tokens, seconds)}, and its costs."""
     import functools
 
@@ -217,6 +233,7 @@ def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], r
     from vlm.eventgpt import EventGPT
 
     model = EventGPT.load(config.draft_model, runtime)
+    check_model(task, "eventgpt", str(config.draft_model), model.revision, model.vocab_size)
     target, drafts, costs, eos = None, {}, {}, model.tokenizer.eos_token_id
     progress = Progress("decode | drafts", len(samples) * len(questions), unit="answers")
     for sample, pixels in clips(model, functools.partial(draft_pictures, which=config.event_images), samples, failed,
@@ -286,12 +303,14 @@ def decode_all(samples: list[Sample], questions: list[str], drafts: dict, failed
     """Every answer by the chosen drafter, and with --compare by all of them and by transformers."""
     import functools
 
+    import torch
+
     import decoding
     from vlm.dataset import target_pictures
     from vlm.video_llava import VideoLlava
 
     model = VideoLlava.load(config.target_model, runtime)
-    check_target(task, config.target_model, model.revision, model.vocab_size)
+    check_model(task, "videollava", config.target_model, model.revision, model.vocab_size)
     task.adapter.to(runtime.device)
     device, target, decoders, rows, costs, noise = runtime.device, None, [], [], {}, 0.0
     progress = Progress("decode | answers", len(drafts), unit="answers")
@@ -327,7 +346,13 @@ def decode_all(samples: list[Sample], questions: list[str], drafts: dict, failed
             progress.update(len(rows))
     if not rows:
         raise UserError(f"none of {len(samples)} clips could be decoded; the first reason: {failed[0]['reason']}")
-    together = config.parallel and in_parallel(samples, questions[0], model, target, task, costs, runtime, config)
+    decoded = {(row["sequence"], row["clip"]) for row in rows}
+    both = [sample for sample in samples if (sample.sequence, sample.clip) in decoded][:PARALLEL_CLIPS]
+    try:
+        together = config.parallel and in_parallel(both, questions[0], model, target, task, costs, runtime, config)
+    except torch.OutOfMemoryError as error:
+        log(f"decode | WARNING | not measured in parallel: both models don't fit into memory ({error})")
+        together = None
     facts = {"name": config.target_model, "revision": model.revision, "vocab_size": model.vocab_size}
     decoders = target = None                              # they hold the weights
     model.unload()
@@ -347,15 +372,12 @@ def in_parallel(samples: list[Sample], question: str, model, target, task: Task,
     from vlm.dataset import draft_pictures, target_pictures
     from vlm.eventgpt import EventGPT
     from vlm.loading import Runtime
-    from vlm.media import MediaError
 
     beside = runtime if config.draft_device == "auto" else Runtime.choose(
         config.draft_device, config.dtype, config.quantization)
-    eventgpt, both = EventGPT.load(config.draft_model, beside), []
-    for sample in samples[:PARALLEL_CLIPS]:
-        with contextlib.suppress(MediaError):          # its clip is among the failed already
-            both.append((eventgpt.prepare(draft_pictures(sample, config.event_images)),
-                         model.prepare(target_pictures(sample, config.num_frames))))
+    eventgpt = EventGPT.load(config.draft_model, beside)
+    both = [(eventgpt.prepare(draft_pictures(sample, config.event_images)),
+             model.prepare(target_pictures(sample, config.num_frames))) for sample in samples]
     short = prompted(eventgpt, both[0][0], [question], config)
     words, eos = model.tokenizer(question, add_special_tokens=False).input_ids, model.tokenizer.eos_token_id
     gpu = beside.device.type == "cuda"
@@ -382,7 +404,7 @@ def in_parallel(samples: list[Sample], question: str, model, target, task: Task,
 
     first, seconds = draft(0), {}
     for name, work in ((config.drafter, speculative), ("none", plain)):
-        decoder = Decoder(name, task, target, dict(costs), eos, config)
+        decoder = Decoder(name, task, target, copy.deepcopy(costs), eos, config)      # those of the run stay
         decoder.set_pace(first, words, first[:1], runtime.device)
         seconds[work.__name__] = decoding.timed(lambda work=work, decoder=decoder: work(decoder), runtime.device)[1]
     log(f"decode | in parallel | {len(both)} clips in {seconds['speculative']:.2f} s, plain {seconds['plain']:.2f} s")
@@ -446,11 +468,14 @@ def main() -> None:
     failed = [{"sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip, "model": None,
                "reason": sample.trouble} for sample in samples if sample.trouble]
     usable = in_order([sample for sample in samples if not sample.trouble], config)
-    drafts, draft_costs = draft_all(usable, questions, failed, runtime, config)
+    if config.parallel:
+        Runtime.choose(config.draft_device, config.dtype, config.quantization)       # a mistake is said before hours
+    make_folder(config.output_folder or config.task)
+    drafts, draft_costs = draft_all(usable, questions, failed, task, runtime, config)
     drafted = [sample for sample in usable if (sample.key, 0) in drafts]
     found = decode_all(drafted, questions, drafts, failed, task, runtime, config)
+    folder = config.output_folder or new_task_folder(config.task, "decode")
     costs, together = {**found.pop("costs"), "eventgpt": draft_costs}, found.pop("parallel")
-    folder = make_folder(config.output_folder) if config.output_folder else new_task_folder(config.task, "decode")
     results = {
         "kind": "decoding", "task": config.task.resolve().name, "date": now(),
         "config": as_json(config), "drafter": config.drafter, "gamma": config.gamma, "memory_share": task.share,

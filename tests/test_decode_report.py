@@ -6,6 +6,7 @@ The sums, by hand: hybrid decodes in 0.5 s drafting + 1 s verifying, none in 3 s
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -254,7 +255,7 @@ def test_stages_add_up(tmp_path):
 
 
 def test_break_even_weighs_a_round_against_single_tokens(tmp_path):
-    text = page(tmp_path).split("### Break-even")[1]
+    text = page(tmp_path, gamma="8").split("### Break-even")[1]
     assert cells(text, "8")[1:] == ["14.00", "1.40", "16.00", "30.00", "3.00", "4.50", "1.50x"]
     assert cells(text, "1")[1:] == ["10.50", "1.05", "2.00", "12.50", "1.25", "1.50", "1.20x"]
     assert cells(text, "16")[1:] == ["18.00", "1.80", "32.00", "50.00", "5.00", "-", "-"]
@@ -359,7 +360,7 @@ def test_the_summary_tells_the_newest_decoding_of_a_task_and_where_it_is(tmp_pat
         if drafter:
             page(task / name, plots=True, drafter=drafter)
     capsys.readouterr()
-    report.summary([task, other])
+    assert report.summary([task, other]) == 0
     lines = [line.split("SUMMARY | ")[1] for line in capsys.readouterr().out.splitlines()]
     at = lines.index(f"1s_a | decoding: {decode_report.one_line(decoding())}")
     assert "1s_a | what the draft adds" in lines[at - 1] and lines[at + 1].startswith("500ms_b | what the draft adds")
@@ -367,3 +368,15 @@ def test_the_summary_tells_the_newest_decoding_of_a_task_and_where_it_is(tmp_pat
     assert [line for line in lines if str(task / "decode_") in line] == [
         str(newest / name) for name in ("DECODE.md", *decode_report.PICTURES)]
     assert not any("decoding:" in line and "500ms" in line for line in lines)
+
+
+def test_a_wrong_answer_ends_the_summary_with_exit_3_however_often_it_is_asked_for(tmp_path, capsys, monkeypatch):
+    task = write_task(tmp_path / "a", name="1s_a")
+    results = decoding()
+    results["totals"]["verdicts"] = {"exact": 3, "WRONG": 2}
+    (task / "decode_20260128_041503").mkdir()
+    (task / "decode_20260128_041503" / "decode.json").write_text(json.dumps(results))
+    monkeypatch.setattr(sys, "argv", ["report.py", str(task)])
+    with pytest.raises(SystemExit) as ended:
+        report.main()
+    assert ended.value.code == 3 and "ERROR | 2 decoded answers are not the target's own" in capsys.readouterr().out

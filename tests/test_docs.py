@@ -27,6 +27,14 @@ def test_every_flag_stands_in_the_workflow_with_its_default(config):
             assert str(field.default) in [default.strip("`") for default in said], field.name
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+def test_the_table_of_a_program_names_no_flag_that_it_lacks(config):
+    """The table is the one that holds most of the program's flags."""
+    fields = {field.name for field in dataclasses.fields(config)}
+    tables = [set(re.findall(r"^\| `--(\w+)` \|", block, re.M)) for block in PAGES[1].split("\n\n")]
+    assert max(tables, key=lambda said: (len(said & fields), -len(said))) <= fields
+
+
 def test_every_flag_in_the_pages_exists():
     known = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
     known |= {"demo", "new", "help", "rebuild"}      # of the shell script, report.py and argparse

@@ -1,5 +1,6 @@
 """Decoding a data set with the demo's models: every answer the target's own, and mistakes said in one line."""
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -14,7 +15,7 @@ import decoding
 import speculative_decode
 from base import UserError
 from decoding import Pace, judge
-from speculative_decode import DRAFTERS, Task, check_target
+from speculative_decode import DRAFTERS, Task, check_model
 from token_adapter import AdapterConfig, TokenAdapter, save_adapter
 
 
@@ -113,18 +114,28 @@ def test_a_wrong_answer_ends_with_exit_3_and_the_report_says_where(monkeypatch, 
 
 def test_a_difference_is_a_tie_only_within_the_noise():
     class Target:
+        """Says 0 first, then 1 or almost as surely 2, then 0 again."""
+
+        rows = torch.tensor([[9.0, 0.0, 0.0], [0.0, 5.0, 4.9], [9.0, 8.0, torch.nan]])
+
         def ask(self, embeds):
             pass
 
         def prefill(self, tokens):
-            self.said = tokens
-            return SimpleNamespace(logits=torch.tensor([[0.0, 5.0, 4.9]]))
+            return SimpleNamespace(logits=self.rows[:len(tokens) + 1])
 
-    target = Target()
-    assert judge([4, 5], [4, 5], target, None, 0.0) == {"verdict": "exact"}
-    found = judge([4, 5, 6], [4, 7, 6], target, None, 0.2)
-    assert target.said == [4] and found["position"] == 1 and found["gap"] == pytest.approx(0.1, abs=1e-3)
-    assert found["verdict"] == "tie" and judge([4, 5], [4, 7], target, None, 0.05)["verdict"] == "WRONG"
+    def verdict(ours: list[int], plain: list[int], noise: float) -> str:
+        return judge(ours, plain, Target(), None, noise)["verdict"]
+
+    assert judge([0, 1], [0, 1], Target(), None, 0.0) == {"verdict": "exact"}
+    found = judge([0, 2], [0, 1], Target(), None, 0.2)
+    assert (found["verdict"], found["position"], found["ours"], found["plain"]) == ("tie", 1, [2], [1])
+    assert found["gap"] == pytest.approx(0.1, abs=1e-3)
+    assert verdict([0, 2], [0, 1], 0.05) == "WRONG"                 # beyond the noise
+    assert verdict([0, 0], [0, 1], 0.2) == "WRONG"                  # the two best are near, but ours is neither
+    assert verdict([0, 2], [0, 0], 0.2) == "WRONG"                  # nor may the plain answer be far from the best
+    assert verdict([0, 2, 1], [0, 1, 0], 0.2) == "WRONG"            # a tie first, and then a mistake; and a NaN
+    assert verdict([0], [0, 1], 9.0) == "WRONG"                     # ended too early
 
 
 def test_the_price_of_a_second_is_what_it_brought_so_far():
@@ -148,15 +159,22 @@ def test_a_folder_that_is_no_finished_task_is_refused(monkeypatch, demo, task, t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_task_of_another_target_is_refused_with_both_named():
+@pytest.mark.parametrize("which", ["eventgpt", "videollava"])
+def test_a_task_of_other_models_is_refused_with_both_named(which, capsys):
     def trained(**recorded) -> Task:
-        return Task(Path("task"), None, [], 0.5, {}, {"name": "other", **recorded})
+        return Task(Path("task"), None, [], 0.5, {}, {which: {"name": "other", **recorded}})
+
+    def check_target(task: Task, *facts) -> None:
+        check_model(task, which, *facts)
 
     with pytest.raises(UserError, match=r"answers of other \(vocab_size 32064\), but mine has vocab_size 691"):
         check_target(trained(vocab_size=32064), "mine", "local abc", 691)
     with pytest.raises(UserError, match=r"revision local abc.*has revision local def"):
         check_target(trained(vocab_size=691, revision="local abc"), "mine", "local def", 691)
     check_target(trained(vocab_size=691, revision="local"), "mine", "local def", 691)
+    assert "WARNING" not in capsys.readouterr().out
+    check_target(trained(vocab_size=691, revision="4cf9d8"), "mine", "local def", 691)      # a download of the same?
+    assert "WARNING | mine: whether local def is 4cf9d8" in capsys.readouterr().out
     check_target(Task(Path("task"), None, [], 0.5, {}, {}), "mine", "local def", 691)
 
 
@@ -168,6 +186,62 @@ def test_an_adapter_of_a_larger_vocabulary_still_decodes_losslessly(monkeypatch,
     save_adapter(TokenAdapter(AdapterConfig(900, "prefix", 32, 1, 2, 64, 60)), other / "best_model.pt")
     found = run_main(monkeypatch, demo, other, tmp_path / "out", "--compare", "--max_samples", "2", "--gamma", "3")
     assert found["totals"]["verdicts"] == {"exact": 2 * (len(DRAFTERS) + 1)}
+
+
+def test_an_adapter_that_does_not_know_all_ids_proposes_nothing_from_there_on(monkeypatch, demo, task, tmp_path):
+    """Of pairs that recorded no vocabulary the adapter has ids up to the largest that it met."""
+    other = tmp_path / "task"
+    shutil.copytree(task, other, ignore=shutil.ignore_patterns("decode_*"))
+    torch.manual_seed(0)
+    for conditioning in ("prefix+draft", "draft"):
+        adapter = TokenAdapter(AdapterConfig(120, conditioning, 32, 1, 2, 64, 60))
+        save_adapter(adapter, other / "best_model.pt")
+        found = run_main(monkeypatch, demo, other, tmp_path / conditioning, "--compare", "--max_samples", "1")
+        assert found["totals"]["verdicts"] == {"exact": len(DRAFTERS) + 1}
+        assert max(found["answers"][0]["tokens"]) >= 120
+        assert ("hybrid" in found["reads_draft"]) == (conditioning == "prefix+draft")
+
+
+def test_both_models_at_work_at_once_are_timed_over_the_clips_that_were_decoded(monkeypatch, demo, task, tmp_path):
+    monkeypatch.setattr(speculative_decode, "PARALLEL_CLIPS", 2)
+    data = tmp_path / "data"
+    shutil.copytree(demo.test_1s, data)
+    for broken in sorted(data.glob("mp4/*/*.mp4"))[:1]:
+        broken.unlink()
+    found = run_main(monkeypatch, demo, task, tmp_path / "out", "--dataset_dir", str(data), "--parallel")
+    parallel = found["totals"]["parallel"]
+    assert len(found["answers"]) == 3 and len(found["failed"]) == 1 and parallel["clips"] == 2
+    assert parallel["all_s"] > 0 < parallel["plain_all_s"] and parallel["draft_device"] == "cpu"
+    assert set(found["costs_ms"]["proposal"]) == {"hybrid"}                # what ran beside it changed no figure
+    assert "EventGPT on cpu" in (tmp_path / "out" / "DECODE.md").read_text()
+
+
+def test_a_task_file_that_is_damaged_or_old_is_one_clear_error_or_does_without(monkeypatch, demo, task, tmp_path):
+    other = tmp_path / "task"
+    shutil.copytree(task, other, ignore=shutil.ignore_patterns("decode_*"))
+    results = json.loads((other / "results.json").read_text())
+    results["files"], results["metrics"]["test"]["memory_share"] = None, {"hybrid": None}
+    for drafter in results["metrics"]["test"]["drafters"].values():
+        del drafter["simulated"]
+    (other / "results.json").write_text(json.dumps(results))
+    read = speculative_decode.read_task(other)
+    assert read.share == 0.5 and read.models == {} and not any(read.simulated.values())
+    whole = (other / "memory.npz").read_bytes()
+    for at in range(60, len(whole), 41):                                  # a flipped byte is seen or changes nothing
+        (other / "memory.npz").write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1:])
+        with contextlib.suppress(UserError):
+            speculative_decode.read_task(other)
+
+
+def test_a_clip_that_is_listed_twice_is_decoded_once(monkeypatch, demo, task, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(demo.test_1s, data)
+    index = data / "EventGPT_Instruction_Subset.json"
+    rows = json.loads(index.read_text())
+    index.write_text(json.dumps([rows[0], rows[0], rows[1]]))
+    found = run_main(monkeypatch, demo, task, tmp_path / "out", "--dataset_dir", str(data))
+    assert len(found["answers"]) == 2 and [row["reason"] for row in found["failed"]] == [
+        "EventGPT_Instruction_Subset.json lists the clip twice"]
 
 
 def test_a_data_set_without_media_is_one_clear_error(monkeypatch, demo, task, tmp_path):
@@ -186,7 +260,12 @@ def test_a_data_set_without_media_is_one_clear_error(monkeypatch, demo, task, tm
     (["--temperature", "-1"], "--temperature"), (["--temperature", "1", "--compare"], "--compare needs greedy"),
     (["--max_new_tokens", "0"], "--max_new_tokens"), (["--max_samples", "0"], "--max_samples"),
     (["--query", " "], "--query is empty"), (["--draft_model", "nowhere"], "no such folder: nowhere"),
-    (["--drafter", "oracle"], "--drafter"), (["--task", "nowhere"], "nowhere is no finished task")])
+    (["--drafter", "oracle"], "--drafter"), (["--temperature", "1e-9"], "from 0.01"),
+    (["--temperature", "1", "--parallel"], "--parallel needs greedy"),
+    (["--draft_device", "cpu"], "--draft_device belongs to --parallel"),
+    (["--draft_device", "cuda:99", "--parallel"], "CUDA devices"),
+    (["--output_folder", "README.md"], "can't write to"),
+    (["--task", "nowhere"], "nowhere is no finished task")])
 def test_a_mistake_in_the_flags_is_a_user_error(monkeypatch, demo, task, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         run_main(monkeypatch, demo, task, tmp_path / "out", *flags)

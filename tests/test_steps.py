@@ -1,17 +1,20 @@
 """The step engine says what transformers' plain forward says, however the positions were fed, on tiny models."""
 
 import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from decoding import decode, rounding
 from tests.conftest import ROOT
+from tests.test_decoding import QUALITY, Knowing
 from tests.test_eventgpt import FIXTURES
 from vlm.eventgpt import EventGPT
 from vlm.loading import Runtime, generate_greedily
-from vlm.steps import Next, Steps
+from vlm.steps import Next, Prompted, Steps
 from vlm.video_llava import VideoLlava
 
 ROOM, VOCAB = 61, 67                                    # neither is a multiple of 8
@@ -134,6 +137,26 @@ def same_answers(model, pixels):
     assert steps.bytes == steps.cache.nbytes
 
 
+@pytest.mark.parametrize(("kind", "name"), [(EventGPT, "eventgpt"), (VideoLlava, "video_llava")])
+def test_speculative_answers_of_both_models_are_their_own_whatever_is_proposed(kind, name):
+    """Drafts never, always and sometimes right, of every length, EOS and the limit inside them, several questions."""
+    model = kind.load(ROOT / "demo" / "models" / name, Runtime.choose("cpu"))
+    picture = np.random.default_rng(3).integers(0, 255, (96, 96, 3), dtype=np.uint8)
+    pixels, target = model.prepare([picture] * (8 if kind is VideoLlava else 1)), None
+    for question in (QUESTION, "Why?"):
+        embeds = model.prompt_embeds(pixels, question)
+        target = target or Prompted(Steps(*model.decoder, room=embeds.shape[1] + 64))
+        plain = model.answer([pixels], [question], 40)[0].tokens
+        for eos in (model.tokenizer.eos_token_id, plain[6], plain[0]):       # also: an EOS early on, and at once
+            whole_answer = plain[:plain.index(eos) + 1] if eos in plain else plain
+            for limit in (len(whole_answer), 5):
+                for gamma in range(1, 13):
+                    for wrong in QUALITY.values():
+                        target.ask(embeds)
+                        found = decode(target, Knowing(whole_answer, wrong), limit, eos, gamma)
+                        assert found.tokens == whole_answer[:limit]
+
+
 def test_a_4bit_model_runs_eagerly_on_the_cpu():
     pytest.importorskip("bitsandbytes")
     model = VideoLlava.load(ROOT / "demo" / "models" / "video_llava", Runtime.choose("cpu", quantization="4bit"))
@@ -239,6 +262,20 @@ def test_graphs_get_their_inputs_and_leave_nothing_behind(fake_cuda):
     steps.warm_up([5, 2, 1])
     assert sorted(steps.graphs) == [1, 2, 5] and steps.length == 0 and not steps.cache.any()
     check_all_sizes(model, steps)
+
+
+def test_the_noise_is_the_same_with_graphs_that_write_over_their_last_output(fake_cuda):
+    fake_cuda(wrong=0.0)
+    model = tiny_llama()
+    parts = SimpleNamespace(decoder=(model.model, model.lm_head))
+    noises = []
+    for graphs in (False, True):
+        steps = steps_of(model)
+        if graphs:
+            steps.warm_up([6, 1])
+        embeds = steps.embed(PROMPT)
+        noises.append(rounding(Prompted(steps), parts, embeds, [3, 5, 8, 13, 21, 34]))
+    assert 0 < noises[0] < 1e-4 and noises[1] == pytest.approx(noises[0], abs=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [1.0, torch.nan])

@@ -62,7 +62,14 @@ def read_dataset(folder: Path) -> list[Sample]:
             raise UserError(f"{folder} holds no data set: found neither {INDEX_FILE} nor pictures in event_image/ "
                             "nor videos in mp4/")
     log(f"data | {folder} | {len(rows)} clips from {index.name if index else 'the paths in event_image/ and mp4/'}")
-    return [read_row(folder.resolve(), number, row) for number, row in enumerate(rows)]
+    samples, seen = [], set()
+    for number, row in enumerate(rows):
+        sample = read_row(folder.resolve(), number, row)
+        if sample.key in seen and not sample.trouble:
+            sample = dataclasses.replace(sample, trouble=f"{index.name if index else folder} lists the clip twice")
+        seen.add(sample.key)
+        samples.append(sample)
+    return samples
 
 
 def rows_by_path(folder: Path) -> list[dict]:
