@@ -370,6 +370,10 @@ def timed(work: Callable, device) -> tuple:
     return result, time.perf_counter() - start
 
 
+def milliseconds(seconds: dict) -> dict:
+    return {key: milliseconds(value) if isinstance(value, dict) else 1000 * value for key, value in seconds.items()}
+
+
 def median_s(work: Callable, device) -> float:
     return statistics.median(timed(work, device)[1] for _ in range(REPEATS))
 

@@ -15,6 +15,7 @@ import copy
 import itertools
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -112,17 +113,21 @@ class NGrams:
         return chances
 
 
-def save_memory(pairs: Pairs, path: Path) -> None:
-    """What a memory begins with when it decodes: the training answers, as they came."""
+def save_memory(answers: Iterable[list[int]], path: Path) -> None:
+    """What a memory begins with when it decodes: target answers, as they came."""
+    answers = list(answers)
+    target = np.array([token for answer in answers for token in answer], np.int32)
+    start = np.cumsum([0, *map(len, answers)])
+
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, target=pairs.target, target_start=pairs.target_start)
+            np.savez_compressed(file, target=target, target_start=start)
 
     write_whole(path, write)
 
 
 def load_memory(path: Path) -> list[list[int]]:
-    """The training answers of save_memory, as token lists."""
+    """The answers of save_memory, as token lists."""
     try:
         with np.load(path, allow_pickle=False) as found:
             flat, start = found["target"], found["target_start"]

@@ -63,6 +63,7 @@ class DecodeConfig:
     target_model: str = option("LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA")
     drafter: Literal["hybrid", "memory", "adapter", "lookup", "copy", "none"] = option(
         "hybrid", "adapter and memory together, either alone, prompt lookup, EventGPT's own tokens, or nothing")
+    memory: list[Path] | None = option(None, "memory.npz of earlier decodings, known from the start")
     gamma: str = option("auto", "tokens proposed for each pass, 1 to 16; auto: while they are worth their cost")
     compare: bool = option(False, "decode plainly too, by transformers and by our loop, and with every drafter")
     parallel: bool = option(False, "measure both models at work at once too (both in memory), on the first clips")
@@ -94,7 +95,7 @@ class DecodeConfig:
             raise UserError(f"--{'compare' if self.compare else 'parallel'} needs greedy answers: sampled ones "
                             "differ by chance; leave out --temperature")
         if self.draft_device != "auto" and not self.parallel:
-            raise UserError("--draft_device belongs to --parallel: without it one model at a time is on --device")
+            raise UserError("--draft_device belongs to --parallel: without it both run on --device")
         if not self.query.strip():
             raise UserError("--query is empty: wanted a question")
         for name in ("max_new_tokens", "num_frames", "num_workers"):
@@ -125,12 +126,13 @@ class Task:
     folder: Path
     adapter: object                        # TokenAdapter
     answers: list[list[int]]               # target answers of training: what a memory begins with
+    verified: list[list[int]]              # and those of earlier decodings, which count as fresh ones
     share: float                           # of the memory in the hybrid
     simulated: dict                        # drafter -> gamma -> tau on the test pairs
     models: dict                           # eventgpt, videollava -> recorded name, revision, vocab_size; {} if none
 
 
-def read_task(folder: Path) -> Task:
+def read_task(folder: Path, memories: list[Path] = ()) -> Task:
     from drafting import load_memory
     from token_adapter import load_adapter
 
@@ -148,7 +150,9 @@ def read_task(folder: Path) -> Task:
         log(f"decode | {folder} has no memory.npz: the memory begins without training answers")
     trained_on = [file.get("models") or {} for file in (results.get("files") or {}).get("train") or []]
     share = (test.get("memory_share") or {}).get("hybrid")
-    return Task(folder, adapter, load_memory(memory) if memory.exists() else [], 0.5 if share is None else share,
+    verified = [answer for path in memories for answer in load_memory(path)]
+    return Task(folder, adapter, load_memory(memory) if memory.exists() else [], verified,
+                0.5 if share is None else share,
                 {name: {gamma: found["tau"] for gamma, found in drafter.get("simulated", {}).items()}
                  for name, drafter in test["drafters"].items()}, next(filter(None, trained_on), {}))
 
@@ -159,8 +163,7 @@ def check_model(task: Task, which: Literal["eventgpt", "videollava"], name: str,
     recorded = task.models.get(which) or {}
     for key, found in (("vocab_size", vocab_size), ("revision", revision)):
         trained = recorded.get(key)
-        # A local revision before digests were recorded is just "local".
-        if trained in (None, "local", "unknown", found):
+        if trained in (None, "local", "unknown", found):         # "local": before digests were recorded
             continue
         if key == "revision" and str(trained).startswith("local ") != found.startswith("local "):
             log(f"decode | WARNING | {name}: whether {found} is {trained}, which the task was trained for, can't be "
@@ -181,8 +184,11 @@ def make_drafter(name: str, task: Task):
     if name in ("memory", "hybrid"):
         mixed = name == "hybrid" and prefix
         if name == "hybrid" and not prefix:
-            log("decode | hybrid | the task's adapter knows nothing of the prefix (draft conditioning): memory alone")
-        return decoding.LiveHybrid(NGrams(task.answers), *((task.adapter, task.share) if mixed else ()))
+            log("decode | hybrid | an adapter in draft conditioning knows nothing of the prefix: memory alone")
+        drafter = decoding.LiveHybrid(NGrams(task.answers), *((task.adapter, task.share) if mixed else ()))
+        for answer in task.verified:
+            drafter.learn(answer)
+        return drafter
     return {"lookup": decoding.LiveLookup, "copy": decoding.LiveTable, "none": decoding.Live}[name]()
 
 
@@ -446,16 +452,14 @@ def in_order(samples: list[Sample], config: DecodeConfig) -> list[Sample]:
     return [samples[number] for number in order]
 
 
-def milliseconds(costs: dict) -> dict:
-    return {key: milliseconds(cost) if isinstance(cost, dict) else 1000 * cost for key, cost in costs.items()}
-
-
 def main() -> None:
     config = parse_config(DecodeConfig)
-    task = read_task(config.task)
+    task = read_task(config.task, config.memory or [])
 
     import torch
 
+    import decoding
+    from drafting import save_memory
     from train_and_evaluate import device_name
     from vlm.dataset import read_dataset, read_questions
     from vlm.loading import Runtime
@@ -482,9 +486,10 @@ def main() -> None:
         "reads_draft": [name for name in DRAFTERS if reads_draft(name, task)],
         "simulated_tau": task.simulated, "dtype": str(runtime.dtype).removeprefix("torch."),
         "quantization": runtime.quantization, "device": device_name(runtime.device), **found,
-        "costs_ms": milliseconds(costs),
+        "costs_ms": decoding.milliseconds(costs),
         "totals": {**totals(found["answers"]), "parallel": together}, "provenance": provenance()}
     write_json(folder / "decode.json", results)
+    save_memory((answer["tokens"] for answer in found["answers"]), folder / "memory.npz")
     write_decode_report(folder, plots=config.plots)
     log(f"RESULT | {folder} | {one_line(results)}")
     if results["totals"]["verdicts"].get("WRONG"):

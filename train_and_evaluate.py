@@ -431,7 +431,7 @@ def main() -> None:
     if not config.checkpoint:
         trained = train(adapter, config, data, device, task)
         adapter = trained.adapter
-        save_memory(data.all_train, task / "memory.npz")
+        save_memory(data.all_train.answers("target"), task / "memory.npz")
     trained_s = time.monotonic() - start
     metrics = evaluate(adapter, trained, data, config, device)
     results = {

@@ -362,7 +362,7 @@ def test_prompt_lookup_proposes_what_followed_the_longest_latest_match():
 
 def test_a_memory_is_saved_and_comes_back_as_it_was(tmp_path, world):
     _, training, _, _ = world
-    drafting.save_memory(training, tmp_path / "memory.npz")
+    drafting.save_memory(training.answers("target"), tmp_path / "memory.npz")
     answers = drafting.load_memory(tmp_path / "memory.npz")
     assert answers == list(training.answers("target"))
     before, after = NGrams(training.answers("target")), NGrams(answers)

@@ -87,6 +87,17 @@ def test_several_questions_auto_gamma_and_shuffled_clips_are_lossless_too(monkey
     assert found["totals"]["verdicts"] == {"exact": 6 * (len(DRAFTERS) + 1)}
 
 
+def test_what_one_decoding_verified_the_next_one_can_begin_with(monkeypatch, demo, task, tmp_path):
+    flags = ["--drafter", "memory", "--gamma", "8"]
+    first = run_main(monkeypatch, demo, task, tmp_path / "a", *flags)
+    memory = ["--memory", str(tmp_path / "a" / "memory.npz")]
+    again = run_main(monkeypatch, demo, task, tmp_path / "b", *flags, *memory)
+    assert [row["tokens"] for row in again["answers"]] == [row["tokens"] for row in first["answers"]]
+    assert again["totals"]["runs"]["memory"]["passes"] < first["totals"]["runs"]["memory"]["passes"]
+    with pytest.raises(UserError, match="not the memory of a task"):
+        run_main(monkeypatch, demo, task, tmp_path / "c", *flags, "--memory", str(tmp_path / "none.npz"))
+
+
 def test_a_temperature_samples_and_the_same_seed_samples_alike(monkeypatch, demo, task, tmp_path):
     flags = ["--temperature", "1.5", "--gamma", "3", "--max_samples", "2", "--drafter", "memory"]
     texts = []
@@ -162,7 +173,7 @@ def test_a_folder_that_is_no_finished_task_is_refused(monkeypatch, demo, task, t
 @pytest.mark.parametrize("which", ["eventgpt", "videollava"])
 def test_a_task_of_other_models_is_refused_with_both_named(which, capsys):
     def trained(**recorded) -> Task:
-        return Task(Path("task"), None, [], 0.5, {}, {which: {"name": "other", **recorded}})
+        return Task(Path("task"), None, [], [], 0.5, {}, {which: {"name": "other", **recorded}})
 
     def check_target(task: Task, *facts) -> None:
         check_model(task, which, *facts)
@@ -175,7 +186,7 @@ def test_a_task_of_other_models_is_refused_with_both_named(which, capsys):
     assert "WARNING" not in capsys.readouterr().out
     check_target(trained(vocab_size=691, revision="4cf9d8"), "mine", "local def", 691)      # a download of the same?
     assert "WARNING | mine: whether local def is 4cf9d8" in capsys.readouterr().out
-    check_target(Task(Path("task"), None, [], 0.5, {}, {}), "mine", "local def", 691)
+    check_target(Task(Path("task"), None, [], [], 0.5, {}, {}), "mine", "local def", 691)
 
 
 def test_an_adapter_of_a_larger_vocabulary_still_decodes_losslessly(monkeypatch, demo, task, tmp_path):

@@ -16,7 +16,8 @@ from tests.conftest import ROOT, run_workflow
 
 FILES = {"best_model.pt", "memory.npz", "results.json", "RESULTS.md", "training_curves.png", "loss_curve.png",
          "accuracy_curve.png", "drafters_by_position.png", "tau_over_gamma.png"}
-DECODE_FILES = {"decode.json", "DECODE.md", "accepted_lengths.png", "stage_times.png", "drafter_speed_up.png"}
+DECODE_FILES = {"decode.json", "memory.npz", "DECODE.md", "accepted_lengths.png", "stage_times.png",
+                "drafter_speed_up.png"}
 LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] ")
 
 
