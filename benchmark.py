@@ -416,7 +416,7 @@ def decode(config: DecodeBenchmark) -> None:
 
     import torch
 
-    from speculative_decode import milliseconds
+    from decoding import milliseconds
     from train_and_evaluate import device_name
     from vlm.loading import Runtime
     from vlm.peers import SEED, random_model
