@@ -120,7 +120,7 @@ class SelfAttention(nn.Module):
             dropout = self.dropout if self.training else 0.0
             mixed = F.scaled_dot_product_attention(*projected, mask, dropout, is_causal=mask is None)
         else:
-            # Written out: for a few positions in float32 a GPU's fused kernel takes 39 us, these four 12.
+            # Written out: for one position in float32 the fused kernel of an H200 took 39 us, 40 % of a whole step.
             key, value = kept.index_copy_(3, slots, projected[1:])
             scores = torch.add(mask, projected[0] @ key.mT, alpha=(D // self.num_heads) ** -0.5)
             mixed = scores.softmax(-1) @ value
