@@ -109,6 +109,14 @@ def required(help: str, positional: bool = False):
     return dataclasses.field(metadata={"help": help, "positional": positional})
 
 
+def check_counts(config, counts: tuple[str, ...], or_all: tuple[str, ...] = ()) -> None:
+    """These flags must be 1 or more; those in `or_all` may also be -1, for all. A UserError names the first wrong."""
+    for name in (*counts, *or_all):
+        if getattr(config, name) < 1 and not (name in or_all and getattr(config, name) == -1):
+            otherwise = ", or -1 for all" if name in or_all else ""
+            raise UserError(f"--{name} must be 1 or more{otherwise}, got {getattr(config, name)}")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")

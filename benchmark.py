@@ -26,6 +26,7 @@ from base import (
     Progress,
     UserError,
     as_json,
+    check_counts,
     load_pairs,
     log,
     make_folder,
@@ -78,9 +79,7 @@ class DecodeBenchmark:
 
     def __post_init__(self):
         check_gamma(self.gamma)
-        for name in ("max_answers", "peer_answers"):
-            if getattr(self, name) < 1 and getattr(self, name) != -1:
-                raise UserError(f"--{name} must be 1 or more, or -1 for all, got {getattr(self, name)}")
+        check_counts(self, (), ("max_answers", "peer_answers"))
 
 
 @dataclasses.dataclass(frozen=True)

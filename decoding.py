@@ -383,7 +383,6 @@ def measure_costs(target, model, pixels, question: str, device, sizes) -> dict:
     embeds = model.prompt_embeds(pixels, question)
     target.ask(embeds)
     target.prefill([])
-    target.verify([0]).best.tolist()
 
     def one(k: int) -> None:
         target.keep(0)

@@ -25,6 +25,7 @@ from base import (
     Progress,
     UserError,
     as_json,
+    check_counts,
     log,
     make_folder,
     now,
@@ -78,12 +79,8 @@ class ExtractConfig:
             raise UserError(f"--output_file {self.output_file} is a folder, wanted the name of a file")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
-        for name in ("max_new_tokens", "batch_size", "num_frames", "num_workers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("max_samples", "num_questions"):
-            if getattr(self, name) < 1 and getattr(self, name) != -1:
-                raise UserError(f"--{name} must be 1 or more, or -1 for all, got {getattr(self, name)}")
+        check_counts(self, ("max_new_tokens", "batch_size", "num_frames", "num_workers"),
+                     ("max_samples", "num_questions"))
         if self.draft_model is None or not self.draft_model.is_dir():
             found = "no --draft_model given" if self.draft_model is None else f"no such folder: {self.draft_model}"
             raise UserError(f"{found}; wanted the folder of the EventGPT checkpoint, which is linked from "

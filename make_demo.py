@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 import demo_world as world
-from base import ROOT, Progress, UserError, drive_of, log, make_folder, option, parse_config, run, write_whole
+from base import ROOT, Progress, check_counts, drive_of, log, make_folder, option, parse_config, run, write_whole
 
 SEED = 2028
 QUESTION = "What are the key elements in this scene?"
@@ -53,9 +53,7 @@ class DemoConfig:
     train_models: bool = option(False, "make both models again from nothing (minutes), then check them")
 
     def __post_init__(self):
-        for name in ("train_clips", "test_clips"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be 1 or more, got {getattr(self, name)}")
+        check_counts(self, ("train_clips", "test_clips"))
 
 
 def main():

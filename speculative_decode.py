@@ -28,6 +28,7 @@ from base import (
     Progress,
     UserError,
     as_json,
+    check_counts,
     log,
     make_folder,
     new_task_folder,
@@ -98,12 +99,7 @@ class DecodeConfig:
             raise UserError("--draft_device belongs to --parallel: without it both run on --device")
         if not self.query.strip():
             raise UserError("--query is empty: wanted a question")
-        for name in ("max_new_tokens", "num_frames", "num_workers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("max_samples", "num_questions"):
-            if getattr(self, name) < 1 and getattr(self, name) != -1:
-                raise UserError(f"--{name} must be 1 or more, or -1 for all, got {getattr(self, name)}")
+        check_counts(self, ("max_new_tokens", "num_frames", "num_workers"), ("max_samples", "num_questions"))
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
         if self.output_folder and (self.output_folder / "DECODE.md").exists():
@@ -270,7 +266,7 @@ class Decoder:
         import decoding
 
         self.name, self.target, self.eos, self.config = name, target, eos, config
-        self.drafter = decoding.Live() if name == "none" else make_drafter(name, task)
+        self.drafter = make_drafter(name, task)
         self.gamma = MAX_GAMMA if config.gamma == "auto" else int(config.gamma)
         self.rule = decoding.Sampling(config.temperature, config.seed) if config.temperature else decoding.greedy
         self.costs, self.pace = costs, None

@@ -28,6 +28,7 @@ from base import (
     Progress,
     UserError,
     as_json,
+    check_counts,
     duration_of,
     log,
     make_folder,
@@ -93,16 +94,14 @@ class TrainConfig:
         if self.train_benchmark is None and self.checkpoint is None:
             raise UserError("--train_benchmark is missing: name the pair files to train on, or measure a "
                             "--checkpoint")
-        for name in ("num_epochs", "batch_size", "max_seq_len", "embed_dim", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be 1 or more, got {getattr(self, name)}")
+        check_counts(self, ("num_epochs", "batch_size", "max_seq_len", "embed_dim", "num_layers", "num_heads"))
         if self.conditioning == "auto" and self.checkpoint is None:
             object.__setattr__(self, "conditioning", "prefix+draft")
         if self.draft_vocab and (self.checkpoint or self.conditioning == "draft"):
             raise UserError("--draft_vocab belongs to the training of a prefix conditioning: a checkpoint brings its "
                             "own map, and draft conditioning is the original suite's architecture")
-        if self.max_test_samples is not None and self.max_test_samples != -1 and self.max_test_samples < 1:
-            raise UserError(f"--max_test_samples must be 1 or more, or -1 for all, got {self.max_test_samples}")
+        if self.max_test_samples is not None:
+            check_counts(self, (), ("max_test_samples",))
         for name in ("early_stopping", "vocab_size", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must be 0 or more, got {getattr(self, name)}")

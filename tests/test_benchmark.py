@@ -23,7 +23,7 @@ from vlm.peers import generate, random_model
 
 ANSWERS, PART, GAMMA = 10, 4, 3
 MODES = ("generate", "generate, static cache", "generate, prompt lookup")
-# Another checkout of transformers to test against, as on the GPU machine: OTHER_TRANSFORMERS=/work/tf517
+# A folder with another version of transformers to test against, first on the path of one more run of these tests.
 OTHER = os.environ.get("OTHER_TRANSFORMERS")
 
 
