@@ -14,7 +14,9 @@ import torch
 
 import benchmark
 from base import ROOT, UserError
-from benchmark import DecodeBenchmark, figures, read_answers
+from benchmark import figures
+from benchmarks import decode
+from benchmarks.decode import Config, read_answers
 from speculative_decode import DRAFTERS, read_task
 from tests.test_train_and_evaluate import run_main
 from vlm import peers
@@ -59,12 +61,12 @@ def trained(request, tmp_path_factory) -> tuple[Path, Path]:
 def measured(trained) -> tuple[dict, Path]:
     """(results, their file) of one run with a fixed gamma."""
     output = trained[1] / "benchmark.json"
-    benchmark.decode(settings(trained, gamma=str(GAMMA), output=output))
+    benchmark.measure("decode", settings(trained, gamma=str(GAMMA), output=output))
     return json.loads(output.read_text()), output
 
 
-def settings(trained: tuple[Path, Path], **changes) -> DecodeBenchmark:
-    return DecodeBenchmark(**{"pairs": [trained[0]], "task": trained[1], "size": "small", "peer_answers": PART,
+def settings(trained: tuple[Path, Path], **changes) -> Config:
+    return Config(**{"pairs": [trained[0]], "task": trained[1], "size": "small", "peer_answers": PART,
                               "dtype": "float32", "device": "cpu", **changes})
 
 
@@ -74,7 +76,7 @@ def test_every_drafter_replays_the_recorded_answers_in_clip_order(measured, trai
     rows = json.loads(trained[0].read_text())["results"]
     lengths = [len(row["vl_tokens"]) for row in sorted(rows, key=lambda row: row["clip"])]
     for name, found in measured[0]["runs"].items():
-        part = PART if name in (*MODES, *benchmark.BRIEF) else ANSWERS
+        part = PART if name in (*MODES, *decode.BRIEF) else ANSWERS
         assert [row["tokens"] for row in found["rows"]] == lengths[:part], name
         assert found["answers"] == part and found["part"]["answers"] == PART
 
@@ -106,12 +108,12 @@ def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so(monkeypatch,
 
     monkeypatch.setattr(peers, "generate", refusing)
     mode, pixels = {"cache_implementation": "static", "disable_compile": False}, torch.randn(8, 3, 28, 28)
-    found = benchmark.run_mode("static", mode, model, pixels, [[4, 5, 6]])
+    found = decode.run_mode("static", mode, model, pixels, [[4, 5, 6]])
     assert "runs uncompiled: no compiler here" in capsys.readouterr().out
     assert calls[0] is False and all(calls[1:]) and len(found["rows"]) == 1 and not found["compiled"]
     with pytest.raises(AssertionError, match="said"):             # a wrong answer is no compiler's refusal
         monkeypatch.setattr(peers, "generate", lambda *_, **__: [1])
-        benchmark.run_mode("static", {"disable_compile": False}, model, pixels, [[4, 5, 6]])
+        decode.run_mode("static", {"disable_compile": False}, model, pixels, [[4, 5, 6]])
 
 
 def test_warming_up_teaches_nothing(trained, monkeypatch):
@@ -124,7 +126,7 @@ def test_warming_up_teaches_nothing(trained, monkeypatch):
     task = read_task(trained[1])
     pairs = read_answers(config, task)
     model = random_model(config.size, task.adapter.config.vocab_size, Runtime.choose("cpu"))
-    benchmark.run_ours(model, torch.randn(8, 3, 28, 28), pairs, PART, task, config)
+    decode.run_ours(model, torch.randn(8, 3, 28, 28), pairs, PART, task, config)
     assert learnt == [answer for answer in pairs.answers("target") for _ in ("hybrid", "memory")]
 
 
@@ -161,7 +163,7 @@ def test_ratios_are_of_the_same_answers(measured):
 def test_gamma_auto_runs_and_an_earlier_output_is_compared(trained, measured, tmp_path, capsys):
     output = tmp_path / "again.json"                                       # written over while it is compared with
     output.write_text(measured[1].read_text())
-    benchmark.decode(settings(trained, max_answers=3, output=output, compare=output))
+    benchmark.measure("decode", settings(trained, max_answers=3, output=output, compare=output))
     printed = capsys.readouterr().out
     assert "WARNING | another gamma: 3 -> auto" in printed and "compare | runs.hybrid.tau | " in printed
     assert json.loads(output.read_text())["answers"] == 3 and "RESULT | " in printed.splitlines()[-1]
