@@ -29,7 +29,7 @@ from base import (
     write_json,
 )
 
-BENCHMARKS = ("decode",)
+BENCHMARKS = ("extract", "decode")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import fcntl
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -41,7 +41,7 @@ from base import (
 if TYPE_CHECKING:                  # vlm is imported only after the flags are read
     from vlm.dataset import Sample
 
-BATCHES_AHEAD = 3                  # decoded clips waiting for the model, in batches
+BATCHES_AHEAD = 2                  # decoded clips waiting for the model, in batches
 # What the answers depend on: a journal or an output made with other values of these is not continued.
 SETTINGS = ("dataset_dir", "max_new_tokens", "questions", "draft_model", "target_model", "quantization", "dtype",
             "num_frames", "event_images")
@@ -64,10 +64,11 @@ class ExtractConfig:
     quantization: Literal["auto", "4bit", "8bit", "none"] = option("auto", "auto: 4bit on a GPU, none on a CPU")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, else float32")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    batch_size: int = option(4, "answers at a time; Video-LLaVA at 7B takes about 1.1 GB of cache for each")
+    batch_size: int | None = option(None, "clips at a time; if not said: as many as the free memory holds")
     num_frames: int = option(8, "video frames shown to the target")
     event_images: Literal["first", "all"] = option("first", "event pictures shown to the draft")
-    num_workers: int = option(4, "threads that read pictures and videos ahead of the model")
+    num_workers: int | None = option(None, "threads that read pictures and videos ahead; if not said: one a core")
+    parity_check: int = option(0, "answer the first so many clips again, one by one; tell how many answers agree")
     seed: int = option(42, "seed of PyTorch (answers are greedy: it should change nothing)")
     wait: bool = option(False, "wait when another process is writing this output, instead of ending")
     restart: bool = option(False, "throw away an older journal and output of this name")
@@ -79,8 +80,13 @@ class ExtractConfig:
             raise UserError(f"--output_file {self.output_file} is a folder, wanted the name of a file")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
-        check_counts(self, ("max_new_tokens", "batch_size", "num_frames", "num_workers"),
-                     ("max_samples", "num_questions"))
+        if self.num_workers is None:
+            object.__setattr__(self, "num_workers", len(os.sched_getaffinity(0)))
+        check_counts(self, ("max_new_tokens", "num_frames", "num_workers"), ("max_samples", "num_questions"))
+        if self.batch_size is not None:
+            check_counts(self, ("batch_size",))
+        if self.parity_check < 0:
+            raise UserError(f"--parity_check must be 0 (none) or more, got {self.parity_check}")
         if self.draft_model is None or not self.draft_model.is_dir():
             found = "no --draft_model given" if self.draft_model is None else f"no such folder: {self.draft_model}"
             raise UserError(f"{found}; wanted the folder of the EventGPT checkpoint, which is linked from "
@@ -261,6 +267,8 @@ def answer_all(which: Literal["eventgpt", "videollava"], samples: list[Sample], 
 
     Returns the samples with an answer to every question, and the `failed` rows of the others.
     """
+    from vlm.batches import clips_that_fit
+
     def missing(sample: Sample) -> list[int]:
         return [number for number in range(len(questions)) if (which, sample.key, number) not in journal.answers]
 
@@ -268,16 +276,30 @@ def answer_all(which: Literal["eventgpt", "videollava"], samples: list[Sample], 
     good = [sample for sample in samples if not sample.trouble]
     todo = [sample for sample in good if missing(sample)]
     if todo:
-        model, read = load_model(which, config, journal)
+        if which == "eventgpt" and config.event_images == "all":       # clips of as many pictures side by side
+            todo.sort(key=lambda sample: len(sample.event_images))
+        model, read, pictures, facts = load_model(which, todo, config)
+        size = config.batch_size or clips_that_fit(model, questions, config.max_new_tokens, pictures)
+        journal.append([{**facts, "batch_size": size}])
+        log(f"extract | {which} | {size} clips at a time, {config.num_workers} threads reading ahead")
+        answering = Answering(which, model, read, questions, min(size, len(todo)), failed, config)
         done = sum(len(questions) - len(missing(sample)) for sample in good)
         progress = Progress(f"extract | {which}", len(good) * len(questions), done, "answers")
-        for batch in batches(model, read, todo, missing, failed, which, config):
-            answers = answer_batch(model, batch, questions, config)
-            journal.append([{"model": which, "key": sample.key, "question_idx": number, **dataclasses.asdict(answer)}
-                            for (sample, number, _), answer in zip(batch, answers)])
-            done += len(batch)
+
+        def keep(samples: list[Sample], all_answers: list[list]) -> None:
+            nonlocal done
+            rows = [{"model": which, "key": sample.key, "question_idx": number, **dataclasses.asdict(answers[number])}
+                    for sample, answers in zip(samples, all_answers) for number in missing(sample)]
+            journal.append(rows)
+            done += len(rows)
             progress.update(done, f"ok {done} failed {len(failed)}")
-        model.unload()
+
+        answering.run(todo, keep)
+        if config.parity_check:
+            again = [sample for sample in good if not missing(sample)][:config.parity_check]
+            facts["parity"] = answering.parity(again, journal)
+            journal.append([{**facts, "batch_size": size}])
+        answering.unload()
     answered = [sample for sample in good if not missing(sample)]
     log(f"extract | {which} | {len(answered)} of {len(samples)} clips answered, {len(failed)} failed")
     if not answered:
@@ -286,45 +308,97 @@ def answer_all(which: Literal["eventgpt", "videollava"], samples: list[Sample], 
     return answered, failed
 
 
-def answer_batch(model, batch: list[tuple], questions: list[str], config: ExtractConfig) -> list:
-    """One answer for each (sample, question number, pixels); no memory for it is the user's to put right."""
-    import torch
+class Answering:
+    """One loaded model at work: so many clips at a time, fewer when memory turns out to be short."""
 
-    try:
-        return model.answer([pixels for _, _, pixels in batch], [questions[number] for _, number, _ in batch],
-                            config.max_new_tokens)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory with {len(batch)} answers at a time: use a --batch_size below "
-                        f"{config.batch_size}, or --quantization 4bit; answers so far are kept ({error})") from error
+    def __init__(self, which: str, model, read: Callable, questions: list[str], size: int, failed: list[dict],
+                 config: ExtractConfig):
+        """model: VideoLlava or EventGPT; read: what it sees of a sample; failed: gets the rows of the lost clips."""
+        self.which, self.model, self.read, self.questions = which, model, read, questions
+        self.size, self.failed, self.config = size, failed, config
+        self.engine = None                        # vlm.batches.Batches, made for the first clips and kept
+        self.running: list[tuple] = []            # (samples, function that waits for their answers)
+
+    def run(self, todo: list[Sample], keep: Callable) -> None:
+        """Answer them all; keep(samples, answers of each) is called while the model works on the next ones."""
+        def hand_over() -> None:
+            running, self.running = self.running, []
+            for samples, wait in running:
+                keep(samples, wait())
+
+        for clips in self.clips(todo):
+            self.start(clips, hand_over)
+        hand_over()
+
+    def clips(self, todo: list[Sample]) -> Iterator[list[tuple]]:
+        """Yield lists of (sample, pixels), all of one shape; a clip that can't be read is added to `failed`."""
+        clips = []
+        for sample, pixels in self.pixels_of(todo, BATCHES_AHEAD * self.size):
+            if isinstance(pixels, Exception):
+                self.lose(sample, str(pixels))
+                continue
+            if len(clips) >= self.size or (clips and clips[0][1].shape != pixels.shape):
+                yield clips
+                clips = []
+            clips.append((sample, pixels))
+        if clips:
+            yield clips
+
+    def pixels_of(self, samples: list[Sample], ahead: int) -> Iterator[tuple]:
+        from vlm.dataset import read_ahead
+
+        prepare = self.model.prepare
+        return read_ahead(lambda sample: prepare(self.read(sample)), samples, self.config.num_workers, ahead)
+
+    def start(self, clips: list[tuple], meanwhile: Callable) -> None:
+        """Start answering, fewer at a time if memory is short; meanwhile() is called once the device is busy."""
+        import torch
+
+        from vlm.batches import Batches
+        from vlm.loading import free_memory
+
+        samples, pixels = zip(*clips)
+        try:
+            if self.engine is None or self.engine.pictures != len(pixels[0]):
+                self.engine = None
+                self.engine = Batches(self.model, self.questions, self.config.max_new_tokens, len(pixels[0]),
+                                      self.size)
+            wait = self.engine.answer(pixels, meanwhile)
+            self.running.append((samples, wait))
+            return
+        except torch.OutOfMemoryError as error:
+            reason = f"out of memory with {len(clips)} clips at a time: {str(error).splitlines()[0]}"
+        self.engine = None
+        free_memory()
+        if self.size == 1:
+            self.lose(samples[0], reason)
+            return
+        self.size //= 2
+        log(f"extract | {self.which} | WARNING | {reason}; going on with {self.size}")
+        for at in range(0, len(clips), self.size):
+            self.start(clips[at:at + self.size], meanwhile)
+
+    def lose(self, sample: Sample, reason: str) -> None:
+        self.failed.append(failure(sample, self.which, reason))
+        log(f"extract | {self.which} | WARNING | clip {sample.key} failed: {reason}")
+
+    def parity(self, samples: list[Sample], journal: Journal) -> dict:
+        """How many answers transformers gives alike, one by one: all in float32; not all in 16 or 4 bits."""
+        self.engine, same = None, []              # its memory is needed
+        for sample, pixels in self.pixels_of(samples, self.config.num_workers):
+            for number, question in enumerate(self.questions):
+                alone = self.model.answer([pixels], [question], self.config.max_new_tokens)[0].tokens
+                same.append(alone == journal.answers[self.which, sample.key, number]["tokens"])
+        log(f"extract | {self.which} | parity | {sum(same)} of {len(same)} answers are those of one by one")
+        return {"answers": len(same), "equal": sum(same)}
+
+    def unload(self) -> None:
+        self.engine = None                        # it holds the weights
+        self.model.unload()
 
 
-def batches(model, read, samples: list[Sample], missing, failed: list[dict], which: str,
-            config: ExtractConfig) -> Iterator[list[tuple]]:
-    """Yield lists of (sample, question number, pixels), up to --batch_size long, all of one pixel shape.
-
-    A clip is read and prepared once for all its questions; one that can't be read is added to `failed`.
-    """
-    from vlm.dataset import read_ahead
-
-    batch = []
-    ahead = BATCHES_AHEAD * config.batch_size
-    for sample, pixels in read_ahead(lambda sample: model.prepare(read(sample)), samples, config.num_workers, ahead):
-        if isinstance(pixels, Exception):
-            failed.append(failure(sample, which, str(pixels)))
-            log(f"extract | {which} | WARNING | clip {sample.key} failed: {pixels}")
-            continue
-        for number in missing(sample):
-            # --event_images all: some clips may have fewer pictures than others.
-            if len(batch) == config.batch_size or (batch and batch[0][2].shape != pixels.shape):
-                yield batch
-                batch = []
-            batch.append((sample, number, pixels))
-    if batch:
-        yield batch
-
-
-def load_model(which: str, config: ExtractConfig, journal: Journal) -> tuple:
-    """The model (load, prepare, answer, unload) and the function that reads what it sees of a sample."""
+def load_model(which: str, todo: list[Sample], config: ExtractConfig) -> tuple:
+    """(model, function that reads what it sees of a sample, the most pictures of a sample, facts for the journal)."""
     from vlm import eventgpt, video_llava
     from vlm.dataset import draft_pictures, target_pictures
     from vlm.loading import Runtime
@@ -335,12 +409,12 @@ def load_model(which: str, config: ExtractConfig, journal: Journal) -> tuple:
     if which == "eventgpt":
         model, prompt = eventgpt.EventGPT.load(name, runtime), eventgpt.prompt("{query}")
         read = functools.partial(draft_pictures, which=config.event_images)
+        pictures = 1 if config.event_images == "first" else max(len(sample.event_images) or 5 for sample in todo)
     else:
         model, prompt = video_llava.VideoLlava.load(name, runtime), video_llava.prompt("{query}")
-        read = functools.partial(target_pictures, num_frames=config.num_frames)
-    journal.append([{"model": which, "name": name, "revision": model.revision, "prompt": prompt,
-                     "vocab_size": model.vocab_size}])
-    return model, read
+        read, pictures = functools.partial(target_pictures, num_frames=config.num_frames), config.num_frames
+    return model, read, pictures, {"model": which, "name": name, "revision": model.revision, "prompt": prompt,
+                                   "vocab_size": model.vocab_size}
 
 
 def failure(sample: Sample, which: str, reason: str) -> dict:
@@ -357,7 +431,7 @@ def write_pairs(config: ExtractConfig, settings: dict, samples: list[Sample], qu
         "total_samples": len(samples), "num_questions": len(questions), "questions": questions,
         "eventgpt_success": len(drafts) * len(questions), "videollava_success": len(pairs) * len(questions),
         "vocab_size": max(model["vocab_size"] for model in journal.models.values()), "models": journal.models,
-        "settings": settings, "batch_size": config.batch_size, **provenance(),
+        "settings": settings, **provenance(),
     }
 
     def rows() -> Iterator[dict]:

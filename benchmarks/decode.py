@@ -142,15 +142,15 @@ def run_ours(model: VideoLlava, pixels, pairs: Pairs, part: int, task: Task, con
     """({drafter: {"rows"}}, costs in seconds, memory in MiB): all drafters on each answer in turn."""
     import decoding
     from benchmarks.limits import memory
-    from vlm.peers import AFTER, QUESTION
+    from vlm.peers import QUERY, QUESTION
     from vlm.steps import Prompted, Steps
 
     device, before = model.runtime.device, memory(model.runtime.device)
     recorded = list(zip(pairs.answers("draft"), pairs.answers("target")))
-    question = model.tokenizer("").input_ids[-len(QUESTION) - len(AFTER):-len(AFTER)]
-    length, longest = len(model._prompt_ids(len(pixels), "")), max(len(answer) for _, answer in recorded)
+    question = [token % model.tokenizer.words for token in QUESTION]
+    length, longest = len(model._prompt_ids(len(pixels), QUERY)), max(len(answer) for _, answer in recorded)
     target = Prompted(Steps(*model.decoder, room=length + longest + MAX_GAMMA))
-    costs = decoding.measure_costs(target, model, pixels, "", device, range(1, MAX_GAMMA + 2))
+    costs = decoding.measure_costs(target, model, pixels, QUERY, device, range(1, MAX_GAMMA + 2))
     settings = types.SimpleNamespace(gamma=config.gamma, temperature=0.0, max_new_tokens=0)
     task.adapter.to(device)
     decoders = {name: Decoder(name, task, target, costs, NO_EOS, settings) for name in DRAFTERS}
@@ -163,7 +163,7 @@ def run_ours(model: VideoLlava, pixels, pairs: Pairs, part: int, task: Task, con
                 "accepted": sum(found.accepted), "draft_s": found.draft_s, "verify_s": found.verify_s,
                 "prefill_s": found.prefill_s, "decode_s": seconds - found.prefill_s, "end_s": seconds}
 
-    embeds = model.prompt_embeds(pixels, "")
+    embeds = model.prompt_embeds(pixels, QUERY)
     for decoder in decoders.values():
         decoder.drafter.learn = lambda answer: None                          # warming up must teach nothing
         for draft, answer in recorded[:WARM_UPS]:
@@ -175,7 +175,7 @@ def run_ours(model: VideoLlava, pixels, pairs: Pairs, part: int, task: Task, con
     progress = Progress("benchmark | ours", len(recorded), unit="answers")
     runs = {name: {"rows": []} for name in DRAFTERS}
     for number, (draft, answer) in enumerate(recorded):
-        embeds, vision_s = decoding.timed(lambda: model.prompt_embeds(pixels, ""), device)
+        embeds, vision_s = decoding.timed(lambda: model.prompt_embeds(pixels, QUERY), device)
         for name, decoder in decoders.items():
             if number < part or name not in BRIEF:
                 row = one(decoder, embeds, draft, answer)
@@ -339,10 +339,11 @@ def measure(config: Config) -> dict:
     from decoding import milliseconds
     from train_and_evaluate import device_name
     from vlm.loading import Runtime
-    from vlm.peers import SEED, random_model
+    from vlm.peers import QUERY, SEED, random_model
+    from vlm.video_llava import VideoLlava
 
     runtime = Runtime.choose(config.device, config.dtype, "none")
-    model = random_model(config.size, task.adapter.config.vocab_size, runtime)
+    model = random_model(VideoLlava, config.size, runtime, task.adapter.config.vocab_size)
     side = model.model.config.vision_config.image_size
     pixels = torch.randn(FRAMES, 3, side, side, generator=torch.Generator().manual_seed(SEED))
     part = len(pairs) if config.peer_answers == -1 else min(config.peer_answers, len(pairs))
@@ -351,7 +352,7 @@ def measure(config: Config) -> dict:
         "what": [
             *WHAT, f"Part: transformers' modes and {', '.join(BRIEF)} ran on the first {part} of {len(pairs)} "
             "answers, one contiguous part, the same for all; whoever is compared with them is timed on that part."],
-        "answers": len(pairs), "peer_answers": part, "prompt_positions": len(model._prompt_ids(FRAMES, "")),
+        "answers": len(pairs), "peer_answers": part, "prompt_positions": len(model._prompt_ids(FRAMES, QUERY)),
         "limits": limits(model)}
     log("benchmark | " + " | ".join(f"{key} {results[key]}" for key in (
         "size", "device", "dtype", "answers", "peer_answers", "prompt_positions")))

@@ -22,6 +22,7 @@ from tests.test_train_and_evaluate import run_main
 from vlm import peers
 from vlm.loading import Runtime
 from vlm.peers import generate, random_model
+from vlm.video_llava import VideoLlava
 
 ANSWERS, PART, GAMMA = 10, 4, 3
 MODES = ("generate", "generate, static cache", "generate, prompt lookup")
@@ -125,7 +126,7 @@ def test_warming_up_teaches_nothing(trained, monkeypatch):
     config = settings(trained, max_answers=3)
     task = read_task(trained[1])
     pairs = read_answers(config, task)
-    model = random_model(config.size, task.adapter.config.vocab_size, Runtime.choose("cpu"))
+    model = random_model(VideoLlava, config.size, Runtime.choose("cpu"), task.adapter.config.vocab_size)
     decode.run_ours(model, torch.randn(8, 3, 28, 28), pairs, PART, task, config)
     assert learnt == [answer for answer in pairs.answers("target") for _ in ("hybrid", "memory")]
 

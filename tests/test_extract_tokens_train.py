@@ -123,7 +123,7 @@ def test_when_nothing_succeeds_it_is_an_error_and_no_output(extract, copy):
 
 
 def test_a_stopped_run_goes_on_where_it_was(extract, tmp_path, monkeypatch):
-    undisturbed = extract(output_file=tmp_path / "whole.json")
+    undisturbed = extract("--batch_size", 2, output_file=tmp_path / "whole.json")
     append, calls = extract_tokens_train.Journal.append, []
 
     def append_until_killed(journal, entries):

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from vlm.eventgpt import EventGPT
 from vlm.loading import Runtime
-from vlm.peers import Forced, generate, random_model
+from vlm.peers import QUERY, Forced, generate, random_model
+from vlm.video_llava import VideoLlava
 
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model("small", 64, Runtime.choose("cpu"))
+    return random_model(VideoLlava, "small", Runtime.choose("cpu"), 64)
 
 
 @pytest.mark.parametrize("mode", [{}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 4}],
@@ -30,13 +32,24 @@ def test_forcing_forbids_no_token_and_goes_by_the_position():
         assert scores.argmax() == token and scores.isfinite().sum() == 7 and scores.min() == 0
 
 
-@pytest.mark.parametrize("size", ["small", "7b"])
-def test_the_prompt_is_as_long_as_the_published_one(size):
+@pytest.mark.parametrize(("kind", "size", "positions", "billions"), [
+    (VideoLlava, "small", 8 * 5 + 20, None), (VideoLlava, "7b", 2076, 7.366 - 0.303),
+    (EventGPT, "small", 59 + 6, None), (EventGPT, "7b", 637, 7.080)])
+def test_the_prompt_is_as_long_as_the_published_one(kind, size, positions, billions):
     """On the meta device: nothing of the 7B is computed."""
-    model = random_model(size, 64, Runtime(torch.device("meta"), torch.bfloat16, "none"))
-    ids = model._prompt_ids(8, "")
-    assert len(ids) == {"small": 8 * 5 + 20, "7b": 2076}[size]
-    assert ids.count(model.model.config.video_token_index) == len(ids) - 20 and max(ids) < model.vocab_size
+    model = random_model(kind, size, Runtime(torch.device("meta"), torch.bfloat16, "none"), 64)
+    before, after = model.prompt_parts(QUERY)
+    assert len(before) + model.visual_tokens(8 if kind is VideoLlava else 1) + len(after) == positions
+    assert max(before + after) < model.vocab_size and len(model.prompt_parts("Why is that?")[1]) == len(after) - 5
     assert {weight.dtype for weight in model.model.parameters()} == {torch.bfloat16}
-    billions = sum(weight.numel() for weight in model.model.parameters()) / 1e9
-    assert size == "small" or billions == pytest.approx(7.366 - 0.303, abs=0.002)
+    assert not billions or sum(weight.numel() for weight in model.model.parameters()) / 1e9 == pytest.approx(
+        billions, abs=0.002)
+
+
+def test_4bit_is_quantised_as_loading_does():
+    pytest.importorskip("bitsandbytes")
+    model = random_model(VideoLlava, "small", Runtime(torch.device("cpu"), torch.float32, "4bit"), 64)
+    kinds = {name: type(module).__name__ for name, module in model.model.named_modules()}
+    four_bit = {name for name, kind in kinds.items() if kind == "Linear4bit"}
+    assert four_bit and four_bit == {name for name, kind in kinds.items()
+                                     if kind.startswith("Linear") and ".layers." in name and "language_model" in name}

@@ -12,9 +12,11 @@ from decoding import decode, rounding
 from tests.conftest import ROOT
 from tests.test_decoding import QUALITY, Knowing
 from tests.test_eventgpt import FIXTURES
+from vlm import steps as steps_module
 from vlm.eventgpt import EventGPT
+from vlm.llama import Next
 from vlm.loading import Runtime, generate_greedily
-from vlm.steps import Next, Prompted, Steps
+from vlm.steps import Prompted, Steps
 from vlm.video_llava import VideoLlava
 
 ROOM, VOCAB = 61, 67                                    # neither is a multiple of 8
@@ -229,12 +231,11 @@ def test_a_full_cache_and_a_foreign_id_are_told_with_numbers():
 class FakeGraph:
     """What a CUDA graph does, on a CPU: the same work on the same buffers, written to the same outputs."""
 
-    def __init__(self, steps: Steps, k: int, wrong: float = 0.0):
-        self.steps, self.k, self.wrong = steps, k, wrong
-        self.output = Next(torch.zeros(k, VOCAB), torch.zeros(k, dtype=torch.long))
+    def __init__(self, work, wrong: float = 0.0):
+        self.work, self.wrong, self.output = work, wrong, Next(*map(torch.clone, work()))
 
     def replay(self):
-        for ours, value in zip(self.output, self.steps._forward(self.k)):
+        for ours, value in zip(self.output, self.work()):
             ours.copy_(value)
         self.output.logits.mul_(1 + self.wrong)
 
@@ -246,11 +247,11 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
     def capture(wrong: float):
-        def fake(steps, k, stream, pool):
-            graph = FakeGraph(steps, k, wrong)
+        def fake(work, stream, pool):
+            graph = FakeGraph(work, wrong)
             return graph, graph.output
 
-        monkeypatch.setattr(Steps, "_capture", fake)
+        monkeypatch.setattr(steps_module, "capture", fake)
 
     return capture
 

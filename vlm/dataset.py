@@ -152,7 +152,7 @@ def draft_pictures(sample: Sample, which: Literal["first", "all"]) -> list[np.nd
 
 def target_pictures(sample: Sample, num_frames: int) -> list[np.ndarray]:
     """What Video-LLaVA sees: frames of the clip's MP4."""
-    return list(read_video(sample.video, num_frames))
+    return read_video(sample.video, num_frames)
 
 
 def read_ahead(prepare: Callable, samples: Iterable[Sample], workers: int, ahead: int) -> Iterator[tuple]:

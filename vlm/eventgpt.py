@@ -11,10 +11,8 @@ tests/test_eventgpt.py. Reference: XduSyL/EventGPT (Liu et al., EventGPT: Event 
 Multimodal Large Language Models, CVPR 2025).
 """
 
-import dataclasses
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -25,7 +23,7 @@ from base import UserError, log
 from vlm.loading import (
     Answer,
     Runtime,
-    free_memory,
+    VisionLanguageModel,
     generate_greedily,
     load_checked,
     load_tokenizer,
@@ -33,7 +31,7 @@ from vlm.loading import (
     read_model_config,
     weights_mib,
 )
-from vlm.media import PixelSettings, clip_pixels
+from vlm.media import PixelSettings
 
 EVENT, EVENT_ID = "<event>", -200           # the id is a place holder in input_ids and never embedded
 START, END, PATCH = "<ev_start>", "<ev_end>", "<ev_patch>"
@@ -136,15 +134,8 @@ class EventGPTModel(PreTrainedModel):
 
 
 # -------------------------------------------------------------------------------------------- verbs
-@dataclasses.dataclass
-class EventGPT:
-    """The draft model, ready to answer: load, prepare, answer, unload (VideoLlava has the same verbs)."""
-
-    model: EventGPTModel
-    tokenizer: object
-    pixels: PixelSettings
-    runtime: Runtime
-    revision: str
+class EventGPT(VisionLanguageModel):
+    """The draft model, ready to answer (VideoLlava has the same verbs)."""
 
     @staticmethod
     def load(name: str | Path, runtime: Runtime) -> "EventGPT":
@@ -178,23 +169,27 @@ class EventGPT:
         log(f"load | {folder} | weights {weights_mib(model):,.1f} MiB")
         return EventGPT(model, tokenizer, pixels, runtime, local_revision(folder))
 
-    @property
-    def vocab_size(self) -> int:
-        return self.model.get_input_embeddings().num_embeddings
-
-    def prepare(self, pictures: list[np.ndarray]) -> torch.Tensor:
-        """Pictures (H, W, 3) uint8 RGB of one clip -> pixels (t, 3, S, S) float32, on the CPU; thread-safe."""
-        return torch.from_numpy(clip_pixels(pictures, self.pixels))
-
     def answer(self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int) -> list[Answer]:
         """One greedy answer per row; rows may differ in query, not in the number of pictures."""
-        embeds, mask = self._embeds(pixels, queries)
+        with torch.inference_mode():
+            features = self.visual_features(torch.stack(pixels).to(self.runtime.device, non_blocking=True))
+            ids = [prompt_ids(self.tokenizer, query) for query in queries]
+            embeds, mask = self.model.inputs_embeds(ids, features)
         return generate_greedily(self.model.language_model, self.tokenizer, max_new_tokens,
                                  inputs_embeds=embeds, attention_mask=mask)
 
-    def prompt_embeds(self, pixels: torch.Tensor, query: str) -> torch.Tensor:
-        """One clip's pixels (t, 3, S, S) as prepare() gives them -> (1, L, H), what the decoder reads."""
-        return self._embeds([pixels], [query])[0]
+    def prompt_parts(self, query: str) -> tuple[list[int], list[int]]:
+        """The prompt's ids before and after the pictures' tokens."""
+        ids = prompt_ids(self.tokenizer, query)
+        return ids[:ids.index(EVENT_ID)], ids[ids.index(EVENT_ID) + 1:]
+
+    def visual_tokens(self, pictures: int) -> int:
+        vision = self.model.config.vision_config
+        return pictures + 1 + (vision.image_size // vision.patch_size) ** 2
+
+    def visual_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (B, t, 3, S, S) -> (B, t + 1 + patches, H)."""
+        return self.model.event_features(pixels)
 
     @property
     def decoder(self) -> tuple:
@@ -205,16 +200,10 @@ class EventGPT:
     def max_positions(self) -> int:
         return self.model.config.text_config.max_position_embeddings
 
-    @torch.inference_mode()
-    def _embeds(self, pixels: list[torch.Tensor], queries: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, L, H) and its mask (B, L), as EventGPTModel.inputs_embeds."""
-        features = self.model.event_features(torch.stack(pixels).to(self.runtime.device, non_blocking=True))
-        return self.model.inputs_embeds([prompt_ids(self.tokenizer, query) for query in queries], features)
-
-    def unload(self) -> None:
-        """Free the weights; the object can't answer any more."""
-        del self.model
-        free_memory()
+    @property
+    def max_prompt(self) -> int:
+        """Positions of a prompt that are kept, as EventGPT's inference does."""
+        return self.model.config.max_positions
 
 
 def _vision_settings(folder: Path, tower: str) -> tuple[dict, PixelSettings]:

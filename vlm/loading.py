@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerFast
@@ -15,10 +16,13 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from base import UserError, install_command, log, read_json
+from vlm.media import PixelSettings, clip_pixels
 
 transformers_logging.set_verbosity_error()       # what matters is checked below and logged as our own lines
 transformers_logging.disable_progress_bar()      # a bar would write \r into a log file
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)    # 8bit says at every layer that it casts
+
+BLOCK_4BIT = 64                                  # weights that share a scale
 
 Quantization = Literal["auto", "4bit", "8bit", "none"]
 
@@ -66,6 +70,47 @@ class Answer:
     finished: bool
 
 
+@dataclasses.dataclass
+class VisionLanguageModel:
+    """What both models have: load (their own), prepare, answer, prompt_embeds, unload."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    pixels: PixelSettings
+    runtime: Runtime
+    revision: str
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_input_embeddings().num_embeddings
+
+    def prepare(self, pictures: list[np.ndarray]) -> torch.Tensor:
+        """Pictures (H, W, 3) uint8 RGB of a clip -> pixels (n, 3, S, S) in the model's dtype, on the CPU; thread-safe.
+        """
+        return torch.from_numpy(clip_pixels(pictures, self.pixels)).to(self.runtime.dtype)
+
+    @torch.inference_mode()
+    def prefix_embeds(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (B, n, 3, S, S) on the model's device -> (B, P, H): the prompts up to the end of the pictures."""
+        before, _ = self.prompt_parts("")
+        words = self._embed(before).expand(len(pixels), -1, -1)
+        return torch.cat([words, self.visual_features(pixels)], 1)
+
+    @torch.inference_mode()
+    def prompt_embeds(self, pixels: torch.Tensor, query: str) -> torch.Tensor:
+        """One clip's pixels (n, 3, S, S) as prepare() gives them -> (1, L, H), what the decoder reads."""
+        clip = self.prefix_embeds(pixels[None].to(self.runtime.device, non_blocking=True))
+        return torch.cat([clip, self._embed(self.prompt_parts(query)[1])], 1)[:, :self.max_prompt]
+
+    def _embed(self, ids: list[int]) -> torch.Tensor:
+        return self.model.get_input_embeddings()(torch.tensor([ids], dtype=torch.long, device=self.runtime.device))
+
+    def unload(self) -> None:
+        """Free the weights; the object can't answer any more."""
+        del self.model
+        free_memory()
+
+
 # ------------------------------------------------------------------------------------------- loading
 def load_checked(model_class, name: str | Path, runtime: Runtime, keep: list[str], **how):
     """from_pretrained, streamed shard by shard, that raises a UserError unless every weight was found and fits.
@@ -91,6 +136,9 @@ def load_checked(model_class, name: str | Path, runtime: Runtime, keep: list[str
     if trouble:
         raise UserError(f"the weights of {name} don't fit {model_class.__name__}: {'; '.join(trouble)}")
     check_quantised(model, runtime, keep)
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and module.in_features % BLOCK_4BIT:
+            module.support_avx512bf16_for_cpu = False     # its packed form there can't hold part of a block
     return model.eval().requires_grad_(False)
 
 
@@ -161,10 +209,15 @@ def generate_greedily(model, tokenizer, max_new_tokens: int, **inputs) -> list[A
         ids = model.generate(**inputs, generation_config=settings)
     if "input_ids" in inputs:                                  # then the prompt stands in front; else it does not
         ids = ids[:, inputs["input_ids"].shape[1]:]
-    answers = []
-    for row in ids.tolist():
+    return answers_of(ids.tolist(), tokenizer)
+
+
+def answers_of(rows: list[list[int]], tokenizer) -> list[Answer]:
+    """New tokens, with whatever stands after EOS -> an Answer for each row."""
+    answers, eos = [], tokenizer.eos_token_id
+    for row in rows:
         finished = eos in row
-        tokens = row[:row.index(eos) + 1] if finished else row     # after EOS come only pad ids
+        tokens = row[:row.index(eos) + 1] if finished else row
         answers.append(Answer(tokens, tokenizer.decode(tokens, skip_special_tokens=True).strip(), finished))
     return answers
 

@@ -1,60 +1,109 @@
-"""What benchmark.py times: Video-LLaVA at real size with random weights, and transformers' own ways to decode.
+"""What benchmark.py times: both models at real size with random weights, and transformers' own ways to decode.
 
-Words of random weights mean nothing, so a recorded answer is forced on generate, token by token; every pass is
-computed all the same.
+Words of random weights mean nothing. Where it matters what is said, a recorded answer is forced on generate, token by
+token; every pass is computed all the same.
 """
 
 import math
+import re
 import types
 from typing import Literal
 
 import torch
+from torch import nn
 from transformers import VideoLlavaForConditionalGeneration
 
-from vlm.loading import Runtime
+from vlm.eventgpt import CLIP_L_336, EventGPTConfig, EventGPTModel
+from vlm.loading import Runtime, VisionLanguageModel, check_quantised
+from vlm.media import PixelSettings
 from vlm.video_llava import VIDEO, VideoLlava
 
-SEED = 42                            # of the weights, and of the benchmark's frames
+SEED = 42                            # of the weights, and of the benchmark's pictures
+QUERY = "What are the key elements in this scene?"
 
-# LLaMA's ids around the frames: <s> "USER: ", then "\n", the question, " ASSISTANT:". With 8 x 257 of frames 2,076.
-BEFORE, NEWLINE, AFTER = [1, 3148, 1001, 29901, 29871], 13, [319, 1799, 9047, 13566, 29901]
-QUESTION = [5618, 526, 278, 1820, 3161, 297, 445, 9088, 29973]      # What are the key elements in this scene?
+# LLaMA's ids of both prompts around pictures and question: 2,076 positions with 8 x 257 of video, 637 with a picture.
+ASSISTANT, NEWLINE = [319, 1799, 9047, 13566, 29901], 13
+VIDEO_BEFORE = [1, 3148, 1001, 29901, 29871]
+EVENT_BEFORE = [1, 319, 13563, 1546, 263, 12758, 5199, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444,
+                29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 5199, 29915, 29879, 5155, 29889, 3148, 1001,
+                29901, 529, 5750, 29918, 2962, 29958]
+EVENT_AFTER = [529, 5750, 29918, 355, 29958]
+QUESTION = [5618, 526, 278, 1820, 3161, 297, 445, 9088, 29973]      # QUERY
 
 VISION_7B = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
              "image_size": 224, "patch_size": 14, "projection_dim": 768}
 TEXT_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 WORDS_7B, VOCAB_SIZE_7B = 32000, 32064                              # then come <image>, <video>, <pad>, and nothing
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL_VISION = {**SMALL, "image_size": 28, "patch_size": 14, "projection_dim": 32}
 
 
-def random_model(size: Literal["7b", "small"], vocab_size: int, runtime: Runtime) -> VideoLlava:
-    """Video-LLaVA of that size, made where it runs, without its image tower; it answers to vlm's verbs.
+class Tokenizer:
+    """Gives as many ids as LLaMA's does for both models' prompts, whatever the words are; no id ends an answer."""
 
-    vocab_size: of the adapter, whose ids the small one knows; the 7b has its own.
+    bos_token_id, eos_token_id, pad_token_id = 1, -1, 0
+
+    def __init__(self, words: int):
+        self.words = words                           # ids below are words; the second after them is VIDEO
+
+    def __call__(self, prompt: str):
+        query = prompt.partition("\n")[2].removesuffix(" ASSISTANT:")
+        question = (QUESTION * len(query))[:len(re.findall(r"\w+|[^\w\s]", query))]
+        after = [NEWLINE, *question, *ASSISTANT] if "\n" in prompt else []
+        # EventGPT's prompt comes in two parts, each with BOS.
+        before = VIDEO_BEFORE if VIDEO in prompt else [1, *EVENT_AFTER] if after else EVENT_BEFORE
+        before, after = ([token % self.words for token in part] for part in (before, after))
+        return types.SimpleNamespace(input_ids=[*before, *[self.words + 1] * prompt.count(VIDEO), *after])
+
+    def decode(self, tokens: list[int], **how) -> str:
+        return ""
+
+
+def random_model(kind: type[VisionLanguageModel], size: Literal["7b", "small"], runtime: Runtime,
+                 words: int = WORDS_7B) -> VisionLanguageModel:
+    """VideoLlava (without its image tower) or EventGPT of that size, made where it runs.
+
+    words: ids that the small one knows, beside the two for image and video; the 7b has its own.
     """
-    real = size == "7b"
-    words = WORDS_7B if real else vocab_size                               # then come <image> and <video>
-    text = {**(TEXT_7B if real else SMALL), "vocab_size": VOCAB_SIZE_7B if real else words + 2,
-            "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
-    vision = VISION_7B if real else {**SMALL, "image_size": 28, "patch_size": 14, "projection_dim": 32}
-    shape = VideoLlavaForConditionalGeneration.config_class(
-        vision_config=vision, text_config=text, image_token_index=words, video_token_index=words + 1)
+    real, video = size == "7b", kind is VideoLlava
+    words = WORDS_7B if real else words
+    text = {**(TEXT_7B if real else SMALL), "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+            "vocab_size": (VOCAB_SIZE_7B if real else words + 2) if video else words}
+    if video:
+        model_class = VideoLlavaForConditionalGeneration
+        shape = model_class.config_class(vision_config=VISION_7B if real else SMALL_VISION, text_config=text,
+                                         image_token_index=words, video_token_index=words + 1)
+    else:
+        model_class, shape = EventGPTModel, EventGPTConfig(text, CLIP_L_336 if real else SMALL_VISION)
     torch.manual_seed(SEED)
     torch.set_default_dtype(runtime.dtype)
     try:
         with runtime.device:
-            model = VideoLlavaForConditionalGeneration(shape).eval().requires_grad_(False)
+            model = model_class(shape).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(torch.float32)
-    model.model.image_tower = None
-    model.generation_config.eos_token_id = None
+    if video:
+        model.model.image_tower = None
+        model.generation_config.eos_token_id = None
+    if runtime.quantization == "4bit":
+        quantise(model, runtime)
+    side = shape.vision_config.image_size
+    return kind(model, Tokenizer(words), PixelSettings(side, side), runtime, "random weights")
 
-    def tokenizer(prompt: str):                      # knows one question, whatever it is asked
-        around = [[token % words for token in part] for part in (BEFORE, [NEWLINE, *QUESTION, *AFTER])]
-        return types.SimpleNamespace(input_ids=[*around[0], *[words + 1] * prompt.count(VIDEO), *around[1]])
 
-    tokenizer.bos_token_id = BEFORE[0]
-    return VideoLlava(model, tokenizer, None, runtime, "random weights")
+def quantise(model: nn.Module, runtime: Runtime) -> None:
+    """The language model's layers in bitsandbytes' 4-bit form, as loading a checkpoint with --quantization 4bit."""
+    import bitsandbytes
+
+    for name, module in list(model.named_modules()):
+        if "language_model" in name and ".layers." in name and type(module) is nn.Linear:
+            layer = bitsandbytes.nn.Linear4bit(module.in_features, module.out_features, bias=False, device="meta",
+                                               compute_dtype=runtime.dtype, quant_type="nf4")
+            layer.weight = bitsandbytes.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4",
+                                                      compress_statistics=True).to(runtime.device)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+    check_quantised(model, runtime, [])
 
 
 class Forced:
@@ -75,7 +124,7 @@ class Forced:
 
 def generate(model: VideoLlava, pixels, answer: list[int], length: int, **mode) -> list[int]:
     """The first `length` tokens of the recorded answer, by transformers' greedy generate in one of its modes."""
-    prompt = model._prompt_ids(len(pixels), "")
+    prompt = model._prompt_ids(len(pixels), QUERY)
     ids = torch.tensor([prompt], device=model.runtime.device)
     # Compiled code and inference tensors do not go together; generate turns gradients off by itself.
     with torch.inference_mode("cache_implementation" not in mode):

@@ -7,10 +7,8 @@ tokens (the CLS token stays), 8 x 257 = 2056 for the published model.
 Reference: Lin et al., Video-LLaVA: Learning United Visual Representation by Alignment Before Projection, 2023.
 """
 
-import dataclasses
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import AutoConfig, VideoLlavaForConditionalGeneration
 from transformers.utils import cached_file
@@ -19,6 +17,7 @@ from base import UserError, log
 from vlm.loading import (
     Answer,
     Runtime,
+    VisionLanguageModel,
     free_memory,
     generate_greedily,
     load_checked,
@@ -27,7 +26,7 @@ from vlm.loading import (
     read_model_config,
     weights_mib,
 )
-from vlm.media import PixelSettings, clip_pixels
+from vlm.media import PixelSettings
 
 VIDEO = "<video>"
 # Never quantised. transformers 5 wants full names; giving a list drops its own default, so lm_head is in it.
@@ -68,15 +67,8 @@ def read_config(name: str | Path) -> tuple:
         raise UserError(f"can't load the config of {name}: {type(error).__name__}: {error}") from error
 
 
-@dataclasses.dataclass
-class VideoLlava:
-    """The target model, ready to answer: load, prepare, answer, unload (EventGPT has the same verbs)."""
-
-    model: VideoLlavaForConditionalGeneration
-    tokenizer: object
-    pixels: PixelSettings
-    runtime: Runtime
-    revision: str
+class VideoLlava(VisionLanguageModel):
+    """The target model, ready to answer (EventGPT has the same verbs)."""
 
     @staticmethod
     def load(name: str | Path, runtime: Runtime) -> "VideoLlava":
@@ -98,14 +90,6 @@ class VideoLlava:
         log(f"load | {name} | weights {weights_mib(model):,.1f} MiB, the image tower dropped")
         return VideoLlava(model, tokenizer, pixels, runtime, revision)
 
-    @property
-    def vocab_size(self) -> int:
-        return self.model.get_input_embeddings().num_embeddings
-
-    def prepare(self, pictures: list[np.ndarray]) -> torch.Tensor:
-        """Frames (H, W, 3) uint8 RGB, oldest first -> pixels (F, 3, S, S) float32, on the CPU; thread-safe."""
-        return torch.from_numpy(clip_pixels(pictures, self.pixels))
-
     def answer(self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int) -> list[Answer]:
         """One greedy answer per row; rows may differ in query, not in the number of frames."""
         rows = [self._prompt_ids(len(pixels[0]), query) for query in queries]
@@ -122,19 +106,19 @@ class VideoLlava:
             self.model, self.tokenizer, max_new_tokens, input_ids=ids.to(device), attention_mask=mask.to(device),
             pixel_values_videos=torch.stack(pixels).to(device, self.runtime.dtype, non_blocking=True))
 
-    @torch.inference_mode()
-    def prompt_embeds(self, pixels: torch.Tensor, query: str) -> torch.Tensor:
-        """One clip's pixels (F, 3, S, S) as prepare() gives them -> (1, L, H), what the decoder reads."""
-        ids = self._prompt_ids(len(pixels), query)
-        device = self.runtime.device
-        clip = pixels[None].to(device, self.runtime.dtype, non_blocking=True)
-        features = self.model.model.get_video_features(clip).pooler_output.flatten(0, 1)      # (video tokens, H)
-        embeds = self.model.get_input_embeddings()(torch.tensor([ids], device=device))
-        video = self.model.config.video_token_index
-        assert len(features) == ids.count(video), f"{len(features)} features for {ids.count(video)} tokens"
-        first = ids.index(video)                     # a slice, not a mask: indexing by a mask waits for the GPU
-        embeds[0, first:first + len(features)] = features
-        return embeds
+    def prompt_parts(self, query: str) -> tuple[list[int], list[int]]:
+        """The prompt's ids before and after the video's."""
+        ids, video = prompt_ids(self.tokenizer, query, 1), self.model.config.video_token_index
+        return ids[:ids.index(video)], ids[ids.index(video) + 1:]
+
+    def visual_tokens(self, frames: int) -> int:
+        vision = self.model.config.vision_config
+        return frames * (1 + (vision.image_size // vision.patch_size) ** 2)
+
+    def visual_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (B, F, 3, S, S) -> (B, F * (1 + patches), H)."""
+        features = self.model.model.get_video_features(pixels.to(self.runtime.dtype)).pooler_output
+        return features.reshape(len(pixels), self.visual_tokens(pixels.shape[1]), -1)
 
     @property
     def decoder(self) -> tuple:
@@ -145,11 +129,10 @@ class VideoLlava:
     def max_positions(self) -> int:
         return self.model.config.text_config.max_position_embeddings
 
-    def _prompt_ids(self, frames: int, query: str) -> list[int]:
-        vision = self.model.config.vision_config
-        return prompt_ids(self.tokenizer, query, frames * (1 + (vision.image_size // vision.patch_size) ** 2))
+    @property
+    def max_prompt(self) -> int:
+        """Positions of a prompt that are kept."""
+        return self.max_positions
 
-    def unload(self) -> None:
-        """Free the weights; the object can't answer any more."""
-        del self.model
-        free_memory()
+    def _prompt_ids(self, frames: int, query: str) -> list[int]:
+        return prompt_ids(self.tokenizer, query, self.visual_tokens(frames))

@@ -1,0 +1,120 @@
+"""Attention as LLaMA's decoders need it: causal over prompts, masked over a cache, and in two parts that are joined.
+
+A prompt that many rows share (several questions about one clip) is attended to once for all of them, and joined with
+each row's own part by the sums of their exponentials (Juravsky et al. 2024, "Hydragen"; the sums as in Dao et al.
+2022, "FlashAttention"). Queries that share keys and values (grouped heads) count as further positions.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from base import log
+
+# cuDNN's reads keys and values at the speed of memory (H200: 4.2 TB/s, FlashAttention 2 in PyTorch 2.5), and is twice
+# as fast over prompts; but it plans anew for every shape, so that only batches of one shape gain.
+PLANNED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def causal(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, planned: bool = False) -> torch.Tensor:
+    """queries (rows, L, heads, d), keys, values (rows, kv_heads, L, d) -> (rows, L, heads * d).
+
+    planned: many calls of this very shape are to come.
+    """
+    with sdpa_kernel(PLANNED, set_priority=planned):
+        mixed = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, is_causal=True,
+                                               enable_gqa=queries.shape[2] != keys.shape[1])
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def masked(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """query (heads, n, d), keys, values (kv_heads, slots, d), mask (n, slots) to add -> like query.
+
+    A few positions are written out: SDPA gives each head one thread block, and a GPU has four times as many to give
+    (7B on an H200, 9 positions: 50 us a layer). Scores are float32 between the products, as inside SDPA.
+    """
+    heads, n, d = query.shape
+    if not 1 < n <= 32:
+        return F.scaled_dot_product_attention(query[None], keys[None], values[None], mask,
+                                              enable_gqa=len(keys) != heads)[0]
+    query = query.reshape(len(keys), -1, d)                                   # heads that share keys side by side
+    chances = torch.add(mask, scores_of(query, keys).view(heads, n, -1), alpha=d ** -0.5).softmax(-1).to(query)
+    return torch.bmm(chances.view(len(keys), -1, keys.shape[1]), values).view(heads, n, d)
+
+
+def scores_of(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """(B, n, d), (B, slots, d) -> their products (B, n, slots), float32 on a GPU."""
+    wide = {"out_dtype": torch.float32} if query.is_cuda and query.dtype != torch.float32 else {}
+    return torch.bmm(query, keys.mT, **wide)
+
+
+# --------------------------------------------------------------------------------------------- in two parts
+def shared_and_own(queries: torch.Tensor, shared: torch.Tensor, own: torch.Tensor,
+                   mask: torch.Tensor) -> torch.Tensor:
+    """Attention of rows to what groups of them share and to what is each one's own, as if both stood in a row.
+
+    queries (rows, T, heads, d); keys and values: shared (2, groups, kv_heads, P, d), own (2, rows, kv_heads, slots,
+    d); rows / groups rows in a run share a prompt. mask (rows, T, slots) float32, to add to own's scores
+    -> (rows * T, heads * d).
+    """
+    rows, T, heads, d = queries.shape
+    groups, kv_heads = shared.shape[1:3]
+    asked, side = rows // groups, heads // kv_heads
+    by_head = queries.view(groups, asked, T, kv_heads, side, d).permute(0, 3, 1, 2, 4, 5)
+    seen, seen_sum = with_sums(by_head.reshape(groups, kv_heads, -1, d), *shared)
+    shape = (groups, kv_heads, asked, T, side)
+    seen, seen_sum = seen.view(*shape, d).transpose(1, 2), seen_sum.view(shape).transpose(1, 2)
+    query = by_head.transpose(1, 2).reshape(rows * kv_heads, T * side, d)     # each row alone
+    keys, values = own.flatten(1, 2)
+    scores = scores_of(query, keys).view(rows, kv_heads, T, side, -1)
+    scores = torch.add(mask[:, None, :, None], scores, alpha=d ** -0.5).unflatten(0, (groups, -1))
+    together = torch.logaddexp(seen_sum.float(), scores.logsumexp(-1))        # (groups, asked, kv_heads, T, side)
+    chances = (scores - together[..., None]).exp_().to(query).view(rows * kv_heads, T * side, -1)
+    said = torch.bmm(chances, values).view(*together.shape, d)
+    mixed = torch.addcmul(said.float(), seen.float(), (seen_sum - together).exp_()[..., None]).to(query)
+    return mixed.transpose(2, 3).reshape(rows * T, heads * d)
+
+
+def with_sums(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """query (B, heads, n, d), keys, values (B, heads, slots, d), no mask -> (like query, log of each row's sum of
+    exponentials (B, heads, n) float32)."""
+    return _kernel(query.device, query.dtype, query.shape[-1])(query, keys, values)
+
+
+def _plain(query, keys, values):
+    scores = scores_of(query.flatten(0, 1), keys.flatten(0, 1)) * query.shape[-1] ** -0.5
+    sums = scores.logsumexp(-1)
+    mixed = torch.bmm((scores - sums[..., None]).exp_().to(query), values.flatten(0, 1))
+    return mixed.view(query.shape), sums.view(query.shape[:3])
+
+
+def _cudnn(query, keys, values):
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(query, keys, values, None, True, 0.0, False)
+    return found[0], found[1].view(query.shape[:3])
+
+
+def _flash(query, keys, values):
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, False)[:2]
+
+
+@functools.cache
+def _kernel(device: torch.device, dtype: torch.dtype, d: int):
+    """The first of cuDNN's and PyTorch's fused kernels that runs here and gives what the plain definition gives.
+
+    Both are called by their inner names: no public function of PyTorch gives the sums.
+    """
+    if device.type != "cuda" or dtype == torch.float32 or d % 8:
+        return _plain
+    random = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(2, 2, n, d, generator=random).to(device, dtype) for n in (3, 40, 40))
+    plain = _plain(query, keys, values)
+    for kernel in (_cudnn, _flash):
+        try:
+            for ours, wanted in zip(kernel(query, keys, values), plain):
+                torch.testing.assert_close(ours.to(wanted), wanted, rtol=0.02, atol=0.02)
+            return kernel
+        except (RuntimeError, AttributeError, AssertionError) as error:
+            log(f"attention | {kernel.__name__[1:]} can't be used here: {str(error).strip():.200}")
+    return _plain

@@ -1,0 +1,231 @@
+"""Greedy answers about many clips at once, to several questions each: what extraction runs.
+
+    batches = Batches(model, questions, max_new_tokens=50, pictures=8, clips=64)      # model: VideoLlava or EventGPT
+    coming = batches.answer(pixels)                     # of up to 64 clips; starts it all and returns before the end
+    answers = coming()                                  # waits: [clip][question] -> Answer
+
+A clip's part of the prompt is the same for all its questions: it goes through the layers once and is kept once.
+Behind it every row (a clip and a question) has a small cache of its own for question and answer. So no position of a
+long prompt is padding, and questions of different lengths cost their own few positions. One token of all rows is a
+CUDA graph; now and then the host looks whether all answers have ended, and never waits for the step just started.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from base import UserError, log
+from vlm.attention import causal, shared_and_own
+from vlm.llama import SAME, Llama, Next, apart, capture
+from vlm.loading import Answer, answers_of
+
+READ_TOKENS = 16_384         # prompt positions that go through the layers at once: enough to fill a GPU
+ASKED, ROWS = 16, 256        # questions of a clip, and answers in all, side by side: more gain little
+CPU_CLIPS = 8                # clips at a time on a CPU, where more are no faster
+LOOK = 8                     # steps from one look at the ends to the next
+FILLED = 0.9                 # share of the free memory that may be used
+
+
+class Batches(Llama):
+    """Up to `clips` clips at a time, all the same questions about each."""
+
+    def __init__(self, vlm, questions: list[str], max_new_tokens: int, pictures: int, clips: int,
+                 graphs: bool | None = None):
+        """vlm: the model; pictures: of each clip; graphs: None = on a CUDA device where the layers allow it."""
+        self.vlm, self.clips, self.pictures, self.count = vlm, clips, pictures, len(questions)
+        self.max_new_tokens = max_new_tokens
+        self.eos = vlm.tokenizer.eos_token_id
+        before, self.after = prompt_of(vlm, questions, pictures)
+        self.prefix, longest = before, max(map(len, self.after))
+        room = before + longest + max_new_tokens
+        if room > vlm.max_positions:
+            raise UserError(f"{pictures} pictures, the longest question and --max_new_tokens {max_new_tokens} need "
+                            f"{room} positions, the model has {vlm.max_positions}: use fewer")
+        super().__init__(*vlm.decoder, room=room)
+        self.asked = asked_at_once(len(questions))
+        self.seen, self.said = self.new_cache(clips, before), self.new_cache(clips * self.asked, room - before)
+        self.slots = torch.arange(max(before, room - before), device=self.device)
+        self.row = torch.arange(clips * self.asked, device=self.device)
+        # What a step reads and writes: last id, tokens in `said`, whether EOS is still to come; the step's number.
+        self.ids, self.lengths, self.open = torch.zeros_like(self.row), torch.zeros_like(self.row), self.row >= 0
+        self.number, self.tokens = self.row[:1].clone(), self.row.new_zeros(max_new_tokens, len(self.row))
+        assert self.may_be_captured or not graphs, f"no CUDA graph of this model on {self.device}"
+        # A graph is of one size: it answers for all rows, whatever stands in those that nobody asked about.
+        self.fixed = self.may_be_captured and graphs is not False and max_new_tokens > LOOK
+        self.graph, self.must = None, bool(graphs)
+
+    @torch.inference_mode()
+    def answer(self, pixels: Sequence[torch.Tensor], meanwhile: Callable = lambda: None) -> Callable:
+        """pixels: of at most `clips` clips, as prepare() gives them -> a function that waits for their answers.
+
+        It gives an Answer for each [clip][question]. meanwhile() is called when the device is busy for long.
+        """
+        clips = len(pixels)
+        self._read(pixels)
+        meanwhile()
+        groups = [self.after[at:at + self.asked] for at in range(0, self.count, self.asked)]
+        new = torch.cat([self._ask(group, clips) for group in groups], 1)         # (clips, questions, tokens)
+        cuda = self.device.type == "cuda"
+        found = torch.empty(new.shape, dtype=new.dtype, pin_memory=cuda).copy_(new, non_blocking=True)
+        done = torch.cuda.Event() if cuda else None
+        if done:
+            done.record()
+
+        def wait() -> list[list[Answer]]:
+            if done:
+                done.synchronize()
+            answers = answers_of(found.flatten(0, 1).tolist(), self.vlm.tokenizer)
+            return [answers[at:at + self.count] for at in range(0, len(answers), self.count)]
+
+        return wait
+
+    # ------------------------------------------------------------------------------------------ the prompt
+    def _read(self, pixels: Sequence[torch.Tensor]) -> None:
+        """What the questions about each clip share, into `seen`: a few clips at a time."""
+        size, positions = max(1, READ_TOKENS // self.prefix), self.slots[:self.prefix]
+        for first in range(0, len(pixels), size):
+            part = torch.stack(pixels[first:first + size])
+            if self.device.type == "cuda":
+                part = part.pin_memory()
+            embeds = self.vlm.prefix_embeds(part.to(self.device, non_blocking=True)).to(self.dtype)
+            rows = slice(first, first + len(part))
+
+            def attend(number: int, queries: torch.Tensor, rows=rows) -> torch.Tensor:
+                keys, values = self.seen[number, :, rows]
+                shape = (len(keys), self.prefix, *queries.shape[1:])
+                return causal(queries.view(shape), keys, values, planned=True).flatten(0, 1)
+
+            places = torch.arange(rows.start * self.prefix, rows.stop * self.prefix, device=self.device)
+            self.layers(embeds.flatten(0, 1), positions.repeat(len(part)), self.seen, places, attend, follow=False)
+
+    def _ask(self, questions: list[list[int]], clips: int) -> torch.Tensor:
+        """ids of the rest of the prompt for each question -> new tokens (clips, questions, max_new_tokens)."""
+        asked, wanted, read = len(questions), len(questions), clips
+        if self.fixed:
+            questions, asked, clips = (questions + self.after[:1] * self.asked)[:self.asked], self.asked, self.clips
+        rows, width = clips * asked, max(map(len, questions))
+        ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in questions])
+        lengths = torch.tensor([len(ids) for ids in questions])
+        ids, lengths = ids.to(self.device).repeat(clips, 1), lengths.to(self.device).repeat(clips)
+        self.said.zero_()                        # a NaN that an earlier answer may have left would reach this one
+        x = self._forward(ids, self.slots[:width].expand(rows, -1), clips)
+        best = self.following(x.view(rows, width, -1)[self.row[:rows], lengths - 1]).best
+        self.ids[:rows], self.lengths[:rows], self.open[:rows] = best, lengths, best != self.eos
+        self.tokens[:] = self.eos
+        self.tokens[0, :rows] = best
+        self.number.fill_(1)
+        if self.fixed and self.may_be_captured and not self.graph:
+            self._capture()
+        self._generate(rows, clips)
+        return self.tokens[:, :rows].T.unflatten(0, (clips, asked))[:read, :wanted].clone()
+
+    # ------------------------------------------------------------------------------------------ the answer
+    def _forward(self, ids: torch.Tensor, slots: torch.Tensor, clips: int) -> torch.Tensor:
+        """ids (rows, T), to be kept at slots (rows, T) of each row's cache -> (rows * T, D) before the last norm."""
+        rows, room = len(ids), self.slots[:self.said.shape[4]]
+        hidden = room > slots[:, :, None]
+        mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)
+        places = self.row[:rows, None] * len(room) + slots
+
+        def attend(number: int, queries: torch.Tensor) -> torch.Tensor:
+            shared, own = self.seen[number, :, :clips], self.said[number, :, :rows]
+            return shared_and_own(queries.unflatten(0, (rows, -1)), shared, own, mask)
+
+        return self.layers(self.model.embed_tokens(ids.flatten()), (self.prefix + slots).flatten(), self.said,
+                           places.flatten(), attend)
+
+    def _next(self, rows: int, clips: int) -> Next:
+        """One token of every row, entirely on the device: what the graph captures."""
+        slots = self.lengths[:rows, None]
+        found = self.following(self._forward(self.ids[:rows, None], slots, clips))
+        self.ids[:rows] = found.best
+        self.tokens[:, :rows].index_copy_(0, self.number, found.best[None])
+        self.open[:rows] &= found.best != self.eos
+        self.lengths[:rows] += 1
+        self.number += 1
+        return found
+
+    def _generate(self, rows: int, clips: int) -> None:
+        """Tokens until all answers have ended, or max_new_tokens of each."""
+        cuda = self.device.type == "cuda"
+        still_open, looked = torch.ones((), dtype=torch.bool, pin_memory=cuda), None
+        for number in range(1, self.max_new_tokens):
+            if self.graph:
+                self.graph.replay()
+            else:
+                self._next(rows, clips)
+            if number % LOOK == 0:
+                if looked:
+                    looked.synchronize()         # the look before this one: meanwhile the device has work
+                if not still_open:
+                    return
+                still_open.copy_(self.open[:rows].any(), non_blocking=True)
+                if cuda:
+                    looked = torch.cuda.Event()
+                    looked.record()
+
+    def _capture(self) -> None:
+        """A graph of one token, believed only after it gave what eager gives (4-bit kernels are not PyTorch's)."""
+        state = (self.ids, self.lengths, self.open, self.number)
+        before = [part.clone() for part in state]
+
+        def step() -> Next:
+            return self._next(len(self.row), self.clips)
+
+        def again() -> None:
+            for part, value in zip(state, before):
+                part.copy_(value)
+
+        try:
+            with torch.cuda.device(self.device):
+                eager = step().logits.clone()
+                again()
+                graph, output = capture(step, torch.cuda.Stream(), torch.cuda.graph_pool_handle())
+                again()
+                graph.replay()
+            if not (difference := apart(output.logits, eager)) <= SAME:
+                raise RuntimeError(f"it differs from eager by {difference:.1%}")
+            self.graph = graph
+            log(f"batches | a CUDA graph for {len(self.row)} answers at a time")
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:            # CUDA's refusals while capturing are RuntimeErrors
+            if self.must:
+                raise
+            self.may_be_captured = False
+            log(f"batches | WARNING | no CUDA graph, every step runs eagerly: {error}")
+        again()
+
+
+# -------------------------------------------------------------------------------------------- how many at a time
+def asked_at_once(questions: int) -> int:
+    """Questions of a clip side by side: as many in every group, ASKED at most."""
+    return math.ceil(questions / math.ceil(questions / ASKED))
+
+
+def prompt_of(vlm, questions: list[str], pictures: int) -> tuple[int, list[list[int]]]:
+    """(positions of the prompt up to the end of the pictures, ids of the rest for each question)."""
+    parts = [vlm.prompt_parts(question) for question in questions]
+    assert all(before == parts[0][0] for before, _ in parts), "the questions change what stands before the pictures"
+    before = len(parts[0][0]) + vlm.visual_tokens(pictures)
+    return before, [after[:max(1, vlm.max_prompt - before)] for _, after in parts]
+
+
+def clips_that_fit(vlm, questions: list[str], max_new_tokens: int, pictures: int) -> int:
+    """How many clips at a time the free memory has room for; on a CPU a fixed number."""
+    device, config = vlm.runtime.device, vlm.decoder[0].config
+    asked = asked_at_once(len(questions))
+    if device.type != "cuda":
+        return CPU_CLIPS
+    prefix, after = prompt_of(vlm, questions, pictures)
+    width = config.num_key_value_heads * (getattr(config, "head_dim", None) or
+                                          config.hidden_size // config.num_attention_heads)
+    position = 2 * config.num_hidden_layers * width * vlm.runtime.dtype.itemsize
+    clip = position * (prefix + asked * (max(map(len, after)) + max_new_tokens))
+    # While a piece of the prompts is read: its hidden states, and what the widest layer makes of them.
+    read = max(READ_TOKENS, prefix) * (12 * config.hidden_size + 4 * config.intermediate_size)
+    read *= vlm.runtime.dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(min(max(1, (FILLED * free - read) // clip), max(1, ROWS // asked)))

@@ -1,0 +1,131 @@
+"""What stands between LLaMA's matrix products, in a Triton kernel each where PyTorch's operations take several passes.
+
+Triton comes with PyTorch's CUDA build for Linux. Without it, or where its first use fails (it needs a C compiler) or
+gives something else, PyTorch's own operations do the same, more slowly.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from base import log
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                  # a PyTorch for CPUs
+    triton = None
+
+HEADS, COLUMNS = 16, 1024            # what one Triton program works on
+
+
+def rotate_and_store(qkv: torch.Tensor, rope: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor,
+                     places: torch.Tensor) -> torch.Tensor:
+    """Turn queries and keys by RoPE, put keys and values into the cache -> the queries (n, heads, d).
+
+    qkv (n, heads + 2 kv_heads, d), contiguous, overwritten; rope (2, room, d): cos, and sin with rotate_half's sign;
+    positions (n,) int64; cache (2, rows, kv_heads, slots, d): keys, values; places (n,) int64: row * slots + slot.
+    """
+    d = qkv.shape[-1]
+    fused = qkv.is_cuda and d & (d - 1) == 0 and fused_kernels_work(qkv.device, qkv.dtype)
+    return (_rotate_fused if fused else _rotate_plain)(qkv, rope, positions, cache, places)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up (n, 2 I), contiguous: gate, then up -> silu(gate) * up (n, I)."""
+    fused = gate_up.is_cuda and fused_kernels_work(gate_up.device, gate_up.dtype)
+    return (_swiglu_fused if fused else _swiglu_plain)(gate_up)
+
+
+# ------------------------------------------------------------------------------------------------ in PyTorch
+def _rotate_plain(qkv, rope, positions, cache, places):
+    kv_heads, slots = cache.shape[2:4]
+    heads = qkv.shape[1] - 2 * kv_heads
+    turned, (cos, sin) = qkv[:, :heads + kv_heads], rope[:, positions, None]
+    swapped = turned.roll(turned.shape[-1] // 2, -1)                            # (x2, x1); the sign is in sin
+    turned.mul_(cos).addcmul_(swapped, sin)
+    rows, at = places // slots, places % slots
+    cache[0, rows, :, at], cache[1, rows, :, at] = qkv[:, heads:heads + kv_heads], qkv[:, heads + kv_heads:]
+    return qkv[:, :heads]
+
+
+def _swiglu_plain(gate_up):
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+# ------------------------------------------------------------------------------------------------- in Triton
+if triton:
+    @triton.jit
+    def _rotate_kernel(qkv, rope, positions, cache, places, heads, kv_heads, slots, of_sin, of_values, of_row,
+                       of_head, HALF: tl.constexpr, BLOCK: tl.constexpr):
+        token = tl.program_id(0).to(tl.int64)
+        head = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        at = tl.arange(0, HALF)[None, :]
+        count = heads + 2 * kv_heads
+        first = qkv + (token * count + head[:, None]) * 2 * HALF + at
+        there = (head < count)[:, None]
+        x1, x2 = (tl.load(first, there).to(tl.float32), tl.load(first + HALF, there).to(tl.float32))
+        angle = rope + tl.load(positions + token) * 2 * HALF + at
+        y1 = x1 * tl.load(angle).to(tl.float32) + x2 * tl.load(angle + of_sin).to(tl.float32)
+        y2 = x2 * tl.load(angle + HALF).to(tl.float32) + x1 * tl.load(angle + of_sin + HALF).to(tl.float32)
+        is_value, is_query = (head >= heads + kv_heads)[:, None], (head < heads)[:, None]
+        y1, y2 = tl.where(is_value, x1, y1), tl.where(is_value, x2, y2)
+        tl.store(first, y1, is_query)
+        tl.store(first + HALF, y2, is_query)
+        place = tl.load(places + token)
+        stored = head - heads
+        to = (cache + (stored // kv_heads * of_values + stored % kv_heads * of_head)[:, None]
+              + place // slots * of_row + place % slots * 2 * HALF + at)
+        tl.store(to, y1, there & (head >= heads)[:, None])
+        tl.store(to + HALF, y2, there & (head >= heads)[:, None])
+
+    @triton.jit
+    def _swiglu_kernel(gate_up, out, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        there = column < width
+        gate = tl.load(gate_up + row * 2 * width + column, there).to(tl.float32)
+        up = tl.load(gate_up + row * 2 * width + width + column, there).to(tl.float32)
+        tl.store(out + row * width + column, gate * tl.sigmoid(gate) * up, there)
+
+
+def _rotate_fused(qkv, rope, positions, cache, places):
+    n, count, d = qkv.shape
+    kv_heads, slots = cache.shape[2:4]
+    heads = count - 2 * kv_heads
+    _rotate_kernel[n, -(-count // HEADS)](
+        qkv, rope, positions, cache, places, heads, kv_heads, slots, rope.stride(0), cache.stride(0), cache.stride(1),
+        cache.stride(2), d // 2, HEADS)
+    return qkv[:, :heads]
+
+
+def _swiglu_fused(gate_up):
+    n, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(n, width)
+    _swiglu_kernel[n, -(-width // COLUMNS)](gate_up, out, width, COLUMNS)
+    return out
+
+
+@functools.cache
+def fused_kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels run on this device and give what PyTorch's operations give."""
+    if triton is None:
+        return False
+    random = torch.Generator().manual_seed(0)
+    qkv, rope, cache, gate_up = (torch.randn(shape, generator=random).to(device, dtype) for shape in (
+        (5, 12, 32), (2, 9, 32), (2, 3, 4, 6, 32), (7, 90)))
+    positions, places = torch.tensor([8, 0, 3, 5, 5], device=device), torch.tensor([17, 0, 5, 6, 11], device=device)
+    try:
+        with torch.cuda.device(device):
+            found = []
+            for rotate, gated in ((_rotate_plain, _swiglu_plain), (_rotate_fused, _swiglu_fused)):
+                filled = cache.clone()
+                found.append([rotate(qkv.clone(), rope, positions, filled, places), filled, gated(gate_up)])
+            for plain, fused in zip(*found):
+                torch.testing.assert_close(fused, plain, rtol=0.02, atol=0.02)     # the plain way rounds in between
+    except Exception as error:       # Triton reports a missing compiler and a failed build in many ways
+        log(f"kernels | WARNING | PyTorch's own operations instead of Triton's: {str(error).strip():.300}")
+        return False
+    return True

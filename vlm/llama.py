@@ -1,0 +1,133 @@
+"""LLaMA's layers over packed positions, with cache and attention handed in: steps.py and batches.py run it.
+
+Our own forward over transformers' modules: positions and places in the cache are explicit tensors, so that a CUDA
+graph can hold a step, and what stands between the matrix products takes one pass each (kernels.py). Where q/k/v and
+gate/up are plain layers they are fused; the model's modules become views of the fused matrices: nothing is stored
+twice, and transformers' forward goes on working.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vlm.kernels import rotate_and_store, swiglu
+
+SAME = 0.05                  # `apart` below this is rounding; a graph that went wrong is off by all
+
+
+class Next(NamedTuple):
+    """What follows each of n positions. Good until the next call: a graph writes into the same memory again."""
+
+    logits: torch.Tensor        # (n, V) in the model's dtype
+    best: torch.Tensor          # (n,) int64, their argmax
+
+
+class Llama:
+    """The weights of one model, fused. It holds them: drop it before the model is unloaded."""
+
+    def __init__(self, language_model: nn.Module, lm_head: nn.Module, room: int):
+        """language_model: LlamaModel; lm_head: its output layer; room: the most positions there will be."""
+        config, weight = language_model.config, language_model.embed_tokens.weight
+        self.model, self.lm_head, self.device, self.dtype = language_model, lm_head, weight.device, weight.dtype
+        self.depth, self.vocab_size = config.num_hidden_layers, language_model.embed_tokens.num_embeddings
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        # The model's own RoPE (with its scaling). (2, room, d): cos, and sin with rotate_half's sign in it.
+        kind = config.rope_parameters["rope_type"]
+        assert kind not in ("dynamic", "longrope"), f"{kind} RoPE changes with the length: no table for all positions"
+        positions = torch.arange(room, device=self.device)
+        cos, sin = language_model.rotary_emb(weight[:1, None], position_ids=positions[None])
+        minus, plus = sin.chunk(2, -1)
+        self.rope = torch.cat([cos, torch.cat([-minus, plus], -1)]).contiguous()
+        self.qkv, self.gate_up = [], []
+        for layer in language_model.layers:          # one at a time: what is replaced is freed before the next
+            self.qkv.append(fuse([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]))
+            self.gate_up.append(fuse([layer.mlp.gate_proj, layer.mlp.up_proj]))
+        kinds = {type(module).__name__ for module in language_model.modules()}
+        # LLM.int8 looks for outliers on the host: no graph can hold it.
+        self.may_be_captured = self.device.type == "cuda" and "Linear8bitLt" not in kinds
+        self.is_silu = config.hidden_act == "silu"
+
+    def new_cache(self, rows: int, slots: int) -> torch.Tensor:
+        """(layers, 2, rows, kv_heads, slots, d): keys, values. Zeros: a masked slot weighs 0, but 0 * NaN is NaN."""
+        return torch.zeros(self.depth, 2, rows, self.kv_heads, slots, self.head_dim, dtype=self.dtype,
+                           device=self.device)
+
+    def layers(self, x: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor, places: torch.Tensor,
+               attend: Callable, follow: bool = True) -> torch.Tensor | None:
+        """x (n, D) at positions (n,) -> (n, D) before the last norm; None without `follow`: only the cache is wanted.
+
+        cache (layers, 2, rows, kv_heads, slots, d) gets their keys and values at places (n,): row * slots + slot.
+        attend(number of the layer, queries (n, heads, d)) -> (n, heads * d); keys and values are in the cache then.
+        """
+        for number, layer in enumerate(self.model.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            qkv = together(normed(x, layer.input_layernorm), self.qkv[number],
+                           attention.q_proj, attention.k_proj, attention.v_proj).view(len(x), -1, self.head_dim)
+            queries = rotate_and_store(qkv, self.rope, positions, cache[number], places)
+            if number + 1 == self.depth and not follow:
+                return None
+            x = x + attention.o_proj(attend(number, queries))
+            gate_up = together(normed(x, layer.post_attention_layernorm), self.gate_up[number],
+                               mlp.gate_proj, mlp.up_proj)
+            gate, up = gate_up.chunk(2, -1)
+            x = x + mlp.down_proj(swiglu(gate_up) if self.is_silu else mlp.act_fn(gate) * up)
+        return x
+
+    def following(self, x: torch.Tensor) -> Next:
+        """x (n, D) as `layers` gives it -> what follows each position."""
+        logits = self.lm_head(normed(x, self.model.norm))
+        return Next(logits, logits.argmax(-1))
+
+
+def normed(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+    """LLaMA's RMS norm in one kernel; transformers' rounds once more in between (visible in 16 bits only)."""
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def together(x: torch.Tensor, weight: torch.Tensor | None, *modules: nn.Module) -> torch.Tensor:
+    """The outputs of linear layers side by side: one product where they are fused, else the modules as they are."""
+    return F.linear(x, weight) if weight is not None else torch.cat([module(x) for module in modules], -1)
+
+
+@torch.no_grad()         # not inference_mode: the modules must not be left with inference tensors
+def fuse(modules: list[nn.Module]) -> torch.Tensor | None:
+    """One matrix of the weights of plain linear layers without bias, which are views of it from then on; or None."""
+    if any(type(module) is not nn.Linear or module.bias is not None for module in modules):
+        return None                                  # bitsandbytes' layers are subclasses of nn.Linear
+    weights, rows = [module.weight for module in modules], 0
+    for weight in weights:                           # fused before, for another decoder of the same model?
+        if weight.untyped_storage().data_ptr() != weights[0].untyped_storage().data_ptr() or (
+                weight.storage_offset() != rows * weight.shape[1]):
+            break
+        rows += len(weight)
+    else:
+        return weights[0].as_strided((rows, weights[0].shape[1]), weights[0].stride(), 0)
+    fused = torch.cat(weights)
+    for module, part in zip(modules, fused.split([module.out_features for module in modules])):
+        module.weight.data = part
+    return fused
+
+
+def capture(work: Callable, stream, pool) -> tuple:
+    """(a CUDA graph of work(), what it returned). A stream of our own: PyTorch's belongs to one device."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):                  # lazy set-up (cuBLAS, attention plans) can't be captured
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: threads that prepare the next clip may allocate pinned memory meanwhile.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        output = work()
+    return graph, output
+
+
+def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """How far two ways to reckon the same logits lie apart, as a share of their size; rounding in 16 bits: 1 %."""
+    ours, theirs = ours.float(), theirs.float()
+    return float((ours - theirs).norm() / theirs.norm())
+
