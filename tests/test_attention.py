@@ -14,27 +14,42 @@ def random(*shape: int, device="cpu", dtype=torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
 
 
-def in_a_row(queries, shared, own, mask):
+def in_a_row(queries, shared, own, slots):
     """The definition: each row's keys behind those of its group, one softmax over all of them."""
     rows, _, heads, d = queries.shape
     asked, side = rows // shared.shape[1], heads // shared.shape[2]
     keys, values = (torch.cat([both[0].repeat_interleave(asked, 0), both[1]], 2).repeat_interleave(side, 1)
                     for both in zip(shared, own))
-    open_mask = F.pad(mask, (shared.shape[3], 0))[:, None]
-    mixed = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, open_mask)
+    seen = torch.arange(own.shape[3], device=own.device) <= slots[:, :, None]
+    seen = F.pad(seen, (shared.shape[3], 0), value=True)[:, None]
+    mixed = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, seen)
     return mixed.transpose(1, 2).reshape(-1, heads * d)
 
 
-@pytest.mark.parametrize(("groups", "asked", "T", "heads", "kv_heads"), [
-    (3, 1, 1, 4, 4), (2, 3, 1, 4, 4), (2, 3, 5, 4, 2), (1, 4, 2, 6, 1), (3, 1, 4, 4, 4)])
-def test_two_parts_equal_both_in_a_row(groups, asked, T, heads, kv_heads):
-    rows, d, slots = groups * asked, 8, 7
-    queries, shared = random(rows, T, heads, d), random(2, groups, kv_heads, 9, d)
-    own = random(2, rows, kv_heads, slots, d)
-    seen = torch.arange(slots) > (torch.arange(rows)[:, None, None] + torch.arange(T)[:, None]) % slots
-    mask = torch.zeros(rows, T, slots).masked_fill_(seen, -torch.inf)
-    found = shared_and_own(queries, shared, own, mask)
-    torch.testing.assert_close(found, in_a_row(queries, shared, own, mask))
+def case_of(groups, asked, T, heads, kv_heads, d=8, room=7, **how) -> tuple:
+    rows = groups * asked
+    slots = ((torch.arange(rows)[:, None] + torch.arange(T)) % room).to(how.get("device", "cpu"))
+    # Queries stand beside keys and values, as the layers give them.
+    queries = random(rows, T, heads + 2 * kv_heads, d, **how)[:, :, :heads]
+    return queries, random(2, groups, kv_heads, 9, d, **how), random(2, rows, kv_heads, room, d, **how), slots
+
+
+SHAPES = [(3, 1, 1, 4, 4), (2, 3, 1, 4, 4), (2, 3, 5, 4, 2), (1, 4, 2, 6, 1), (3, 1, 4, 4, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_parts_equal_both_in_a_row(shape):
+    case = case_of(*shape)
+    torch.testing.assert_close(shared_and_own(*case), in_a_row(*case))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_parts_equal_both_in_a_row_on_a_gpu(shape, dtype):
+    case = case_of(*shape, d=64, room=75, device="cuda", dtype=dtype)
+    tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(shared_and_own(*case), in_a_row(*case), **tolerance)
 
 
 def test_causal_attends_to_nothing_that_comes_later():

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from base import log
+from vlm.kernels import join
 
 # cuDNN's reads keys and values at the speed of memory (H200: 4.2 TB/s, FlashAttention 2 in PyTorch 2.5), and is twice
 # as fast over prompts; but it plans anew for every shape, so that only batches of one shape gain.
@@ -52,29 +53,17 @@ def scores_of(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 # --------------------------------------------------------------------------------------------- in two parts
 def shared_and_own(queries: torch.Tensor, shared: torch.Tensor, own: torch.Tensor,
-                   mask: torch.Tensor) -> torch.Tensor:
+                   slots: torch.Tensor) -> torch.Tensor:
     """Attention of rows to what groups of them share and to what is each one's own, as if both stood in a row.
 
-    queries (rows, T, heads, d); keys and values: shared (2, groups, kv_heads, P, d), own (2, rows, kv_heads, slots,
-    d); rows / groups rows in a run share a prompt. mask (rows, T, slots) float32, to add to own's scores
-    -> (rows * T, heads * d).
+    queries (rows, T, heads, d) at slots (rows, T) of their own part; keys and values: shared (2, groups, kv_heads, P,
+    d), own (2, rows, kv_heads, room, d). rows / groups rows in a run share a prompt -> (rows * T, heads * d).
     """
-    rows, T, heads, d = queries.shape
+    rows, T, _, d = queries.shape
     groups, kv_heads = shared.shape[1:3]
-    asked, side = rows // groups, heads // kv_heads
-    by_head = queries.view(groups, asked, T, kv_heads, side, d).permute(0, 3, 1, 2, 4, 5)
-    seen, seen_sum = with_sums(by_head.reshape(groups, kv_heads, -1, d), *shared)
-    shape = (groups, kv_heads, asked, T, side)
-    seen, seen_sum = seen.view(*shape, d).transpose(1, 2), seen_sum.view(shape).transpose(1, 2)
-    query = by_head.transpose(1, 2).reshape(rows * kv_heads, T * side, d)     # each row alone
-    keys, values = own.flatten(1, 2)
-    scores = scores_of(query, keys).view(rows, kv_heads, T, side, -1)
-    scores = torch.add(mask[:, None, :, None], scores, alpha=d ** -0.5).unflatten(0, (groups, -1))
-    together = torch.logaddexp(seen_sum.float(), scores.logsumexp(-1))        # (groups, asked, kv_heads, T, side)
-    chances = (scores - together[..., None]).exp_().to(query).view(rows * kv_heads, T * side, -1)
-    said = torch.bmm(chances, values).view(*together.shape, d)
-    mixed = torch.addcmul(said.float(), seen.float(), (seen_sum - together).exp_()[..., None]).to(query)
-    return mixed.transpose(2, 3).reshape(rows * T, heads * d)
+    by_head = queries.view(groups, rows // groups * T, kv_heads, -1, d).transpose(1, 2)
+    seen, sums = with_sums(by_head.reshape(groups, kv_heads, -1, d), *shared)
+    return join(queries, own, slots, seen, sums)
 
 
 def with_sums(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -123,14 +123,12 @@ class Batches(Llama):
     # ------------------------------------------------------------------------------------------ the answer
     def _forward(self, ids: torch.Tensor, slots: torch.Tensor, clips: int) -> torch.Tensor:
         """ids (rows, T), to be kept at slots (rows, T) of each row's cache -> (rows * T, D) before the last norm."""
-        rows, room = len(ids), self.slots[:self.said.shape[4]]
-        hidden = room > slots[:, :, None]
-        mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)
-        places = self.row[:rows, None] * len(room) + slots
+        rows = len(ids)
+        places = self.row[:rows, None] * self.said.shape[4] + slots
 
         def attend(number: int, queries: torch.Tensor) -> torch.Tensor:
             shared, own = self.seen[number, :, :clips], self.said[number, :, :rows]
-            return shared_and_own(queries.unflatten(0, (rows, -1)), shared, own, mask)
+            return shared_and_own(queries.unflatten(0, (rows, -1)), shared, own, slots)
 
         return self.layers(self.model.embed_tokens(ids.flatten()), (self.prefix + slots).flatten(), self.said,
                            places.flatten(), attend)

@@ -1,4 +1,4 @@
-"""What stands between LLaMA's matrix products, in a Triton kernel each where PyTorch's operations take several passes.
+"""What stands between LLaMA's matrix products: a Triton kernel each where PyTorch's operations take several passes.
 
 Triton comes with PyTorch's CUDA build for Linux. Without it, or where its first use fails (it needs a C compiler) or
 gives something else, PyTorch's own operations do the same, more slowly.
@@ -38,6 +38,20 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return (_swiglu_fused if fused else _swiglu_plain)(gate_up)
 
 
+def join(queries: torch.Tensor, own: torch.Tensor, last: torch.Tensor, seen: torch.Tensor,
+         sums: torch.Tensor) -> torch.Tensor:
+    """Attention of rows to keys of their own, joined with what they found among shared ones -> (rows * T, heads * d).
+
+    queries (rows, T, heads, d); own (2, rows, kv_heads, slots, d): keys, values; last (rows, T) int64: the last slot
+    that each may see. rows / groups rows and heads / kv_heads heads share keys, together n queries in the order rows,
+    T, heads; what they found is seen (groups, kv_heads, n, d), and the logs of their sums of exponentials are sums
+    (groups, kv_heads, n) float32.
+    """
+    d = queries.shape[-1]
+    fused = queries.is_cuda and d & (d - 1) == 0 and fused_kernels_work(queries.device, queries.dtype)
+    return (_join_fused if fused else _join_plain)(queries, own, last, seen, sums)
+
+
 # ------------------------------------------------------------------------------------------------ in PyTorch
 def _rotate_plain(qkv, rope, positions, cache, places):
     kv_heads, slots = cache.shape[2:4]
@@ -53,6 +67,19 @@ def _rotate_plain(qkv, rope, positions, cache, places):
 def _swiglu_plain(gate_up):
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
+
+
+def _join_plain(queries, own, last, seen, sums):
+    (rows, T, heads, d), (groups, kv_heads, _) = queries.shape, sums.shape
+    shape = (groups, kv_heads, rows // groups, T, heads // kv_heads)
+    seen, sums = (part.transpose(1, 2).flatten(0, 1) for part in (seen.view(*shape, d), sums.view(*shape, 1)))
+    query, (keys, values) = queries.view(rows, T, kv_heads, -1, d).transpose(1, 2), own.float()
+    scores = (query.flatten(2, 3).float() @ keys.mT).view(*sums.shape[:4], -1) * d ** -0.5
+    hidden = torch.arange(own.shape[3], device=own.device) > last[:, :, None]
+    scores = scores.masked_fill(hidden[:, None, :, None], -torch.inf)
+    chances = torch.cat([sums, scores], -1).softmax(-1)
+    said = (chances[..., 1:].flatten(2, 3) @ values).view(seen.shape)
+    return (chances[..., :1] * seen + said).transpose(1, 2).reshape(rows * T, heads * d).to(queries)
 
 
 # ------------------------------------------------------------------------------------------------- in Triton
@@ -91,6 +118,45 @@ if triton:
         tl.store(out + row * width + column, gate * tl.sigmoid(gate) * up, there)
 
 
+    @triton.jit
+    def _join_kernel(queries, own, last, seen, sums, out, T, asked, side, scale, of_query, of_values, of_row, of_head,
+                     of_group, of_seen_head, of_seen, of_sums_group, of_sums_head, D: tl.constexpr,
+                     BLOCK: tl.constexpr):
+        number, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)     # number: row * T + t
+        at, kv_head, row, group = tl.arange(0, D), head // side, number // T, number // asked
+        which = number % asked * side + head % side
+        query = tl.load(queries + number * of_query + head * D + at).to(tl.float32) * scale
+        # What is shared is one block of a running softmax: its largest score its sum's log, its weight 1.
+        largest = tl.load(sums + group * of_sums_group + kv_head * of_sums_head + which)
+        weight = largest * 0 + 1.0
+        mixed = tl.load(seen + group * of_group + kv_head * of_seen_head + which * of_seen + at).to(tl.float32)
+        count = tl.load(last + number) + 1
+        for start in range(0, count, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            there = slot < count
+            key = own + row * of_row + kv_head * of_head + slot[:, None] * D + at[None, :]
+            scores = tl.sum(tl.load(key, there[:, None], 0).to(tl.float32) * query[None, :], 1)
+            scores = tl.where(there, scores, float("-inf"))
+            larger = tl.maximum(largest, tl.max(scores, 0))
+            chances, kept = tl.exp(scores - larger), tl.exp(largest - larger)
+            values = tl.load(key + of_values, there[:, None], 0).to(tl.float32)
+            mixed = mixed * kept + tl.sum(chances[:, None] * values, 0)
+            weight = weight * kept + tl.sum(chances, 0)
+            largest = larger
+        tl.store(out + (number * tl.num_programs(1) + head) * D + at, mixed / weight)
+
+
+def _join_fused(queries, own, last, seen, sums):
+    (rows, T, heads, d), (groups, kv_heads, _) = queries.shape, sums.shape
+    flat, last, out = queries.flatten(0, 1), last.contiguous(), queries.new_empty(rows * T, heads * d)
+    assert flat.stride()[1:] == (d, 1) and seen.stride(3) == sums.stride(2) == 1, (flat.stride(), seen.stride())
+    _join_kernel[rows * T, heads](
+        flat, own, last, seen, sums, out, T, rows // groups * T, heads // kv_heads, d ** -0.5, flat.stride(0),
+        own.stride(0), own.stride(1), own.stride(2), seen.stride(0), seen.stride(1), seen.stride(2), sums.stride(0),
+        sums.stride(1), d, 32)
+    return out
+
+
 def _rotate_fused(qkv, rope, positions, cache, places):
     n, count, d = qkv.shape
     kv_heads, slots = cache.shape[2:4]
@@ -114,15 +180,18 @@ def fused_kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
     if triton is None:
         return False
     random = torch.Generator().manual_seed(0)
-    qkv, rope, cache, gate_up = (torch.randn(shape, generator=random).to(device, dtype) for shape in (
-        (5, 12, 32), (2, 9, 32), (2, 3, 4, 6, 32), (7, 90)))
+    qkv, rope, cache, gate_up, seen = (torch.randn(shape, generator=random).to(device, dtype) for shape in (
+        (5, 12, 32), (2, 9, 32), (2, 3, 4, 6, 32), (7, 90), (3, 4, 2, 32)))
     positions, places = torch.tensor([8, 0, 3, 5, 5], device=device), torch.tensor([17, 0, 5, 6, 11], device=device)
+    sums = torch.randn(3, 4, 2, generator=random).to(device)
     try:
         with torch.cuda.device(device):
             found = []
-            for rotate, gated in ((_rotate_plain, _swiglu_plain), (_rotate_fused, _swiglu_fused)):
+            for rotate, gated, joined in ((_rotate_plain, _swiglu_plain, _join_plain),
+                                          (_rotate_fused, _swiglu_fused, _join_fused)):
                 filled = cache.clone()
-                found.append([rotate(qkv.clone(), rope, positions, filled, places), filled, gated(gate_up)])
+                found.append([rotate(qkv.clone(), rope, positions, filled, places), filled, gated(gate_up),
+                              joined(qkv[:3, None, :8], cache, positions[:3, None] % 6, seen, sums)])
             for plain, fused in zip(*found):
                 torch.testing.assert_close(fused, plain, rtol=0.02, atol=0.02)     # the plain way rounds in between
     except Exception as error:       # Triton reports a missing compiler and a failed build in many ways

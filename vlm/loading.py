@@ -85,7 +85,9 @@ class VisionLanguageModel:
         return self.model.get_input_embeddings().num_embeddings
 
     def prepare(self, pictures: list[np.ndarray]) -> torch.Tensor:
-        """Pictures (H, W, 3) uint8 RGB of a clip -> pixels (n, 3, S, S) in the model's dtype, on the CPU; thread-safe.
+        """Pictures (H, W, 3) uint8 RGB of a clip -> pixels (n, 3, S, S) in the model's dtype, on the CPU.
+
+        Thread-safe.
         """
         return torch.from_numpy(clip_pixels(pictures, self.pixels)).to(self.runtime.dtype)
 
