@@ -108,6 +108,7 @@ def render_data_set(folder: Path, sequences: list[str], clips: int, num_frames: 
         count = max(1, (clips + number) // len(sequences))
         jobs += [(folder, f"{sequence}/{clip:06d}", scene, num_frames)
                  for clip, scene in enumerate(scenes_of(sequence, count))]
+    log(f"demo | {folder} | rendering {len(jobs)} clips")
     progress, rows = Progress(f"demo | {folder.name}", len(jobs), unit="clips"), []
     for row in in_parallel(render_clip, jobs):
         rows.append(row)

@@ -242,6 +242,7 @@ def measure(config: Config) -> dict:
     names = ("eventgpt", "videollava") if config.model == "both" else (config.model,)
     with tempfile.TemporaryDirectory() as folder:
         if config.files:
+            log(f"benchmark | making {config.files} videos and event pictures in the sizes of the real ones")
             make_files(Path(folder), config.files)
         models = {which: measure_model(which, Path(folder), config) for which in names}
     results = {"size": config.size, "device": device_name(runtime.device), "dtype": config.dtype,

@@ -99,7 +99,7 @@ def test_the_passes_of_each_answer_add_up_to_its_tokens(measured):
 
 
 def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so(monkeypatch, capsys):
-    model, calls = random_model("small", 64, Runtime.choose("cpu")), []
+    model, calls = random_model(VideoLlava, "small", Runtime.choose("cpu"), 64), []
 
     def refusing(model, pixels, answer, length, **mode):
         calls.append(mode["disable_compile"])
@@ -204,7 +204,7 @@ def test_help_is_quick_and_imports_no_torch(flags):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    ([], "wanted one of decode, compare"), (["train"], "'train': wanted one of decode, compare"),
+    ([], "decode, compare"), (["run"], "'run': wanted one of "),
     (["decode"], "--pairs, --task"), (["decode", "--pairs", "a", "--task", "b", "--gamma", "17"], "--gamma must be"),
     (["decode", "--pairs", "a", "--task", "b", "--peer_answers", "0"], "--peer_answers must be 1 or more"),
     (["decode", "--pairs", "a", "--task", "b", "--max_answers", "-2"], "--max_answers must be 1 or more"),

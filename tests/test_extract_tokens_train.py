@@ -7,9 +7,12 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 import extract_tokens_train
 from base import UserError, load_pairs
+from vlm import batches as module
+from vlm.batches import Batches
 
 ROW_KEYS = {"sample_idx", "question_idx", "sample_id", "sequence", "clip", "query", "egpt_tokens", "egpt_text",
             "egpt_finished", "vl_tokens", "vl_text", "vl_finished"}
@@ -70,6 +73,62 @@ def test_batches_answer_as_one_by_one(extract, tmp_path):
     for size in (2, 5):
         together = extract("--batch_size", size, output_file=tmp_path / f"batch{size}.json")
         assert rows_of(together) == rows_of(alone)
+
+
+def test_short_memory_halves_the_batch_and_loses_nothing(extract, tmp_path, monkeypatch, capsys):
+    wanted, answer = extract("--batch_size", 2), Batches.answer
+
+    def short(batches, pixels, *how):
+        if len(pixels) > 2:
+            raise torch.OutOfMemoryError(f"no room for {len(pixels)}\nand more")
+        return answer(batches, pixels, *how)
+
+    monkeypatch.setattr(Batches, "answer", short)
+    output = extract("--batch_size", 5, output_file=tmp_path / "halved.json")
+    assert rows_of(output) == rows_of(wanted) and not output["failed"]
+    printed = capsys.readouterr().out
+    assert "WARNING | out of memory with 5 clips at a time: no room for 5; going on with 2" in printed
+
+
+def test_a_clip_that_fits_into_no_memory_fails_alone(extract, monkeypatch):
+    answer, calls = Batches.answer, []
+
+    def short(batches, pixels, *how):
+        calls.append(len(pixels))
+        if len(pixels) > 1 or len(calls) == 3:              # the second clip alone
+            raise torch.OutOfMemoryError("no room")
+        return answer(batches, pixels, *how)
+
+    monkeypatch.setattr(Batches, "answer", short)
+    output = extract("--batch_size", 2)
+    assert len(rows_of(output)) == 4
+    [lost] = output["failed"]
+    assert lost["model"] == "eventgpt" and "out of memory with 1 clips at a time: no room" in lost["reason"]
+
+
+def test_a_batch_is_kept_before_the_next_one_has_ended(extract, monkeypatch):
+    """A crash costs the batch in flight and no other."""
+    kept, before = [], []
+    append, generate = extract_tokens_train.Journal.append, Batches._generate
+
+    def counted(journal, rows):
+        kept.extend(row for row in rows if "tokens" in row)
+        append(journal, rows)
+
+    monkeypatch.setattr(extract_tokens_train.Journal, "append", counted)
+    monkeypatch.setattr(Batches, "_generate",
+                        lambda batches, *how: before.append(len(kept)) or generate(batches, *how))
+    extract("--batch_size", 2)
+    assert before == [0, 2, 4, 5, 7, 9]
+
+
+def test_a_parity_check_compares_with_one_by_one(extract, monkeypatch):
+    output = extract("--parity_check", 3)
+    assert [output["models"][which]["parity"] for which in ("eventgpt", "videollava")] == [
+        {"answers": 3, "equal": 3}] * 2
+    answers_of = module.answers_of
+    monkeypatch.setattr(module, "answers_of", lambda rows, *how: answers_of([row[1:] for row in rows], *how))
+    assert extract("--parity_check", 2, "--restart", None)["models"]["videollava"]["parity"]["equal"] == 0
 
 
 def test_an_answer_that_is_cut_says_so(extract):
@@ -212,6 +271,7 @@ def test_two_writers_are_kept_apart(extract, tmp_path):
     (("--query", " "), "--query is empty"),
     (("--output_file", "/tmp"), "is a folder"),
     (("--batch_size", "0"), "--batch_size must be 1 or more"),
+    (("--parity_check", "-1"), "--parity_check must be 0"),
     (("--max_samples", "0"), "--max_samples must be"),
     (("--num_questions", "3"), "needs --questions_file"),
     (("--questions_file", "nowhere.json"), "no such file"),
