@@ -9,7 +9,8 @@ import sys
 import pytest
 
 import extract_tokens_train
-from base import UserError, load_pairs
+from base import UserError
+from pairs import load_pairs
 
 ROW_KEYS = {"sample_idx", "question_idx", "sample_id", "sequence", "clip", "query", "egpt_tokens", "egpt_text",
             "egpt_finished", "vl_tokens", "vl_text", "vl_finished"}
