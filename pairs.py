@@ -323,15 +323,15 @@ def _why_unusable(tokens, text) -> str | None:
     return None
 
 
-def _why_dropped(row: dict, form: str) -> str | None:
-    draft, draft_text, target, target_text = _answers(row, form)
+def _why_dropped(draft, draft_text, target, target_text) -> str | None:
     return (_why_unusable(draft, draft_text) or _why_unusable(target, target_text)
             or (None if target else "empty target"))
 
 
 def _is_degenerate(tokens: list[int]) -> bool:
     """One id makes up most of the answer, as in a decoding loop gone wrong; real answers stay far below."""
-    return len(tokens) >= 8 and max(collections.Counter(tokens).values()) > len(tokens) / 2
+    few = len(set(tokens)) <= len(tokens) / 2 + 1            # soon told, and true of every such answer
+    return few and len(tokens) >= 8 and max(collections.Counter(tokens).values()) > len(tokens) / 2
 
 
 def _where(row: dict) -> tuple[str, int | str]:
@@ -357,10 +357,11 @@ def _usable_rows(path: Path, report: dict) -> Iterator[tuple[list[int], list[int
             report["format"] = _format_of(row)
             if report["format"] is None:
                 for form in FORMATS:
-                    early[form][_why_dropped(row, form)] += 1
+                    early[form][_why_dropped(*_answers(row, form))] += 1
                 continue
             report["dropped"].update(early[report["format"]])
-        if why := _why_dropped(row, report["format"]):
+        draft, _, target, _ = answers = _answers(row, report["format"])
+        if why := _why_dropped(*answers):
             report["dropped"][why] += 1
             continue
         key = (row.get("sample_idx"), row.get("question_idx")) if "sample_idx" in row else row.get("id")
@@ -370,7 +371,6 @@ def _usable_rows(path: Path, report: dict) -> Iterator[tuple[list[int], list[int
                 report["dropped"]["duplicate row"] += 1
                 continue
             seen.add(key)
-        draft, _, target, _ = _answers(row, report["format"])
         report["flagged"]["one id repeated"] += _is_degenerate(draft) or _is_degenerate(target)
         report["flagged"]["empty draft"] += not draft
         report["flagged"]["target under 4 tokens"] += len(target) < 4
@@ -397,6 +397,11 @@ def _check_and_record(path: Path, rows: JsonRows, report: dict) -> None:
                         for which, found in models.items() if isinstance(found, dict)}
 
 
+def _largest(tokens: array.array, first: int) -> int:
+    """The largest token from `first` on, -1 if there is none."""
+    return int(np.asarray(tokens)[first:].max(initial=-1))       # not kept: an array that numpy looks at can't grow
+
+
 def load_pairs(paths: list[Path]) -> Pairs:
     """Read pair files of any of the three formats (told apart by content) into one set of pairs.
 
@@ -409,15 +414,16 @@ def load_pairs(paths: list[Path]) -> Pairs:
     for path in paths:
         report = {"path": str(path), "format": None, "rows": 0, "used": 0, "largest_id": -1,
                   "dropped": collections.Counter(), "flagged": collections.Counter()}
+        first = len(draft), len(target)
         for one_draft, one_target, one_sequence, one_clip in _usable_rows(path, report):
-            draft.extend(one_draft)
-            target.extend(one_target)
+            draft.fromlist(one_draft)
+            target.fromlist(one_target)
             draft_length.append(len(one_draft))
             target_length.append(len(one_target))
             sequence.append(one_sequence)
             clip.append(one_clip)
             report["used"] += 1
-            report["largest_id"] = max(report["largest_id"], max(one_draft, default=-1), max(one_target))
+        report["largest_id"] = max(_largest(draft, first[0]), _largest(target, first[1]))
         reasons = ", ".join(f"{n} x {why}" for why, n in report["dropped"].items())
         if not report["used"]:
             raise UserError(f"{path} has no usable rows: {report['rows']} rows, all dropped ({reasons})")

@@ -203,7 +203,7 @@ def test_help_is_quick_and_imports_no_torch(flags):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    ([], "wanted one of decode, compare"), (["train"], "'train': wanted one of decode, compare"),
+    ([], "wanted one of decode, load, compare"), (["fly"], "'fly': wanted one of decode, load, compare"),
     (["decode"], "--pairs, --task"), (["decode", "--pairs", "a", "--task", "b", "--gamma", "17"], "--gamma must be"),
     (["decode", "--pairs", "a", "--task", "b", "--peer_answers", "0"], "--peer_answers must be 1 or more"),
     (["decode", "--pairs", "a", "--task", "b", "--max_answers", "-2"], "--max_answers must be 1 or more"),
