@@ -1,5 +1,6 @@
 """What counts as a hit, and that training and evaluation count alike."""
 
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -172,6 +173,22 @@ def test_figures_do_not_depend_on_how_many_answers_are_reckoned_at_a_time(monkey
     monkeypatch.setattr(acceptance, "BLOCK", 7)
     monkeypatch.setattr(acceptance, "DRAWN_AT_A_TIME", 70)
     assert figures() == whole
+
+
+def test_comparing_and_simulating_take_a_small_multiple_of_the_hits(monkeypatch):
+    monkeypatch.setattr(acceptance, "BLOCK", 100)
+    monkeypatch.setattr(acceptance, "DRAWN_AT_A_TIME", 2**13)
+    answers = [[5] * 30] * 4000
+    pairs, top1, lengths = pairs_of(answers, answers), np.ones((4000, 30), bool), np.full(4000, 30)
+    commonest = drafting.commonest_tokens(pairs, 30)
+    tracemalloc.start()
+    found = compare(top1, top1, pairs, commonest)
+    acceptance.simulate(top1, lengths, 3)
+    acceptance.interval(acceptance.number_right(top1, lengths), lengths, [f"town_{i // 2}_a" for i in range(4000)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # The three arrays of the baselines' hits, and numbers for each answer: one array of ids would be 4 of these.
+    assert found["direct_copy"]["alpha"] == 1 and peak < 7 * top1.nbytes
 
 
 # ------------------------------------------------------------------------------------------ simulated decoding
