@@ -120,8 +120,8 @@ def interval(hits: np.ndarray, lengths: np.ndarray, sequences: list[str], other:
     if other is not None:
         hits = hits - other
     drives, drive = numbered_drives(sequences)
-    by_drive, positions = np.bincount(drive, hits), np.bincount(drive, lengths)
-    rest = (hits.sum() - by_drive) / (lengths.sum() - positions) if len(drives) > 1 else None
+    ours, positions = np.bincount(drive, hits), np.bincount(drive, lengths)
+    rest = (hits.sum() - ours) / (lengths.sum() - positions) if len(drives) > 1 else None
     names, group = numbered(sequences)
     unit = "sequences"
     if len(names) < MIN_SEQUENCES:

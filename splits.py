@@ -87,13 +87,14 @@ def split_validation(pairs: Pairs, fraction: float, seed: int) -> tuple[np.ndarr
         for i in np.random.default_rng(seed).permutation(len(names)):
             more = rows + sizes[i]
             if more < len(pairs) and abs(more - wanted) < abs(rows - wanted):
-                taken, rows = [*taken, i], more
+                taken.append(i)
+                rows = more
         taken = taken or [sizes.argmin()]
-        chosen = np.isin(group, taken)
+        chosen, apart = np.isin(group, taken), set(taken)
         labels = [name or "(no sequence name)" for name in names]
         return np.flatnonzero(~chosen), np.flatnonzero(chosen), {
             "by": by, "validation": sorted(labels[i] for i in taken),
-            "train": [label for i, label in enumerate(labels) if i not in taken]}
+            "train": [label for i, label in enumerate(labels) if i not in apart]}
     size = min(max(1, round(fraction * len(pairs))), len(pairs) - 1)
     rows = np.arange(len(pairs))
     return rows[:-size], rows[-size:], {"by": "last block of rows", "validation": [f"the last {size} pairs"],
