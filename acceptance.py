@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 
 import drafting
-from base import Pairs, drive_of, log
+from base import log
+from pairs import BLOCK, Pairs, numbered, numbered_drives
 from token_adapter import NOT_SCORED
 
 GAMMAS = range(1, 11)
 SIMULATED_GAMMAS = (1, 2, 3, 5, 8, 12)
 PASSES_SHOWN = (5, 10, 15, 20, 30)
-MIN_SEQUENCES, BLOCK, BOOTSTRAPS = 8, 20, 2000
+MIN_SEQUENCES, CLIPS_TOGETHER, BOOTSTRAPS = 8, 20, 2000
+DRAWN_AT_A_TIME = 2**20        # group numbers of the bootstrap: all 2000 x 50,000 of a million clips are 800 MB
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
@@ -31,29 +33,46 @@ def expected_tokens(alpha: float, gamma: int) -> float:
     return gamma + 1.0 if alpha == 1 else (1 - alpha ** (gamma + 1)) / (1 - alpha)
 
 
+def blocks(count: int) -> Iterator[slice]:
+    """Rows 0 to count, so many at a time that what is reckoned of them stays small beside the hits themselves."""
+    return (slice(first, first + BLOCK) for first in range(0, count, BLOCK))
+
+
+def number_right(top1: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(N,) int64 right proposals within each answer; top1 (N, T) bool, lengths (N,)."""
+    found = np.empty(len(lengths), np.int64)
+    for rows in blocks(len(lengths)):
+        found[rows] = (top1[rows] & (np.arange(top1.shape[1]) < lengths[rows, None])).sum(1)
+    return found
+
+
 def measure(top1: np.ndarray, lengths: np.ndarray, top5: np.ndarray | None = None) -> dict:
     """All metrics of one drafter on N answers.
 
     top1, top5: (N, T) bool, proposal right at that position; past an answer's end they are not looked at.
     lengths: (N,) tokens in each target, uncut: those past T count as misses. One of them reaches T.
     """
-    width = top1.shape[1]
-    inside = np.arange(width) < lengths[:, None]
-    positions, count = int(lengths.sum()), inside.sum(0)
-    top1 = top1 & inside
-    top5 = None if top5 is None else top5 & inside
-    run = np.where(top1.all(1), width, top1.argmin(1))
-    alpha = float(top1.sum() / positions)
+    width, run = top1.shape[1], 0
+    count, right1, right5 = (np.zeros(width, np.int64) for _ in range(3))
+    for rows in blocks(len(lengths)):
+        inside = np.arange(width) < lengths[rows, None]
+        right = top1[rows] & inside
+        run += np.where(right.all(1), width, right.argmin(1)).sum()
+        count, right1 = count + inside.sum(0), right1 + right.sum(0)
+        if top5 is not None:
+            right5 += (top5[rows] & inside).sum(0)
+    positions = int(lengths.sum())
+    alpha = float(right1.sum() / positions)
     return {
         "alpha": alpha,
-        "top5": None if top5 is None else float(top5.sum() / positions),
-        "first_token": float(top1[:, 0].mean()),
-        "mean_run": float(run.mean()),
+        "top5": None if top5 is None else float(right5.sum() / positions),
+        "first_token": float(right1[0] / len(lengths)),
+        "mean_run": float(run / len(lengths)),
         "expected_tokens": {str(gamma): expected_tokens(alpha, gamma) for gamma in GAMMAS},
         "per_position": {
             "count": count.tolist(),
-            "alpha": (top1.sum(0) / count).tolist(),
-            "top5": None if top5 is None else (top5.sum(0) / count).tolist(),
+            "alpha": (right1 / count).tolist(),
+            "top5": None if top5 is None else (right5 / count).tolist(),
         },
     }
 
@@ -65,56 +84,66 @@ def simulate(top1: np.ndarray, lengths: np.ndarray, gamma: int) -> dict:
     top1 (N, T) bool: the proposal for that position, given the true tokens before it, is right. That is all that
     decides: after a wrong proposal the rest of a round is thrown away. The prefill is a pass too, with the opening
     proposals verified inside it; each pass emits its accepted proposals and one token of the target's own, unless
-    the answer ends before that. All answers advance together.
+    the answer ends before that.
     """
+    passes, histogram = np.zeros(len(lengths), np.int64), np.zeros(gamma + 1, np.int64)
+    for rows in blocks(len(lengths)):
+        passes[rows] = _passes(top1[rows], lengths[rows], gamma, histogram)
+    return {"tau": float(lengths.sum() / passes.sum()), "tau_mean": float((lengths / passes).mean()),
+            "accepted_lengths": histogram.tolist(), "passes": passes}
+
+
+def _passes(top1: np.ndarray, lengths: np.ndarray, gamma: int, histogram: np.ndarray) -> np.ndarray:
+    """(B,) passes of each answer; all advance together. Accepted lengths are counted into `histogram`."""
     inside = np.arange(top1.shape[1]) < lengths[:, None]
     right = np.pad(top1 & inside, ((0, 0), (0, 1)))
     run = np.zeros(right.shape, np.int64)                     # right proposals in a row from each position on
     for at in range(top1.shape[1] - 1, -1, -1):
         run[:, at] = np.where(right[:, at], run[:, at + 1] + 1, 0)
     rows, at = np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
-    passes, histogram = np.zeros(len(lengths), np.int64), np.zeros(gamma + 1, np.int64)
+    passes = np.zeros(len(lengths), np.int64)
     while (going := at < lengths).any():
         # Past the width that was proposed for, nothing is accepted and each pass emits one token.
         accepted = np.where(going, np.minimum(run[rows, np.minimum(at, top1.shape[1])], gamma), 0)
         histogram += np.bincount(accepted[going], minlength=gamma + 1)
         at, passes = np.where(going, at + accepted + 1, at), passes + going
-    return {"tau": float(lengths.sum() / passes.sum()), "tau_mean": float((lengths / passes).mean()),
-            "accepted_lengths": histogram.tolist(), "passes": passes}
+    return passes
 
 
-def interval(top1: np.ndarray, lengths: np.ndarray, sequences: list[str], other: np.ndarray | None = None) -> dict:
+def interval(hits: np.ndarray, lengths: np.ndarray, sequences: list[str], other: np.ndarray | None = None) -> dict:
     """95 % interval of alpha, or of its difference to another drafter's on the same answers (paired bootstrap).
 
-    Resampled are whole sequences; with fewer than eight of them, blocks of 20 neighbouring clips. "left_out" are
-    the lowest and the highest value when any one drive is left out, None with a single drive.
+    hits, other: (N,) right proposals within each answer of lengths (N,). Resampled are whole sequences; with fewer
+    than eight of them, blocks of 20 neighbouring clips. "left_out" are the lowest and the highest value when any one
+    drive is left out, None with a single drive.
     """
-    inside = np.arange(top1.shape[1]) < lengths[:, None]
-    hits = (top1 & inside).sum(1) - (0 if other is None else (other & inside).sum(1))
-    drives, drive = np.unique([drive_of(name) for name in sequences], return_inverse=True)
-    rest = [hits[drive != one].sum() / lengths[drive != one].sum() for one in range(len(drives)) if len(drives) > 1]
-    names, group = np.unique(sequences, return_inverse=True)
+    if other is not None:
+        hits = hits - other
+    drives, drive = numbered_drives(sequences)
+    ours, positions = np.bincount(drive, hits), np.bincount(drive, lengths)
+    rest = (hits.sum() - ours) / (lengths.sum() - positions) if len(drives) > 1 else None
+    names, group = numbered(sequences)
     unit = "sequences"
     if len(names) < MIN_SEQUENCES:
-        group, unit = np.arange(len(lengths)) // BLOCK, f"blocks of {BLOCK} clips"
+        group, unit = np.arange(len(lengths)) // CLIPS_TOGETHER, f"blocks of {CLIPS_TOGETHER} clips"
     hits, positions = np.bincount(group, hits), np.bincount(group, lengths)
-    drawn = np.random.default_rng(0).integers(len(hits), size=(BOOTSTRAPS, len(hits)))
-    low, high = np.quantile(hits[drawn].sum(1) / positions[drawn].sum(1), (0.025, 0.975))
+    random, at_a_time, drawn_alphas = np.random.default_rng(0), max(1, DRAWN_AT_A_TIME // len(hits)), []
+    for first in range(0, BOOTSTRAPS, at_a_time):
+        drawn = random.integers(len(hits), size=(min(at_a_time, BOOTSTRAPS - first), len(hits)))
+        drawn_alphas.append(hits[drawn].sum(1) / positions[drawn].sum(1))
+    low, high = np.quantile(np.concatenate(drawn_alphas), (0.025, 0.975))
     return {"value": float(hits.sum() / positions.sum()), "low": float(low), "high": float(high), "by": unit,
-            "left_out": [float(min(rest)), float(max(rest))] if rest else None}
+            "left_out": None if rest is None else [float(rest.min()), float(rest.max())]}
 
 
-def by_drive(top1: np.ndarray, lengths: np.ndarray, sequences: list[str]) -> dict:
-    """alpha of each drive alone, and of all the others together when it is left out."""
-    hits = (top1 & (np.arange(top1.shape[1]) < lengths[:, None])).sum(1)
-    drives = np.array([drive_of(name) for name in sequences])
-    found = {}
-    for drive in sorted(set(drives)):
-        ours = drives == drive
-        rest = float(hits[~ours].sum() / lengths[~ours].sum()) if not ours.all() else None
-        found[drive] = {"clips": int(ours.sum()), "alpha": float(hits[ours].sum() / lengths[ours].sum()),
-                        "without_it": rest}
-    return found
+def by_drive(hits: np.ndarray, lengths: np.ndarray, sequences: list[str]) -> dict:
+    """alpha of each drive alone, and of all the others together when it is left out; hits as for `interval`."""
+    drives, drive = numbered_drives(sequences)
+    clips, ours, positions = np.bincount(drive), np.bincount(drive, hits), np.bincount(drive, lengths)
+    return {name: {"clips": int(clips[i]), "alpha": float(ours[i] / positions[i]),
+                   "without_it": float((hits.sum() - ours[i]) / (lengths.sum() - positions[i]))
+                   if len(drives) > 1 else None}
+            for i, name in enumerate(drives)}
 
 
 def stream(drafter, pairs: Pairs) -> dict:
@@ -122,8 +151,8 @@ def stream(drafter, pairs: Pairs) -> dict:
     lengths = pairs.lengths("target")
     top1 = np.zeros((len(pairs), int(lengths.max())), bool)
     top5, start = top1.copy(), time.monotonic()
-    for number, target in enumerate(pairs.answers("target")):
-        right = drafter.predict(number) == np.array(target, np.int32)[:, None]
+    for number, target in enumerate(pairs.views("target")):
+        right = drafter.predict(number) == target[:, None]
         top1[number, :len(target)], top5[number, :len(target)] = right[:, 0], right.any(1)
         drafter.learn(number)
     seconds = time.monotonic() - start
@@ -133,11 +162,11 @@ def stream(drafter, pairs: Pairs) -> dict:
         passes = found.pop("passes")
         found["more_passes_than"] = {str(n): float((passes > n).mean()) for n in PASSES_SHOWN}
         simulated[str(gamma)] = found
-    found = measure(top1, lengths, top5)
+    found, hits = measure(top1, lengths, top5), number_right(top1, lengths)
     return {"top1": top1, **found, "simulated": simulated,
             "expected_by_gamma": {str(gamma): expected_tokens(found["alpha"], gamma) for gamma in SIMULATED_GAMMAS},
-            "interval": interval(top1, lengths, pairs.sequence),
-            "drives": by_drive(top1, lengths, pairs.sequence), "seconds_per_answer": seconds / len(pairs)}
+            "interval": interval(hits, lengths, pairs.sequence),
+            "drives": by_drive(hits, lengths, pairs.sequence), "seconds_per_answer": seconds / len(pairs)}
 
 
 def measure_drafters(adapter, test: Pairs, known: Pairs | None, prefix, selected: tuple | None, streaming: bool,
@@ -150,22 +179,22 @@ def measure_drafters(adapter, test: Pairs, known: Pairs | None, prefix, selected
     """
     found, hits, lengths = {}, {}, test.lengths("target")
     width, parameters = int(lengths.max()), adapter.num_parameters()
-    sees_prefix = adapter.config.sees_prefix
+    sees_prefix, training = adapter.config.sees_prefix, known and drafting.NGrams(drafting.remembered(known))
+    if known and len(known) > drafting.MAX_REMEMBERED:
+        log(f"drafters | a memory begins with the last {drafting.MAX_REMEMBERED} of {len(known)} training answers")
 
     def run(name: str, drafter, parameters: int = 0) -> None:
         start = time.monotonic()
         found[name] = {**stream(drafter, test), "parameters": parameters}
-        hits[name] = found[name].pop("top1")
+        hits[name] = number_right(found[name].pop("top1"), lengths)
         log(f"drafters | {name} | accepted {found[name]['alpha']:.1%} | tau "
             f"{found[name]['simulated']['8']['tau']:.2f} at gamma 8 | {time.monotonic() - start:.1f} s")
 
-    copied = np.full((len(test), width, drafting.TOP), drafting.NOTHING, np.int32)
-    copied[:, :, 0] = drafting.direct_copy(test, width)
-    run("copy of the draft", drafting.Fixed(copied, test))
+    run("copy of the draft", drafting.Copy(test))
     if known:
         run("constant string", drafting.Fixed(drafting.commonest_tokens(known, width), test))
-        run("n-gram", drafting.Memory(known, test, streaming=False))
-        run("memory", drafting.Memory(known, test, streaming))
+        run("n-gram", drafting.Memory(training, test, streaming=False))
+        run("memory", drafting.Memory(training, test, streaming))
     if prefix is not None and adapter.config.conditioning == "prefix+draft":
         run("prefix", drafting.Adapter(prefix, test), parameters)
         run("adapter, drafts shuffled", drafting.Adapter(adapter, test, shuffled=seed), parameters)
@@ -176,9 +205,11 @@ def measure_drafters(adapter, test: Pairs, known: Pairs | None, prefix, selected
         run("adapter, online", kinds["hybrid, online"], parameters)
     shares = {}
     if selected and sees_prefix:
+        chosen, chosen_on, validation = selected
+        before = drafting.NGrams(drafting.remembered(chosen_on))
         for name, drafter in kinds.items():
-            shares[name] = choose_share(*selected, drafter.online, streaming)
-            run(name, drafting.Hybrid(drafter, drafting.Memory(known, test, streaming), shares[name]), parameters)
+            shares[name] = choose_share(chosen, before, validation, drafter.online, streaming)
+            run(name, drafting.Hybrid(drafter, drafting.Memory(training, test, streaming), shares[name]), parameters)
     return {"drafters": found, "memory_share": shares, "stream": streaming,
             "adapter_minus": {name: interval(hits["adapter"], lengths, test.sequence, hits[name])
                               for name in ("copy of the draft", "n-gram", "prefix", "adapter, drafts shuffled")
@@ -186,7 +217,7 @@ def measure_drafters(adapter, test: Pairs, known: Pairs | None, prefix, selected
             "step_ms": step_ms(adapter, test) if sees_prefix else None}
 
 
-def choose_share(adapter, training: Pairs, validation: Pairs, online: bool, streaming: bool) -> float:
+def choose_share(adapter, training: drafting.NGrams, validation: Pairs, online: bool, streaming: bool) -> float:
     """The memory's share in the hybrid that is best on validation pairs, which the adapter was not trained on."""
     drafter = drafting.Adapter(adapter, validation, online)
     alphas = {share: stream(drafting.Hybrid(drafter, drafting.Memory(training, validation, streaming), share),
@@ -211,13 +242,15 @@ def step_ms(adapter, pairs: Pairs) -> float:
 def compare(top1: np.ndarray, top5: np.ndarray, pairs: Pairs, commonest: np.ndarray | None) -> dict:
     """The adapter's hits (N, T) on these pairs, with both baselines over the same T positions."""
     width, lengths = top1.shape[1], pairs.lengths("target")
-    target = pairs.padded("target", width)
-    adapter = measure(top1, lengths, top5)
-    copied = measure(drafting.direct_copy(pairs, width) == target, lengths)
-    constant = None
-    if commonest is not None:
-        right = commonest[:width] == target[:, :, None]
-        constant = measure(right[:, :, 0], lengths, right.any(-1))
+    copied, constant1, constant5 = (np.zeros(top1.shape, bool) for _ in range(3))
+    for rows, part in zip(blocks(len(pairs)), pairs.parts(BLOCK)):
+        target = part.padded("target", width)
+        copied[rows] = drafting.direct_copy(part, width) == target
+        if commonest is not None:
+            right = commonest[:width] == target[:, :, None]
+            constant1[rows], constant5[rows] = right[:, :, 0], right.any(-1)
+    adapter, copied = measure(top1, lengths, top5), measure(copied, lengths)
+    constant = None if commonest is None else measure(constant1, lengths, constant5)
     return {
         "pairs": len(pairs),
         "positions": int(lengths.sum()),
@@ -230,23 +263,50 @@ def compare(top1: np.ndarray, top5: np.ndarray, pairs: Pairs, commonest: np.ndar
 
 
 # ----------------------------------------------------------------------------------------- adapter on tensors
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TokenTensors:
-    """N pairs on a device, made once; T is the longest target, Td the longest draft, at most max_seq_len each."""
+    """N pairs on a device, as flat as Pairs holds them; a batch is padded when it is asked for.
 
-    draft: torch.Tensor              # (N, max(T, Td)) int32, filled up with 0
-    draft_lengths: torch.Tensor      # (N,) int64
-    target: torch.Tensor             # (N, T) int32, NOT_SCORED after its end
+    On a CPU the flat tokens are those of the pairs themselves. Answers are cut at max_seq_len.
+    """
+
+    flat: dict[str, torch.Tensor]    # {"draft", "target"}: all tokens of the files, int32
+    start: dict[str, torch.Tensor]   # where each answer begins in them, (N,) int64
+    draft_lengths: torch.Tensor      # (N,) int64, cut
+    target_lengths: torch.Tensor     # (N,) int64, cut
     lengths: np.ndarray              # (N,) int64 target tokens, uncut
+    width: int                       # of the longest target, cut
+    draft_width: int                 # of the longest draft, cut; at least 1
 
     @classmethod
     def of(cls, pairs: Pairs, max_seq_len: int, device: torch.device) -> "TokenTensors":
-        lengths, draft_lengths = pairs.lengths("target"), np.minimum(pairs.lengths("draft"), max_seq_len)
-        width = min(max_seq_len, int(lengths.max()))
-        target = np.where(np.arange(width) < lengths[:, None], pairs.padded("target", width), NOT_SCORED)
-        draft = pairs.padded("draft", max(width, int(draft_lengths.max())))
-        return cls(torch.from_numpy(draft).to(device), torch.from_numpy(draft_lengths).to(device),
-                   torch.from_numpy(target).to(device), lengths)
+        flat, start, cut = {}, {}, {}
+        for which in ("draft", "target"):
+            tokens = getattr(pairs, which)
+            tokens = tokens if len(tokens) else np.zeros(1, np.int32)     # so that there is something to point at
+            flat[which] = torch.from_numpy(tokens).to(device)
+            start[which] = torch.from_numpy(getattr(pairs, f"{which}_start")).to(device)
+            cut[which] = torch.from_numpy(pairs.lengths(which)).clamp(max=max_seq_len)
+        return cls(flat, start, cut["draft"].to(device), cut["target"].to(device), pairs.lengths("target"),
+                   int(cut["target"].max()), max(int(cut["draft"].max()), 1))
+
+    @property
+    def device(self) -> torch.device:
+        return self.draft_lengths.device
+
+    def targets(self, rows: torch.Tensor, width: int) -> torch.Tensor:
+        """(B, width) int64 tokens of these rows (B,) int64, NOT_SCORED past an answer's end."""
+        return self._padded("target", self.target_lengths, rows, width, NOT_SCORED)
+
+    def drafts(self, rows: torch.Tensor, width: int) -> torch.Tensor:
+        """(B, width) int64, filled up with 0."""
+        return self._padded("draft", self.draft_lengths, rows, width, 0)
+
+    def _padded(self, which: str, lengths: torch.Tensor, rows: torch.Tensor, width: int, fill: int) -> torch.Tensor:
+        at = torch.arange(width, device=self.device)
+        inside = at < lengths[rows, None]
+        at = (self.start[which][rows, None] + at).where(inside, 0)
+        return self.flat[which][at].long().where(inside, fill)
 
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator:
         """Yield (rows (B,) int64 on the device, width, positions) with targets of like length side by side.
@@ -257,12 +317,13 @@ class TokenTensors:
         def shuffled(n: int) -> torch.Tensor:
             return torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
 
-        lengths = torch.from_numpy(self.lengths).clamp(max=self.target.shape[1])
+        lengths = torch.from_numpy(self.lengths).clamp(max=self.width)
         order = shuffled(len(lengths))
         order = order[torch.argsort(lengths[order], stable=True)]
-        chunks, rows = lengths[order].split(batch_size), order.to(self.draft.device).split(batch_size)
-        for number in shuffled(len(chunks)).tolist():
-            yield rows[number], int(chunks[number][-1]), int(chunks[number].sum())
+        lengths, order = lengths[order], order.to(self.device)
+        for number in shuffled(-(-len(lengths) // batch_size)):
+            batch = slice(int(number) * batch_size, (int(number) + 1) * batch_size)
+            yield order[batch], int(lengths[batch][-1]), int(lengths[batch].sum())
 
 
 def score(adapter, tokens: TokenTensors, rows: torch.Tensor, width: int, first: int,
@@ -272,13 +333,14 @@ def score(adapter, tokens: TokenTensors, rows: torch.Tensor, width: int, first: 
     Labels are columns of the logits, NOT_SCORED past the end and for ids that the adapter doesn't score.
     shown (B,) bool: the rows whose draft a prefix+draft adapter may see; None: no draft at all.
     """
-    labels = adapter.labels_of(tokens.target[rows, first:width].long())
+    target = tokens.targets(rows, width)
+    labels = adapter.labels_of(target[:, first:])
     if not adapter.config.sees_prefix:
-        return adapter(tokens.draft[rows, :width - first].long()), labels
-    prefix = tokens.target[rows, :width - 1].long().clamp(min=0)          # past the end any id will do
+        return adapter(tokens.drafts(rows, width - first)), labels
+    prefix = target[:, :-1].clamp(min=0)                                  # past the end any id will do
     if shown is None:
-        return adapter(tokens.draft[rows, :0].long(), None, prefix), labels
-    return adapter(tokens.draft[rows].long(), tokens.draft_lengths[rows] * shown, prefix), labels
+        return adapter(tokens.drafts(rows, 0), None, prefix), labels
+    return adapter(tokens.drafts(rows, tokens.draft_width), tokens.draft_lengths[rows] * shown, prefix), labels
 
 
 @torch.inference_mode()
@@ -289,10 +351,10 @@ def predict(adapter, tokens: TokenTensors, batch_size: int) -> tuple[np.ndarray,
     """
     adapter.eval()
     first = adapter.config.first_position
-    top1 = torch.zeros_like(tokens.target, dtype=torch.bool)
+    top1 = torch.zeros(len(tokens.lengths), tokens.width, dtype=torch.bool, device=tokens.device)
     top5 = top1.clone()
-    loss = torch.zeros((), dtype=torch.float64, device=tokens.target.device)
-    scored = torch.zeros((), dtype=torch.long, device=tokens.target.device)
+    loss = torch.zeros((), dtype=torch.float64, device=tokens.device)
+    scored = torch.zeros((), dtype=torch.long, device=tokens.device)
     for rows, width, _ in tokens.batches(batch_size):
         if width <= first:
             continue

@@ -1,4 +1,4 @@
-"""What the programs share and no model: log, errors, flags, whole-file writes, task folders, pair files.
+"""What the programs share and no model: log, errors, flags, whole-file writes, task folders.
 
     python base.py requirements.txt     which packages of a requirements file can't be imported; exit 2 if any
 
@@ -8,13 +8,11 @@ Nothing here imports torch, transformers, av or matplotlib, so `--help` of every
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -24,13 +22,8 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-try:
-    import numpy as np
-except ModuleNotFoundError:       # so that check_packages below can name it with the others
-    np = None
 
 ROOT = Path(__file__).resolve().parent
 
@@ -183,6 +176,18 @@ def write_json(path: Path, results: dict) -> None:
     write_text(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
+def read_json(path: Path):
+    """The file's JSON value; a UserError that says what is wrong with it otherwise."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {path}") from error
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
 def make_folder(path: Path) -> Path:
     """Make the folder (and its parents) and prove that a file can be written there; a UserError if not."""
     try:
@@ -220,220 +225,10 @@ def provenance() -> dict:
     return {"argv": sys.argv, "git_commit": commit, "versions": versions}
 
 
-# --------------------------------------------------------------------------------------- pair files
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """N pairs of answers as flat arrays: the tokens of pair i are draft[draft_start[i]:draft_start[i + 1]].
-
-    Generated tokens only: no prompt, no BOS; EOS where the model produced it. Flat int32, because a million
-    pairs as Python lists would take gigabytes.
-    """
-
-    draft: np.ndarray                # (all draft tokens,) int32
-    draft_start: np.ndarray          # (N + 1,) int64
-    target: np.ndarray               # (all target tokens,) int32
-    target_start: np.ndarray         # (N + 1,) int64
-    sequence: list[str]              # N recording names ("" where the file says none), e.g. zurich_city_14_a
-    clip: list[int | str]            # N clip numbers within the sequence
-    files: list[dict]                # per file: path, format, rows, used, dropped and flagged {reason: n}
-    vocab_size: int | None = None    # of the models, where the files record it
-
-    def __len__(self) -> int:
-        return len(self.sequence)
-
-    def lengths(self, which: typing.Literal["draft", "target"]) -> np.ndarray:
-        """(N,) int64 tokens in each answer."""
-        return np.diff(getattr(self, f"{which}_start"))
-
-    def padded(self, which: typing.Literal["draft", "target"], width: int) -> np.ndarray:
-        """(N, width) int32: the answers cut at `width`, filled up with 0. Lengths say where each one ends."""
-        flat, start = getattr(self, which), getattr(self, f"{which}_start")
-        lengths = np.minimum(np.diff(start), width)
-        inside = np.arange(width) < lengths[:, None]
-        out = np.zeros((len(self), width), np.int32)
-        out[inside] = flat[(start[:-1, None] + np.arange(width))[inside]]
-        return out
-
-    def answers(self, which: typing.Literal["draft", "target"]) -> Iterator[list[int]]:
-        """The token lists of all pairs, one after the other."""
-        flat, start = getattr(self, which), getattr(self, f"{which}_start")
-        return (flat[a:b].tolist() for a, b in itertools.pairwise(start))
-
-    def select(self, rows: np.ndarray) -> Pairs:
-        """The pairs at these row numbers, in that order."""
-        parts = {}
-        for which in ("draft", "target"):
-            flat, start = getattr(self, which), getattr(self, f"{which}_start")
-            chosen = [flat[start[i]:start[i + 1]] for i in rows]
-            parts[which] = np.concatenate(chosen) if chosen else flat[:0]
-            parts[f"{which}_start"] = _starts([len(answer) for answer in chosen])
-        return dataclasses.replace(self, **parts, sequence=[self.sequence[i] for i in rows],
-                                   clip=[self.clip[i] for i in rows])
-
-    def largest_ids(self) -> list[tuple[int, str]]:
-        """(largest id, path) of each file they were read from, for an error that names the file."""
-        found, first = [], 0
-        for file in self.files:
-            last = first + file["used"]
-            draft = self.draft[self.draft_start[first]:self.draft_start[last]]
-            target = self.target[self.target_start[first]:self.target_start[last]]
-            found.append((int(max(draft.max(initial=-1), target.max(initial=-1))), file["path"]))
-            first = last
-        return found
-
-
-def _starts(lengths: list[int]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-
-
+# -------------------------------------------------------------------------------------------- names
 def drive_of(sequence: str) -> str:
     """zurich_city_14_a, _b and _c are segments of one drive, zurich_city_14: they may not be split apart."""
     return re.sub(r"_[a-z]$", "", sequence)
-
-
-def read_json(path: Path):
-    """The file's JSON value; a UserError that says what is wrong with it otherwise."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"no such file: {path}") from error
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise UserError(f"{path} is not JSON: {error}") from error
-
-
-def _answers(row: dict, form: str) -> tuple:
-    """(draft tokens, draft text, target tokens, target text) of one row; None where the row lacks them."""
-    if form == "extraction":
-        return row.get("egpt_tokens"), row.get("egpt_text"), row.get("vl_tokens"), row.get("vl_text")
-    if form == "benchmark":
-        answers = []
-        for model in ("eventgpt", "videollava"):
-            answer = row.get(model) if isinstance(row.get(model), dict) else {}
-            answers += [answer.get("output_tokens"), answer.get("output_text")]
-        return tuple(answers)
-    target, text = row.get("videollava_token_ids"), row.get("videollava")
-    if target is None:                                  # older files, whose target was LLaVA-1.5
-        target, text = row.get("llava_token_ids"), row.get("llava-1.5-7b-hf")
-    return row.get("egpt_token_ids"), row.get("egpt"), target, text
-
-
-def _format_of(rows: list) -> str | None:
-    """Which of the three formats the first row with tokens is in, told by its keys."""
-    for row in rows:
-        for form in ("extraction", "benchmark", "inference"):
-            if isinstance(row, dict) and None not in (_answers(row, form)[0], _answers(row, form)[2]):
-                return form
-    return None
-
-
-def _why_unusable(tokens, text) -> str | None:
-    """Why one answer can't be used, or None."""
-    if not isinstance(tokens, list):
-        return "no token list"
-    if not all(type(token) is int for token in tokens):
-        return "token ids that are not whole numbers"
-    if tokens and (min(tokens) < 0 or max(tokens) >= 2**31):
-        return "negative or absurd token ids"
-    if tokens[:1] == [1] and len(tokens) > 1:
-        return "prompt included (starts with BOS)"
-    # A LLaMA token never spans white space, so a text of n words has at least n tokens.
-    if isinstance(text, str) and len(text.split()) > len(tokens):
-        return "fewer tokens than words in the text"
-    return None
-
-
-def _is_degenerate(tokens: list[int]) -> bool:
-    """One id makes up most of the answer, as in a decoding loop gone wrong; real answers stay far below."""
-    return len(tokens) >= 8 and max(collections.Counter(tokens).values()) > len(tokens) / 2
-
-
-def _usable_rows(path: Path, report: dict) -> Iterator[tuple[list[int], list[int], str, int | str]]:
-    """Yield (draft, target, sequence, clip) for each usable row of one file; count the others in `report`."""
-    data = read_json(path)
-    rows = data if isinstance(data, list) else data.get("results") if isinstance(data, dict) else None
-    if not isinstance(rows, list):
-        raise UserError(f"{path} holds no pairs: wanted a list of rows or an object with a list 'results'")
-    if not rows:
-        errors = data.get("errors") if isinstance(data, dict) else None
-        first = ""
-        if isinstance(errors, list) and errors:
-            first = f"; it lists {len(errors)} errors, the first: {json.dumps(errors[0])[:200]}"
-        raise UserError(f"{path} has no usable rows: its list of results is empty{first}")
-    report.update(rows=len(rows), format=_format_of(rows))
-    if isinstance(data, dict):
-        recorded = ("vocab_size", "dataset_dir", "dataset_name")
-        report.update({key: data[key] for key in recorded if key in data})
-        models = data.get("models") if isinstance(data.get("models"), dict) else {}
-        report["models"] = {which: {key: found[key] for key in ("name", "revision", "vocab_size") if key in found}
-                            for which, found in models.items() if isinstance(found, dict)}
-    if report["format"] is None:
-        raise UserError(f"{path} has no usable rows: none of its {len(rows)} rows has tokens under the keys "
-                        "of the formats extraction (egpt_tokens, vl_tokens), benchmark (eventgpt.output_tokens, "
-                        "videollava.output_tokens) or inference (egpt_token_ids, videollava_token_ids)")
-    seen = set()
-    for row in rows:
-        row = row if isinstance(row, dict) else {}
-        draft, draft_text, target, target_text = _answers(row, report["format"])
-        why = _why_unusable(draft, draft_text) or _why_unusable(target, target_text)
-        if not why and not target:
-            why = "empty target"
-        if why:
-            report["dropped"][why] += 1
-            continue
-        key = (row.get("sample_idx"), row.get("question_idx")) if "sample_idx" in row else row.get("id")
-        if isinstance(key, (str, tuple)) and repr(key) in seen:
-            report["dropped"]["duplicate row"] += 1
-            continue
-        seen.add(repr(key))
-        report["flagged"]["one id repeated"] += _is_degenerate(draft) or _is_degenerate(target)
-        report["flagged"]["empty draft"] += not draft
-        report["flagged"]["target under 4 tokens"] += len(target) < 4
-        where = row.get("event_data")                   # interlaken_00_c/000000.npy
-        where = where if isinstance(where, str) else ""
-        sequence = row.get("sequence")
-        if not isinstance(sequence, str):
-            sequence = str(Path(where).parent) if "/" in where else ""
-        clip = str(row.get("clip", Path(where).stem))
-        yield draft, target, sequence, int(clip) if clip.isascii() and clip.isdigit() else clip
-
-
-def load_pairs(paths: list[Path]) -> Pairs:
-    """Read pair files of any of the three formats (told apart by content) into one set of pairs.
-
-    Rows that can't be used are dropped, suspicious ones kept; both are counted by reason, logged and returned
-    in `files`. Raises UserError for a file without any usable row.
-    """
-    draft, target = np.zeros(0, np.int32), np.zeros(0, np.int32)
-    draft_lengths, target_lengths, sequence, clip, files, sizes = [], [], [], [], [], []
-    for path in paths:
-        report = {"path": str(path), "format": None, "rows": 0, "used": 0,
-                  "dropped": collections.Counter(), "flagged": collections.Counter()}
-        drafts, targets = [], []
-        for one_draft, one_target, one_sequence, one_clip in _usable_rows(path, report):
-            drafts.append(np.array(one_draft, np.int32))
-            targets.append(np.array(one_target, np.int32))
-            sequence.append(sys.intern(one_sequence))
-            clip.append(one_clip)
-        report["used"] = len(targets)
-        reasons = ", ".join(f"{n} x {why}" for why, n in report["dropped"].items())
-        if not targets:
-            raise UserError(f"{path} has no usable rows: {report['rows']} rows, all dropped ({reasons})")
-        log(f"data | {path} | {report['format']} | {report['used']} of {report['rows']} rows used"
-            + (f" | dropped {reasons}" if reasons else ""))
-        for flag, n in report["flagged"].items():
-            if n:
-                log(f"data | WARNING | {path} | {n} of {report['used']} rows: {flag}")
-        draft_lengths += map(len, drafts)
-        target_lengths += map(len, targets)
-        draft, target = np.concatenate([draft, *drafts]), np.concatenate([target, *targets])
-        if isinstance(report.get("vocab_size"), int):
-            sizes.append(report["vocab_size"])
-        flagged = {flag: n for flag, n in report["flagged"].items() if n}
-        files.append({**report, "dropped": dict(report["dropped"]), "flagged": flagged})
-    return Pairs(draft, _starts(draft_lengths), target, _starts(target_lengths), sequence, clip, files,
-                 max(sizes, default=None))
 
 
 def duration_of(*texts: str) -> str | None:

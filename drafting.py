@@ -15,14 +15,16 @@ import copy
 import itertools
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from base import Pairs, UserError, write_whole
+from base import UserError, write_whole
+from pairs import Pairs
+from splits import clip_order
 from token_adapter import NOT_SCORED, TokenAdapter
 
 TOP = 5
@@ -35,6 +37,8 @@ TRAINING_WEIGHT = 0.05         # a training answer counts 1/20 of one verified i
 BACK_OFF = 0.3                 # share of the Witten-Bell weight that goes to shorter contexts
 MEMORY_SHARES = (0.3, 0.5, 0.7)      # of the memory in the hybrid; the run's own validation chooses one
 SURE = 0.7                           # chance from which the memory's word is taken without asking the adapter
+MAX_REMEMBERED = 20_000              # training answers a memory begins with: 1,403 real ones take 38 MiB
+MAX_KEPT = 20_000                    # answers whose proposals an adapter keeps for a hybrid: 10 KB each
 ONLINE_STEPS, ONLINE_RATE = 8, 0.1   # plain gradient descent on each verified answer
 
 
@@ -55,10 +59,10 @@ def commonest_tokens(training: Pairs, width: int) -> np.ndarray:
 
     Column 0 is the constant string: proposed for every clip alike, it shows how much of an alpha is template.
     """
-    target, lengths = training.padded("target", width), training.lengths("target")
+    lengths = training.lengths("target")
     commonest = np.full((width, TOP), NOTHING, np.int32)
     for position in range(min(width, int(lengths.max()))):
-        counts = np.bincount(target[lengths > position, position])
+        counts = np.bincount(training.target[training.target_start[lengths > position] + position])
         best = np.argsort(-counts, kind="stable")[:TOP]
         best = best[counts[best] > 0]
         commonest[position, :len(best)] = best
@@ -79,15 +83,39 @@ class Fixed:
         pass
 
 
+class Copy:
+    """The draft's own tokens; NOTHING past its end."""
+
+    def __init__(self, pairs: Pairs):
+        self.pairs, self.lengths = pairs, pairs.lengths("target")
+
+    def predict(self, number: int) -> np.ndarray:
+        proposals = np.full((self.lengths[number], TOP), NOTHING, np.int32)
+        draft = self.pairs.answer("draft", number)[:len(proposals)]
+        proposals[:len(draft), 0] = draft
+        return proposals
+
+    def learn(self, number: int) -> None:
+        pass
+
+
 # ----------------------------------------------------------------------------------------------------- memory
+def remembered(training: Pairs) -> Iterator[list[int]]:
+    """The target answers that a memory begins with: all, or the last MAX_REMEMBERED as a stream brings them."""
+    if len(training) > MAX_REMEMBERED:
+        training = training.select(clip_order(training.sequence, training.clip)[-MAX_REMEMBERED:])
+    return training.answers("target")
+
+
 class NGrams:
     """Counts of what followed contexts of 1 to MAX_ORDER tokens, interpolated as Witten and Bell 1991."""
 
     BEGIN = -2                 # stands in front of every answer: a context like any other
 
-    def __init__(self, training=()):
-        """training: token lists of the training answers."""
-        self.counts: dict[tuple[int, ...], dict[int, float]] = {}
+    def __init__(self, training: Iterable[list[int]] = (), before: "NGrams | None" = None):
+        """training: token lists of the training answers. before: counts to begin with, which are left as they are."""
+        self.counts: dict[tuple[int, ...], dict[int, float]] = {}        # with `before`: of the contexts that changed
+        self.before = before.counts if before else {}
         for answer in training:
             self.add(answer, TRAINING_WEIGHT)
 
@@ -95,14 +123,18 @@ class NGrams:
         tokens = [self.BEGIN, *answer]
         for at in range(1, len(tokens)):
             for order in range(1, min(MAX_ORDER, at) + 1):
-                following = self.counts.setdefault(tuple(tokens[at - order:at]), {})
+                context = tuple(tokens[at - order:at])
+                following = self.counts.get(context)
+                if following is None:
+                    following = self.counts[context] = dict(self.before.get(context, ()))
                 following[tokens[at]] = following.get(tokens[at], 0.0) + weight
 
     def distribution(self, prefix: list[int]) -> dict[int, float]:
         """Chance of each next token after BEGIN + prefix, from the longest contexts that were met."""
         tokens, chances = ([self.BEGIN, *prefix] if len(prefix) < MAX_ORDER else prefix[-MAX_ORDER:]), {}
         for order in range(1, len(tokens) + 1):
-            following = self.counts.get(tuple(tokens[len(tokens) - order:]))
+            context = tuple(tokens[len(tokens) - order:])
+            following = self.counts.get(context) or self.before.get(context)
             if not following:
                 break
             shorter = BACK_OFF * len(following)
@@ -143,17 +175,16 @@ def load_memory(path: Path) -> list[list[int]]:
 class Memory:
     """NGrams of the training answers and, with `streaming`, of each answer of these pairs once it is verified."""
 
-    def __init__(self, training: Pairs, pairs: Pairs, streaming: bool = True):
-        self.ngrams = NGrams(training.answers("target"))
-        self.targets, self.streaming = list(pairs.answers("target")), streaming
+    def __init__(self, training: NGrams, pairs: Pairs, streaming: bool = True):
+        self.ngrams, self.pairs, self.streaming = NGrams(before=training), pairs, streaming
 
     def predict(self, number: int) -> np.ndarray:
-        target = self.targets[number]
+        target = self.pairs.answer("target", number)
         return np.array([top_of(self.ngrams.distribution(target[:at])) for at in range(len(target))], np.int32)
 
     def learn(self, number: int) -> None:
         if self.streaming:
-            self.ngrams.add(self.targets[number])
+            self.ngrams.add(self.pairs.answer("target", number))
 
 
 # ---------------------------------------------------------------------------------------------------- adapter
@@ -166,47 +197,54 @@ class Adapter:
     def __init__(self, adapter: TokenAdapter, pairs: Pairs, online: bool = False, shuffled: int | None = None,
                  batch_size: int = 64):
         self.adapter = copy.deepcopy(adapter).eval() if online else adapter.eval()
-        self.online, config, device = online, adapter.config, next(adapter.parameters()).device
-        width = min(config.max_seq_len, int(pairs.lengths("target").max()))
-        rows = np.arange(len(pairs))
+        self.online, self.device = online, next(adapter.parameters()).device
+        self.pairs = self.drafts = pairs
         if shuffled is not None:                         # the control: another clip's draft
-            rows = np.random.default_rng(shuffled).permutation(len(pairs))
+            self.drafts = pairs.select(np.random.default_rng(shuffled).permutation(len(pairs)))
         self.lengths = pairs.lengths("target")
-        self.draft = torch.from_numpy(pairs.padded("draft", config.max_seq_len)[rows]).to(device)
-        self.draft_lengths = torch.from_numpy(pairs.lengths("draft")[rows]).to(device).clamp(max=config.max_seq_len)
-        self.target = torch.from_numpy(pairs.padded("target", width)).to(device)
         self.batch_size = batch_size
         self.seen: dict[int, tuple] = {}
         self.learnt: set[int] = set()
 
-    def logits(self, rows: slice) -> torch.Tensor:
+    def logits(self, rows: np.ndarray) -> torch.Tensor:
         """Teacher-forced pass over these answers: (B, T, V); output i is what the adapter proposes for target[i]."""
-        width = min(int(self.lengths[rows].max()), self.target.shape[1])
-        draft, lengths = self.draft[rows], self.draft_lengths[rows]
+        longest, drafts = self.adapter.config.max_seq_len, self.drafts.select(rows)
+        width = min(int(self.lengths[rows].max()), longest)
         if not self.adapter.config.sees_prefix:
             first = self.adapter.config.first_position
-            logits = self.adapter(draft[:, :max(width - first, 1)].long())
+            logits = self.adapter(self._on_device(drafts.padded("draft", max(width - first, 1))))
             return F.pad(logits, (0, 0, first, 0))[:, :width]
-        shown = int(lengths.max())
-        return self.adapter(draft[:, :shown].long(), lengths, self.target[rows, :width - 1].long())
+        lengths = np.minimum(drafts.lengths("draft"), longest)
+        return self.adapter(self._on_device(drafts.padded("draft", int(lengths.max()))), self._on_device(lengths),
+                            self.targets(rows, width - 1))
+
+    def targets(self, rows: np.ndarray, width: int) -> torch.Tensor:        # (B, width) int64, filled up with 0
+        return self._on_device(self.pairs.select(rows).padded("target", width))
+
+    def _on_device(self, numbers: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(numbers).to(self.device).long()
 
     @torch.no_grad()
-    def _best(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    def _best(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logits = self.logits(rows)
         chances, columns = F.softmax(logits.float(), -1).topk(min(KEPT, logits.shape[-1]))
         ids = self.adapter.ids_of(columns)
         first = self.adapter.config.first_position
         ids[:, :first] = NOTHING
-        return ids.cpu().numpy(), chances.cpu().numpy()
+        return ids.int().cpu().numpy(), chances.cpu().numpy()
 
     def best(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(T, KEPT) ids and their chances, best first. Kept, so that a hybrid of the same adapter costs nothing."""
+        """(T, KEPT) ids and their chances, best first. Kept, so that a hybrid of the same adapter costs nothing.
+
+        Of very many answers those of the last are kept; with online steps all, for they can't be reckoned again.
+        """
         if number not in self.seen:
-            rows = slice(number, number + 1 if self.online else number + self.batch_size)
+            rows = np.arange(number, number + 1 if self.online else min(number + self.batch_size, len(self.pairs)))
             ids, chances = self._best(rows)
-            for k in range(len(ids)):
-                length = self.lengths[number + k]
-                self.seen[number + k] = ids[k, :length], chances[k, :length]
+            while len(self.seen) + len(rows) > MAX_KEPT and not self.online:
+                del self.seen[next(iter(self.seen))]
+            for k, length in enumerate(self.lengths[rows]):
+                self.seen[number + k] = ids[k, :length].copy(), chances[k, :length].copy()
         return self.seen[number]
 
     def predict(self, number: int) -> np.ndarray:
@@ -219,9 +257,9 @@ class Adapter:
         if not self.online or number in self.learnt:
             return
         self.learnt.add(number)
-        rows = slice(number, number + 1)
+        rows, width = np.array([number]), min(int(self.lengths[number]), self.adapter.config.max_seq_len)
         parameters = list(self.adapter.parameters())
-        label = self.adapter.labels_of(self.target[rows, :self.lengths[number]].long())
+        label = self.adapter.labels_of(self.targets(rows, width))
         for _ in range(ONLINE_STEPS):
             losses = F.cross_entropy(self.logits(rows)[0], label[0], reduction="sum")
             loss = losses / (label[0] != NOT_SCORED).sum().clamp(min=1)
@@ -249,7 +287,7 @@ class Hybrid:
         self.adapter, self.memory, self.share = adapter, memory, share
 
     def predict(self, number: int) -> np.ndarray:
-        target = self.memory.targets[number]
+        target = self.memory.pairs.answer("target", number)
         ids, chances = (kept.tolist() for kept in self.adapter.best(number))
         proposals = np.full((len(target), TOP), NOTHING, np.int32)
         for at in range(len(target)):

@@ -11,12 +11,15 @@ or video can't be read goes to the list `failed` with the reason and stops nothi
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
 import functools
 import json
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,11 +35,11 @@ from base import (
     option,
     parse_config,
     provenance,
-    read_json,
     required,
     run,
     write_whole,
 )
+from pairs import JsonRows, write_rows
 
 if TYPE_CHECKING:                  # vlm is imported only after the flags are read
     from vlm.dataset import Sample
@@ -166,8 +169,9 @@ def is_finished(config: ExtractConfig, settings: dict, total: int) -> bool:
     """Whether the output is there already, whole and made with these settings. One of other settings is kept."""
     if config.restart or not config.output_file.exists():
         return False
-    found = read_json(config.output_file)
-    found = found if isinstance(found, dict) else {}
+    rows = JsonRows(config.output_file)
+    collections.deque(rows, maxlen=0)                        # what it says beside its rows is known after them
+    found = rows.beside
     wanted = {**settings, "total_samples": total}
     differs = differences({**(found.get("settings") or {}), "total_samples": found.get("total_samples")}, wanted)
     if differs:
@@ -179,27 +183,33 @@ def is_finished(config: ExtractConfig, settings: dict, total: int) -> bool:
 
 
 class Journal:
-    """Answers in the order they came, one JSON line each, fsynced by batch; read back when a run goes on.
+    """Answers in the order they came, one JSON line each, fsynced by batch; found again when a run goes on.
 
-    The first line holds the settings. A torn last line, from a crash in the middle of a write, is cut off.
+    The first line holds the settings. A torn last line, from a crash in the middle of a write, is cut off. In memory
+    is only where each answer's line begins, so that a million answers fit.
     """
 
     def __init__(self, output_file: Path, settings: dict, restart: bool):
         self.path = output_file.with_name(f".{output_file.name}.journal.jsonl")
-        self.answers: dict[tuple[str, str, int], dict] = {}       # (model, sample key, question) -> answer
+        # (model, question number) -> {sample key: offset of the line}; flat keys would take twice the memory
+        self.places: dict[tuple[str, int], dict[str, int]] = collections.defaultdict(dict)
         self.models: dict[str, dict] = {}                         # model -> name, revision, vocab_size, prompt
         if restart:
             self.path.unlink(missing_ok=True)
         self._read(settings)
         self.file = open(self.path, "ab")  # noqa: SIM115 - closed by __exit__
+        self.reader = open(self.path, "rb")  # noqa: SIM115 - closed by __exit__
         if self.file.tell() == 0:
-            self._write([{"settings": settings}])
+            self._write([self._line({"settings": settings})])
+
+    def __len__(self) -> int:
+        return sum(map(len, self.places.values()))
 
     def _read(self, settings: dict) -> None:
         if not self.path.exists():
             return
         with open(self.path, "r+b") as file:
-            whole, found = 0, {}
+            whole, first, found = 0, 0, {}
             for number, line in enumerate(file):
                 try:
                     entry = json.loads(line) if line.endswith(b"\n") else None
@@ -209,43 +219,66 @@ class Journal:
                     log(f"extract | {self.path} | line {number + 1} is torn: dropped, to be done again")
                     break
                 if number == 0:
-                    found = entry.get("settings", {})
+                    found, first = entry.get("settings", {}), len(line)
                 else:
-                    self._take(entry)
+                    self._take(entry, whole)
                 whole += len(line)
             file.truncate(whole)
-        models = {model for model, _, _ in self.answers}
+        models = {model for model, _ in self.places}
         binding = {name: settings[name] for name in settings if name not in OF_TARGET or "videollava" in models}
         differs = differences(found, binding) if models else ""
         if differs:
             raise UserError(f"{self.path} is the journal of an extraction with other settings ({differs}); give "
                             "those again, choose another --output_file, or --restart")
         if found != settings:             # no answer depends on what differs: the journal goes on under the new ones
-            entries = [{"settings": settings}, *self.models.values(), *self.answers.values()]
-            write_whole(self.path, lambda temporary: temporary.write_bytes(self._lines(entries)))
-        if self.answers:
-            log(f"extract | {self.path} | going on: {len(self.answers)} answers are there already")
+            self._change_first_line(self._line({"settings": settings}), first)
+        if models:
+            log(f"extract | {self.path} | going on: {len(self)} answers are there already")
+
+    def _change_first_line(self, line: bytes, old: int) -> None:
+        """Put another line in place of the first, which has `old` bytes."""
+        def write(temporary: Path) -> None:
+            with open(self.path, "rb") as before, open(temporary, "wb") as after:
+                before.seek(old)
+                after.write(line)
+                shutil.copyfileobj(before, after)
+
+        write_whole(self.path, write)
+        for places in self.places.values():
+            for key in places:
+                places[key] += len(line) - old
 
     @staticmethod
-    def _lines(entries: list[dict]) -> bytes:
-        return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+    def _line(entry: dict) -> bytes:
+        return json.dumps(entry).encode() + b"\n"
 
-    def _write(self, entries: list[dict]) -> None:
-        self.file.write(self._lines(entries))
+    def _write(self, lines: list[bytes]) -> None:
+        self.file.write(b"".join(lines))
         self.file.flush()
         os.fsync(self.file.fileno())
 
-    def _take(self, entry: dict) -> None:
+    def _take(self, entry: dict, offset: int) -> None:
         if "vocab_size" in entry:
             self.models[entry["model"]] = entry
         else:
-            self.answers[entry["model"], entry["key"], entry["question_idx"]] = entry
+            self.places[entry["model"], entry["question_idx"]][sys.intern(entry["key"])] = offset
 
     def append(self, entries: list[dict]) -> None:
-        """Put entries on the disk, then into memory."""
-        self._write(entries)
-        for entry in entries:
-            self._take(entry)
+        """Put entries on the disk, then note where they are."""
+        lines, offset = [self._line(entry) for entry in entries], self.file.tell()
+        self._write(lines)
+        for entry, line in zip(entries, lines):
+            self._take(entry, offset)
+            offset += len(line)
+
+    def has(self, which: str, sample_key: str, question_number: int) -> bool:
+        """Whether this model has answered this question about this sample."""
+        return sample_key in self.places.get((which, question_number), ())
+
+    def read(self, which: str, sample_key: str, question_number: int) -> dict:
+        """That answer, from the disk."""
+        self.reader.seek(self.places[which, question_number][sample_key])
+        return json.loads(self.reader.readline())
 
     def remove(self) -> None:
         """The output is whole: the journal has done its work."""
@@ -256,8 +289,9 @@ class Journal:
 
     def __exit__(self, kind, error, trace) -> None:
         self.file.close()
-        if kind is not None and self.answers:
-            log(f"extract | {len(self.answers)} answers are kept in {self.path}; the same command goes on from there")
+        self.reader.close()
+        if kind is not None and len(self):
+            log(f"extract | {len(self)} answers are kept in {self.path}; the same command goes on from there")
 
 
 # ------------------------------------------------------------------------------------------- answers
@@ -270,7 +304,7 @@ def answer_all(which: Literal["eventgpt", "videollava"], samples: list[Sample], 
     from vlm.batches import clips_that_fit
 
     def missing(sample: Sample) -> list[int]:
-        return [number for number in range(len(questions)) if (which, sample.key, number) not in journal.answers]
+        return [number for number in range(len(questions)) if not journal.has(which, sample.key, number)]
 
     failed = [failure(sample, which, sample.trouble) for sample in samples if sample.trouble]
     good = [sample for sample in samples if not sample.trouble]
@@ -388,7 +422,7 @@ class Answering:
         for sample, pixels in self.pixels_of(samples, self.config.num_workers):
             for number, question in enumerate(self.questions):
                 alone = self.model.answer([pixels], [question], self.config.max_new_tokens)[0].tokens
-                same.append(alone == journal.answers[self.which, sample.key, number]["tokens"])
+                same.append(alone == journal.read(self.which, sample.key, number)["tokens"])
         log(f"extract | {self.which} | parity | {sum(same)} of {len(same)} answers are those of one by one")
         return {"answers": len(same), "equal": sum(same)}
 
@@ -437,20 +471,13 @@ def write_pairs(config: ExtractConfig, settings: dict, samples: list[Sample], qu
     def rows() -> Iterator[dict]:
         for sample in pairs:
             for number, question in enumerate(questions):
-                short, long = (journal.answers[which, sample.key, number] for which in ("eventgpt", "videollava"))
+                short, long = (journal.read(which, sample.key, number) for which in ("eventgpt", "videollava"))
                 yield {"sample_idx": sample.index, "question_idx": number, "sample_id": sample.id,
                        "sequence": sample.sequence, "clip": sample.clip, "query": question,
                        "egpt_tokens": short["tokens"], "egpt_text": short["text"], "egpt_finished": short["finished"],
                        "vl_tokens": long["tokens"], "vl_text": long["text"], "vl_finished": long["finished"]}
 
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(head, indent=1).removesuffix("\n}") + ',\n "results": [')
-            for number, row in enumerate(rows()):
-                file.write((",\n" if number else "\n") + json.dumps(row, ensure_ascii=False))
-            file.write("\n ],\n \"failed\": [" + ",\n".join(json.dumps(entry) for entry in failed) + "]\n}\n")
-
-    write_whole(config.output_file, write)
+    write_rows(config.output_file, head, rows(), failed)
     log(f"RESULT | {config.output_file} | {len(pairs) * len(questions)} pairs of {len(samples)} clips x "
         f"{len(questions)} questions | {len(failed)} failed")
 

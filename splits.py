@@ -5,13 +5,13 @@ Validation is cut from training; the test pairs decide nothing. Imports no torch
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from pathlib import Path
 
 import numpy as np
 
-from base import Pairs, UserError, drive_of, load_pairs, log
+from base import UserError, drive_of, log
+from pairs import Pairs, digest, load_pairs, numbered, numbered_drives
 
 REPEATED, LONG_ANSWER = 0.1, 20      # of answers that long, 3 % recur word for word in another drive's of the real
                                      # 1s pairs and none of the demo's; in a random split 22 to 39 % do
@@ -59,10 +59,12 @@ def load_data(config) -> Data:
     return Data(train, all_train or train, validation, test, split, files, warnings, vocab_size, largest_ids)
 
 
-def clip_order(sequences: list[str], clips: list[int | str]) -> list[int]:
-    """Row numbers as a stream would bring them: sequences as they appear, the clips of each as they were driven."""
-    seen = {name: number for number, name in reversed(list(enumerate(sequences)))}
-    return sorted(range(len(clips)), key=lambda i: (seen[sequences[i]], str(clips[i]).zfill(12)))
+def clip_order(sequences: list[str], clips: list[int | str]) -> np.ndarray:
+    """(N,) row numbers as a stream brings them: sequences as they appear, the clips of each as they were driven."""
+    names, seen = [str(clip).zfill(12) for clip in clips], {}
+    by_clip = np.array(sorted(range(len(clips)), key=names.__getitem__), np.int64)
+    appeared = np.array([seen.setdefault(name, len(seen)) for name in sequences], np.int64)
+    return by_clip[np.argsort(appeared[by_clip], kind="stable")]
 
 
 def in_clip_order(pairs: Pairs) -> Pairs:
@@ -78,22 +80,21 @@ def split_validation(pairs: Pairs, fraction: float, seed: int) -> tuple[np.ndarr
     """
     if len(pairs) < 2:
         raise UserError("the training files hold 1 usable pair, wanted 2 or more: to train and to validate")
-    drives = [drive_of(name) for name in pairs.sequence]
-    for by, group in (("drive", drives), ("sequence", pairs.sequence)):
-        names, sizes = np.unique(group, return_counts=True)
+    for by, (names, group) in (("drive", numbered_drives(pairs.sequence)), ("sequence", numbered(pairs.sequence))):
         if len(names) < 2:
             continue
-        taken, rows, wanted = [], 0, fraction * len(pairs)
+        sizes, taken, rows, wanted = np.bincount(group), [], 0, fraction * len(pairs)
         for i in np.random.default_rng(seed).permutation(len(names)):
             more = rows + sizes[i]
             if more < len(pairs) and abs(more - wanted) < abs(rows - wanted):
-                taken, rows = [*taken, i], more
+                taken.append(i)
+                rows = more
         taken = taken or [sizes.argmin()]
-        chosen = np.isin(group, names[taken])
-        labels = [str(name) or "(no sequence name)" for name in names]
+        chosen, apart = np.isin(group, taken), set(taken)
+        labels = [name or "(no sequence name)" for name in names]
         return np.flatnonzero(~chosen), np.flatnonzero(chosen), {
             "by": by, "validation": sorted(labels[i] for i in taken),
-            "train": [label for i, label in enumerate(labels) if i not in taken]}
+            "train": [label for i, label in enumerate(labels) if i not in apart]}
     size = min(max(1, round(fraction * len(pairs))), len(pairs) - 1)
     rows = np.arange(len(pairs))
     return rows[:-size], rows[-size:], {"by": "last block of rows", "validation": [f"the last {size} pairs"],
@@ -112,9 +113,8 @@ def overlap_warnings(train: Pairs, test: Pairs) -> list[str]:
                             f"{', '.join(sorted(ours & theirs))}")
     if "" in train.sequence or "" in test.sequence:
         warnings.append("rows without a sequence name: whether train and test share a drive can't be seen")
-        known = set(map(tuple, train.answers("target")))
-        long = [tuple(answer) for answer in test.answers("target") if len(answer) >= LONG_ANSWER]
-        repeated = sum(answer in known for answer in long) / max(len(long), 1)
+        known, long = _digests_of_long(train), _digests_of_long(test)
+        repeated = np.isin(long, known).sum() / max(len(long), 1)
         if repeated > REPEATED:
             warnings.append(
                 f"{repeated:.0%} of {len(long)} test answers of {LONG_ANSWER} or more tokens are training answers "
@@ -123,14 +123,20 @@ def overlap_warnings(train: Pairs, test: Pairs) -> list[str]:
     return warnings
 
 
+def _digests_of_long(pairs: Pairs) -> np.ndarray:
+    """uint64, one for each target answer of LONG_ANSWER or more tokens: answers themselves would be too many."""
+    return np.fromiter((digest(tokens) for tokens in pairs.views("target") if len(tokens) >= LONG_ANSWER), np.uint64)
+
+
 def shortened(pairs: Pairs, samples: int) -> Pairs:
     """At most so many pairs: of every sequence its first clips, in proportion, so that neighbours stay neighbours."""
     if len(pairs) <= samples:
         return pairs
-    size, seen, share_before = collections.Counter(pairs.sequence), collections.Counter(), []
-    for name in pairs.sequence:
-        share_before.append(seen[name] / size[name])
-        seen[name] += 1
+    _, sequence = numbered(pairs.sequence)
+    size, order = np.bincount(sequence), np.argsort(sequence, kind="stable")
+    before = np.empty(len(pairs))                            # pairs of the same sequence before each
+    before[order] = np.arange(len(pairs)) - (np.cumsum(size) - size)[sequence[order]]
+    share_before = before / size[sequence]
     return pairs.select(np.sort(np.argsort(share_before, kind="stable")[:samples]))
 
 
@@ -142,6 +148,6 @@ def check_ids(largest_ids: list[tuple[int, str]], size: int, advice: str) -> Non
 
 
 def check_drafts(pairs: Pairs) -> None:
-    if not len(pairs.draft):
+    if not pairs.draft_length.any():
         raise UserError(f"{pairs.files[0]['path']} holds no draft token at all, and draft conditioning sees nothing "
                         "else; wanted drafts, or --conditioning prefix")

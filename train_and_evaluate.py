@@ -3,7 +3,7 @@
     python train_and_evaluate.py --train_benchmark train_1s.json --test_benchmark test_1s.json
     python train_and_evaluate.py --checkpoint task/1s_20260128_020530/best_model.pt --test_benchmark test.json
 
-Reads pairs in any of the three formats of base.load_pairs. Writes into a new folder task/{task_name}_{time}:
+Reads pairs in any of the three formats of pairs.load_pairs. Writes into a new folder task/{task_name}_{time}:
 best_model.pt (whenever validation improves), results.json, the curves as PNG, and RESULTS.md last: a folder
 that has it is whole. Validation is cut from training, by whole drives; the test file decides nothing.
 """
@@ -24,7 +24,6 @@ import numpy as np
 
 from base import (
     ROOT,
-    Pairs,
     Progress,
     UserError,
     as_json,
@@ -41,6 +40,7 @@ from base import (
     run,
     write_json,
 )
+from pairs import Pairs
 from report import one_line, write_report
 from splits import Data, check_drafts, check_ids, load_data, shortened
 
@@ -203,7 +203,7 @@ def make_adapter(config: TrainConfig, data: Data, known: Pairs | None):
         check_drafts(data.test)
         check_drafts(known)
     torch.manual_seed(config.seed)
-    outputs = torch.from_numpy(np.unique(known.target)).long() if config.draft_vocab else None
+    outputs = torch.from_numpy(known.ids("target")).long() if config.draft_vocab else None
     return TokenAdapter(AdapterConfig(
         vocab_size=vocab_size, embed_dim=config.embed_dim, num_layers=config.num_layers,
         num_heads=config.num_heads, feedforward_dim=4 * config.embed_dim, max_seq_len=config.max_seq_len,
@@ -227,9 +227,9 @@ def train_epoch(adapter, tokens, optimizer, schedule, batch_size: int, generator
 
     from acceptance import measure, score
 
-    device, steps = tokens.target.device, math.ceil(len(tokens.lengths) / batch_size)
+    device, steps = tokens.device, math.ceil(len(tokens.lengths) / batch_size)
     # Kept on the device until the pass is over: reading a loss earlier would make the host wait for the GPU.
-    hits = torch.zeros_like(tokens.target, dtype=torch.bool)
+    hits = torch.zeros(len(tokens.lengths), tokens.width, dtype=torch.bool, device=device)
     losses, positions = torch.zeros(steps, device=device), []
     adapter.train()
     for step, (rows, width, scored) in enumerate(tokens.batches(batch_size, generator)):
@@ -261,7 +261,7 @@ def draft_text_loss(adapter, tokens, rows):
     import torch
     import torch.nn.functional as F
 
-    draft, lengths = tokens.draft[rows].long(), tokens.draft_lengths[rows]
+    draft, lengths = tokens.drafts(rows, tokens.draft_width), tokens.draft_lengths[rows]
     labels = adapter.labels_of(draft)
     losses = F.cross_entropy(adapter.draft_as_answer(draft).transpose(1, 2), labels, reduction="none")
     inside = torch.arange(draft.shape[1], device=draft.device) < lengths[:, None]
@@ -420,7 +420,7 @@ def evaluate(adapter, trained: Trained | None, data: Data, config: TrainConfig, 
 def main() -> None:
     config = parse_config(TrainConfig)
 
-    from drafting import save_memory  # brings torch: not before the flags are read
+    from drafting import remembered, save_memory  # brings torch: not before the flags are read
 
     start = time.monotonic()
     device = choose_device(config.device)
@@ -430,7 +430,7 @@ def main() -> None:
     if not config.checkpoint:
         trained = train(adapter, config, data, device, task)
         adapter = trained.adapter
-        save_memory(data.all_train.answers("target"), task / "memory.npz")
+        save_memory(remembered(data.all_train), task / "memory.npz")
     trained_s = time.monotonic() - start
     metrics = evaluate(adapter, trained, data, config, device)
     results = {

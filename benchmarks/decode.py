@@ -15,8 +15,9 @@ import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from base import Pairs, Progress, check_counts, load_pairs, log, option, required
+from base import Progress, check_counts, log, option, required
 from decode_report import SIMULATED
+from pairs import Pairs, load_pairs
 from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, check_gamma, read_task, reads_draft
 from splits import check_ids, in_clip_order
 
@@ -210,12 +211,10 @@ def simulated(pairs: Pairs, task: Task) -> dict:
     import drafting
     from acceptance import stream
 
-    known = types.SimpleNamespace(answers=lambda which: task.answers)
+    known = drafting.NGrams(task.answers)
     memory, another = (drafting.Memory(known, pairs) for _ in range(2))
-    width = int(pairs.lengths("target").max())
-    copied = drafting.direct_copy(pairs, width)[:, :, None]
     drafters = {"memory": memory, "adapter": drafting.Adapter(task.adapter, pairs), "hybrid": another,
-                "copy": drafting.Fixed(copied.repeat(drafting.TOP, -1), pairs)}
+                "copy": drafting.Copy(pairs)}
     if task.adapter.config.sees_prefix:
         drafters["hybrid"] = drafting.Hybrid(drafters["adapter"], another, task.share)
     return {name: stream(drafter, pairs)["top1"] for name, drafter in drafters.items()}

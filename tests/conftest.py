@@ -15,6 +15,12 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)      # the models are tiny: two threads only get in each other's way
 
 
+def flat(answers: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What Pairs holds of them: (tokens, where each answer starts, how long it is)."""
+    lengths = np.array([len(answer) for answer in answers], np.int32)
+    return np.concatenate([np.array(answer, np.int32) for answer in answers]), np.cumsum(lengths) - lengths, lengths
+
+
 def write_pairs(path: Path, sequences: list[str], pairs_each: int = 20, seed: int = 0, **recorded) -> Path:
     """Pairs whose target tokens are the draft's, each mapped to another id: only the draft tells what comes."""
     rng, ids = np.random.default_rng(seed), np.arange(3, 43)

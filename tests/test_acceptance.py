@@ -1,5 +1,6 @@
 """What counts as a hit, and that training and evaluation count alike."""
 
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import nn
 import acceptance
 import drafting
 from acceptance import TokenTensors, compare, measure
-from base import Pairs
+from pairs import Pairs
+from tests.conftest import flat
 from token_adapter import CONTRACTS, ORIGINAL_CONTRACT, AdapterConfig, TokenAdapter
 from train_and_evaluate import train_epoch
 
@@ -19,9 +21,6 @@ CONTRACT = CONTRACTS["draft"]
 
 
 def pairs_of(drafts: list[list[int]], targets: list[list[int]]) -> Pairs:
-    def flat(answers):
-        return np.concatenate(answers).astype(np.int32), np.cumsum([0, *map(len, answers)])
-
     return Pairs(*flat(drafts), *flat(targets), [""] * len(drafts), list(range(len(drafts))), [])
 
 
@@ -140,6 +139,58 @@ def test_batches_hold_each_pair_once_no_wider_than_their_longest_target():
         assert (width, positions) == (tokens.lengths[rows].max(), tokens.lengths[rows].sum())
 
 
+def test_a_batch_is_padded_when_it_is_asked_for_from_tokens_that_are_shared():
+    pairs = pairs_of([[1, 2], [], [3, 4, 5, 6], [7]], [[8], [9, 10, 8], [8, 9], [10] * 5]).select([3, 2, 1])
+    tokens = TokenTensors.of(pairs, 4, torch.device("cpu"))
+    assert all(np.shares_memory(tokens.flat[which].numpy(), getattr(pairs, which)) for which in ("draft", "target"))
+    assert (tokens.width, tokens.draft_width, tokens.device.type) == (4, 4, "cpu")
+    assert tokens.lengths.tolist() == [5, 2, 3] and tokens.draft_lengths.tolist() == [1, 4, 0]
+    rows = torch.tensor([2, 0, 1])
+    assert tokens.targets(rows, 6).tolist() == [[9, 10, 8, -100, -100, -100], [10] * 4 + [-100] * 2,
+                                                [8, 9] + [-100] * 4]
+    assert tokens.drafts(rows, 3).tolist() == [[0, 0, 0], [7, 0, 0], [3, 4, 5]]
+    assert tokens.drafts(rows, 0).shape == (3, 0) and tokens.targets(rows, 2).dtype == torch.int64
+
+
+def test_pairs_without_a_draft_token_are_tensors_too():
+    tokens = TokenTensors.of(pairs_of([[], []], [[8], [9, 10]]), 4, torch.device("cpu"))
+    assert tokens.drafts(torch.tensor([1, 0]), tokens.draft_width).tolist() == [[0], [0]]
+
+
+def test_figures_do_not_depend_on_how_many_answers_are_reckoned_at_a_time(monkeypatch):
+    pairs, random = random_pairs(CONTRACT), np.random.default_rng(0)
+    top1, top5 = (random.random((30, 9)) < share for share in (0.5, 0.8))
+    commonest, names = drafting.commonest_tokens(pairs, 9), [f"town_{i // 3}_a" for i in range(30)]
+    lengths = pairs.lengths("target")
+
+    def figures() -> list:
+        hits = acceptance.number_right(top1, lengths)
+        simulated = acceptance.simulate(top1, lengths, 3)
+        return [compare(top1, top5, pairs, commonest), {**simulated, "passes": simulated["passes"].tolist()},
+                hits.tolist(), acceptance.interval(hits, lengths, names), acceptance.by_drive(hits, lengths, names)]
+
+    whole = figures()
+    monkeypatch.setattr(acceptance, "BLOCK", 7)
+    monkeypatch.setattr(acceptance, "DRAWN_AT_A_TIME", 70)
+    assert figures() == whole
+
+
+def test_comparing_and_simulating_take_a_small_multiple_of_the_hits(monkeypatch):
+    monkeypatch.setattr(acceptance, "BLOCK", 100)
+    monkeypatch.setattr(acceptance, "DRAWN_AT_A_TIME", 2**13)
+    answers = [[5] * 30] * 4000
+    pairs, top1, lengths = pairs_of(answers, answers), np.ones((4000, 30), bool), np.full(4000, 30)
+    commonest = drafting.commonest_tokens(pairs, 30)
+    tracemalloc.start()
+    found = compare(top1, top1, pairs, commonest)
+    acceptance.simulate(top1, lengths, 3)
+    acceptance.interval(acceptance.number_right(top1, lengths), lengths, [f"town_{i // 2}_a" for i in range(4000)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # The three arrays of the baselines' hits, and numbers for each answer: one array of ids would be 4 of these.
+    assert found["direct_copy"]["alpha"] == 1 and peak < 7 * top1.nbytes
+
+
 # ------------------------------------------------------------------------------------------ simulated decoding
 def decode_one(right: list[bool], gamma: int) -> tuple[int, list[int]]:
     """Speculative decoding of one answer as it is defined, token by token: (passes, accepted proposals of each)."""
@@ -191,17 +242,17 @@ def test_intervals_hold_the_value_and_pairing_takes_the_common_part_out():
     good = random.random((200, 50)) < np.repeat(random.uniform(0.4, 0.9, 10), 20)[:, None]    # blocks differ
     better = good | (random.random((200, 50)) < 0.05)
     names = [f"town_{i // 20:02}_a" for i in range(200)]
-    one = acceptance.interval(good, lengths, names)
-    both = acceptance.interval(better, lengths, names, good)
+    one = acceptance.interval(good.sum(1), lengths, names)
+    both = acceptance.interval(better.sum(1), lengths, names, good.sum(1))
     assert one["low"] < one["value"] < one["high"] and one["by"] == "sequences"
     assert 0 < both["low"] < both["value"] < both["high"]
     assert both["high"] - both["low"] < 0.3 * (one["high"] - one["low"])
-    assert acceptance.interval(good, lengths, [""] * 200)["by"] == "blocks of 20 clips"
+    assert acceptance.interval(good.sum(1), lengths, [""] * 200)["by"] == "blocks of 20 clips"
 
 
 def test_beside_an_interval_stands_the_range_when_one_drive_at_a_time_is_left_out():
     lengths, names = np.full(6, 10), ["bern_00_a", "bern_00_b", "bern_00_b", "thun_01_a", "basel_02_a", "basel_02_a"]
-    hits = np.arange(10) < np.array([9, 9, 9, 2, 5, 5])[:, None]
+    hits = np.array([9, 9, 9, 2, 5, 5])
     assert acceptance.interval(hits, lengths, names)["left_out"] == pytest.approx([12 / 30, 37 / 50])
     assert acceptance.interval(hits[:3], lengths[:3], names[:3])["left_out"] is None
 

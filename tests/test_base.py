@@ -1,124 +1,16 @@
-"""The pair formats and their odd rows, flags, whole-file writes, and how a program ends."""
+"""Flags, whole-file writes, and how a program ends."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pytest
 
 import base
 from base import UserError
-
-DRAFT, TARGET = [512, 278, 9088, 2], [450, 1820, 3161, 297]
-
-
-def extraction(number: int, draft=DRAFT, target=TARGET, **more) -> dict:
-    return {"sample_idx": number, "question_idx": 0, "egpt_tokens": draft, "egpt_text": "In the scene",
-            "vl_tokens": target, "vl_text": "The key elements", **more}
-
-
-def benchmark(number: int, draft=DRAFT, target=TARGET) -> dict:
-    return {"sample_idx": number, "eventgpt": {"output_tokens": draft},
-            "videollava": {"output_tokens": target}}
-
-
-def inference(number: int, draft=DRAFT, target=TARGET) -> dict:
-    return {"id": f"id-{number}", "egpt_token_ids": draft, "llava_token_ids": target,
-            "event_data": f"interlaken_00_c/{number:06}.npy"}
-
-
-def load(folder: Path, content) -> base.Pairs:
-    path = folder / "pairs.json"
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    return base.load_pairs([path])
-
-
-# ------------------------------------------------------------------------------------------------- pair files
-@pytest.mark.parametrize(("content", "form"), [
-    ({"results": [extraction(0), extraction(1)]}, "extraction"),
-    ({"results": [benchmark(0), benchmark(1)]}, "benchmark"),
-    ([inference(0), inference(1)], "inference"),
-    ([extraction(0), extraction(1)], "extraction"),
-])
-def test_a_format_is_told_by_its_content(tmp_path, content, form):
-    pairs = load(tmp_path, content)
-    assert pairs.files[0]["format"] == form
-    assert pairs.padded("draft", 4).tolist() == [DRAFT, DRAFT]
-    assert pairs.padded("target", 4).tolist() == [TARGET, TARGET]
-
-
-@pytest.mark.parametrize(("row", "reason"), [
-    (extraction(1, draft=None), "no token list"),
-    (extraction(1, target="450 1820"), "no token list"),
-    (extraction(1, target=[450, 1.5]), "token ids that are not whole numbers"),
-    (extraction(1, target=[450, True]), "token ids that are not whole numbers"),
-    (extraction(1, target=[450, "1820"]), "token ids that are not whole numbers"),
-    (extraction(1, target=[450, None]), "token ids that are not whole numbers"),
-    (extraction(1, target=[450, float("nan")]), "token ids that are not whole numbers"),
-    (extraction(1, target=[450, -1]), "negative or absurd token ids"),
-    (extraction(1, target=[450, 2**31]), "negative or absurd token ids"),
-    (extraction(1, target=[1, 450, 1820, 3161]), "prompt included (starts with BOS)"),
-    (extraction(1, target=[29889, 2]), "fewer tokens than words in the text"),
-    (extraction(1, target=[], vl_text=""), "empty target"),
-    (extraction(0), "duplicate row"),
-    ("not a row", "no token list"),
-])
-def test_an_unusable_row_is_dropped_and_counted_by_its_reason(tmp_path, row, reason):
-    pairs = load(tmp_path, {"results": [extraction(0), row, extraction(2)]})
-    assert len(pairs) == 2
-    assert pairs.files[0]["dropped"] == {reason: 1}
-
-
-@pytest.mark.parametrize(("row", "flag"), [
-    (extraction(1, target=[10887] * 8), "one id repeated"),
-    (extraction(1, draft=[], egpt_text=""), "empty draft"),
-    (extraction(1, target=[10887, 2], vl_text="ms"), "target under 4 tokens"),
-])
-def test_a_suspicious_row_is_kept_and_flagged(tmp_path, capsys, row, flag):
-    pairs = load(tmp_path, {"results": [extraction(0), row]})
-    assert len(pairs) == 2 and pairs.files[0]["flagged"] == {flag: 1}
-    assert "WARNING" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("content", "words"), [
-    (b"", "is not JSON"), (b'{"results": [', "is not JSON"), (b"\xff\xfe", "is not JSON"),
-    (b"[" * 10**5, "is not JSON"),
-    (b"7", "holds no pairs"), (b'{"rows": []}', "holds no pairs"), (b'{"results": {}}', "holds no pairs"),
-    (b'{"results": [], "errors": [{"sample_idx": 0}]}', "lists 1 errors"), (b"[{}]", "no usable rows"),
-    (json.dumps([extraction(0, target=[1, 2])]).encode(), "all dropped"),
-])
-def test_a_file_without_usable_pairs_is_a_user_error_that_says_why(tmp_path, content, words):
-    with pytest.raises(UserError, match=words):
-        load(tmp_path, content)
-
-
-def test_questions_about_one_clip_are_no_duplicates(tmp_path):
-    rows = [extraction(0), {**extraction(0), "question_idx": 1}]
-    assert len(load(tmp_path, {"results": rows})) == 2
-
-
-def test_sequence_and_clip_come_from_the_row_or_from_its_event_path(tmp_path):
-    pairs = load(tmp_path, [inference(7)])
-    assert (pairs.sequence, pairs.clip) == (["interlaken_00_c"], [7])
-    pairs = load(tmp_path, [extraction(0, sequence="thun_01_a", clip=3), extraction(1)])
-    assert (pairs.sequence, pairs.clip[0]) == (["thun_01_a", ""], 3)
-
-
-def test_several_files_become_one_set_and_select_keeps_rows_whole(tmp_path):
-    for name, target in (("a", [4, 5, 6, 7]), ("b", [8, 9, 10, 11, 12])):
-        content = {"vocab_size": 32064, "results": [extraction(0, target=target)]}
-        (tmp_path / name).write_text(json.dumps(content))
-    pairs = base.load_pairs([tmp_path / "a", tmp_path / "b"])
-    assert pairs.vocab_size == 32064 and pairs.lengths("target").tolist() == [4, 5]
-    assert [(largest, Path(name).name) for largest, name in pairs.largest_ids()] == [(9088, "a"), (9088, "b")]
-    turned = pairs.select(np.array([1, 0]))
-    assert turned.padded("target", 6).tolist() == [[8, 9, 10, 11, 12, 0], [4, 5, 6, 7, 0, 0]]
-    assert turned.padded("target", 2).tolist() == [[8, 9], [4, 5]]
 
 
 def test_segments_of_one_drive_share_its_name():

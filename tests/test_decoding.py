@@ -10,7 +10,7 @@ import torch
 
 import acceptance
 import drafting
-from base import Pairs, UserError
+from base import UserError
 from decoding import (
     AdapterSteps,
     Decoded,
@@ -25,6 +25,8 @@ from decoding import (
     measure_drafter,
 )
 from drafting import NGrams
+from pairs import Pairs
+from tests.conftest import flat
 from token_adapter import AdapterConfig, TokenAdapter
 
 VOCABULARY, EOS = 23, 2
@@ -188,9 +190,6 @@ def test_a_sampled_answer_is_the_same_for_the_same_seed_and_near_greedy_when_col
 
 # --------------------------------------------------------------------------------------------------- drafters
 def pairs_of(targets: list[list[int]], drafts: list[list[int]]) -> Pairs:
-    def flat(answers):
-        return np.concatenate([np.array(answer, np.int32) for answer in answers]), np.cumsum([0, *map(len, answers)])
-
     return Pairs(*flat(drafts), *flat(targets), [""] * len(targets), list(range(len(targets))), [])
 
 
@@ -238,13 +237,12 @@ def test_live_decoding_needs_the_passes_that_simulation_foretells(world, kind, g
     adapter = tiny(kind if kind in ("draft", "prefix") else "prefix+draft", kind == "draft_vocab").to(device)
     answers = list(training.answers("target"))
     if kind == "memory":
-        simulated, drafter = drafting.Memory(training, test), LiveHybrid(NGrams(answers))
+        simulated, drafter = drafting.Memory(NGrams(answers), test), LiveHybrid(NGrams(answers))
     elif kind == "copy":
-        copied = np.full((len(test), 12, drafting.TOP), drafting.NOTHING, np.int32)
-        copied[:, :, 0] = drafting.direct_copy(test, 12)
-        simulated, drafter = drafting.Fixed(copied, test), LiveTable()
+        simulated, drafter = drafting.Copy(test), LiveTable()
     elif kind == "hybrid":
-        simulated = drafting.Hybrid(drafting.Adapter(adapter, test), drafting.Memory(training, test), 0.5)
+        memory = drafting.Memory(NGrams(answers), test)
+        simulated = drafting.Hybrid(drafting.Adapter(adapter, test), memory, 0.5)
         drafter = LiveHybrid(NGrams(answers), adapter, 0.5)
     else:
         simulated = drafting.Adapter(adapter, test)

@@ -8,6 +8,7 @@ import pytest
 
 import benchmarks.decode
 import benchmarks.extract
+import benchmarks.load
 import extract_tokens_train
 import make_demo
 import speculative_decode
@@ -16,7 +17,7 @@ import train_and_evaluate
 ROOT = Path(__file__).parents[1]
 PAGES = [(ROOT / name).read_text() for name in ("README.md", "WORKFLOW.md")]
 CONFIGS = [extract_tokens_train.ExtractConfig, train_and_evaluate.TrainConfig, speculative_decode.DecodeConfig,
-           benchmarks.decode.Config, benchmarks.extract.Config, make_demo.DemoConfig]
+           benchmarks.decode.Config, benchmarks.extract.Config, benchmarks.load.Config, make_demo.DemoConfig]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__module__)

@@ -5,12 +5,15 @@ import functools
 import json
 import shutil
 import sys
+import tracemalloc
 
 import pytest
 import torch
 
 import extract_tokens_train
-from base import UserError, load_pairs
+from base import UserError
+from extract_tokens_train import Journal
+from pairs import load_pairs
 from vlm import batches as module
 from vlm.batches import Batches
 
@@ -226,6 +229,44 @@ def test_a_journal_of_other_settings_is_refused(extract, tmp_path):
     with pytest.raises(UserError, match="max_new_tokens: 3 there, 80 now"):
         extract()
     assert journal.exists()
+
+
+def answer_of(key: str, number: int, tokens: list[int], model: str = "eventgpt") -> dict:
+    return {"model": model, "key": key, "question_idx": number, "tokens": tokens, "text": "é", "finished": True}
+
+
+def test_a_journal_finds_each_answer_again_under_other_settings_too(tmp_path):
+    settings = {**dict.fromkeys(extract_tokens_train.SETTINGS, 1), "num_frames": 8}
+    with Journal(tmp_path / "out.json", settings, restart=False) as journal:
+        journal.append([{"model": "eventgpt", "vocab_size": 64, "name": "x"}])
+        journal.append([answer_of(f"town/{i}", q, [i, q] * (i + 1)) for i in range(4) for q in range(2)])
+        journal.append([answer_of("town/1", 0, [7])])                              # the later one counts
+        assert journal.read("eventgpt", "town/3", 1)["tokens"] == [3, 1] * 4
+    for frames in (8, 16, 100_000, 4):               # of the target alone, which has not answered; other first lines
+        settings = {**settings, "num_frames": frames}
+        with Journal(tmp_path / "out.json", settings, restart=False) as journal:
+            assert len(journal) == 8 + (frames == 4) and journal.models["eventgpt"]["vocab_size"] == 64
+            assert journal.read("eventgpt", "town/3", 1) == answer_of("town/3", 1, [3, 1] * 4)
+            assert journal.read("eventgpt", "town/1", 0)["tokens"] == [7]
+            assert journal.has("eventgpt", "town/0", 1) and not journal.has("eventgpt", "town/0", 2)
+            assert not journal.has("videollava", "town/0", 1)
+            assert journal.has("eventgpt", "town/9", 0) == (frames == 4)
+            if frames == 100_000:
+                journal.append([answer_of("town/9", 0, [9])])
+                assert journal.read("eventgpt", "town/9", 0)["tokens"] == [9]
+    assert json.loads((tmp_path / ".out.json.journal.jsonl").read_text().splitlines()[0]) == {"settings": settings}
+
+
+def test_a_journal_keeps_no_answer_in_memory(tmp_path):
+    settings = dict.fromkeys(extract_tokens_train.SETTINGS, 1)
+    with Journal(tmp_path / "out.json", settings, restart=False) as journal:
+        journal.append([answer_of(f"town/{i}", 0, list(range(300, 700))) for i in range(500)])
+        size = journal.path.stat().st_size
+    tracemalloc.start()
+    with Journal(tmp_path / "out.json", settings, restart=False) as journal:
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(journal) == 500 and held < size / 5
 
 
 def test_a_mistake_in_the_target_costs_nothing_of_the_draft(extract, tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ from PIL import Image
 
 import report
 from acceptance import compare, stream
-from base import Pairs, UserError
+from base import UserError
 from drafting import Fixed, commonest_tokens
+from pairs import Pairs
 
 HOSTILE = "a|b\n# <script>alert(1)</script> [x](http://evil) `y` $z$ ![w](v)"
 
@@ -19,9 +20,9 @@ def measured(share: float, num_pairs: int = 10, length: int = 6, constant: bool 
     """Metrics of an adapter that is right in this share of the positions; the constant string gets 55 %."""
     target = np.tile(np.array([7, 8] * (length // 2), np.int32), num_pairs)
     target[1::2] += np.arange(len(target) // 2, dtype=np.int32)
-    start = np.arange(num_pairs + 1) * length
+    places = np.arange(num_pairs) * length, np.full(num_pairs, length)
     names = [""] * num_pairs
-    pairs = Pairs(target + 1, start, target, start, names, names, [])
+    pairs = Pairs(target + 1, *places, target, *places, names, names, [])
     hits = np.arange(length * num_pairs).reshape(num_pairs, length) < share * length * num_pairs
     commonest = commonest_tokens(pairs, length) if constant else None
     found = {"loss": 1.5, **compare(hits, hits, pairs, commonest), "memory_share": {}, "stream": True,

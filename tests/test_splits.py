@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from base import drive_of, load_pairs
-from splits import load_data, shortened, split_validation
+from base import drive_of
+from pairs import load_pairs
+from splits import clip_order, load_data, shortened, split_validation
 from tests.conftest import write_pairs
 from train_and_evaluate import TrainConfig
 
@@ -68,3 +69,27 @@ def test_what_is_shortened_keeps_the_first_clips_of_every_sequence(tmp_path):
     pairs = load_pairs([write_pairs(tmp_path / "test.json", ["basel_03_a", "bern_07_a"])])
     part = shortened(pairs, 8)
     assert part.sequence == ["basel_03_a"] * 4 + ["bern_07_a"] * 4 and part.clip == [0, 1, 2, 3] * 2
+
+
+@pytest.mark.parametrize("kind", ["numbers", "texts", "both"])
+def test_clips_come_sequence_by_sequence_as_they_were_driven(kind):
+    rng = np.random.default_rng(0)
+    sequences = [["b_a", "a_a", "", "c"][i] for i in rng.integers(4, size=200)]
+    clips = rng.integers(0, 3 * 10**6, 200).tolist()
+    if kind != "numbers":
+        clips = [f"clip{number}" if number % 3 or kind == "texts" else number for number in clips]
+    first = {name: sequences.index(name) for name in set(sequences)}
+    wanted = sorted(range(200), key=lambda i: (first[sequences[i]], str(clips[i]).zfill(12)))
+    assert clip_order(sequences, clips).tolist() == wanted
+    assert clip_order([], []).tolist() == []
+
+
+def test_a_sequence_is_shortened_to_its_share_even_when_its_clips_are_scattered(tmp_path):
+    pairs = load_pairs([write_pairs(tmp_path / "test.json", ["basel_03_a", "bern_07_a"], 20)])
+    mixed = pairs.select(np.random.default_rng(0).permutation(40)[:30])
+    part = shortened(mixed, 10)
+    assert len(part) == 10
+    for name in ("basel_03_a", "bern_07_a"):
+        ours, all_of_it = ([clip for one, clip in zip(found.sequence, found.clip) if one == name]
+                           for found in (part, mixed))
+        assert ours == all_of_it[:len(ours)] and abs(len(ours) - len(all_of_it) / 3) < 1

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import train_and_evaluate
-from base import ROOT, UserError, load_pairs
+from base import ROOT, UserError
+from pairs import load_pairs
 from splits import load_data
 from tests.conftest import write_pairs
 from token_adapter import load_adapter
