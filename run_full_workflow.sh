@@ -43,7 +43,7 @@ else
   TASK_DIR="${TASK_DIR:-task}"
   EVENTGPT="${EVENTGPT:-}"                                        # folder of the EventGPT checkpoint
   VIDEO_LLAVA="${VIDEO_LLAVA:-LanguageBind/Video-LLaVA-7B-hf}"    # folder or hub id
-  EXTRACT_FLAGS="${EXTRACT_FLAGS:-}"                              # e.g. "--batch_size 16 --quantization none"
+  EXTRACT_FLAGS="${EXTRACT_FLAGS:-}"                              # e.g. "--quantization none"
   TRAIN_FLAGS="${TRAIN_FLAGS:-}"                                  # e.g. "--num_epochs 30"
 fi
 DECODE_FLAGS="${DECODE_FLAGS:---max_samples 100}"    # further flags of decoding

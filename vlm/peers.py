@@ -99,7 +99,7 @@ def quantise(model: nn.Module, runtime: Runtime) -> None:
         if "language_model" in name and ".layers." in name and type(module) is nn.Linear:
             layer = bitsandbytes.nn.Linear4bit(module.in_features, module.out_features, bias=False, device="meta",
                                                compute_dtype=runtime.dtype, quant_type="nf4")
-            layer.weight = bitsandbytes.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4",
+            layer.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4",
                                                       compress_statistics=True).to(runtime.device)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
