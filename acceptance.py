@@ -8,6 +8,7 @@ Speculative Decoding", equation 1. It takes positions for independent; those of 
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 
@@ -22,6 +23,7 @@ from token_adapter import NOT_SCORED
 GAMMAS = range(1, 11)
 SIMULATED_GAMMAS = (1, 2, 3, 5, 8, 12)
 PASSES_SHOWN = (5, 10, 15, 20, 30)
+GPU_LOGITS = 2**28             # at a time, 1 GiB: small batches on a GPU are launching and little else
 MIN_SEQUENCES, BLOCK, BOOTSTRAPS = 8, 20, 2000
 
 
@@ -248,6 +250,16 @@ class TokenTensors:
         return cls(torch.from_numpy(draft).to(device), torch.from_numpy(draft_lengths).to(device),
                    torch.from_numpy(target).to(device), lengths)
 
+    device = property(lambda self: self.target.device)
+    width = property(lambda self: self.target.shape[1])
+    draft_width = functools.cached_property(lambda self: int(self.draft_lengths.max()))
+
+    def targets(self, rows: torch.Tensor, width: int) -> torch.Tensor:
+        return self.target[rows, :width].long()
+
+    def drafts(self, rows: torch.Tensor, width: int) -> torch.Tensor:
+        return self.draft[rows, :width].long()
+
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator:
         """Yield (rows (B,) int64 on the device, width, positions) with targets of like length side by side.
 
@@ -285,9 +297,11 @@ def score(adapter, tokens: TokenTensors, rows: torch.Tensor, width: int, first: 
 def predict(adapter, tokens: TokenTensors, batch_size: int) -> tuple[np.ndarray, np.ndarray, float]:
     """The adapter's hits by its own contract: top1, top5 (N, T) bool, and the loss in nats a token it scores.
 
-    In float32 on every device, whatever it was trained in.
+    In float32 on every device, whatever it was trained in; on a GPU batches are as large as their logits allow.
     """
     adapter.eval()
+    if tokens.device.type == "cuda":
+        batch_size = max(batch_size, GPU_LOGITS // (tokens.width * adapter.config.outputs))
     first = adapter.config.first_position
     top1 = torch.zeros_like(tokens.target, dtype=torch.bool)
     top5 = top1.clone()

@@ -71,6 +71,11 @@ class AdapterConfig:
         return 1 if self.contract == ORIGINAL_CONTRACT else 0
 
     @property
+    def outputs(self) -> int:
+        """Ids that are scored."""
+        return self.draft_vocab or self.vocab_size
+
+    @property
     def sees_prefix(self) -> bool:
         return self.conditioning != "draft"
 
@@ -107,18 +112,23 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x, mask=None, kept=None, slots=None):
+    def forward(self, x, mask=None, kept=None, slots=None, sizes=None):
         """x (B, T, D) -> (B, T, D). mask (B, 1, T, S) bool, True where seen; None: causal.
 
-        kept (2, B, heads, S, D / heads) keeps keys and values from one call to the next: these T positions are
-        written at slots (T,) int64, and all S are attended to; the mask is then added, 0 where seen, else -inf.
+        sizes: the T positions are texts of so many tokens that don't see each other, causal but for the first, which
+        the mask is for; None: one text. kept (2, B, heads, S, D / heads) keeps keys and values from one call to the
+        next: these T positions are written at slots (T,) int64, and all S are attended to; the mask is then added, 0
+        where seen, else -inf.
         """
         B, T, D = x.shape
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, T, 3, self.num_heads, -1)
         projected = projected.permute(2, 0, 3, 1, 4)                           # 3 x (B, heads, T, D / heads)
         if kept is None:
-            dropout = self.dropout if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(*projected, mask, dropout, is_causal=mask is None)
+            dropout, texts = self.dropout if self.training else 0.0, projected.split(sizes or T, 3)
+            masks = [mask, *[None] * (len(texts) - 1)]
+            mixed = [F.scaled_dot_product_attention(*text, seen, dropout, is_causal=seen is None)
+                     for text, seen in zip(texts, masks)]
+            mixed = torch.cat(mixed, 2) if len(texts) > 1 else mixed[0]
         else:
             # Written out: for one position in float32 the fused kernel of an H200 took 39 us, 40 % of a whole step.
             key, value = kept.index_copy_(3, slots, projected[1:])
@@ -184,29 +194,36 @@ class TokenAdapter(nn.Module):
         prefix[:, :i] and, in prefix+draft, the first draft_lengths (B,) tokens of the draft. A length of 0 is a
         missing draft.
         """
+        return self._logits(self.hidden(draft, draft_lengths, prefix))
+
+    def hidden(self, draft, draft_lengths=None, prefix=None, text=None):
+        """x (B, T, D) that the logits of `forward` are made from, by `output`.
+
+        Only for training, text (B, S) int64: drafts as answers of their own, for EventGPT's sentences are further
+        text about the same streets. S more positions follow, of which output i proposes text[:, i] from text[:, :i].
+        """
         assert draft.shape[1] <= self.config.max_seq_len, (draft.shape, self.config.max_seq_len)
         if not self.config.sees_prefix:
-            x = self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]]
-            return self._logits(self._blocks(x))
-        answer = self._embed_answer(prefix)
-        if self.config.conditioning == "prefix" or not draft.shape[1]:
-            return self._logits(self._blocks(self.embedding_dropout(answer)))
-        B, before, T = len(draft), draft.shape[1], answer.shape[1]
-        x = torch.cat([self._embed_draft(draft), answer], dim=1)
-        shown = torch.arange(before, device=draft.device) < draft_lengths[:, None]           # (B, before)
-        mask = torch.ones(before + T, before + T, dtype=torch.bool, device=draft.device).tril()
-        mask = mask.expand(B, -1, -1).clone()
+            return self._blocks(self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]])
+        before = draft.shape[1] if self.config.conditioning == "prefix+draft" else 0
+        parts = [draft[:, :before], prefix, *([] if text is None else [text[:, :-1]])]
+        # Looked up together: each lookup's gradient is a table of the whole vocabulary.
+        parts = self.embedding(torch.cat(parts, 1)).split([part.shape[1] for part in parts], 1)
+        x = [self._embed_draft(parts[0])] if before else []
+        x += [self._embed_answer(parts[1])] + [self._embed_answer(part) + self.as_draft for part in parts[2:]]
+        first = before + prefix.shape[1] + 1
+        mask = self._mask_of(draft_lengths, before, first) if before else None
+        sizes = None if text is None else (first, text.shape[1])
+        return self._blocks(self.embedding_dropout(torch.cat(x, 1)), mask, sizes=sizes)[:, before:]
+
+    def _mask_of(self, draft_lengths, before: int, positions: int):
+        """(B, 1, positions, positions) bool: what each position of a draft (`before` of them) and an answer sees."""
+        slots = torch.arange(positions, device=draft_lengths.device)
+        shown = slots[:before] < draft_lengths[:, None]                                      # (B, before)
+        mask = (slots <= slots[:, None]).expand(len(shown), -1, -1).clone()
         # Every position sees the whole draft; past its end a position sees itself, for a softmax needs something.
-        mask[:, :, :before] = shown[:, None] | torch.eye(before + T, before, dtype=torch.bool, device=draft.device)
-        return self._logits(self._blocks(self.embedding_dropout(x), mask[:, None])[:, before:])
-
-    def draft_as_answer(self, draft):
-        """draft (B, T) int64 -> logits (B, T, vocab_size): output i proposes draft[:, i] from draft[:, :i].
-
-        Only for training: EventGPT's sentences are further text about the same streets.
-        """
-        x = self._embed_answer(draft[:, :-1]) + self.as_draft
-        return self._logits(self._blocks(self.embedding_dropout(x)))
+        mask[:, :, :before] = shown[:, None] | (slots[:before] == slots[:, None])
+        return mask[:, None]
 
     def ids_of(self, columns):
         """Columns of the logits -> token ids, of any shape."""
@@ -219,22 +236,27 @@ class TokenAdapter(nn.Module):
         columns = torch.searchsorted(self.output_ids, ids).clamp(max=len(self.output_ids) - 1)
         return torch.where(self.output_ids[columns] == ids, columns, NOT_SCORED)
 
-    def _logits(self, x):                                    # (B, T, D) -> (B, T, ids scored)
+    def output(self) -> tuple:
+        """(norm, weight (K, D), bias (K,)): logits are norm(x) @ weight.T + bias, one column for each id scored."""
         norm, linear = self.output_proj
         if self.output_ids is None:
-            return linear(norm(x))
-        return F.linear(norm(x), linear.weight[self.output_ids], linear.bias[self.output_ids])
+            return norm, linear.weight, linear.bias
+        return norm, linear.weight.index_select(0, self.output_ids), linear.bias.index_select(0, self.output_ids)
 
-    def _embed_draft(self, draft):
-        return self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]] + self.as_draft
+    def _logits(self, x):                                    # (B, T, D) -> (B, T, ids scored)
+        norm, weight, bias = self.output()
+        return F.linear(norm(x), weight, bias)
 
-    def _embed_answer(self, prefix):                   # (B, T) ids -> (B, T + 1, D): begin-of-answer in front
-        x = torch.cat([self.begin.expand(len(prefix), 1, -1), self.embedding(prefix)], dim=1)
+    def _embed_draft(self, x):                         # (B, T, D) of the tokens -> (B, T, D)
+        return x + self.position_embedding.weight[:x.shape[1]] + self.as_draft
+
+    def _embed_answer(self, x):                        # (B, T, D) -> (B, T + 1, D): begin-of-answer in front
+        x = torch.cat([self.begin.expand(len(x), 1, -1), x], dim=1)
         return x + self.position_embedding.weight[:x.shape[1]]
 
-    def _blocks(self, x, mask=None, cache=None, slots=None):
+    def _blocks(self, x, mask=None, cache=None, slots=None, sizes=None):
         for number, block in enumerate(self.transformer["layers"]):
-            x = block(x, mask, *(() if cache is None else (cache.values[number], slots)))
+            x = block(x, mask, None if cache is None else cache.values[number], slots, sizes)
         return x
 
     # ------------------------------------------------------------------------------------------- step by step
@@ -245,7 +267,7 @@ class TokenAdapter(nn.Module):
         before = draft.shape[1] if self.config.conditioning == "prefix+draft" else 0
         x = (self.begin + self.position_embedding.weight[0]).expand(len(draft), 1, -1)
         if before:
-            x = torch.cat([self._embed_draft(draft), x], dim=1)
+            x = torch.cat([self._embed_draft(self.embedding(draft)), x], dim=1)
             cache.visible[:, :before] = cache.slots[:before] < draft_lengths[:, None]
         seen = cache.slots <= cache.slots[:before + 1, None].clamp(min=before - 1)        # a draft sees all of itself
         mask = cache.visible[:, None] & seen | (cache.slots == cache.slots[:before + 1, None])
