@@ -83,7 +83,8 @@ class AdapterConfig:
 class Cache:
     """Keys and values of one batch: the draft, then begin-of-answer and the answer; `length` moves back to forget.
 
-    Slots are numbered by tensors and masks always span all of them, so that a CUDA graph can replay a step.
+    Slots are numbered by tensors and masks always span all of them, so that a CUDA graph can replay a step; what a
+    slot sees and its position stand in tables, of which a step takes a row.
     """
 
     SPARE = 16                     # slots that a graph of more tokens than are left may write to; never seen
@@ -92,8 +93,8 @@ class Cache:
         heads, room = config.num_heads, 2 * config.max_seq_len + self.SPARE
         self.values = torch.zeros(config.num_layers, 2, batch, heads, room, config.embed_dim // heads, device=device)
         self.slots = torch.arange(room, device=device)
-        self.visible = torch.ones(batch, room, dtype=torch.bool, device=device)      # False past a draft's end
-        self.begin = torch.zeros((), dtype=torch.long, device=device)                # slot of begin-of-answer
+        self.masks = torch.zeros(batch, 1, room, room, device=device)    # of each slot: 0 where it sees, else -inf
+        self.positions = torch.zeros(room, config.embed_dim, device=device)  # of each slot: its place's embedding
         self.length = 0
 
 
@@ -263,16 +264,17 @@ class TokenAdapter(nn.Module):
     def start(self, draft, draft_lengths, cache: Cache | None = None) -> tuple:
         """Read drafts (B, Td) int64 of lengths (B,) -> (logits (B, 1, V) of position 0, the cache)."""
         cache = cache or Cache(self.config, len(draft), self.begin.device)
-        cache.visible.fill_(True)
         before = draft.shape[1] if self.config.conditioning == "prefix+draft" else 0
         x = (self.begin + self.position_embedding.weight[0]).expand(len(draft), 1, -1)
+        seen = cache.slots <= cache.slots[:, None].clamp(min=before - 1)                  # a draft sees all of itself
         if before:
             x = torch.cat([self._embed_draft(self.embedding(draft)), x], dim=1)
-            cache.visible[:, :before] = cache.slots[:before] < draft_lengths[:, None]
-        seen = cache.slots <= cache.slots[:before + 1, None].clamp(min=before - 1)        # a draft sees all of itself
-        mask = cache.visible[:, None] & seen | (cache.slots == cache.slots[:before + 1, None])
-        x = self._blocks(x, added(mask), cache, cache.slots[:before + 1])
-        cache.begin.fill_(before)
+            inside = (cache.slots >= before) | (cache.slots < draft_lengths[:, None])
+            seen = inside[:, None] & seen | (cache.slots == cache.slots[:, None])
+        cache.masks.copy_(added(seen.expand(len(draft), -1, -1)))
+        places = (cache.slots - before).clamp(0, self.config.max_seq_len - 1)             # beyond: never looked at
+        cache.positions.copy_(self.position_embedding(places))
+        x = self._blocks(x, cache.masks[:, :, :before + 1], cache, cache.slots[:before + 1])
         cache.length = before + 1
         return self._logits(x[:, -1:]), cache
 
@@ -287,10 +289,8 @@ class TokenAdapter(nn.Module):
 
     def step_at(self, tokens, slots, cache: Cache):
         """`step` at slots (T,) int64; nothing here depends on the host, so that a CUDA graph can hold it."""
-        places = (slots - cache.begin).clamp(max=self.config.max_seq_len - 1)      # beyond: spare, never looked at
-        x = self.embedding(tokens) + self.position_embedding(places)
-        mask = cache.visible[:, None] & (cache.slots <= slots[:, None])
-        return self._logits(self._blocks(x, added(mask), cache, slots))
+        x = self.embedding(tokens) + cache.positions.index_select(0, slots)
+        return self._logits(self._blocks(x, cache.masks.index_select(2, slots), cache, slots))
 
     def condition(self, conditioning: str) -> None:
         """Go on as `prefix` or `prefix+draft`: they have the same weights and differ in what is shown."""
@@ -299,6 +299,50 @@ class TokenAdapter(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+class SingleStep:
+    """`step_at` for one token of one answer in three quarters of its kernels: in a graph too, each costs 2 to 3 us.
+
+    Scores begin as the mask and the residual stream as itself, to which products are added in place; the biases of
+    products that are added so are a further column of their weights, for an input that is always 1. It keeps copies
+    of these weights, as they are now. For a prefix conditioning, whose blocks norm first.
+    """
+
+    def __init__(self, adapter: TokenAdapter, cache: Cache):
+        self.adapter, self.cache, config = adapter, cache, adapter.config
+        blocks = adapter.transformer["layers"]
+        self.out, self.linear2 = ([self._with_bias(linear) for linear in linears] for linears in (
+            [block.self_attn.out_proj for block in blocks], [block.linear2 for block in blocks]))
+        self.mixed, self.inner = (linears[0].new_zeros(1, linears[0].shape[1])
+                                  for linears in (self.out, self.linear2))
+        self.mixed[:, config.embed_dim] = self.inner[:, config.feedforward_dim] = 1
+        self.scores = cache.masks.new_zeros(config.num_layers, config.num_heads, 1, len(cache.slots))
+
+    @staticmethod
+    def _with_bias(linear: nn.Linear) -> torch.Tensor:         # (outputs, inputs + 8): in eights, for alignment
+        return torch.cat([linear.weight, F.pad(linear.bias[:, None], (0, 7))], 1).detach()
+
+    @torch.inference_mode()
+    def __call__(self, token: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """token (1,), slot (1,) int64 -> logits (1, V) of what follows; keys and values are written at the slot."""
+        config, cache = self.adapter.config, self.cache
+        mixed = self.mixed[:, :config.embed_dim].view(config.num_heads, 1, -1)
+        inner = self.inner[:, :config.feedforward_dim]
+        x = self.adapter.embedding(token) + cache.positions.index_select(0, slot)
+        self.scores.copy_(cache.masks[0].index_select(1, slot))
+        for block, values, scores, out, linear2 in zip(self.adapter.transformer["layers"], cache.values, self.scores,
+                                                       self.out, self.linear2):
+            attention = block.self_attn
+            projected = F.linear(block.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
+            projected = projected.view(3, config.num_heads, 1, -1)
+            key, value = values[:, 0].index_copy_(2, slot, projected[1:])
+            scores.baddbmm_(projected[0], key.mT, alpha=projected.shape[-1] ** -0.5)
+            torch.bmm(scores.softmax(-1), value, out=mixed)
+            x.addmm_(self.mixed, out.t())
+            torch.ops.aten.gelu.out(block.linear1(block.norm2(x)), out=inner)
+            x.addmm_(self.inner, linear2.t())
+        return self.adapter._logits(x)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
