@@ -1,6 +1,8 @@
 """How fast: each part of the suite and the plain way to do the same, side by side in one run; and two runs compared.
 
     python benchmark.py decode --pairs extraction_1s_val.json --task task/1s_20260128_020530 --output decode.json
+    python benchmark.py train
+    python benchmark.py adapter
     python benchmark.py compare old.json decode.json
 
 Prints a table and writes all numbers as JSON, with device, versions and what the device could do at most. `compare`
@@ -29,7 +31,7 @@ from base import (
     write_json,
 )
 
-BENCHMARKS = ("decode",)
+BENCHMARKS = ("decode", "train", "adapter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,7 @@ def measure(name: str, config) -> None:
     benchmark.show(results)
     for row in results.get("wanted", []):
         found = "none" if row["measured"] is None else f"{row['measured']:.4g}"
-        log(f"wanted at 7b on one H200 | {row['what']} | {found} | {row['wanted']}")
+        log(f"wanted at real size on one H200 | {row['what']} | {found} | {row['wanted']}")
     if old:
         print_comparison(old, read_json(config.output))
     log(f"RESULT | {config.output} | {benchmark.one_line(results)} | {results['seconds']:.0f} s")
