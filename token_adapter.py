@@ -235,7 +235,7 @@ class TokenAdapter(nn.Module):
         if self.output_ids is None:
             return ids
         columns = torch.searchsorted(self.output_ids, ids).clamp(max=len(self.output_ids) - 1)
-        return torch.where(self.output_ids[columns] == ids, columns, NOT_SCORED)
+        return columns.masked_fill(self.output_ids[columns] != ids, NOT_SCORED)
 
     def output(self) -> tuple:
         """(norm, weight (K, D), bias (K,)): logits are norm(x) @ weight.T + bias, one column for each id scored."""

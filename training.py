@@ -125,11 +125,12 @@ def loss_of(adapter: TokenAdapter, target, draft, draft_lengths, draft_text: flo
     """(the loss to learn from, (2,): mean loss of the answers' tokens and how many of them were proposed right).
 
     target (B, T) int64, NOT_SCORED past the end; draft (B, Td) int64 of draft_lengths (B,). draft_text: weight of the
-    mean loss of the drafts' tokens, each from those before it, as if drafts were answers. The adapter in training
-    mode: its dropout, and half of all drafts hidden in prefix+draft.
+    mean loss of the drafts' tokens, each from those before it, as if drafts were answers (one that isn't scored costs
+    nothing). The adapter in training mode: its dropout, and half of all drafts hidden in prefix+draft.
     """
-    inside = torch.arange(draft.shape[1], device=draft.device) < draft_lengths[:, None]
-    parts = [(adapter.labels_of(target), 1.0)]
+    labels = adapter.labels_of(target)
+    scored = (labels != NOT_SCORED).float()
+    shares = answers = scored / scored.sum().clamp(min=1)
     if not adapter.config.sees_prefix:
         x = adapter.hidden(draft)
     else:
@@ -139,14 +140,12 @@ def loss_of(adapter: TokenAdapter, target, draft, draft_lengths, draft_text: flo
         prefix = target[:, :-1].clamp(min=0)                                # past the end any id will do
         x = adapter.hidden(draft, shown, prefix, draft if draft_text else None)
         if draft_text:
-            parts.append((adapter.labels_of(torch.where(inside, draft, NOT_SCORED)), draft_text))
-    labels = torch.cat([labels for labels, _ in parts], 1)
-    shares = []
-    for part, factor in parts:
-        scored = (part != NOT_SCORED).float()
-        shares.append(factor * scored / scored.sum().clamp(min=1))
-    answers = torch.cat([shares[0], *map(torch.zeros_like, shares[1:])], 1).flatten()
-    x, labels, shares = x.flatten(0, 1), labels.flatten(), torch.cat(shares, 1).flatten()
+            inside = torch.arange(draft.shape[1], device=draft.device) < draft_lengths[:, None]
+            text = adapter.labels_of(draft.masked_fill(~inside, NOT_SCORED))
+            share = draft_text * (text != NOT_SCORED) / inside.sum().clamp(min=1)
+            labels, shares = torch.cat([labels, text], 1), torch.cat([shares, share], 1)
+            answers = torch.cat([answers, torch.zeros_like(share)], 1)
+    x, labels, shares, answers = x.flatten(0, 1), labels.flatten(), shares.flatten(), answers.flatten()
     if x.device.type == "cpu":                       # elsewhere it would wait for the device: their share is 0 there
         scored = (labels != NOT_SCORED).nonzero()[:, 0]
         x, labels, shares, answers = x.index_select(0, scored), labels[scored], shares[scored], answers[scored]

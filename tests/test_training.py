@@ -83,7 +83,8 @@ def plain_loss(adapter, target, draft, lengths, draft_text: float) -> tuple:
     x = adapter._blocks(adapter._embed_answer(adapter.embedding(draft[:, :-1])) + adapter.as_draft)
     inside = torch.arange(draft.shape[1]) < lengths[:, None]
     text = F.cross_entropy(adapter._logits(x).flatten(0, 1),
-                           adapter.labels_of(draft.masked_fill(~inside, NOT_SCORED)).flatten())
+                           adapter.labels_of(draft.masked_fill(~inside, NOT_SCORED)).flatten(),
+                           reduction="sum") / inside.sum()
     return loss + draft_text * text, loss, hits
 
 
