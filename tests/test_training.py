@@ -208,7 +208,8 @@ def test_without_graphs_every_step_runs_eagerly_after_one_warning(capsys):
 def run(conditioning: str, graphs: bool, dropout: float = 0.0, epochs: int = 4) -> tuple:
     """(trainer, [(loss, alpha) of each epoch]) of a small training on the GPU: several widths, a last batch of 3."""
     tokens = answers(43, "cuda")
-    adapter = small_adapter(conditioning, dropout).cuda()
+    vocab = conditioning == "draft_vocab"
+    adapter = small_adapter("prefix+draft" if vocab else conditioning, dropout, vocab).cuda()
     trainer = Trainer(adapter, batch_size=8, rate=3e-3, steps=6 * epochs, draft_text=0.5, graphs=graphs)
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(1)
@@ -216,25 +217,24 @@ def run(conditioning: str, graphs: bool, dropout: float = 0.0, epochs: int = 4) 
 
 
 @needs_gpu
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("conditioning", [*CONDITIONINGS, "draft_vocab"])
 def test_cuda_graphs_learn_what_eager_steps_learn(monkeypatch, conditioning):
     monkeypatch.setattr(training, "DRAFT_DROPOUT", 0.0)
     (graphed, ours), (eager, theirs) = (run(conditioning, graphs) for graphs in (True, False))
     assert len(graphed.graphs) >= 2 and all(graphed.graphs.values()) and eager.graphs is None
-    assert np.allclose(ours, theirs, rtol=0.02, atol=0.02) and ours[-1][0] < 0.9 * ours[0][0]
+    assert np.allclose(ours, theirs, rtol=0.005, atol=0.02) and ours[-1][0] < ours[0][0] - 0.1
     for one, other in zip(graphed.adapter.parameters(), eager.adapter.parameters()):
-        assert (one - other).abs().max() < 0.02
+        assert (one - other).abs().mean() < 1e-3
 
 
 @needs_gpu
 def test_cuda_steps_learn_what_cpu_steps_learn(monkeypatch):
     monkeypatch.setattr(training, "DRAFT_DROPOUT", 0.0)
     _, ours = run("prefix+draft", graphs=True)
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self)
     tokens, adapter = answers(43), small_adapter("prefix+draft")
     trainer, generator = Trainer(adapter, 8, 3e-3, 24, 0.5), torch.Generator().manual_seed(1)
     theirs = [train_epoch(trainer, tokens, generator) for _ in range(4)]
-    assert np.allclose(ours, theirs, rtol=0.05, atol=0.05)
+    assert np.allclose(ours, theirs, rtol=0.01, atol=0.03)
 
 
 @needs_gpu
@@ -265,7 +265,7 @@ def test_cuda_capture_that_fails_leaves_training_eager_and_right(monkeypatch, ca
 
     monkeypatch.setattr(training, "loss_of", waiting)
     trainer, found = run("prefix", graphs=True, dropout=0.0)
-    assert trainer.graphs is None and np.allclose(found, wanted, rtol=0.02, atol=0.02)
+    assert trainer.graphs is None and np.allclose(found, wanted, rtol=0.005, atol=0.02)
     assert capsys.readouterr().out.count("no CUDA graphs, every step runs eagerly") == 1
     run("prefix", graphs=True, dropout=0.3)                       # random numbers are still to be had
     monkeypatch.setattr(training, "loss_of", whole)
