@@ -25,6 +25,7 @@ SIMULATED_GAMMAS = (1, 2, 3, 5, 8, 12)
 PASSES_SHOWN = (5, 10, 15, 20, 30)
 MIN_SEQUENCES, CLIPS_TOGETHER, BOOTSTRAPS = 8, 20, 2000
 DRAWN_AT_A_TIME = 2**20        # group numbers of the bootstrap: all 2000 x 50,000 of a million clips are 800 MB
+GPU_LOGITS = 2**28             # at a time, 1 GiB: small batches on a GPU are launching and little else
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
@@ -347,9 +348,11 @@ def score(adapter, tokens: TokenTensors, rows: torch.Tensor, width: int, first: 
 def predict(adapter, tokens: TokenTensors, batch_size: int) -> tuple[np.ndarray, np.ndarray, float]:
     """The adapter's hits by its own contract: top1, top5 (N, T) bool, and the loss in nats a token it scores.
 
-    In float32 on every device, whatever it was trained in.
+    In float32 on every device, whatever it was trained in; on a GPU batches are as large as their logits allow.
     """
     adapter.eval()
+    if tokens.device.type == "cuda":
+        batch_size = max(batch_size, GPU_LOGITS // (tokens.width * adapter.config.outputs))
     first = adapter.config.first_position
     top1 = torch.zeros(len(tokens.lengths), tokens.width, dtype=torch.bool, device=tokens.device)
     top5 = top1.clone()

@@ -2,6 +2,8 @@
 
     python benchmark.py decode --pairs extraction_1s_val.json --task task/1s_20260128_020530 --output decode.json
     python benchmark.py load
+    python benchmark.py train
+    python benchmark.py adapter
     python benchmark.py compare old.json decode.json
 
 Prints a table and writes all numbers as JSON, with device, versions and what the device could do at most. `compare`
@@ -30,7 +32,7 @@ from base import (
     write_json,
 )
 
-BENCHMARKS = ("extract", "decode", "load")
+BENCHMARKS = ("extract", "train", "adapter", "decode", "load")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,8 @@ def measure(name: str, config) -> None:
     benchmark.show(results)
     for row in results.get("wanted", []):
         found = "none" if row["measured"] is None else f"{row['measured']:.4g}"
-        log(f"wanted {results.get('wanted_of', 'at 7b on one H200')} | {row['what']} | {found} | {row['wanted']}")
+        of = results.get("wanted_of", "at real size on one H200")
+        log(f"wanted {of} | {row['what']} | {found} | {row['wanted']}")
     if old:
         print_comparison(old, read_json(config.output))
     log(f"RESULT | {config.output} | {benchmark.one_line(results)} | {results['seconds']:.0f} s")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import drafting
 from drafting import KEPT, NOTHING, NGrams, mixed, top_of
-from token_adapter import Cache, TokenAdapter
+from token_adapter import Cache, SingleStep, TokenAdapter
 
 REPEATS = 7                        # a cost is the median of so many
 
@@ -29,6 +29,28 @@ REPEATS = 7                        # a cost is the median of so many
 def matching(ours: list[int], theirs: list[int]) -> int:
     """How many tokens both lists begin with."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs)))
+
+
+def on_host(tokens: list[int], device_tensor: torch.Tensor) -> torch.Tensor:
+    """(k,) int64 to be copied to where the other tensor is: pinned, so that the copy to a GPU doesn't wait for it."""
+    return torch.tensor(tokens, dtype=torch.long, pin_memory=device_tensor.is_cuda)
+
+
+@torch.inference_mode()
+def captured(work: Callable[[], None], stream: torch.cuda.Stream, pool=None) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of work(), which first runs three times: what is set up then can't be captured.
+
+    In a stream of our own, for PyTorch's belongs to one device. vlm/steps.py has a twin.
+    """
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        work()
+    return graph
 
 
 # --------------------------------------------------------------------------------------------------- drafters
@@ -59,17 +81,27 @@ class LiveTable(Live):
     """Proposals by position, known when the answer begins: the draft itself, or an adapter that sees nothing else."""
 
     def __init__(self, adapter: TokenAdapter | None = None):
-        self.adapter = adapter and adapter.eval()
+        self.adapter, self.graph = adapter and adapter.eval(), None
+        if adapter:
+            width = adapter.config.max_seq_len - adapter.config.first_position
+            self.draft = torch.zeros(1, width, dtype=torch.long, device=adapter.embedding.weight.device)
+            self.best = self.draft[0].clone()
+            if self.draft.is_cuda:
+                with torch.cuda.device(self.draft.device):
+                    self.graph = captured(self._forward, torch.cuda.Stream())
 
     @torch.inference_mode()
     def begin(self, draft: list[int], question: list[int] = ()) -> None:
         self.table = draft
         if self.adapter:
-            width, first = self.adapter.config.max_seq_len, self.adapter.config.first_position
-            device = self.adapter.embedding.weight.device
-            known = [token if 0 <= token < self.adapter.config.vocab_size else 0 for token in draft]
-            filled = torch.tensor([[*known, *[0] * width][:width - first]], device=device)
-            self.table = [NOTHING] * first + self.adapter(filled)[0].argmax(-1).tolist()
+            width, config = self.draft.shape[1], self.adapter.config
+            known = [token if 0 <= token < config.vocab_size else 0 for token in draft]
+            self.draft[0].copy_(on_host([*known, *[0] * width][:width], self.draft), non_blocking=True)
+            self.graph.replay() if self.graph else self._forward()
+            self.table = [NOTHING] * config.first_position + self.best.tolist()
+
+    def _forward(self) -> None:
+        torch.argmax(self.adapter(self.draft)[0], -1, out=self.best)
 
     def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
         return list(itertools.takewhile(lambda token: token != NOTHING, self.table[len(prefix):len(prefix) + gamma]))
@@ -102,9 +134,11 @@ class AdapterSteps:
         device = adapter.begin.device
         self.cache = Cache(self.config, 1, device)
         self.tokens = torch.zeros(1, self.SIZES[-1], dtype=torch.long, device=device)
-        # Row of each slot: ids and chances (their bits) of what follows it, so that one copy brings both to the host.
-        self.kept = min(kept, self.config.draft_vocab or self.config.vocab_size)
-        self.rows = torch.zeros(len(self.cache.slots), 2, self.kept, dtype=torch.int32, device=device)
+        # Row of each slot: ids (int64) and chances (float32) of what follows it, for one copy of both to the host.
+        self.kept = min(kept, self.config.outputs)
+        self.rows = torch.zeros(len(self.cache.slots), 4 * self.kept, dtype=torch.int32, device=device)
+        self.ids, self.chances = self._parts(self.rows)
+        self.single = SingleStep(self.adapter, self.cache)
         self.draft = torch.zeros(1, self.config.max_seq_len, dtype=torch.long, device=device)
         self.draft_length = torch.zeros(1, dtype=torch.long, device=device)
         self.first = self.config.max_seq_len if self.config.conditioning == "prefix+draft" else 0
@@ -113,13 +147,15 @@ class AdapterSteps:
         self.graphs = {}
         if device.type == "cuda":
             with torch.cuda.device(device):
-                self._capture()
+                stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+                for size in ("start", *reversed(self.SIZES)):        # largest first: the others fit into its memory
+                    self.graphs[size] = captured(lambda: self._forward(size), stream, pool)              # noqa: B023
 
     @torch.inference_mode()
     def begin(self, draft: list[int]) -> None:
         # An id beyond the adapter's vocabulary (of pairs that recorded none) is one it never saw: as if not there.
         draft = [token for token in draft if self.knows([token])][:self.config.max_seq_len]
-        self.draft[0, :len(draft)].copy_(self._on_host(draft), non_blocking=True)
+        self.draft[0, :len(draft)].copy_(on_host(draft, self.draft), non_blocking=True)
         self.draft_length.fill_(len(draft))
         self._run("start")
         self.fed, self.known = [], {}
@@ -136,12 +172,12 @@ class AdapterSteps:
             self._feed(prefix[at:at + self.SIZES[-1]], at)
         last = self.first + len(prefix)
         if further:
-            self.tokens[0, :1].copy_(self.rows[last, 0, :1])
+            self.tokens[0, :1].copy_(self.ids[last, :1])
             self.slots[:1].copy_(self.cache.slots[last + 1:last + 2])
             for _ in range(further):                                # each writes the next one's input: nothing waits
                 self._run(1)
-        found = self.rows[last:last + further + 1].cpu()
-        rows = list(zip(found[:, 0].tolist(), found[:, 1].view(torch.float32).tolist()))
+        ids, chances = self._parts(self.rows[last:last + further + 1].cpu())
+        rows = list(zip(ids.tolist(), chances.tolist()))
         self.known.update({len(prefix) + k: row for k, row in enumerate(rows)})
         self.fed = prefix + [ids[0] for ids, _ in rows[:-1]]
         return rows
@@ -152,14 +188,14 @@ class AdapterSteps:
 
     def _feed(self, tokens: list[int], at: int) -> None:
         size = next(size for size in self.SIZES if size >= len(tokens))
-        self.tokens[0, :len(tokens)].copy_(self._on_host(tokens), non_blocking=True)
+        self.tokens[0, :len(tokens)].copy_(on_host(tokens, self.tokens), non_blocking=True)
         start = self.first + 1 + at
         self.slots[:size].copy_(self.cache.slots[start:start + size])
         self._run(size)
 
-    def _on_host(self, tokens: list[int]) -> torch.Tensor:
-        """Pinned, so that the copy to a GPU doesn't wait for it."""
-        return torch.tensor(tokens, dtype=torch.long, pin_memory=self.tokens.is_cuda)
+    def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids (n, kept) int64 and chances (n, kept) float32 of rows (n, 4 * kept) int32, as views."""
+        return rows.view(torch.long)[:, :self.kept], rows.view(torch.float32)[:, 2 * self.kept:3 * self.kept]
 
     def _run(self, size: int | str) -> None:
         if size in self.graphs:
@@ -174,31 +210,20 @@ class AdapterSteps:
             self._keep(logits, self.cache.slots[self.first:self.first + 1])
             return
         slots = self.slots[:size]
-        ids = self._keep(self.adapter.step_at(self.tokens[:, :size], slots, self.cache), slots)
-        if size == 1:
-            self.tokens[0].copy_(ids[0, 0])
-            slots.add_(1)
+        if size > 1:
+            self._keep(self.adapter.step_at(self.tokens[:, :size], slots, self.cache), slots)
+            return
+        ids = self._keep(self.single(self.tokens[0, :1], slots)[None], slots)
+        self.tokens[0, :1].copy_(ids[0, :1])                     # the next one's input
+        slots.add_(1)
 
     def _keep(self, logits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:     # (1, T, V) -> ids (T, kept)
         chances = F.softmax(logits[0], -1)
         chances, columns = chances.max(-1, keepdim=True) if self.kept == 1 else chances.topk(self.kept)
-        ids = self.adapter.ids_of(columns).int()
-        self.rows.index_copy_(0, slots, torch.stack([ids, chances.view(torch.int32)], 1))
+        ids = self.adapter.ids_of(columns)
+        self.ids.index_copy_(0, slots, ids)
+        self.chances.index_copy_(0, slots, chances)
         return ids
-
-    @torch.inference_mode()
-    def _capture(self) -> None:
-        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        for size in ("start", *reversed(self.SIZES)):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    self._forward(size)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._forward(size)
-            self.graphs[size] = graph
 
 
 class LiveAdapter(Live):

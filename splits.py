@@ -13,6 +13,7 @@ import numpy as np
 from base import UserError, drive_of, log
 from pairs import Pairs, digest, load_pairs, numbered, numbered_drives
 
+MAX_VOCAB_SIZE = 2**20               # four times the largest vocabulary in use: an id beyond is damage, not a word
 REPEATED, LONG_ANSWER = 0.1, 20      # of answers that long, 3 % recur word for word in another drive's of the real
                                      # 1s pairs and none of the demo's; in a random split 22 to 39 % do
 

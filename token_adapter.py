@@ -71,6 +71,11 @@ class AdapterConfig:
         return 1 if self.contract == ORIGINAL_CONTRACT else 0
 
     @property
+    def outputs(self) -> int:
+        """Ids that are scored."""
+        return self.draft_vocab or self.vocab_size
+
+    @property
     def sees_prefix(self) -> bool:
         return self.conditioning != "draft"
 
@@ -78,7 +83,8 @@ class AdapterConfig:
 class Cache:
     """Keys and values of one batch: the draft, then begin-of-answer and the answer; `length` moves back to forget.
 
-    Slots are numbered by tensors and masks always span all of them, so that a CUDA graph can replay a step.
+    Slots are numbered by tensors and masks always span all of them, so that a CUDA graph can replay a step; what a
+    slot sees and its position stand in tables, of which a step takes a row.
     """
 
     SPARE = 16                     # slots that a graph of more tokens than are left may write to; never seen
@@ -87,8 +93,8 @@ class Cache:
         heads, room = config.num_heads, 2 * config.max_seq_len + self.SPARE
         self.values = torch.zeros(config.num_layers, 2, batch, heads, room, config.embed_dim // heads, device=device)
         self.slots = torch.arange(room, device=device)
-        self.visible = torch.ones(batch, room, dtype=torch.bool, device=device)      # False past a draft's end
-        self.begin = torch.zeros((), dtype=torch.long, device=device)                # slot of begin-of-answer
+        self.masks = torch.zeros(batch, 1, room, room, device=device)    # of each slot: 0 where it sees, else -inf
+        self.positions = torch.zeros(room, config.embed_dim, device=device)  # of each slot: its place's embedding
         self.length = 0
 
 
@@ -107,18 +113,23 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x, mask=None, kept=None, slots=None):
+    def forward(self, x, mask=None, kept=None, slots=None, sizes=None):
         """x (B, T, D) -> (B, T, D). mask (B, 1, T, S) bool, True where seen; None: causal.
 
-        kept (2, B, heads, S, D / heads) keeps keys and values from one call to the next: these T positions are
-        written at slots (T,) int64, and all S are attended to; the mask is then added, 0 where seen, else -inf.
+        sizes: the T positions are texts of so many tokens that don't see each other, causal but for the first, which
+        the mask is for; None: one text. kept (2, B, heads, S, D / heads) keeps keys and values from one call to the
+        next: these T positions are written at slots (T,) int64, and all S are attended to; the mask is then added, 0
+        where seen, else -inf.
         """
         B, T, D = x.shape
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, T, 3, self.num_heads, -1)
         projected = projected.permute(2, 0, 3, 1, 4)                           # 3 x (B, heads, T, D / heads)
         if kept is None:
-            dropout = self.dropout if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(*projected, mask, dropout, is_causal=mask is None)
+            dropout, texts = self.dropout if self.training else 0.0, projected.split(sizes or T, 3)
+            masks = [mask, *[None] * (len(texts) - 1)]
+            mixed = [F.scaled_dot_product_attention(*text, seen, dropout, is_causal=seen is None)
+                     for text, seen in zip(texts, masks)]
+            mixed = torch.cat(mixed, 2) if len(texts) > 1 else mixed[0]
         else:
             # Written out: for one position in float32 the fused kernel of an H200 took 39 us, 40 % of a whole step.
             key, value = kept.index_copy_(3, slots, projected[1:])
@@ -184,29 +195,36 @@ class TokenAdapter(nn.Module):
         prefix[:, :i] and, in prefix+draft, the first draft_lengths (B,) tokens of the draft. A length of 0 is a
         missing draft.
         """
+        return self._logits(self.hidden(draft, draft_lengths, prefix))
+
+    def hidden(self, draft, draft_lengths=None, prefix=None, text=None):
+        """x (B, T, D) that the logits of `forward` are made from, by `output`.
+
+        Only for training, text (B, S) int64: drafts as answers of their own, for EventGPT's sentences are further
+        text about the same streets. S more positions follow, of which output i proposes text[:, i] from text[:, :i].
+        """
         assert draft.shape[1] <= self.config.max_seq_len, (draft.shape, self.config.max_seq_len)
         if not self.config.sees_prefix:
-            x = self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]]
-            return self._logits(self._blocks(x))
-        answer = self._embed_answer(prefix)
-        if self.config.conditioning == "prefix" or not draft.shape[1]:
-            return self._logits(self._blocks(self.embedding_dropout(answer)))
-        B, before, T = len(draft), draft.shape[1], answer.shape[1]
-        x = torch.cat([self._embed_draft(draft), answer], dim=1)
-        shown = torch.arange(before, device=draft.device) < draft_lengths[:, None]           # (B, before)
-        mask = torch.ones(before + T, before + T, dtype=torch.bool, device=draft.device).tril()
-        mask = mask.expand(B, -1, -1).clone()
+            return self._blocks(self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]])
+        before = draft.shape[1] if self.config.conditioning == "prefix+draft" else 0
+        parts = [draft[:, :before], prefix, *([] if text is None else [text[:, :-1]])]
+        # Looked up together: each lookup's gradient is a table of the whole vocabulary.
+        parts = self.embedding(torch.cat(parts, 1)).split([part.shape[1] for part in parts], 1)
+        x = [self._embed_draft(parts[0])] if before else []
+        x += [self._embed_answer(parts[1])] + [self._embed_answer(part) + self.as_draft for part in parts[2:]]
+        first = before + prefix.shape[1] + 1
+        mask = self._mask_of(draft_lengths, before, first) if before else None
+        sizes = None if text is None else (first, text.shape[1])
+        return self._blocks(self.embedding_dropout(torch.cat(x, 1)), mask, sizes=sizes)[:, before:]
+
+    def _mask_of(self, draft_lengths, before: int, positions: int):
+        """(B, 1, positions, positions) bool: what each position of a draft (`before` of them) and an answer sees."""
+        slots = torch.arange(positions, device=draft_lengths.device)
+        shown = slots[:before] < draft_lengths[:, None]                                      # (B, before)
+        mask = (slots <= slots[:, None]).expand(len(shown), -1, -1).clone()
         # Every position sees the whole draft; past its end a position sees itself, for a softmax needs something.
-        mask[:, :, :before] = shown[:, None] | torch.eye(before + T, before, dtype=torch.bool, device=draft.device)
-        return self._logits(self._blocks(self.embedding_dropout(x), mask[:, None])[:, before:])
-
-    def draft_as_answer(self, draft):
-        """draft (B, T) int64 -> logits (B, T, vocab_size): output i proposes draft[:, i] from draft[:, :i].
-
-        Only for training: EventGPT's sentences are further text about the same streets.
-        """
-        x = self._embed_answer(draft[:, :-1]) + self.as_draft
-        return self._logits(self._blocks(self.embedding_dropout(x)))
+        mask[:, :, :before] = shown[:, None] | (slots[:before] == slots[:, None])
+        return mask[:, None]
 
     def ids_of(self, columns):
         """Columns of the logits -> token ids, of any shape."""
@@ -217,40 +235,46 @@ class TokenAdapter(nn.Module):
         if self.output_ids is None:
             return ids
         columns = torch.searchsorted(self.output_ids, ids).clamp(max=len(self.output_ids) - 1)
-        return torch.where(self.output_ids[columns] == ids, columns, NOT_SCORED)
+        return columns.masked_fill(self.output_ids[columns] != ids, NOT_SCORED)
 
-    def _logits(self, x):                                    # (B, T, D) -> (B, T, ids scored)
+    def output(self) -> tuple:
+        """(norm, weight (K, D), bias (K,)): logits are norm(x) @ weight.T + bias, one column for each id scored."""
         norm, linear = self.output_proj
         if self.output_ids is None:
-            return linear(norm(x))
-        return F.linear(norm(x), linear.weight[self.output_ids], linear.bias[self.output_ids])
+            return norm, linear.weight, linear.bias
+        return norm, linear.weight.index_select(0, self.output_ids), linear.bias.index_select(0, self.output_ids)
 
-    def _embed_draft(self, draft):
-        return self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]] + self.as_draft
+    def _logits(self, x):                                    # (B, T, D) -> (B, T, ids scored)
+        norm, weight, bias = self.output()
+        return F.linear(norm(x), weight, bias)
 
-    def _embed_answer(self, prefix):                   # (B, T) ids -> (B, T + 1, D): begin-of-answer in front
-        x = torch.cat([self.begin.expand(len(prefix), 1, -1), self.embedding(prefix)], dim=1)
+    def _embed_draft(self, x):                         # (B, T, D) of the tokens -> (B, T, D)
+        return x + self.position_embedding.weight[:x.shape[1]] + self.as_draft
+
+    def _embed_answer(self, x):                        # (B, T, D) -> (B, T + 1, D): begin-of-answer in front
+        x = torch.cat([self.begin.expand(len(x), 1, -1), x], dim=1)
         return x + self.position_embedding.weight[:x.shape[1]]
 
-    def _blocks(self, x, mask=None, cache=None, slots=None):
+    def _blocks(self, x, mask=None, cache=None, slots=None, sizes=None):
         for number, block in enumerate(self.transformer["layers"]):
-            x = block(x, mask, *(() if cache is None else (cache.values[number], slots)))
+            x = block(x, mask, None if cache is None else cache.values[number], slots, sizes)
         return x
 
     # ------------------------------------------------------------------------------------------- step by step
     def start(self, draft, draft_lengths, cache: Cache | None = None) -> tuple:
         """Read drafts (B, Td) int64 of lengths (B,) -> (logits (B, 1, V) of position 0, the cache)."""
         cache = cache or Cache(self.config, len(draft), self.begin.device)
-        cache.visible.fill_(True)
         before = draft.shape[1] if self.config.conditioning == "prefix+draft" else 0
         x = (self.begin + self.position_embedding.weight[0]).expand(len(draft), 1, -1)
+        seen = cache.slots <= cache.slots[:, None].clamp(min=before - 1)                  # a draft sees all of itself
         if before:
-            x = torch.cat([self._embed_draft(draft), x], dim=1)
-            cache.visible[:, :before] = cache.slots[:before] < draft_lengths[:, None]
-        seen = cache.slots <= cache.slots[:before + 1, None].clamp(min=before - 1)        # a draft sees all of itself
-        mask = cache.visible[:, None] & seen | (cache.slots == cache.slots[:before + 1, None])
-        x = self._blocks(x, added(mask), cache, cache.slots[:before + 1])
-        cache.begin.fill_(before)
+            x = torch.cat([self._embed_draft(self.embedding(draft)), x], dim=1)
+            inside = (cache.slots >= before) | (cache.slots < draft_lengths[:, None])
+            seen = inside[:, None] & seen | (cache.slots == cache.slots[:, None])
+        cache.masks.copy_(added(seen.expand(len(draft), -1, -1)))
+        places = (cache.slots - before).clamp(0, self.config.max_seq_len - 1)             # beyond: never looked at
+        cache.positions.copy_(self.position_embedding(places))
+        x = self._blocks(x, cache.masks[:, :, :before + 1], cache, cache.slots[:before + 1])
         cache.length = before + 1
         return self._logits(x[:, -1:]), cache
 
@@ -265,10 +289,8 @@ class TokenAdapter(nn.Module):
 
     def step_at(self, tokens, slots, cache: Cache):
         """`step` at slots (T,) int64; nothing here depends on the host, so that a CUDA graph can hold it."""
-        places = (slots - cache.begin).clamp(max=self.config.max_seq_len - 1)      # beyond: spare, never looked at
-        x = self.embedding(tokens) + self.position_embedding(places)
-        mask = cache.visible[:, None] & (cache.slots <= slots[:, None])
-        return self._logits(self._blocks(x, added(mask), cache, slots))
+        x = self.embedding(tokens) + cache.positions.index_select(0, slots)
+        return self._logits(self._blocks(x, cache.masks.index_select(2, slots), cache, slots))
 
     def condition(self, conditioning: str) -> None:
         """Go on as `prefix` or `prefix+draft`: they have the same weights and differ in what is shown."""
@@ -277,6 +299,50 @@ class TokenAdapter(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+class SingleStep:
+    """`step_at` for one token of one answer in three quarters of its kernels: in a graph too, each costs 2 to 3 us.
+
+    Scores begin as the mask and the residual stream as itself, to which products are added in place; the biases of
+    products that are added so are a further column of their weights, for an input that is always 1. It keeps copies
+    of these weights, as they are now. For a prefix conditioning, whose blocks norm first.
+    """
+
+    def __init__(self, adapter: TokenAdapter, cache: Cache):
+        self.adapter, self.cache, config = adapter, cache, adapter.config
+        blocks = adapter.transformer["layers"]
+        self.out, self.linear2 = ([self._with_bias(linear) for linear in linears] for linears in (
+            [block.self_attn.out_proj for block in blocks], [block.linear2 for block in blocks]))
+        self.mixed, self.inner = (linears[0].new_zeros(1, linears[0].shape[1])
+                                  for linears in (self.out, self.linear2))
+        self.mixed[:, config.embed_dim] = self.inner[:, config.feedforward_dim] = 1
+        self.scores = cache.masks.new_zeros(config.num_layers, config.num_heads, 1, len(cache.slots))
+
+    @staticmethod
+    def _with_bias(linear: nn.Linear) -> torch.Tensor:         # (outputs, inputs + 8): in eights, for alignment
+        return torch.cat([linear.weight, F.pad(linear.bias[:, None], (0, 7))], 1).detach()
+
+    @torch.inference_mode()
+    def __call__(self, token: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """token (1,), slot (1,) int64 -> logits (1, V) of what follows; keys and values are written at the slot."""
+        config, cache = self.adapter.config, self.cache
+        mixed = self.mixed[:, :config.embed_dim].view(config.num_heads, 1, -1)
+        inner = self.inner[:, :config.feedforward_dim]
+        x = self.adapter.embedding(token) + cache.positions.index_select(0, slot)
+        self.scores.copy_(cache.masks[0].index_select(1, slot))
+        for block, values, scores, out, linear2 in zip(self.adapter.transformer["layers"], cache.values, self.scores,
+                                                       self.out, self.linear2):
+            attention = block.self_attn
+            projected = F.linear(block.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
+            projected = projected.view(3, config.num_heads, 1, -1)
+            key, value = values[:, 0].index_copy_(2, slot, projected[1:])
+            scores.baddbmm_(projected[0], key.mT, alpha=projected.shape[-1] ** -0.5)
+            torch.bmm(scores.softmax(-1), value, out=mixed)
+            x.addmm_(self.mixed, out.t())
+            torch.ops.aten.gelu.out(block.linear1(block.norm2(x)), out=inner)
+            x.addmm_(self.inner, linear2.t())
+        return self.adapter._logits(x)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

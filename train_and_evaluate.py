@@ -4,13 +4,13 @@
     python train_and_evaluate.py --checkpoint task/1s_20260128_020530/best_model.pt --test_benchmark test.json
 
 Reads pairs in any of the three formats of pairs.load_pairs. Writes into a new folder task/{task_name}_{time}:
-best_model.pt (whenever validation improves), results.json, the curves as PNG, and RESULTS.md last: a folder
-that has it is whole. Validation is cut from training, by whole drives; the test file decides nothing.
+best_model.pt (when validation improves, a large one some seconds later), results.json, the curves as PNG, and
+RESULTS.md last: a folder that has it is whole. Validation is cut from training, by whole drives; the test file
+decides nothing.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import os
@@ -20,11 +20,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from base import (
     ROOT,
-    Progress,
     UserError,
     as_json,
     check_counts,
@@ -40,19 +37,14 @@ from base import (
     run,
     write_json,
 )
-from pairs import Pairs
 from report import one_line, write_report
-from splits import Data, check_drafts, check_ids, load_data, shortened
+from splits import MAX_VOCAB_SIZE, Data, load_data, shortened
 
 if TYPE_CHECKING:          # torch is imported only after the flags are read
-    from torch import nn
+    from training import Trained
 
-DRAFT_DROPOUT = 0.5        # share of training rows whose draft is hidden, so that the adapter can do without
-WARM_UP = 0.05             # share of the steps in which the learning rate rises: post-norm encoders need it
-MAX_GRADIENT_NORM = 1.0
 SMALL_ADAPTER = 2_000_000  # parameters up to which a CPU measures all there is, online steps too
 CPU_SAMPLES = 200          # pairs of a set that a larger adapter is measured on there, if nothing else is said
-MAX_VOCAB_SIZE = 2**20     # four times the largest vocabulary in use: an id beyond is damage, not a word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,212 +165,6 @@ def detect_task_name(data: Data) -> str:
     return duration_of(*texts) or "task"
 
 
-# --------------------------------------------------------------------------------------------------- training
-def make_adapter(config: TrainConfig, data: Data, known: Pairs | None):
-    """The checkpoint that was asked for, or a new adapter with the vocabulary that the pairs need.
-
-    known: the pairs it is trained on, whose target tokens are all that --draft_vocab scores.
-    """
-    import torch
-
-    from token_adapter import AdapterConfig, TokenAdapter, load_adapter
-
-    if config.checkpoint:
-        adapter = load_adapter(config.checkpoint)
-        check_ids(data.largest_ids, adapter.config.vocab_size, "a checkpoint needs pairs of its tokenizer")
-        if config.conditioning not in ("auto", adapter.config.conditioning):
-            raise UserError(f"{config.checkpoint} was trained in {adapter.config.conditioning} conditioning, wanted "
-                            f"--conditioning {config.conditioning}; leave the flag out to measure it by its own")
-        if adapter.config.conditioning == "draft":
-            check_drafts(data.test)
-        log(f"checkpoint | {config.checkpoint} | {adapter.config.contract}")
-        return adapter
-    rounded = min(max(data.largest_ids)[0] // 64 * 64 + 64, MAX_VOCAB_SIZE)
-    vocab_size = config.vocab_size or data.vocab_size or rounded
-    if not 0 < vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(f"the pair files record a vocabulary of {vocab_size} ids, wanted 1 to {MAX_VOCAB_SIZE}; mend "
-                        "them, or set --vocab_size")
-    check_ids(data.largest_ids, vocab_size, "mend the file, or set --vocab_size to that of the models")
-    if config.conditioning == "draft":
-        check_drafts(data.test)
-        check_drafts(known)
-    torch.manual_seed(config.seed)
-    outputs = torch.from_numpy(known.ids("target")).long() if config.draft_vocab else None
-    return TokenAdapter(AdapterConfig(
-        vocab_size=vocab_size, embed_dim=config.embed_dim, num_layers=config.num_layers,
-        num_heads=config.num_heads, feedforward_dim=4 * config.embed_dim, max_seq_len=config.max_seq_len,
-        conditioning=config.conditioning, dropout=config.dropout,
-        draft_vocab=0 if outputs is None else len(outputs)), outputs)
-
-
-def learning_rate_factor(step: int, total: int) -> float:
-    """Linear warm-up to 1, then a cosine to 0 (Loshchilov and Hutter 2017, SGDR). Steps count from 0."""
-    warm_up = max(1, round(WARM_UP * total))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
-
-
-def train_epoch(adapter, tokens, optimizer, schedule, batch_size: int, generator, on_step,
-                draft_text: float = 0.0) -> tuple:
-    """One pass: (loss in nats a token, alpha), both of the pass itself: dropout on, weights on the move."""
-    import torch
-    import torch.nn.functional as F
-
-    from acceptance import measure, score
-
-    device, steps = tokens.device, math.ceil(len(tokens.lengths) / batch_size)
-    # Kept on the device until the pass is over: reading a loss earlier would make the host wait for the GPU.
-    hits = torch.zeros(len(tokens.lengths), tokens.width, dtype=torch.bool, device=device)
-    losses, positions = torch.zeros(steps, device=device), []
-    adapter.train()
-    for step, (rows, width, scored) in enumerate(tokens.batches(batch_size, generator)):
-        shown = None
-        if adapter.config.conditioning == "prefix+draft":
-            shown = torch.rand(len(rows), device=device) >= DRAFT_DROPOUT
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits, labels = score(adapter, tokens, rows, width, 0, shown)
-            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-            whole = loss + draft_text * draft_text_loss(adapter, tokens, rows) if draft_text else loss
-        whole.backward()
-        torch.nn.utils.clip_grad_norm_(adapter.parameters(), MAX_GRADIENT_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        hits[rows, :width] = logits.detach().argmax(-1) == labels
-        losses[step] = loss.detach()
-        positions.append(scored)
-        on_step()
-    losses = losses.tolist()
-    for step, value in enumerate(losses, 1):
-        if not math.isfinite(value):
-            raise UserError(f"the loss became {value} in step {step} of {steps}")
-    return float(np.average(losses, weights=positions)), measure(hits.cpu().numpy(), tokens.lengths)["alpha"]
-
-
-def draft_text_loss(adapter, tokens, rows):
-    """Mean loss of predicting each draft's tokens from those before them, as if it were an answer of its own."""
-    import torch
-    import torch.nn.functional as F
-
-    draft, lengths = tokens.drafts(rows, tokens.draft_width), tokens.draft_lengths[rows]
-    labels = adapter.labels_of(draft)
-    losses = F.cross_entropy(adapter.draft_as_answer(draft).transpose(1, 2), labels, reduction="none")
-    inside = torch.arange(draft.shape[1], device=draft.device) < lengths[:, None]
-    return (losses * inside).sum() / inside.sum().clamp(min=1)
-
-
-def phases_of(config: TrainConfig) -> dict[str, int]:
-    """What is trained one after the other, with how many epochs.
-
-    prefix+draft learns the target's language first, without drafts, and only then to use them: an adapter that
-    sees drafts from the start learns 1,000 of them by heart and is worse on unseen drives. When the drafts don't
-    help on validation, the first phase's adapter is what is kept: prefix+draft is never the worse of the two there.
-    """
-    if config.conditioning == "prefix+draft":
-        return {"prefix": config.num_epochs, "prefix+draft": max(1, config.num_epochs // 2)}
-    return {config.conditioning: config.num_epochs}
-
-
-def run_phase(adapter, name: str, config: TrainConfig, tokens, last_epoch: int, after_epoch, number: int) -> None:
-    """Up to `last_epoch` epochs of one phase; after_epoch(epoch, loss, alpha, rate, seconds) -> whether to stop."""
-    import torch
-
-    adapter.condition(name)
-    epochs = phases_of(config)[name]
-    steps = epochs * math.ceil(len(tokens.lengths) / config.batch_size)
-    of_draft = name == "draft"
-    decayed = [weight for weight in adapter.parameters() if of_draft or weight.dim() > 1]
-    others = [weight for weight in adapter.parameters() if not of_draft and weight.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01 if of_draft else 0.1}, {"params": others, "weight_decay": 0.0}],
-        config.learning_rate, betas=(0.9, 0.999 if of_draft else 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    generator = torch.Generator().manual_seed(config.seed + number)
-    torch.manual_seed(config.seed + number)
-    progress = Progress(f"train | {name}", steps, unit="steps")
-    for epoch in range(1, last_epoch + 1):
-        start = time.monotonic()
-        try:
-            loss, alpha = train_epoch(
-                adapter, tokens, optimizer, schedule, config.batch_size, generator,
-                lambda: progress.update(schedule.last_epoch, f"epoch {epoch:2}/{epochs}"),  # noqa: B023
-                0.0 if of_draft else config.draft_text)
-            stop = after_epoch(epoch, loss, alpha, schedule.get_last_lr()[0], time.monotonic() - start)
-        except UserError as error:
-            raise UserError(f"{name}, epoch {epoch}: {error}; the best epoch before it, if any, is kept in "
-                            f"best_model.pt; try a --learning_rate below {config.learning_rate}") from error
-        if stop:
-            break
-
-
-@dataclasses.dataclass
-class Trained:
-    adapter: nn.Module                     # of the best epoch, trained again with the validation pairs if --refit
-    selected: nn.Module                    # of the best epoch, never trained on the validation pairs
-    prefix: nn.Module | None               # the ablation of prefix+draft: the same without ever seeing a draft
-    history: list[dict]
-    best_epoch: int                        # counted over all phases
-
-
-def train(adapter, config: TrainConfig, data: Data, device, task: Path) -> Trained:
-    """Select the epoch (and whether drafts help) on validation; then train again on all pairs up to there."""
-    from acceptance import TokenTensors, measure, predict
-    from token_adapter import save_adapter
-
-    adapter.to(device)
-    tokens = TokenTensors.of(data.train, config.max_seq_len, device)
-    validation_tokens = TokenTensors.of(data.validation, config.max_seq_len, device)
-    log(f"train | {adapter.num_parameters() / 1e6:.1f} M parameters | vocabulary {adapter.config.vocab_size} "
-        f"| {device_name(device)}")
-    history, best = [], {}                 # best: phase -> (alpha, epoch in the phase, adapter, epoch over all)
-
-    for number, name in enumerate(phases_of(config)):
-        best[name] = (-1.0, 0, None, 0)
-
-        def after_epoch(epoch, loss, alpha, rate, seconds, name=name) -> bool:
-            top1, top5, validation_loss = predict(adapter, validation_tokens, config.batch_size)
-            if not math.isfinite(validation_loss):
-                raise UserError(f"the validation loss became {validation_loss}")
-            validation = measure(top1, validation_tokens.lengths, top5)
-            history.append({
-                "epoch": len(history) + 1, "phase": name, "train_loss": loss, "train_alpha": alpha,
-                "validation_loss": validation_loss, "validation_alpha": validation["alpha"],
-                "validation_top5": validation["top5"], "learning_rate": rate, "seconds": seconds})
-            if validation["alpha"] > best[name][0]:
-                best[name] = (validation["alpha"], epoch, copy.deepcopy(adapter), len(history))
-                if validation["alpha"] == max(alpha for alpha, *_ in best.values()):
-                    save_adapter(adapter, task / "best_model.pt", epoch=epoch, validation_alpha=validation["alpha"])
-            return bool(config.early_stopping) and epoch - best[name][1] >= config.early_stopping
-
-        run_phase(adapter, name, config, tokens, phases_of(config)[name], after_epoch, number)
-        log(f"train | {name} | best validation in epoch {best[name][1]}, accepted {best[name][0]:.1%}")
-        adapter.load_state_dict(best[name][2].state_dict())
-    chosen = max(best, key=lambda name: best[name][0])
-    trained = Trained(best[chosen][2], best[chosen][2], best["prefix"][2] if "prefix" in best else None, history,
-                      best[chosen][3])
-    if config.refit and config.conditioning != "draft":
-        refit(trained, chosen, {name: epoch for name, (_, epoch, _, _) in best.items()}, config, data, device)
-        save_adapter(trained.adapter, task / "best_model.pt", epoch=trained.best_epoch, refitted=True)
-    return trained
-
-
-def refit(trained: Trained, chosen: str, epochs: dict[str, int], config: TrainConfig, data: Data, device) -> None:
-    """Train anew from the same start on train and validation pairs together, as long as was best without them."""
-    from acceptance import TokenTensors
-
-    adapter = make_adapter(config, data, data.all_train).to(device)
-    tokens = TokenTensors.of(data.all_train, config.max_seq_len, device)
-    log(f"train | again, with the validation pairs: {len(data.all_train)} pairs")
-    for number, (name, epoch) in enumerate(epochs.items()):
-        run_phase(adapter, name, config, tokens, epoch, lambda *_: False, number)
-        if name == "prefix":
-            trained.prefix = copy.deepcopy(adapter)
-        if name == chosen:
-            break
-    trained.adapter = adapter
-
-
 # ---------------------------------------------------------------------------------------------------- results
 def samples_to_measure(adapter, config: TrainConfig, device) -> int:
     if config.max_test_samples is not None:
@@ -420,7 +206,8 @@ def evaluate(adapter, trained: Trained | None, data: Data, config: TrainConfig, 
 def main() -> None:
     config = parse_config(TrainConfig)
 
-    from drafting import remembered, save_memory  # brings torch: not before the flags are read
+    from drafting import remembered, save_memory  # brings torch, as training does: not before the flags are read
+    from training import make_adapter, train
 
     start = time.monotonic()
     device = choose_device(config.device)
@@ -428,6 +215,8 @@ def main() -> None:
     adapter, trained = make_adapter(config, data, data.train), None
     task = open_task(config, data)
     if not config.checkpoint:
+        log(f"train | {adapter.num_parameters() / 1e6:.1f} M parameters | vocabulary {adapter.config.vocab_size} "
+            f"| {device_name(device)}")
         trained = train(adapter, config, data, device, task)
         adapter = trained.adapter
         save_memory(remembered(data.all_train), task / "memory.npz")

@@ -25,10 +25,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def memory(device: torch.device) -> dict:
     """MiB: "peak" since this was called last, "held" now that what is not in use was given back; None on a CPU."""
-    from vlm.loading import free_memory
-
     if device.type != "cuda":
         return {"peak": None, "held": None}
+    from vlm.loading import free_memory
+
     peak = torch.cuda.max_memory_allocated(device)
     free_memory()
     torch.cuda.reset_peak_memory_stats(device)

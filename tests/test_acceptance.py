@@ -14,7 +14,7 @@ from acceptance import TokenTensors, compare, measure
 from pairs import Pairs
 from tests.conftest import flat
 from token_adapter import CONTRACTS, ORIGINAL_CONTRACT, AdapterConfig, TokenAdapter
-from train_and_evaluate import train_epoch
+from training import Trainer, train_epoch
 
 VOCAB_SIZE = 11
 CONTRACT = CONTRACTS["draft"]
@@ -47,9 +47,14 @@ class Oracle(nn.Module):
     def labels_of(self, ids):
         return ids
 
-    def forward(self, draft):
+    def hidden(self, draft):
         known = torch.roll((draft + 3) % VOCAB_SIZE, -self.late, dims=1)
         return self.sure * nn.functional.one_hot(known, VOCAB_SIZE)
+
+    def output(self):
+        return nn.Identity(), torch.eye(VOCAB_SIZE), torch.zeros(VOCAB_SIZE)
+
+    forward = hidden
 
 
 def evaluated(oracle: Oracle, pairs: Pairs, max_seq_len: int = 9) -> dict:
@@ -59,9 +64,7 @@ def evaluated(oracle: Oracle, pairs: Pairs, max_seq_len: int = 9) -> dict:
 
 def trained_alpha(oracle: Oracle, pairs: Pairs) -> float:
     tokens, generator = TokenTensors.of(pairs, 9, torch.device("cpu")), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.SGD(oracle.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    return train_epoch(oracle, tokens, optimizer, schedule, 4, generator, lambda: None)[1]
+    return train_epoch(Trainer(oracle, batch_size=4, rate=1e-3, steps=8), tokens, generator)[1]
 
 
 def test_a_perfect_adapter_is_right_everywhere_in_training_and_in_evaluation():

@@ -194,7 +194,8 @@ def call(*flags: str, **environment: str) -> subprocess.CompletedProcess:
                           timeout=120, env={**os.environ, **environment})
 
 
-@pytest.mark.parametrize("flags", [["--help"], ["decode", "--help"], ["compare", "-h"]])
+@pytest.mark.parametrize("flags", [["--help"], ["decode", "--help"], ["train", "--help"], ["adapter", "--help"],
+                                   ["compare", "-h"]])
 def test_help_is_quick_and_imports_no_torch(flags):
     start = time.monotonic()
     found = call(*flags, PYTHONPROFILEIMPORTTIME="1")
@@ -205,6 +206,9 @@ def test_help_is_quick_and_imports_no_torch(flags):
 
 @pytest.mark.parametrize(("flags", "words"), [
     ([], "decode, load, compare"), (["run"], "'run': wanted one of "),
+    (["train", "--pairs", "a"], "--pairs and --test_pairs belong together"),
+    (["train", "--num_epochs", "1"], "--num_epochs must be 2 or more"),
+    (["adapter", "--max_seq_len", "30"], "--max_seq_len must be 47 or more, got 30"),
     (["decode"], "--pairs, --task"), (["decode", "--pairs", "a", "--task", "b", "--gamma", "17"], "--gamma must be"),
     (["decode", "--pairs", "a", "--task", "b", "--peer_answers", "0"], "--peer_answers must be 1 or more"),
     (["decode", "--pairs", "a", "--task", "b", "--max_answers", "-2"], "--max_answers must be 1 or more"),

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import benchmarks.adapter
 import benchmarks.decode
 import benchmarks.extract
 import benchmarks.load
+import benchmarks.train
 import extract_tokens_train
 import make_demo
 import speculative_decode
@@ -17,7 +19,8 @@ import train_and_evaluate
 ROOT = Path(__file__).parents[1]
 PAGES = [(ROOT / name).read_text() for name in ("README.md", "WORKFLOW.md")]
 CONFIGS = [extract_tokens_train.ExtractConfig, train_and_evaluate.TrainConfig, speculative_decode.DecodeConfig,
-           benchmarks.decode.Config, benchmarks.extract.Config, benchmarks.load.Config, make_demo.DemoConfig]
+           benchmarks.adapter.Config, benchmarks.decode.Config, benchmarks.extract.Config, benchmarks.load.Config,
+           benchmarks.train.Config, make_demo.DemoConfig]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__module__)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train_and_evaluate
+import training
 from base import ROOT, UserError
 from pairs import load_pairs
 from splits import load_data
@@ -69,19 +70,19 @@ def test_the_same_seed_gives_the_same_numbers_whatever_is_tested_on(trained, mon
 
 
 def test_training_stops_early_without_better_validation(monkeypatch, tmp_path, files):
-    monkeypatch.setattr(train_and_evaluate, "learning_rate_factor", lambda step, total: 0.0)
+    monkeypatch.setattr(training, "learning_rate_factor", lambda step, total: 0.0)
     _, results = run_main(monkeypatch, tmp_path, files["train"], files["test"], "--early_stopping", "2")
     assert len(results["history"]) == 3 and results["best_epoch"] == 1
 
 
 def test_the_learning_rate_rises_and_then_falls_to_nothing():
-    rates = [train_and_evaluate.learning_rate_factor(step, 100) for step in range(101)]
+    rates = [training.learning_rate_factor(step, 100) for step in range(101)]
     assert rates.index(max(rates)) in (4, 5) and max(rates) == 1 and rates[-1] == 0
     assert rates[:5] == sorted(rates[:5]) and rates[5:] == sorted(rates[5:], reverse=True)
 
 
 def test_a_loss_that_is_no_number_names_epoch_and_step_and_keeps_the_best_model(monkeypatch, tmp_path, files):
-    monkeypatch.setattr(train_and_evaluate, "learning_rate_factor", lambda step, _: 1.0 if step < 10 else 1e35)
+    monkeypatch.setattr(training, "learning_rate_factor", lambda step, _: 1.0 if step < 10 else 1e35)
     words = r"epoch 2: the loss became \w+ in step \d of 8; .*best_model.pt"
     with pytest.raises(UserError, match=words):
         run_main(monkeypatch, tmp_path, files["train"], files["test"])
@@ -142,7 +143,7 @@ def test_the_vocabulary_is_the_flag_else_recorded_else_from_the_ids(tmp_path, re
     path = write_pairs(tmp_path / "pairs.json", ["a_a", "b_b"], **recorded)
     config = TrainConfig(test_benchmark=[path], train_benchmark=[path], vocab_size=flag, embed_dim=8)
     data = load_data(config)
-    assert train_and_evaluate.make_adapter(config, data, data.train).config.vocab_size == wanted
+    assert training.make_adapter(config, data, data.train).config.vocab_size == wanted
 
 
 def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_path, files):
@@ -153,7 +154,7 @@ def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_pat
                              vocab_size=vocab_size)
         with pytest.raises(UserError, match=rf"odd\.json holds the token id 2000000, .* size {size};"):
             data = load_data(config)
-            train_and_evaluate.make_adapter(config, data, data.train)
+            training.make_adapter(config, data, data.train)
 
 
 @pytest.mark.parametrize(("flags", "words"), [

@@ -1,0 +1,240 @@
+"""The adapter at batch 1, as decoding asks it: `python benchmark.py adapter`.
+
+Random weights of the default size: what they say means nothing, what they cost is real. Beside ours (a cache of keys
+and values, from CUDA graphs on a GPU) run the plain ways to ask the same: the module step by step with that cache,
+and whole passes without one, a token at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from base import UserError, check_counts, log, option
+
+if TYPE_CHECKING:                    # torch is imported only after the flags are read
+    import torch
+
+    from token_adapter import TokenAdapter
+
+REPEATS, PROPOSALS, READ, PREFIX = 30, 8, 5, 20      # timings of each; proposals; tokens read before; verified before
+
+WHAT = (
+    f"Step: one proposal more, from chains of {PROPOSALS} and of 2 after {PREFIX} verified tokens. Eight: a chain of "
+    f"{PROPOSALS}, {READ} newly verified tokens read first, as a round of decoding does; ours brings the ids to the "
+    "host once.",
+    "Begin: the whole draft read. Draft pass: all positions of draft conditioning at once, its best ids on the host.",
+    "Plain, cached: the module step by step on the same kind of cache, the best id read after each. Plain, whole: a "
+    "pass over draft and answer for each proposal. Both eager, as is all of ours on a CPU.",
+    "Limit: the weights that are read at least, once each pass, over this device's copy rate. Draft pass: the same, "
+    "or its floating-point operations over the matmul ceiling in float32, whichever takes longer.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Time the adapter at batch 1: a step, eight proposals, a draft read, the pass of draft conditioning."""
+
+    draft_tokens: int = option(47, "of the draft that is read")
+    vocab_size: int = option(32000, "ids of the adapter")
+    max_seq_len: int = option(128, "tokens of draft and of target in use")
+    embed_dim: int = option(512, "width of the adapter")
+    num_layers: int = option(4, "layers of the adapter")
+    num_heads: int = option(8, "attention heads of the adapter")
+    output: Path = option(Path("benchmark_adapter.json"), "where all numbers go")
+    compare: Path | None = option(None, "an earlier output: print old, new and ratio of each figure")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = option(42, "of the weights and tokens")
+
+    def __post_init__(self):
+        check_counts(self, ("draft_tokens", "vocab_size", "embed_dim", "num_layers", "num_heads"))
+        if self.max_seq_len < max(PREFIX + READ + PROPOSALS, self.draft_tokens):
+            raise UserError(f"--max_seq_len must be {max(PREFIX + READ + PROPOSALS, self.draft_tokens)} or more, got "
+                            f"{self.max_seq_len}")
+        if self.embed_dim % self.num_heads:
+            raise UserError(f"--num_heads must divide --embed_dim, got {self.num_heads} and {self.embed_dim}")
+
+
+def new_adapter(name: str, config: Config, device: torch.device) -> TokenAdapter:
+    import torch
+
+    from token_adapter import AdapterConfig, TokenAdapter
+
+    torch.manual_seed(config.seed)
+    adapter = TokenAdapter(AdapterConfig(config.vocab_size, name, config.embed_dim, config.num_layers,
+                                         config.num_heads, 4 * config.embed_dim, config.max_seq_len))
+    return adapter.eval().requires_grad_(False).to(device)
+
+
+def median_ms(work, device: torch.device, before=lambda: None) -> float:
+    """Milliseconds of work(), the median; before(): what is not timed, each time."""
+    import decoding
+
+    times = []
+    for _ in range(REPEATS):
+        before()
+        times.append(1000 * decoding.timed(work, device)[1])
+    return statistics.median(times[REPEATS // 5:])               # the first ones warm up
+
+
+# ------------------------------------------------------------------------------------------------------- ways
+class Plain:
+    """The module, eager: with the cache of `start` and `step`, or whole passes over everything, again and again."""
+
+    def __init__(self, adapter: TokenAdapter, cached: bool):
+        self.adapter, self.cached, self.device = adapter, cached, adapter.begin.device
+
+    def _ids(self, tokens: list[int]) -> torch.Tensor:
+        import torch
+
+        return torch.tensor([tokens], dtype=torch.long, device=self.device)
+
+    def begin(self, draft: list[int]) -> None:
+        import torch
+
+        self.draft, self.length = self._ids(draft), torch.tensor([len(draft)], device=self.device)
+        self.fed: list[int] = []
+        if self.cached:
+            self.logits, self.cache = self.adapter.start(self.draft, self.length)
+
+    def propose(self, prefix: list[int], count: int) -> list[int]:
+        import torch
+
+        tokens = list(prefix)
+        with torch.inference_mode():
+            if self.cached:                          # keep what was verified of what was fed
+                same = next((at for at, (ours, true) in enumerate(zip(self.fed, prefix)) if ours != true),
+                            min(len(self.fed), len(prefix)))
+                self.cache.length -= len(self.fed) - same
+                self.fed = tokens[:same]
+            while len(tokens) < len(prefix) + count:
+                if not self.cached:
+                    logits = self.adapter(self.draft, self.length, self._ids(tokens))
+                else:
+                    if len(tokens) > len(self.fed):
+                        self.logits = self.adapter.step(self._ids(tokens[len(self.fed):]), self.cache)
+                    logits, self.fed = self.logits, list(tokens)
+                tokens.append(int(logits[0, -1].argmax()))
+        return tokens[len(prefix):]
+
+
+class Ours:
+    def __init__(self, adapter: TokenAdapter):
+        from decoding import AdapterSteps
+
+        self.steps = AdapterSteps(adapter, kept=1)
+
+    def begin(self, draft: list[int]) -> None:
+        self.steps.begin(draft)
+
+    def propose(self, prefix: list[int], count: int) -> list[int]:
+        return [ids[0] for ids, _ in self.steps.after(prefix, count - 1)]
+
+
+def time_steps(way, draft: list[int], answer: list[int], device: torch.device) -> tuple[dict, list[int]]:
+    """({"step", "eight", "begin"} in ms, the eight proposals after the answer's first PREFIX + READ tokens)."""
+    import torch
+
+    known, longer = answer[:PREFIX], answer[:PREFIX + READ]
+
+    def verified() -> None:                          # begun anew: nothing of the round before is left
+        way.begin(draft)
+        way.propose(known, 1)
+
+    with torch.inference_mode():
+        many, few = (median_ms(lambda n=n: way.propose(known, n), device, verified) for n in (PROPOSALS, 2))
+        found = {"step": (many - few) / (PROPOSALS - 2),
+                 "eight": median_ms(lambda: way.propose(longer, PROPOSALS), device, verified),
+                 "begin": median_ms(lambda: way.begin(draft), device)}
+        verified()
+        return found, way.propose(longer, PROPOSALS)
+
+
+def time_table(adapter: TokenAdapter, draft: list[int], device: torch.device) -> dict:
+    """Milliseconds of a pass in draft conditioning: {"plain", "ours"}."""
+    import torch
+
+    from decoding import LiveTable
+
+    table, width = LiveTable(adapter), adapter.config.max_seq_len
+
+    def plainly() -> list[int]:
+        with torch.no_grad():
+            ids = torch.tensor([[*draft, *[0] * width][:width]], device=device)
+            return adapter(ids)[0].argmax(-1).tolist()
+
+    table.begin(draft)
+    said = sum(ours == plain for ours, plain in zip(table.table, plainly())) / width
+    return {"plain": median_ms(plainly, device), "ours": median_ms(lambda: table.begin(draft), device), "alike": said}
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+def limits(adapter: TokenAdapter, device: torch.device) -> dict:
+    import torch
+
+    from benchmarks.limits import copy_rate, matmul_rate
+
+    blocks = sum(weight.numel() for weight in adapter.transformer.parameters())
+    output = sum(weight.numel() for weight in adapter.output_proj.parameters())
+    read, positions = 4 * (blocks + output), adapter.config.max_seq_len
+    rate, matmul = copy_rate(device), matmul_rate(device, torch.float32)
+    step = 1000 * read / rate
+    table = max(step, 1000 * 2 * positions * (blocks + output) / matmul)
+    return {"step_weights_mib": read / 2**20, "copy_gib_per_s": rate / 2**30, "float32_tflop_per_s": matmul / 1e12,
+            "least_ms": {"step": step, "eight": PROPOSALS * step, "draft_pass": table}}
+
+
+def wanted(ways: dict, table: dict) -> list[dict]:
+    ours = ways["prefix+draft"]["ours"]
+    rows = [("adapter step, ms", ours["step"], 0.2),
+            (f"8 proposals, {READ} tokens read first, ms", ours["eight"], 1.6),
+            ("pass of draft conditioning, ms", table["ours"], 0.5)]
+    return [{"what": what, "measured": value, "wanted": f"<= {bound}"} for what, value, bound in rows]
+
+
+def show(results: dict) -> None:
+    """The table, as log lines."""
+    for line in results["what"]:
+        log(f"benchmark | {line}")
+    least = results["limits"]["least_ms"]
+    for name, ways in results["ms"].items():
+        for way, found in ways.items():
+            log(f"table | {name:12} | {way:13} | step {found['step']:.3f} ms | eight {found['eight']:.3f} ms, "
+                f"{least['eight'] / found['eight']:.1%} of the limit | begin {found['begin']:.3f} ms")
+    table = results["draft_pass_ms"]
+    log(f"table | draft pass | plain {table['plain']:.3f} ms | ours {table['ours']:.3f} ms | "
+        f"{least['draft_pass'] / table['ours']:.1%} of the limit")
+    log(f"table | alike, but for rounding | proposals {results['alike']:.1%}, draft pass {table['alike']:.1%}")
+    log("table | limits | " + ", ".join(f"{key} {value:.4g}" for key, value in results["limits"].items()
+                                        if key != "least_ms"))
+
+
+def one_line(results: dict) -> str:
+    ours = results["ms"]["prefix+draft"]["ours"]
+    return (f"step {ours['step']:.3f} ms, eight proposals {ours['eight']:.3f} ms, draft pass "
+            f"{results['draft_pass_ms']['ours']:.3f} ms")
+
+
+# ----------------------------------------------------------------------------------------------------- measure
+def measure(config: Config) -> dict:
+    import torch
+
+    from train_and_evaluate import choose_device, device_name
+
+    device = choose_device(config.device)
+    generator = torch.Generator().manual_seed(config.seed)
+    draft, answer = (torch.randint(3, config.vocab_size, (size,), generator=generator).tolist()
+                     for size in (config.draft_tokens, config.max_seq_len))
+    results = {"device": device_name(device), "dtype": "float32", "what": list(WHAT),
+               "limits": limits(new_adapter("prefix", config, device), device), "ms": {}}
+    alike = []
+    for name in ("prefix+draft", "prefix"):
+        adapter = new_adapter(name, config, device)
+        ways = {"plain, whole": Plain(adapter, False), "plain, cached": Plain(adapter, True), "ours": Ours(adapter)}
+        found = {way: time_steps(asked, draft, answer, device) for way, asked in ways.items()}
+        results["ms"][name] = {way: times for way, (times, _) in found.items()}
+        alike += [ours == plain for ours, plain in zip(found["ours"][1], found["plain, cached"][1])]
+    results["alike"] = sum(alike) / len(alike)
+    results["draft_pass_ms"] = time_table(new_adapter("draft", config, device), draft, device)
+    return results | {"wanted": wanted(results["ms"], results["draft_pass_ms"])}

@@ -1,0 +1,121 @@
+"""Plain and ours are timed on the same work: they learn alike, propose alike, and all figures are written."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import benchmark
+from base import UserError
+from benchmarks import adapter, train
+from tests.conftest import write_pairs
+
+SMALL = {"vocab_size": 90, "embed_dim": 32, "num_layers": 1, "num_heads": 2, "device": "cpu"}
+FIGURES = {"steps_per_epoch", "step_ms", "steps_per_s", "epoch_s", "first_epoch_s", "all_epochs_s", "50_epochs_s",
+           "train_losses", "validation_s", "validation_loss", "validation_alpha", "peak_memory_mib",
+           "model_tflop_per_s", "share_of_limit"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict:
+    output = tmp_path_factory.mktemp("benchmark") / "train.json"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train, "peak_rate", lambda name: 1e-2)       # small and short: it must learn faster
+        benchmark.measure("train", train.Config(**SMALL, made_pairs=150, num_epochs=20, max_seq_len=52, output=output,
+                                                batch_size=16))
+    return json.loads(output.read_text())
+
+
+def test_plain_and_ours_learn_alike(trained):
+    """Other dropout and another order: not the same numbers, but the same lesson."""
+    for name, found in trained["runs"].items():
+        for loop in ("plain", "ours"):
+            losses = found[loop]["train_losses"]
+            assert len(losses) == 20 and losses[-1] < losses[0], (name, loop)
+        alphas = [found[loop]["validation_alpha"] for loop in ("plain", "ours")]
+        assert min(alphas) > 0.3 and abs(alphas[0] - alphas[1]) < 0.1, (name, alphas)
+
+
+def test_the_output_of_train_holds_everything(trained):
+    assert list(trained["runs"]) == ["prefix+draft", "prefix", "draft"] and trained["made"]
+    assert (trained["pairs"], trained["validation_pairs"], len(trained["wanted"])) == (150, 15, 12)
+    for found in trained["runs"].values():
+        for loop in ("plain", "ours"):
+            run = found[loop]
+            assert set(run) == FIGURES and run["steps_per_epoch"] == math.ceil(150 / 16)
+            assert run["50_epochs_s"] == pytest.approx(50 * math.ceil(5208 / 16) * run["step_ms"] / 1000)
+            assert run["share_of_limit"] == pytest.approx(found["limits"]["least_step_ms"] / run["step_ms"])
+        assert found["times_faster"] == pytest.approx(found["plain"]["step_ms"] / found["ours"]["step_ms"])
+
+
+def test_the_limit_counts_no_padding(tmp_path):
+    config = train.Config(**SMALL, max_seq_len=60)
+    short, long = (train.Config(**SMALL, max_seq_len=size) for size in (60, 120))
+    pairs = train.load_pairs([write_pairs(tmp_path / "pairs.json", ["a_a", "b_b"])])
+    rates = {"matmul": 1e12, "copy": 1e12}
+    found = [train.limits(train.new_adapter("prefix", one, torch.device("cpu")), pairs, one, rates)
+             for one in (short, long)]
+    assert found[0]["step_gflop"] == found[1]["step_gflop"]
+    model = train.new_adapter("prefix", config, torch.device("cpu"))
+    positions = int(pairs.lengths("target").sum() + pairs.lengths("draft").sum())
+    each = sum(weight.numel() for weight in model.transformer.parameters()) + 90 * 32
+    assert found[0]["step_gflop"] * 1e9 == pytest.approx(6 * positions * each / math.ceil(len(pairs) / 32))
+
+
+def test_made_pairs_are_the_same_each_time_and_validation_repeats_sentences_but_not_rows():
+    first, again, other = (train.make_rows(60, 400, seed) for seed in (1, 1, 2))
+    assert first == again != other
+    targets = [np.array([row["vl_tokens"] for row in rows]) for rows in (first, other)]
+    assert all((targets[0] == target).mean(1).max() > 0.7 for target in targets[1])
+    assert len(np.unique(targets[0], axis=0)) > 30 and targets[0].shape[1] == 50
+    assert all(41 <= len(row["egpt_tokens"]) <= 47 for row in first)
+
+
+def test_the_users_pairs_are_trained_on_and_must_fit_the_vocabulary(tmp_path, files):
+    config = {**SMALL, "pairs": [files["train"]], "test_pairs": [files["test"]], "num_epochs": 2, "max_seq_len": 9,
+              "conditioning": "prefix", "plain": False}
+    results = train.measure(train.Config(**config))
+    assert (results["pairs"], results["validation_pairs"], results["made"]) == (80, 20, False)
+    assert list(results["runs"]) == ["prefix"] and results["runs"]["prefix"]["plain"] is None
+    assert [row["measured"] is None for row in results["wanted"]] == [False, False, True, True]
+    train.show(results)
+    odd = write_pairs(tmp_path / "odd.json", ["a_a"])
+    odd.write_text(odd.read_text().replace('"vl_tokens": [', '"vl_tokens": [90, '))
+    with pytest.raises(UserError, match="token id 90, wanted ids below the vocabulary size 90"):
+        train.measure(train.Config(**{**config, "test_pairs": [odd]}))
+
+
+# ---------------------------------------------------------------------------------------------------- adapter
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory) -> dict:
+    output = tmp_path_factory.mktemp("benchmark") / "adapter.json"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(adapter, "REPEATS", 5)
+        benchmark.measure("adapter", adapter.Config(**SMALL, max_seq_len=48, output=output))
+    return json.loads(output.read_text())
+
+
+def test_all_ways_to_ask_an_adapter_propose_the_same(asked):
+    assert asked["alike"] == 1 and asked["draft_pass_ms"]["alike"] == 1
+    model = adapter.new_adapter("prefix+draft", adapter.Config(**SMALL), torch.device("cpu"))
+    ways = [adapter.Plain(model, False), adapter.Plain(model, True), adapter.Ours(model)]
+    for way in ways:
+        way.begin([5, 6, 7])
+    for prefix in ([], [4, 9], [4, 9, 11, 12], [4, 8], [4, 8, 30]):          # grows, and turns off
+        proposed = [way.propose(prefix, 4) for way in ways]
+        assert proposed[0] == proposed[1] == proposed[2] and len(proposed[0]) == 4
+
+
+def test_the_output_of_adapter_holds_everything(asked):
+    assert set(asked["ms"]) == {"prefix+draft", "prefix"} and len(asked["wanted"]) == 3
+    for ways in asked["ms"].values():
+        assert set(ways) == {"plain, whole", "plain, cached", "ours"}
+        assert all(set(found) == {"step", "eight", "begin"} for found in ways.values())
+    least = asked["limits"]["least_ms"]
+    assert least["eight"] == pytest.approx(8 * least["step"]) and least["draft_pass"] >= least["step"]
+    weights = adapter.new_adapter("prefix", adapter.Config(**SMALL, max_seq_len=48), torch.device("cpu"))
+    read = [weight for name, weight in weights.named_parameters() if name.startswith(("transformer", "output_proj"))]
+    tied = weights.embedding.weight                                          # read as the output layer's
+    assert asked["limits"]["step_weights_mib"] * 2**20 == sum(weight.nbytes for weight in [*read, tied])
