@@ -89,12 +89,13 @@ class Cache:
 
     SPARE = 16                     # slots that a graph of more tokens than are left may write to; never seen
 
-    def __init__(self, config: AdapterConfig, batch: int, device: torch.device):
+    def __init__(self, config: AdapterConfig, batch: int, like: torch.Tensor):
+        """like: a weight of the adapter, whose device and number format it has."""
         heads, room = config.num_heads, 2 * config.max_seq_len + self.SPARE
-        self.values = torch.zeros(config.num_layers, 2, batch, heads, room, config.embed_dim // heads, device=device)
-        self.slots = torch.arange(room, device=device)
-        self.masks = torch.zeros(batch, 1, room, room, device=device)    # of each slot: 0 where it sees, else -inf
-        self.positions = torch.zeros(room, config.embed_dim, device=device)  # of each slot: its place's embedding
+        self.values = like.new_zeros(config.num_layers, 2, batch, heads, room, config.embed_dim // heads)
+        self.slots = torch.arange(room, device=like.device)
+        self.masks = like.new_zeros(batch, 1, room, room)                # of each slot: 0 where it sees, else -inf
+        self.positions = like.new_zeros(room, config.embed_dim)          # of each slot: its place's embedding
         self.length = 0
 
 
@@ -246,6 +247,9 @@ class TokenAdapter(nn.Module):
 
     def _logits(self, x):                                    # (B, T, D) -> (B, T, ids scored)
         norm, weight, bias = self.output()
+        if x.is_cuda and x.dtype == torch.bfloat16:          # rounded to that, the best two would often be alike
+            logits = torch.mm(norm(x).flatten(0, -2), weight.t(), out_dtype=torch.float32) + bias
+            return logits.view(*x.shape[:-1], -1)
         return F.linear(norm(x), weight, bias)
 
     def _embed_draft(self, x):                         # (B, T, D) of the tokens -> (B, T, D)
@@ -263,7 +267,7 @@ class TokenAdapter(nn.Module):
     # ------------------------------------------------------------------------------------------- step by step
     def start(self, draft, draft_lengths, cache: Cache | None = None) -> tuple:
         """Read drafts (B, Td) int64 of lengths (B,) -> (logits (B, 1, V) of position 0, the cache)."""
-        cache = cache or Cache(self.config, len(draft), self.begin.device)
+        cache = cache or Cache(self.config, len(draft), self.begin.detach())
         before = draft.shape[1] if self.config.conditioning == "prefix+draft" else 0
         x = (self.begin + self.position_embedding.weight[0]).expand(len(draft), 1, -1)
         seen = cache.slots <= cache.slots[:, None].clamp(min=before - 1)                  # a draft sees all of itself

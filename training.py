@@ -76,8 +76,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Output layer and loss in one, a chunk of positions at a time: gradients and hits come on the way.
 
     The idea of Liger Kernel and of "Cut Your Losses" (Wijmans et al. 2024), in plain PyTorch: logits and their
-    gradient exist for one chunk alone, and both gradients are made while they do. Under autocast the products are in
-    its number format, sums over chunks in the weight's.
+    gradient exist for one chunk alone, and both gradients are made while they do.
     """
 
     @staticmethod
@@ -87,30 +86,22 @@ class LinearCrossEntropy(torch.autograd.Function):
         A position that is not scored has a share of 0. Returns the loss, sum(share * losses), to learn from; losses
         (N,) in nats and hits (N,) bool to look at.
         """
-        device = x.device.type
-        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         labels, share = labels.clamp(min=0)[:, None], share[:, None]
         x_grad, weight_grad, bias_grad = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
         losses, hits = torch.empty_like(share), torch.empty_like(labels, dtype=torch.bool)
-        size = max(1, CHUNK.get(device, CHUNK["cpu"]) // len(weight))
-        with torch.autocast(device, enabled=False):
-            narrow, narrow_bias = weight.to(kind), bias.to(kind)
-            for one, one_grad, label, factor, loss, hit in zip(
-                    *(part.split(size) for part in (x, x_grad, labels, share, losses, hits))):
-                logits = torch.addmm(narrow_bias, one.to(kind), narrow.t())
-                top, best = logits.max(-1, keepdim=True)
-                grad = torch.softmax(logits, -1)
-                # Not -log(chance): that of a label far from the top is rounded to 0.
-                loss.copy_((top.to(loss) - logits.gather(1, label)) - grad.gather(1, best).to(loss).log())
-                torch.eq(best, label, out=hit)
-                grad.scatter_(1, label, grad.gather(1, label) - 1)          # of logits, but for the factor
-                torch.mul((grad @ narrow), factor, out=one_grad)
-                scaled = (one * factor).to(kind)
-                if kind == weight_grad.dtype:
-                    weight_grad.addmm_(grad.t(), scaled)
-                else:
-                    weight_grad.add_(grad.t() @ scaled)
-                bias_grad.add_((factor.to(kind).t() @ grad)[0])
+        size = max(1, CHUNK.get(x.device.type, CHUNK["cpu"]) // len(weight))
+        for one, one_grad, label, factor, loss, hit in zip(
+                *(part.split(size) for part in (x, x_grad, labels, share, losses, hits))):
+            logits = torch.addmm(bias, one, weight.t())
+            top, best = logits.max(-1, keepdim=True)
+            grad = torch.softmax(logits, -1)
+            # Not -log(chance): that of a label far from the top is rounded to 0.
+            loss.copy_((top.to(loss) - logits.gather(1, label)) - grad.gather(1, best).to(loss).log())
+            torch.eq(best, label, out=hit)
+            grad.scatter_(1, label, grad.gather(1, label) - 1)              # of logits, but for the factor
+            torch.mul(grad @ weight, factor, out=one_grad)
+            weight_grad.addmm_(grad.t(), (one * factor).to(one))
+            bias_grad.add_((factor.to(grad).t() @ grad)[0])
         ctx.save_for_backward(x_grad, weight_grad, bias_grad)
         losses, hits = losses[:, 0], hits[:, 0]
         ctx.mark_non_differentiable(losses, hits)
@@ -193,6 +184,12 @@ class Trainer:
             [{"params": decayed, "weight_decay": 0.01 if self.of_draft else 0.1},
              {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.999 if self.of_draft else 0.98),
             lr=torch.zeros((), device=self.device) if on_gpu else rate, fused=True, capturable=on_gpu)
+        # On a GPU forward and backward are in bfloat16, on a copy: under autocast a fifth of a step went into casts.
+        self.model = copy.deepcopy(adapter).bfloat16() if on_gpu else adapter
+        self.weights, self.copies = list(adapter.parameters()), list(self.model.parameters())
+        if on_gpu:
+            for weight in self.weights:
+                weight.grad = torch.zeros_like(weight)
         self.graphs: dict | None = {} if graphs and on_gpu else None      # (widths) -> (graph, what it writes)
         self.buffers: dict[tuple, tuple] = {}                             # (widths) -> target, draft, its lengths
         if on_gpu:
@@ -229,13 +226,20 @@ class Trainer:
         return self._step(tokens.targets(rows, width), tokens.drafts(rows, draft_width), tokens.draft_lengths[rows])
 
     def _step(self, target, draft, draft_lengths) -> torch.Tensor:
-        # Without its cache, whose copies of the weights would belong to the graph that made them.
-        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda", cache_enabled=False):
-            loss, found = loss_of(self.adapter, target, draft, draft_lengths, self.draft_text)
+        if self.model is not self.adapter:
+            with torch.no_grad():
+                torch._foreach_copy_(self.copies, self.weights)
+        loss, found = loss_of(self.model, target, draft, draft_lengths, self.draft_text)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.adapter.parameters(), MAX_GRADIENT_NORM)
+        if self.model is not self.adapter:
+            used = [(weight.grad, copy.grad) for weight, copy in zip(self.weights, self.copies)
+                    if copy.grad is not None]
+            torch._foreach_copy_(*map(list, zip(*used)))
+        # Clipped by the optimizer itself, which divides by grad_scale as it reads: one pass over the gradients less.
+        norm = nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
+        self.optimizer.grad_scale = (norm / MAX_GRADIENT_NORM).clamp(min=1)
         self.optimizer.step()
-        self.optimizer.zero_grad()               # to None: in a graph, gradients get the same memory each time
+        self.model.zero_grad()                   # to None: in a graph, gradients get the same memory each time
         return found
 
     def _fill(self, tokens: TokenTensors, rows: torch.Tensor, width: int) -> tuple[int, int]:
@@ -274,7 +278,7 @@ class Trainer:
             except RuntimeError as error:        # CUDA's refusals while capturing are RuntimeErrors
                 log(f"train | WARNING | no CUDA graphs, every step runs eagerly: {error!s:.300}")
                 self.graphs = None
-                self.optimizer.zero_grad()       # nothing was computed: they hold no numbers
+                self.model.zero_grad()           # nothing was computed: they hold no numbers
                 return self._step(*batch)
         graph, found = self.graphs[widths]
         graph.replay()
@@ -287,7 +291,7 @@ def train_epoch(trainer: Trainer, tokens: TokenTensors, generator: torch.Generat
     steps = math.ceil(len(tokens.lengths) / trainer.batch_size)
     # Kept on the device until the pass is over: reading a loss earlier would make the host wait for the GPU.
     found, positions = torch.zeros(steps, 2, device=tokens.device), []
-    trainer.adapter.train()
+    trainer.model.train()
     with trainer.on_stream():
         for step, (rows, width, scored) in enumerate(tokens.batches(trainer.batch_size, generator)):
             found[step] = trainer.step(tokens, rows, width)

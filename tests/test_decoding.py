@@ -278,8 +278,10 @@ def test_the_cached_adapter_follows_a_prefix_that_grows_turns_back_and_turns_off
             with torch.no_grad():
                 parts = (torch.tensor(part, dtype=torch.long, device=device) for part in ([draft], [3], [said]))
                 logits = adapter(*parts)
-            wanted = logits[0, -1].softmax(-1).topk(5)
-            assert ids == wanted.indices.tolist() and chances == pytest.approx(wanted.values.tolist(), rel=1e-4)
+            wanted = logits[0, -1].softmax(-1)
+            # On a GPU proposals are made in bfloat16: near ties may change places.
+            assert chances == pytest.approx(wanted[ids].tolist(), rel=1e-4 if device == "cpu" else 0.03)
+            assert chances == pytest.approx(wanted.topk(5).values.tolist(), rel=1e-4 if device == "cpu" else 0.03)
             said.append(ids[0])
 
 

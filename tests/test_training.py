@@ -194,6 +194,7 @@ def test_a_checkpoint_is_written_at_once_then_when_it_is_due_and_in_the_end(tmp_
 
 
 # ------------------------------------------------------------------------------------------------------ graphs
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a driver is there, which might do it")
 def test_without_graphs_every_step_runs_eagerly_after_one_warning(capsys):
     """On a CPU a capture is refused, as by a driver that can't."""
     tokens, losses = answers(23), []
@@ -287,8 +288,8 @@ def test_cuda_loss_in_bfloat16_is_near_that_of_float32():
     found = []
     for narrow in (True, False):
         leaves = [part.clone().requires_grad_() for part in (x, weight, bias)]
-        with torch.autocast("cuda", torch.bfloat16, narrow, cache_enabled=False):
-            loss = LinearCrossEntropy.apply(*leaves, labels, share)[0]
+        used = [leaf.bfloat16() for leaf in leaves] if narrow else leaves
+        loss = LinearCrossEntropy.apply(*used, labels, share)[0]
         loss.backward()
         found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
     for one, other in zip(*found):
