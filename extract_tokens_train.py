@@ -65,8 +65,8 @@ class ExtractConfig:
     draft_model: Path | None = option(None, "folder of the EventGPT checkpoint")
     target_model: str = option("LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA")
     quantization: Literal["auto", "4bit", "8bit", "none"] = option(
-        "auto", "auto: 4bit on a GPU (4.2 GiB a 7B model, about a tenth slower than none in large batches, half as fast "
-        "in small ones); none: 13.2 GiB, for large cards; 8bit: 7.2 GiB, slow")
+        "auto", "auto: 4bit on a GPU (4.2 GiB a 7B model; a tenth slower than none in large batches, a third one by "
+        "one), none on a CPU; none: 13.2 GiB, for large cards; 8bit: 7.2 GiB, slow")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, else float32")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     batch_size: int | None = option(None, "clips at a time; if not said: as many as the free memory holds")
