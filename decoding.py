@@ -41,7 +41,7 @@ def on_host(tokens: list[int], device_tensor: torch.Tensor) -> torch.Tensor:
 def captured(work: Callable[[], None], stream: torch.cuda.Stream, pool=None) -> torch.cuda.CUDAGraph:
     """A CUDA graph of work(), which first runs three times: what is set up then can't be captured.
 
-    In a stream of our own, for PyTorch's belongs to one device. vlm/steps.py has a twin.
+    In a stream of our own, for PyTorch's belongs to one device. vlm/llama.py has a twin.
     """
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
