@@ -151,6 +151,17 @@ def as_json(config) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+def from_json(cls, values: dict, folder: Path):
+    """The config that as_json made these values of; its relative paths start at this folder."""
+    def back(kind, value):
+        kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        if value is not None and list[Path] in kinds:
+            return [folder / path for path in value]
+        return folder / value if value is not None and Path in kinds else value
+
+    return cls(**{name: back(kind, values.get(name)) for name, kind in typing.get_type_hints(cls).items()})
+
+
 # -------------------------------------------------------------------------------------------- files
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Call write(temporary path), then rename: readers see the old file or the new one, never half of one.

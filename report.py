@@ -42,6 +42,8 @@ def read_results(task: Path) -> dict:
     if not path.exists():
         raise UserError(f"{task} is no finished task: it has no results.json")
     results = read_json(path)
+    if isinstance(results, dict) and results.get("unfinished"):
+        raise UserError(f"{task} is unfinished: go on with train_and_evaluate.py --resume {task}")
     if not isinstance(results, dict) or "test" not in (results.get("metrics") or {}):
         raise UserError(f"{path} is not the results.json of train_and_evaluate.py")
     return results

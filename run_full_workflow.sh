@@ -97,13 +97,14 @@ chosen() {
 
 # train NAME TRAIN TEST : the default conditioning, and draft conditioning as the reference; sets `tasks`
 train() {
-  local name="$1" folder
+  local name="$1" folder how
   for name in "$1_draft" "$1"; do
     folder="$(chosen "${name}" "${TASK_DIR}/${name}")"
-    # shellcheck disable=SC2086
-    step "train ${name}" "${folder}/RESULTS.md" "${PYTHON}" train_and_evaluate.py --train_benchmark "$2" \
-      --test_benchmark "$3" --task_name "${name}" --task_folder "${folder}" ${TRAIN_FLAGS} \
-      $([[ "${name}" == *_draft ]] && echo "--conditioning draft ${DRAFT_FLAGS}")
+    # shellcheck disable=SC2206
+    how=(--train_benchmark "$2" --test_benchmark "$3" --task_name "${name}" --task_folder "${folder}" ${TRAIN_FLAGS}
+         $(if [[ "${name}" == *_draft ]]; then echo "--conditioning draft ${DRAFT_FLAGS}"; fi))
+    if [[ -e "${folder}/resume.pt" ]]; then how=(--resume "${folder}"); fi
+    step "train ${name}" "${folder}/RESULTS.md" "${PYTHON}" train_and_evaluate.py "${how[@]}"
     tasks+=("${folder}")
   done
 }

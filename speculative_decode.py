@@ -137,6 +137,8 @@ def read_task(folder: Path, memories: list[Path] = ()) -> Task:
             raise UserError(f"{folder} is no finished task: it has no {name}; wanted a folder that "
                             "train_and_evaluate.py wrote")
     results = read_json(folder / "results.json")
+    if isinstance(results, dict) and results.get("unfinished"):
+        raise UserError(f"{folder} is unfinished: go on with train_and_evaluate.py --resume {folder}")
     test = (results.get("metrics") or {}).get("test") if isinstance(results, dict) else None
     if not isinstance(test, dict) or not isinstance(test.get("drafters"), dict):
         raise UserError(f"{folder / 'results.json'} is not the results.json of train_and_evaluate.py")

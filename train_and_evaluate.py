@@ -1,6 +1,7 @@
 """Step 2: train a TokenAdapter on token pairs, then measure it once on pairs of drives it never saw.
 
     python train_and_evaluate.py --train_benchmark train_1s.json --test_benchmark test_1s.json
+    python train_and_evaluate.py --resume task/1s_20260128_020530
     python train_and_evaluate.py --checkpoint task/1s_20260128_020530/best_model.pt --test_benchmark test.json
 
 Reads pairs in any of the three formats of pairs.load_pairs. Writes into a new folder task/{task_name}_{time}:
@@ -26,6 +27,7 @@ from base import (
     as_json,
     check_counts,
     duration_of,
+    from_json,
     log,
     make_folder,
     new_task_folder,
@@ -33,7 +35,7 @@ from base import (
     option,
     parse_config,
     provenance,
-    required,
+    read_json,
     run,
     write_json,
 )
@@ -51,7 +53,7 @@ CPU_SAMPLES = 200          # pairs of a set that a larger adapter is measured on
 class TrainConfig:
     """Train a TokenAdapter on token pairs and measure it, or measure a checkpoint (--checkpoint)."""
 
-    test_benchmark: list[Path] = required("pair files to measure on, used once, at the end")
+    test_benchmark: list[Path] | None = option(None, "pair files to measure on, used once, at the end; a must")
     train_benchmark: list[Path] | None = option(None, "pair files to train on; a must without --checkpoint")
     task_name: str | None = option(None, "name of the task; found in file and folder names if not given")
     conditioning: Literal["auto", "prefix+draft", "prefix", "draft"] = option(
@@ -75,6 +77,7 @@ class TrainConfig:
     embed_dim: int = option(512, "width of the adapter; its feed-forward layers are four times as wide")
     num_layers: int = option(4, "layers of the adapter")
     num_heads: int = option(8, "attention heads of the adapter")
+    resume: Path | None = option(None, "go on with the training of this task folder; its own settings hold")
     checkpoint: Path | None = option(None, "measure this checkpoint by its own contract and train nothing")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     seed: int = option(42, "for the weights, the order of the pairs and the choice of validation drives")
@@ -83,6 +86,15 @@ class TrainConfig:
     plots: bool = option(True, "draw the curves")
 
     def __post_init__(self):
+        if self.resume:
+            names = {field.name: field.default for field in dataclasses.fields(self)}.keys() - {
+                "resume", "device", "plots"}
+            given = sorted(name for name in names if getattr(self, name) != getattr(TrainConfig, name))
+            if given:
+                raise UserError(f"--resume goes on with the settings of {self.resume}: leave out --{given[0]}")
+            return
+        if self.test_benchmark is None:
+            raise UserError("--test_benchmark is missing: name the pair files to measure on")
         if self.train_benchmark is None and self.checkpoint is None:
             raise UserError("--train_benchmark is missing: name the pair files to train on, or measure a "
                             "--checkpoint")
@@ -146,6 +158,26 @@ def device_name(device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def resumed(config: TrainConfig) -> TrainConfig | None:
+    """The settings of the task to go on with; None: it is whole already."""
+    path = config.resume / "results.json"
+    if not path.is_file():
+        raise UserError(f"{config.resume} is no task folder: it has no results.json; wanted one whose training was "
+                        "stopped")
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("kind") not in ("training", "checkpoint"):
+        raise UserError(f"{path} is not the results.json of train_and_evaluate.py")
+    if not found.get("unfinished"):
+        log(f"RESULT | {config.resume} | finished before: {one_line(found)}")
+        return None
+    given = {"device": config.device} if config.device != "auto" else {}
+    try:
+        known = from_json(TrainConfig, {**found["config"], **given}, Path(found["provenance"]["folder"]))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} does not hold the settings of a training: {error}; train anew") from error
+    return dataclasses.replace(known, resume=None, task_folder=config.resume, plots=config.plots)
+
+
 def open_task(config: TrainConfig, data: Data) -> Path:
     """The exact folder that was asked for, or a new one named after the task."""
     if config.task_folder is None:
@@ -205,8 +237,12 @@ def evaluate(adapter, trained: Trained | None, data: Data, config: TrainConfig, 
 
 def main() -> None:
     config = parse_config(TrainConfig)
+    going_on = config.resume is not None
+    if going_on and (config := resumed(config)) is None:
+        return
 
-    from drafting import remembered, save_memory  # brings torch, as training does: not before the flags are read
+    from checkpoints import Resume, fingerprint  # bring torch: not before the flags are read
+    from drafting import remembered, save_memory
     from training import make_adapter, train
 
     start = time.monotonic()
@@ -214,32 +250,45 @@ def main() -> None:
     data = load_data(config)
     adapter, trained = make_adapter(config, data, data.train), None
     task = open_task(config, data)
-    if not config.checkpoint:
-        log(f"train | {adapter.num_parameters() / 1e6:.1f} M parameters | vocabulary {adapter.config.vocab_size} "
-            f"| {device_name(device)}")
-        trained = train(adapter, config, data, device, task)
-        adapter = trained.adapter
-        save_memory(remembered(data.all_train), task / "memory.npz")
-    trained_s = time.monotonic() - start
-    metrics = evaluate(adapter, trained, data, config, device)
-    results = {
+    facts = {
         "kind": "checkpoint" if config.checkpoint else "training",
         "task": task.resolve().name,
-        "date": now(),
         "config": as_json(config),
         "adapter": {**dataclasses.asdict(adapter.config), "parameters": adapter.num_parameters()},
         "files": data.files,
         "split": data.split,
         "warnings": data.warnings,
+        "provenance": {**provenance(), "folder": os.getcwd(), "device": device_name(device)},
+    }
+    resume = Resume(task / "resume.pt", fingerprint(data.all_train, data.test))
+    if going_on:
+        resume.read()
+
+    def unfinished(history: list[dict]) -> None:
+        write_json(task / "results.json", {**facts, "date": now(), "unfinished": True, "history": history})
+
+    if not config.checkpoint:
+        unfinished(resume.found["history"] if resume.found else [])
+        log(f"train | {adapter.num_parameters() / 1e6:.1f} M parameters | vocabulary {adapter.config.vocab_size} "
+            f"| {device_name(device)}")
+        trained = train(adapter, config, data, device, task, resume, unfinished)
+        adapter = trained.adapter
+        save_memory(remembered(data.all_train), task / "memory.npz")
+    trained_s = time.monotonic() - start
+    metrics = evaluate(adapter, trained, data, config, device)
+    results = {
+        **facts,
+        "date": now(),
+        "adapter": {**dataclasses.asdict(adapter.config), "parameters": adapter.num_parameters()},
         "history": trained.history if trained else [],
         "best_epoch": trained and trained.best_epoch,
         "refitted": bool(trained and trained.adapter is not trained.selected),
         "metrics": metrics,
         "seconds": {"until_trained": trained_s, "all": time.monotonic() - start},
-        "provenance": {**provenance(), "folder": os.getcwd(), "device": device_name(device)},
     }
     write_json(task / "results.json", results)
     write_report(task, plots=config.plots)
+    resume.remove()
     log(f"RESULT | {task} | {one_line(results)}")
 
 

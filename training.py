@@ -22,6 +22,7 @@ from torch import nn
 
 from acceptance import TokenTensors, measure, predict
 from base import Progress, UserError, log
+from checkpoints import Checkpoint, Resume
 from pairs import Pairs
 from splits import MAX_VOCAB_SIZE, Data, check_drafts, check_ids
 from token_adapter import NOT_SCORED, AdapterConfig, TokenAdapter, load_adapter, save_adapter
@@ -34,7 +35,6 @@ WARM_UP = 0.05             # share of the steps in which the learning rate rises
 MAX_GRADIENT_NORM = 1.0
 CHUNK = {"cpu": 2**23, "cuda": 2**27}    # logits held at a time: 262 or 4,194 positions of 32,000 ids
 MOST = 0.9                 # of the positions scored: picking them out costs more than it saves
-SAVING_SHARE = 0.05        # of the time may go into writing best_model.pt: 350 MB a second where that is all
 
 
 # ---------------------------------------------------------------------------------------------------- adapter
@@ -317,16 +317,26 @@ def phases_of(config: TrainConfig) -> dict[str, int]:
     return {config.conditioning: config.num_epochs}
 
 
-def run_phase(adapter, name: str, config: TrainConfig, tokens, last_epoch: int, after_epoch, number: int) -> None:
-    """Up to `last_epoch` epochs of one phase; after_epoch(epoch, loss, alpha, rate, seconds) -> whether to stop."""
+def run_phase(adapter, name: str, config: TrainConfig, tokens, last_epoch: int, after_epoch, number: int,
+              resumed: dict | None = None, keep: Callable = lambda **_: None) -> None:
+    """Up to `last_epoch` epochs of one phase; after_epoch(epoch, loss, alpha, rate, seconds) -> whether to stop.
+
+    keep(**state): all that the next epoch depends on; resumed: such a state, to go on from.
+    """
     adapter.condition(name)
     epochs = phases_of(config)[name]
     steps = epochs * math.ceil(len(tokens.lengths) / config.batch_size)
     trainer = Trainer(adapter, config.batch_size, config.learning_rate, steps, config.draft_text)
     generator = torch.Generator().manual_seed(config.seed + number)
     torch.manual_seed(config.seed + number)
-    progress = Progress(f"train | {name}", steps, unit="steps")
-    for epoch in range(1, last_epoch + 1):
+    if resumed:
+        adapter.load_state_dict(resumed["adapter"])
+        trainer.optimizer.load_state_dict(resumed["optimizer"])
+        trainer.done = resumed["done"]
+        generator.set_state(resumed["order"])
+        set_random_state(resumed["random"])
+    progress = Progress(f"train | {name}", steps, trainer.done, unit="steps")
+    for epoch in range(resumed["epoch"] + 1 if resumed else 1, 1 if resumed and resumed["over"] else last_epoch + 1):
         start = time.monotonic()
         try:
             loss, alpha = train_epoch(trainer, tokens, generator,
@@ -335,8 +345,22 @@ def run_phase(adapter, name: str, config: TrainConfig, tokens, last_epoch: int, 
         except UserError as error:
             raise UserError(f"{name}, epoch {epoch}: {error}; the best epoch before it, if any, is kept in "
                             f"best_model.pt; try a --learning_rate below {config.learning_rate}") from error
+        keep(phase=name, epoch=epoch, over=stop or epoch == last_epoch, adapter=adapter.state_dict(),
+             optimizer=trainer.optimizer.state_dict(), done=trainer.done, order=generator.get_state(),
+             random=random_state())
         if stop:
             break
+
+
+def random_state() -> list:
+    """Of PyTorch's generators that training draws from."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_random_state(states: list) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in enumerate(states[1:1 + torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)
 
 
 @dataclasses.dataclass
@@ -356,30 +380,6 @@ class Best:
             self.adapter.load_state_dict(adapter.state_dict())
 
 
-class Checkpoint:
-    """best_model.pt: written at once while that costs next to nothing, else some seconds later at most."""
-
-    def __init__(self, path: Path):
-        self.path, self.waiting, self.due = path, None, 0.0
-
-    def offer(self, adapter: TokenAdapter, **facts) -> None:
-        """To be written instead of what was; until then the adapter may only change for a better offer."""
-        self.waiting = adapter, facts
-        self.write_if_due()
-
-    def write_if_due(self) -> None:
-        if time.monotonic() >= self.due:
-            self.write()
-
-    def write(self) -> None:
-        if self.waiting:
-            start = time.monotonic()
-            adapter, facts = self.waiting
-            save_adapter(adapter, self.path, **facts)
-            self.waiting, end = None, time.monotonic()
-            self.due = end + (end - start) / SAVING_SHARE
-
-
 @dataclasses.dataclass
 class Trained:
     adapter: TokenAdapter                  # of the best epoch, trained again with the validation pairs if --refit
@@ -389,13 +389,19 @@ class Trained:
     best_epoch: int                        # counted over all phases
 
 
-def train(adapter: TokenAdapter, config: TrainConfig, data: Data, device: torch.device, task: Path) -> Trained:
-    """Select the epoch (and whether drafts help) on validation; then train again on all pairs up to there."""
+def train(adapter: TokenAdapter, config: TrainConfig, data: Data, device: torch.device, task: Path, resume: Resume,
+          show: Callable[[list[dict]], None] = lambda history: None) -> Trained:
+    """Select the epoch (and whether drafts help) on validation; then train again on all pairs up to there.
+
+    show(history): whenever resume.pt was written. The second training is never resumed, but done again.
+    """
     adapter.to(device)
     checkpoint, history = Checkpoint(task / "best_model.pt"), []
     best = {name: Best() for name in phases_of(config)}
+    if resume.found:
+        take_up(resume.found, adapter, best, history)
     try:
-        select(adapter, best, history, checkpoint, config, data, device)
+        select(adapter, best, history, checkpoint, config, data, device, resume, show)
     finally:                                         # whatever ends it: the best so far is kept
         checkpoint.write()
     chosen = max(best, key=lambda name: best[name].alpha)
@@ -408,12 +414,34 @@ def train(adapter: TokenAdapter, config: TrainConfig, data: Data, device: torch.
     return trained
 
 
+def take_up(found: dict, adapter: TokenAdapter, best: dict[str, Best], history: list[dict]) -> None:
+    """Fill `best` and `history` with what resume.pt says of them."""
+    history += found["history"]
+    for name, kept in found["best"].items():
+        model = copy.deepcopy(adapter)
+        model.condition(name)
+        model.load_state_dict(kept.pop("adapter"))
+        best[name] = Best(**kept, adapter=model)
+
+
 def select(adapter, best: dict[str, Best], history: list[dict], checkpoint: Checkpoint, config: TrainConfig,
-           data: Data, device) -> None:
+           data: Data, device, resume: Resume, show: Callable) -> None:
     """Run all phases and fill `best` and `history`; each phase begins with the best weights of the one before."""
     tokens = TokenTensors.of(data.train, config.max_seq_len, device)
     validation_tokens = TokenTensors.of(data.validation, config.max_seq_len, device)
+    if resume.found:                                 # best_model.pt may be older than what is known here
+        kept = max(best.values(), key=lambda kept: kept.alpha)
+        checkpoint.offer(kept.adapter, epoch=kept.epoch, validation_alpha=kept.alpha)
 
+    def keep(**state) -> None:
+        if resume.is_due():
+            resume.write(history=history, best={name: {
+                "alpha": kept.alpha, "epoch": kept.epoch, "number": kept.number, "adapter": kept.adapter.state_dict()}
+                for name, kept in best.items() if kept.adapter}, **state)
+            show(history)
+
+    names = list(best)
+    first = names.index(resume.found["phase"]) if resume.found else 0
     for number, (name, kept) in enumerate(best.items()):
 
         def after_epoch(epoch, loss, alpha, rate, seconds, name=name, kept=kept) -> bool:
@@ -433,8 +461,10 @@ def select(adapter, best: dict[str, Best], history: list[dict], checkpoint: Chec
             checkpoint.write_if_due()
             return bool(config.early_stopping) and epoch - kept.epoch >= config.early_stopping
 
-        run_phase(adapter, name, config, tokens, phases_of(config)[name], after_epoch, number)
-        log(f"train | {name} | best validation in epoch {kept.epoch}, accepted {kept.alpha:.1%}")
+        if number >= first:
+            run_phase(adapter, name, config, tokens, phases_of(config)[name], after_epoch, number, resume.of(name),
+                      keep)
+            log(f"train | {name} | best validation in epoch {kept.epoch}, accepted {kept.alpha:.1%}")
         adapter.load_state_dict(kept.adapter.state_dict())
 
 

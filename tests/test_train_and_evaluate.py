@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+import report
+import speculative_decode
 import train_and_evaluate
 import training
 from base import ROOT, UserError
+from checkpoints import Resume
 from pairs import load_pairs
 from splits import load_data
 from tests.conftest import write_pairs
@@ -88,7 +92,7 @@ def test_a_loss_that_is_no_number_names_epoch_and_step_and_keeps_the_best_model(
         run_main(monkeypatch, tmp_path, files["train"], files["test"])
     task = next(tmp_path.iterdir())
     load_adapter(task / "best_model.pt")
-    assert os.listdir(task) == ["best_model.pt"]
+    assert sorted(os.listdir(task)) == ["best_model.pt", "results.json", "resume.pt"]
 
 
 def test_a_kill_leaves_a_best_model_that_loads_and_no_temporary(tmp_path, files):
@@ -103,7 +107,89 @@ def test_a_kill_leaves_a_best_model_that_loads_and_no_temporary(tmp_path, files)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 143
     load_adapter(task / "best_model.pt")
-    assert os.listdir(task) == ["best_model.pt"]
+    assert sorted(os.listdir(task)) == ["best_model.pt", "results.json", "resume.pt"]
+    assert json.loads((task / "results.json").read_text())["unfinished"] is True
+    for program in (report.read_results, speculative_decode.read_task):
+        with pytest.raises(UserError, match=r"is unfinished: go on with train_and_evaluate\.py --resume"):
+            program(task)
+
+
+# ----------------------------------------------------------------------------------------------------- resume
+PHASES = ["--conditioning", "prefix+draft", "--num_epochs", "4", "--early_stopping", "0", "--dropout", "0.2",
+          "--draft_text", "0.5", "--no-online"]
+
+
+@pytest.fixture(scope="module")
+def straight(files, tmp_path_factory) -> tuple[Path, dict]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return run_main(monkeypatch, tmp_path_factory.mktemp("straight"), files["train"], files["test"], *PHASES)
+
+
+def stopped(monkeypatch, folder: Path, files: dict, after: int) -> Path:
+    """The task folder of the same training, stopped as by a kill when resume.pt was written so often."""
+    write, times = Resume.write, []
+
+    def write_and_die(self, **state):
+        write(self, **state)
+        times.append(state)
+        if len(times) == after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Resume, "is_due", lambda self: True)
+        patch.setattr(Resume, "write", write_and_die)
+        run_main(patch, folder, files["train"], files["test"], *PHASES)
+    return next(folder.iterdir())
+
+
+def resume(monkeypatch, task: Path, *flags: str) -> dict:
+    monkeypatch.setattr(sys, "argv", ["train_and_evaluate.py", "--resume", str(task), "--no-plots", *flags])
+    train_and_evaluate.main()
+    return json.loads((task / "results.json").read_text())
+
+
+@pytest.mark.parametrize("after", [1, 3, 4, 5, 6])        # 4 epochs without drafts, 2 with; then all again, refitted
+def test_a_resumed_training_gives_the_same_numbers_bit_for_bit(straight, monkeypatch, tmp_path, files, after):
+    task, before = stopped(monkeypatch, tmp_path / "task", files, after), Path.cwd()
+    assert json.loads((task / "results.json").read_text())["unfinished"] and len(load_adapter(
+        task / "best_model.pt").state_dict())
+    monkeypatch.chdir(tmp_path)                                # it goes on from any folder
+    results = resume(monkeypatch, task)
+    monkeypatch.chdir(before)
+    for ours, theirs in zip(results["history"], straight[1]["history"], strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    for key in ("best_epoch", "refitted", "split", "adapter"):
+        assert results[key] == straight[1][key]
+    for part in ("train", "validation", "test"):
+        assert results["metrics"][part]["adapter"] == straight[1]["metrics"][part]["adapter"]
+    first, second = (load_adapter(folder / "best_model.pt").state_dict() for folder in (straight[0], task))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "unfinished" not in results and not (task / "resume.pt").exists() and (task / "RESULTS.md").exists()
+
+
+def test_resuming_a_finished_task_says_so_and_changes_nothing(straight, monkeypatch, capsys):
+    before = {path.name: path.read_bytes() for path in straight[0].iterdir()}
+    resume(monkeypatch, straight[0])
+    assert "finished before" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in straight[0].iterdir()} == before
+
+
+def test_what_cannot_be_resumed_is_refused(monkeypatch, tmp_path, files):
+    local = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}
+    task = stopped(monkeypatch, tmp_path / "task", local, 2)
+    with pytest.raises(UserError, match="leave out --num_epochs"):
+        resume(monkeypatch, task, "--num_epochs", "9")
+    with pytest.raises(UserError, match=r"has no results\.json"):
+        resume(monkeypatch, tmp_path)
+    write_pairs(local["train"], ["zurich_00_a", "thun_01_a", "bern_02_a"], seed=5)
+    with pytest.raises(UserError, match="the pair files are not those"):
+        resume(monkeypatch, task)
+    shutil.copy(files["train"], local["train"])
+    (task / "resume.pt").write_bytes((task / "resume.pt").read_bytes()[:-50])
+    with pytest.raises(UserError, match=r"resume\.pt can't be used: .*; delete it to begin this training anew"):
+        resume(monkeypatch, task)
+    (task / "resume.pt").unlink()
+    assert len(resume(monkeypatch, task)["history"]) == 6       # killed before it was written: from the beginning
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

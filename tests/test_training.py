@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import training
 from acceptance import TokenTensors
 from base import ROOT
+from checkpoints import SAVING_SHARE, Checkpoint
 from tests.test_acceptance import pairs_of
 from token_adapter import NOT_SCORED, AdapterConfig, TokenAdapter, load_adapter
-from training import Best, Checkpoint, LinearCrossEntropy, Trainer, loss_of, train_epoch
+from training import Best, LinearCrossEntropy, Trainer, loss_of, train_epoch
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CONDITIONINGS = ("prefix", "prefix+draft", "draft")
@@ -162,17 +164,17 @@ def test_what_was_best_is_not_changed_by_further_training():
 
 def test_a_checkpoint_is_written_at_once_then_when_it_is_due_and_in_the_end(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
-    save = training.save_adapter
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: clock[0])
+    save = checkpoints.save_adapter
 
     def slow(*arguments, **facts) -> None:
         save(*arguments, **facts)
         clock[0] += 1.0
 
-    monkeypatch.setattr(training, "save_adapter", slow)
+    monkeypatch.setattr(checkpoints, "save_adapter", slow)
     adapter, path = small_adapter("prefix"), tmp_path / "best_model.pt"
     checkpoint = Checkpoint(path)
-    wait = 1 / training.SAVING_SHARE
+    wait = 1 / SAVING_SHARE
 
     def epoch() -> int:
         assert os.listdir(tmp_path) == ["best_model.pt"] and load_adapter(path)

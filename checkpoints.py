@@ -1,0 +1,93 @@
+"""What training keeps on the disk while it runs: best_model.pt, and resume.pt to go on from when it was stopped.
+
+Both are written whole, and no more often than a twentieth of the time allows. resume.pt holds all that the next step
+depends on (weights, optimizer, random numbers, the best so far): 2 epochs and 2 resumed ones are the same as 4, bit
+for bit on a CPU. It goes when the task is whole.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+import zlib
+from pathlib import Path
+
+import torch
+
+from base import UserError, log, write_whole
+from pairs import Pairs
+from token_adapter import TokenAdapter, save_adapter
+
+SAVING_SHARE = 0.05        # of the time may go into writing each: 350 MB a second where that is all
+
+
+class Checkpoint:
+    """best_model.pt: written at once while that costs next to nothing, else some seconds later at most."""
+
+    def __init__(self, path: Path):
+        self.path, self.waiting, self.due = path, None, 0.0
+
+    def offer(self, adapter: TokenAdapter, **facts) -> None:
+        """To be written instead of what was; until then the adapter may only change for a better offer."""
+        self.waiting = adapter, facts
+        self.write_if_due()
+
+    def write_if_due(self) -> None:
+        if time.monotonic() >= self.due:
+            self.write()
+
+    def write(self) -> None:
+        if self.waiting:
+            start = time.monotonic()
+            adapter, facts = self.waiting
+            save_adapter(adapter, self.path, **facts)
+            self.waiting, end = None, time.monotonic()
+            self.due = end + (end - start) / SAVING_SHARE
+
+
+def fingerprint(*all_pairs: Pairs | None) -> list[int]:
+    """Tells other pairs from those that a training began with."""
+    return [zlib.crc32(part) for pairs in all_pairs if pairs
+            for part in (pairs.draft, pairs.target, pairs.draft_start, pairs.target_start, pairs.target_length)]
+
+
+class Resume:
+    """Where it is kept, and what was found there."""
+
+    def __init__(self, path: Path, data: list[int]):
+        """data: the fingerprint of the pairs."""
+        self.path, self.data, self.due = path, data, 0.0
+        self.found: dict | None = None
+
+    def read(self) -> None:
+        try:
+            self.found = torch.load(self.path, map_location="cpu", weights_only=True)
+            before = self.found["data"]
+        except FileNotFoundError:
+            log(f"train | {self.path} is not there yet: training begins anew")
+            return
+        except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"{self.path} can't be used: {str(error).splitlines()[0][:200]}; delete it to begin this "
+                            "training anew") from error
+        if before != self.data:
+            raise UserError(f"the pair files are not those that {self.path.parent} began with; bring those back, or "
+                            "train into a new task folder")
+        log(f"train | going on after epoch {self.found['epoch']} of {self.found['phase']}")
+
+    def of(self, phase: str) -> dict | None:
+        """What was found, if it was found in this phase."""
+        return self.found if self.found and self.found["phase"] == phase else None
+
+    def is_due(self) -> bool:
+        """Whether enough time has passed since the last writing for what it cost."""
+        return time.monotonic() >= self.due
+
+    def write(self, **state) -> None:
+        start = time.monotonic()
+        write_whole(self.path, lambda temporary: torch.save({"data": self.data, **state}, temporary))
+        end = time.monotonic()
+        self.due = end + (end - start) / SAVING_SHARE
+
+    def remove(self) -> None:
+        """The task is whole."""
+        self.path.unlink(missing_ok=True)
