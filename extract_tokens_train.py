@@ -159,7 +159,7 @@ def check_before_loading(config: ExtractConfig, questions: list[str]) -> None:
 
     for question in questions:
         eventgpt.prompt(question), video_llava.prompt(question)
-    video_llava.read_config(config.target_model)
+    video_llava.check_room(config.target_model, questions, config.num_frames, config.max_new_tokens)
 
 
 def differences(found: dict, wanted: dict) -> str:
@@ -311,14 +311,16 @@ def answer_all(which: Literal["eventgpt", "videollava"], samples: list[Sample], 
     failed = [failure(sample, which, sample.trouble) for sample in samples if sample.trouble]
     good = [sample for sample in samples if not sample.trouble]
     todo = [sample for sample in good if missing(sample)]
-    if todo:
+    if todo or (config.parity_check and "parity" not in journal.models.get(which, {})):
         if which == "eventgpt" and config.event_images == "all":       # clips of as many pictures side by side
             todo.sort(key=lambda sample: len(sample.event_images))
         model, read, pictures, facts = load_model(which, todo, config)
         size = config.batch_size or clips_that_fit(model, questions, config.max_new_tokens, pictures)
-        journal.append([{**facts, "batch_size": size}])
-        log(f"extract | {which} | {size} clips at a time, {config.num_workers} threads reading ahead")
-        answering = Answering(which, model, read, questions, min(size, len(todo)), failed, config)
+        facts["batch_size"] = size
+        journal.append([dict(facts)])
+        at_once = max(1, min(size, len(todo)))
+        log(f"extract | {which} | {at_once} clips at a time, {config.num_workers} threads reading ahead")
+        answering = Answering(which, model, read, questions, at_once, failed, config)
         done = sum(len(questions) - len(missing(sample)) for sample in good)
         progress = Progress(f"extract | {which}", len(good) * len(questions), done, "answers")
 
@@ -328,13 +330,16 @@ def answer_all(which: Literal["eventgpt", "videollava"], samples: list[Sample], 
                     for sample, answers in zip(samples, all_answers) for number in missing(sample)]
             journal.append(rows)
             done += len(rows)
-            progress.update(done, f"ok {done} failed {len(failed)}")
+            progress.update(done, f"{len(failed)} clips failed" if failed else "")
 
         answering.run(todo, keep)
+        if answering.size < at_once:              # memory was short
+            facts["batch_size"] = answering.size
         if config.parity_check:
             again = [sample for sample in good if not missing(sample)][:config.parity_check]
             facts["parity"] = answering.parity(again, journal)
-            journal.append([{**facts, "batch_size": size}])
+        if facts != journal.models[which]:
+            journal.append([facts])
         answering.unload()
     answered = [sample for sample in good if not missing(sample)]
     log(f"extract | {which} | {len(answered)} of {len(samples)} clips answered, {len(failed)} failed")
@@ -393,6 +398,9 @@ class Answering:
         from vlm.batches import Batches
         from vlm.loading import free_memory
 
+        while len(clips) > self.size:             # it may shrink on the way
+            part, clips = clips[:self.size], clips[self.size:]
+            self.start(part, meanwhile)
         samples, pixels = zip(*clips)
         try:
             if self.engine is None or self.engine.pictures != len(pixels[0]):
@@ -411,8 +419,7 @@ class Answering:
             return
         self.size //= 2
         log(f"extract | {self.which} | WARNING | {reason}; going on with {self.size}")
-        for at in range(0, len(clips), self.size):
-            self.start(clips[at:at + self.size], meanwhile)
+        self.start(clips, meanwhile)
 
     def lose(self, sample: Sample, reason: str) -> None:
         self.failed.append(failure(sample, self.which, reason))
@@ -422,6 +429,8 @@ class Answering:
         """How many answers transformers gives alike, one by one: all in float32; not all in 16 or 4 bits."""
         self.engine, same = None, []              # its memory is needed
         for sample, pixels in self.pixels_of(samples, self.config.num_workers):
+            if isinstance(pixels, Exception):     # answered once, its file is gone now
+                continue
             for number, question in enumerate(self.questions):
                 alone = self.model.answer([pixels], [question], self.config.max_new_tokens)[0].tokens
                 same.append(alone == journal.read(self.which, sample.key, number)["tokens"])
@@ -445,7 +454,8 @@ def load_model(which: str, todo: list[Sample], config: ExtractConfig) -> tuple:
     if which == "eventgpt":
         model, prompt = eventgpt.EventGPT.load(name, runtime), eventgpt.prompt("{query}")
         read = functools.partial(draft_pictures, which=config.event_images)
-        pictures = 1 if config.event_images == "first" else max(len(sample.event_images) or 5 for sample in todo)
+        pictures = 1 if config.event_images == "first" else max(
+            (len(sample.event_images) or 5 for sample in todo), default=5)
     else:
         model, prompt = video_llava.VideoLlava.load(name, runtime), video_llava.prompt("{query}")
         read, pictures = functools.partial(target_pictures, num_frames=config.num_frames), config.num_frames

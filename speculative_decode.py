@@ -215,13 +215,12 @@ def clips(model, read: Callable, samples: list[Sample], failed: list[dict], whic
 
 def prompted(model, pixels, questions: list[str], config: DecodeConfig):
     """The model's decoder on a static cache with room for the longest prompt, an answer and a round's proposals."""
+    from vlm.loading import check_positions
     from vlm.steps import Prompted, Steps
 
     longest = max(model.prompt_embeds(pixels, question).shape[1] for question in questions)
-    room, positions = longest + SLACK + config.max_new_tokens + MAX_GAMMA, model.max_positions
-    if longest + config.max_new_tokens > positions:
-        raise UserError(f"the prompt ({longest} tokens) and --max_new_tokens {config.max_new_tokens} need "
-                        f"{longest + config.max_new_tokens} positions, the model has {positions}: use fewer")
+    room = longest + SLACK + config.max_new_tokens + MAX_GAMMA
+    check_positions(longest, config.max_new_tokens, model.max_positions)
     steps = Steps(*model.decoder, room=room)
     log(f"decode | keys and values: {steps.bytes / 2**20:,.0f} MiB for {room} positions")
     return Prompted(steps)

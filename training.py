@@ -53,8 +53,8 @@ def make_adapter(config: TrainConfig, data: Data, known: Pairs | None) -> TokenA
             check_drafts(data.test)
         log(f"checkpoint | {config.checkpoint} | {adapter.config.contract}")
         return adapter
-    rounded = min(max(data.largest_ids)[0] // 64 * 64 + 64, MAX_VOCAB_SIZE)
-    vocab_size = config.vocab_size or data.vocab_size or rounded
+    enough = min(max(data.largest_ids)[0] // 64 * 64 + 64, MAX_VOCAB_SIZE)
+    vocab_size = config.vocab_size or data.vocab_size or enough
     if not 0 < vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(f"the pair files record a vocabulary of {vocab_size} ids, wanted 1 to {MAX_VOCAB_SIZE}; mend "
                         "them, or set --vocab_size")
@@ -200,6 +200,14 @@ class Trainer:
     def rate(self) -> float:
         return self.peak * learning_rate_factor(self.done, self.steps)
 
+    def take_up(self, optimizer: dict, done: int) -> None:
+        """Go on from the optimizer's state after so many steps."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(optimizer)
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate                   # on a GPU the very tensor that `step` fills and graphs read
+        self.done = done
+
     @contextlib.contextmanager
     def on_stream(self):
         """All steps run in one stream of our own: graphs can't be captured in the default one."""
@@ -331,8 +339,7 @@ def run_phase(adapter, name: str, config: TrainConfig, tokens, last_epoch: int, 
     torch.manual_seed(config.seed + number)
     if resumed:
         adapter.load_state_dict(resumed["adapter"])
-        trainer.optimizer.load_state_dict(resumed["optimizer"])
-        trainer.done = resumed["done"]
+        trainer.take_up(resumed["optimizer"], resumed["done"])
         generator.set_state(resumed["order"])
         set_random_state(resumed["random"])
     progress = Progress(f"train | {name}", steps, trainer.done, unit="steps")

@@ -223,6 +223,7 @@ def measure(config: Config) -> dict:
     from train_and_evaluate import choose_device, device_name
 
     device = choose_device(config.device)
+    log(f"benchmark | adapter | {device_name(device)} | plain ways and ours, in turn")
     generator = torch.Generator().manual_seed(config.seed)
     draft, answer = (torch.randint(3, config.vocab_size, (size,), generator=generator).tolist()
                      for size in (config.draft_tokens, config.max_seq_len))

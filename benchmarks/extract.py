@@ -172,7 +172,8 @@ def limit(model, questions: int, prompt: int, words: int, size: int, config: Con
                 if ("tower" in name or "proj" in name) and "language_model" not in name and weight.dim() > 1)
     attended = shape.num_hidden_layers * shape.hidden_size * (prompt ** 2 + 2 * questions * words * prompt) * 2
     operations = 2 * parameters * (prompt + questions * words) + attended + 2 * tower * prompt
-    kept = 2 * shape.num_hidden_layers * shape.num_key_value_heads * (shape.hidden_size // shape.num_attention_heads)
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    kept = 2 * shape.num_hidden_layers * shape.num_key_value_heads * width
     kept *= prompt * dtype.itemsize
     rows = size * questions
     read = (config.max_new_tokens - 1) * (kept + weights * questions / rows)
@@ -247,7 +248,7 @@ def measure(config: Config) -> dict:
         models = {which: measure_model(which, Path(folder), config) for which in names}
     results = {"size": config.size, "device": device_name(runtime.device), "dtype": config.dtype,
                "quantization": config.quantization, "what": WHAT, "models": models}
-    return {**results, "wanted": wanted(models)}
+    return {**results, "wanted": wanted(models) if config.size == "7b" else []}
 
 
 def wanted(models: dict) -> list[dict]:

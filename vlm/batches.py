@@ -6,8 +6,8 @@
 
 A clip's part of the prompt is the same for all its questions: it goes through the layers once and is kept once.
 Behind it every row (a clip and a question) has a small cache of its own for question and answer. So no position of a
-long prompt is padding, and questions of different lengths cost their own few positions. One token of all rows is a
-CUDA graph; now and then the host looks whether all answers have ended, and never waits for the step just started.
+long prompt is padding; only questions are filled up to the longest one. One token of all rows is a CUDA graph; now
+and then the host looks whether all answers have ended, and it never waits for the step it has just started.
 """
 
 import math
@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from base import UserError, log
+from base import log
 from vlm.attention import causal, shared_and_own
 from vlm.llama import SAME, Llama, Next, apart, capture
-from vlm.loading import Answer, answers_of
+from vlm.loading import Answer, answers_of, check_positions
 
 READ_TOKENS = 16_384         # prompt positions that go through the layers at once: enough to fill a GPU
 ASKED, ROWS = 16, 256        # questions of a clip, and answers in all, side by side: more gain little
@@ -37,11 +37,9 @@ class Batches(Llama):
         self.max_new_tokens = max_new_tokens
         self.eos = vlm.tokenizer.eos_token_id
         before, self.after = prompt_of(vlm, questions, pictures)
-        self.prefix, longest = before, max(map(len, self.after))
+        self.shared, longest = before, max(map(len, self.after))
         room = before + longest + max_new_tokens
-        if room > vlm.max_positions:
-            raise UserError(f"{pictures} pictures, the longest question and --max_new_tokens {max_new_tokens} need "
-                            f"{room} positions, the model has {vlm.max_positions}: use fewer")
+        check_positions(before + longest, max_new_tokens, vlm.max_positions)
         super().__init__(*vlm.decoder, room=room)
         self.asked = asked_at_once(len(questions))
         self.seen, self.said = self.new_cache(clips, before), self.new_cache(clips * self.asked, room - before)
@@ -61,6 +59,10 @@ class Batches(Llama):
 
         It gives an Answer for each [clip][question]. meanwhile() is called when the device is busy for long.
         """
+        with self.on_device():
+            return self._answer(pixels, meanwhile)
+
+    def _answer(self, pixels: Sequence[torch.Tensor], meanwhile: Callable) -> Callable:
         clips = len(pixels)
         self._read(pixels)
         meanwhile()
@@ -71,32 +73,33 @@ class Batches(Llama):
         done = torch.cuda.Event() if cuda else None
         if done:
             done.record()
+        tokenizer, count = self.vlm.tokenizer, self.count        # not self: who waits must not hold the caches
 
         def wait() -> list[list[Answer]]:
             if done:
                 done.synchronize()
-            answers = answers_of(found.flatten(0, 1).tolist(), self.vlm.tokenizer)
-            return [answers[at:at + self.count] for at in range(0, len(answers), self.count)]
+            answers = answers_of(found.flatten(0, 1).tolist(), tokenizer)
+            return [answers[at:at + count] for at in range(0, len(answers), count)]
 
         return wait
 
     # ------------------------------------------------------------------------------------------ the prompt
     def _read(self, pixels: Sequence[torch.Tensor]) -> None:
         """What the questions about each clip share, into `seen`: a few clips at a time."""
-        size, positions = max(1, READ_TOKENS // self.prefix), self.slots[:self.prefix]
+        size, positions = max(1, READ_TOKENS // self.shared), self.slots[:self.shared]
         for first in range(0, len(pixels), size):
             part = torch.stack(pixels[first:first + size])
             if self.device.type == "cuda":
                 part = part.pin_memory()
-            embeds = self.vlm.prefix_embeds(part.to(self.device, non_blocking=True)).to(self.dtype)
+            embeds = self.vlm.shared_embeds(part.to(self.device, non_blocking=True)).to(self.dtype)
             rows = slice(first, first + len(part))
 
             def attend(number: int, queries: torch.Tensor, rows=rows) -> torch.Tensor:
                 keys, values = self.seen[number, :, rows]
-                shape = (len(keys), self.prefix, *queries.shape[1:])
+                shape = (len(keys), self.shared, *queries.shape[1:])
                 return causal(queries.view(shape), keys, values, planned=True).flatten(0, 1)
 
-            places = torch.arange(rows.start * self.prefix, rows.stop * self.prefix, device=self.device)
+            places = torch.arange(rows.start * self.shared, rows.stop * self.shared, device=self.device)
             self.layers(embeds.flatten(0, 1), positions.repeat(len(part)), self.seen, places, attend, follow=False)
 
     def _ask(self, questions: list[list[int]], clips: int) -> torch.Tensor:
@@ -111,11 +114,12 @@ class Batches(Llama):
         self.said.zero_()                        # a NaN that an earlier answer may have left would reach this one
         x = self._forward(ids, self.slots[:width].expand(rows, -1), clips)
         best = self.following(x.view(rows, width, -1)[self.row[:rows], lengths - 1]).best
-        self.ids[:rows], self.lengths[:rows], self.open[:rows] = best, lengths, best != self.eos
+        wanted_rows = (self.row[:rows] // asked < read) & (self.row[:rows] % asked < wanted)
+        self.ids[:rows], self.lengths[:rows], self.open[:rows] = best, lengths, (best != self.eos) & wanted_rows
         self.tokens[:] = self.eos
         self.tokens[0, :rows] = best
         self.number.fill_(1)
-        if self.fixed and self.may_be_captured and not self.graph:
+        if self.fixed and not self.graph:
             self._capture()
         self._generate(rows, clips)
         return self.tokens[:, :rows].T.unflatten(0, (clips, asked))[:read, :wanted].clone()
@@ -130,7 +134,7 @@ class Batches(Llama):
             shared, own = self.seen[number, :, :clips], self.said[number, :, :rows]
             return shared_and_own(queries.unflatten(0, (rows, -1)), shared, own, slots)
 
-        return self.layers(self.model.embed_tokens(ids.flatten()), (self.prefix + slots).flatten(), self.said,
+        return self.layers(self.model.embed_tokens(ids.flatten()), (self.shared + slots).flatten(), self.said,
                            places.flatten(), attend)
 
     def _next(self, rows: int, clips: int) -> Next:
@@ -176,12 +180,11 @@ class Batches(Llama):
                 part.copy_(value)
 
         try:
-            with torch.cuda.device(self.device):
-                eager = step().logits.clone()
-                again()
-                graph, output = capture(step, torch.cuda.Stream(), torch.cuda.graph_pool_handle())
-                again()
-                graph.replay()
+            eager = step().logits.clone()
+            again()
+            graph, output = capture(step, torch.cuda.Stream(), torch.cuda.graph_pool_handle())
+            again()
+            graph.replay()
             if not (difference := apart(output.logits, eager)) <= SAME:
                 raise RuntimeError(f"it differs from eager by {difference:.1%}")
             self.graph = graph
@@ -191,7 +194,7 @@ class Batches(Llama):
         except RuntimeError as error:            # CUDA's refusals while capturing are RuntimeErrors
             if self.must:
                 raise
-            self.may_be_captured = False
+            self.fixed = False
             log(f"batches | WARNING | no CUDA graph, every step runs eagerly: {error}")
         again()
 
@@ -216,14 +219,15 @@ def clips_that_fit(vlm, questions: list[str], max_new_tokens: int, pictures: int
     asked = asked_at_once(len(questions))
     if device.type != "cuda":
         return CPU_CLIPS
-    prefix, after = prompt_of(vlm, questions, pictures)
+    shared, after = prompt_of(vlm, questions, pictures)
     width = config.num_key_value_heads * (getattr(config, "head_dim", None) or
                                           config.hidden_size // config.num_attention_heads)
-    position = 2 * config.num_hidden_layers * width * vlm.runtime.dtype.itemsize
-    clip = position * (prefix + asked * (max(map(len, after)) + max_new_tokens))
-    # While a piece of the prompts is read: its hidden states, and what the widest layer makes of them.
-    read = max(READ_TOKENS, prefix) * (12 * config.hidden_size + 4 * config.intermediate_size)
-    read *= vlm.runtime.dtype.itemsize
+    size, longest = vlm.runtime.dtype.itemsize, max(map(len, after))
+    kept = 2 * config.num_hidden_layers * width * size
+    # While prompts or questions are read: hidden states, and what the widest layer makes of them.
+    passing = (12 * config.hidden_size + 4 * config.intermediate_size) * size
+    clip = kept * (shared + asked * (longest + max_new_tokens)) + passing * asked * longest
+    read = passing * max(READ_TOKENS, shared)
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(min(max(1, (FILLED * free - read) // clip), max(1, ROWS // asked)))

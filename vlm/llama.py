@@ -6,6 +6,7 @@ gate/up are plain layers they are fused; the model's modules become views of the
 twice, and transformers' forward goes on working.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -50,6 +51,10 @@ class Llama:
         # LLM.int8 looks for outliers on the host: no graph can hold it.
         self.may_be_captured = self.device.type == "cuda" and "Linear8bitLt" not in kinds
         self.is_silu = config.hidden_act == "silu"
+
+    def on_device(self) -> contextlib.AbstractContextManager:
+        """Triton and CUDA events go by the current device, which need not be the model's."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def new_cache(self, rows: int, slots: int) -> torch.Tensor:
         """(layers, 2, rows, kv_heads, slots, d): keys, values. Zeros: a masked slot weighs 0, but 0 * NaN is NaN."""

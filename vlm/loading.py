@@ -92,7 +92,7 @@ class VisionLanguageModel:
         return torch.from_numpy(clip_pixels(pictures, self.pixels)).to(self.runtime.dtype)
 
     @torch.inference_mode()
-    def prefix_embeds(self, pixels: torch.Tensor) -> torch.Tensor:
+    def shared_embeds(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels (B, n, 3, S, S) on the model's device -> (B, P, H): the prompts up to the end of the pictures."""
         before, _ = self.prompt_parts("")
         words = self._embed(before).expand(len(pixels), -1, -1)
@@ -101,7 +101,7 @@ class VisionLanguageModel:
     @torch.inference_mode()
     def prompt_embeds(self, pixels: torch.Tensor, query: str) -> torch.Tensor:
         """One clip's pixels (n, 3, S, S) as prepare() gives them -> (1, L, H), what the decoder reads."""
-        clip = self.prefix_embeds(pixels[None].to(self.runtime.device, non_blocking=True))
+        clip = self.shared_embeds(pixels[None].to(self.runtime.device, non_blocking=True))
         return torch.cat([clip, self._embed(self.prompt_parts(query)[1])], 1)[:, :self.max_prompt]
 
     def _embed(self, ids: list[int]) -> torch.Tensor:
@@ -111,6 +111,13 @@ class VisionLanguageModel:
         """Free the weights; the object can't answer any more."""
         del self.model
         free_memory()
+
+
+def check_positions(prompt: int, max_new_tokens: int, positions: int) -> None:
+    if prompt + max_new_tokens > positions:
+        raise UserError(f"the prompt ({prompt} tokens) and --max_new_tokens {max_new_tokens} need "
+                        f"{prompt + max_new_tokens} positions, the model has {positions}: use fewer pictures or "
+                        "tokens, or a shorter question")
 
 
 # ------------------------------------------------------------------------------------------- loading

@@ -21,8 +21,7 @@ from vlm.llama import SAME, Llama, Next, apart, capture
 
 
 class Steps(Llama):
-    """One sequence: prefill, verify, rollback, all called in one stream. Make no other for the same model beside it:
-    each keeps its own fused matrices."""
+    """One sequence: prefill, verify, rollback, all called in one stream."""
 
     def __init__(self, language_model: nn.Module, lm_head: nn.Module, room: int, graphs: bool | None = None,
                  sizes: Iterable[int] = range(1, 18)):
@@ -69,7 +68,8 @@ class Steps(Llama):
             keys, values = self.cache[number, :, :, :, :length]
             return causal(queries[None], keys, values)[0]
 
-        return self.following(self.layers(embeds[0].to(self.dtype), places, self.cache, places, attend)[-kept:])
+        with self.on_device():
+            return self.following(self.layers(embeds[0].to(self.dtype), places, self.cache, places, attend)[-kept:])
 
     @torch.inference_mode()
     def verify(self, tokens: torch.Tensor | list[int]) -> Next:
@@ -83,7 +83,8 @@ class Steps(Llama):
         self.positions[:k].copy_(self.slots[start:start + k])
         self.length = start + k
         if k not in self.graphs:
-            return self._forward(k)
+            with self.on_device():
+                return self._forward(k)
         self.graphs[k][0].replay()
         return self.graphs[k][1]
 

@@ -18,6 +18,7 @@ from vlm.loading import (
     Answer,
     Runtime,
     VisionLanguageModel,
+    check_positions,
     free_memory,
     generate_greedily,
     load_checked,
@@ -67,6 +68,15 @@ def read_config(name: str | Path) -> tuple:
         raise UserError(f"can't load the config of {name}: {type(error).__name__}: {error}") from error
 
 
+def check_room(name: str | Path, questions: list[str], frames: int, max_new_tokens: int) -> None:
+    """A UserError unless the longest prompt and its answer fit into the model's positions; loads no weights."""
+    config, _ = read_config(name)
+    tokenizer, vision = load_tokenizer(name, Path(name).is_dir()), config.vision_config
+    tokens = frames * (1 + (vision.image_size // vision.patch_size) ** 2)
+    longest = max(len(prompt_ids(tokenizer, question, tokens)) for question in questions)
+    check_positions(longest, max_new_tokens, config.text_config.max_position_embeddings)
+
+
 class VideoLlava(VisionLanguageModel):
     """The target model, ready to answer (EventGPT has the same verbs)."""
 
@@ -93,10 +103,7 @@ class VideoLlava(VisionLanguageModel):
     def answer(self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int) -> list[Answer]:
         """One greedy answer per row; rows may differ in query, not in the number of frames."""
         rows = [self._prompt_ids(len(pixels[0]), query) for query in queries]
-        length, room = max(map(len, rows)) + max_new_tokens, self.model.config.text_config.max_position_embeddings
-        if length > room:
-            raise UserError(f"{len(pixels[0])} frames, the query and --max_new_tokens {max_new_tokens} need {length} "
-                            f"positions, the model has {room}: use fewer frames or tokens")
+        check_positions(max(map(len, rows)), max_new_tokens, self.max_positions)
         pad = self.tokenizer.pad_token_id or 0
         left = [max(map(len, rows)) - len(row) for row in rows]
         ids = torch.tensor([[pad] * n + row for n, row in zip(left, rows)])
