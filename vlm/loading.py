@@ -232,6 +232,13 @@ def local_revision(folder: Path) -> str:
     return f"local {digest.hexdigest()[:12]}"
 
 
+def short_of_memory(error: BaseException) -> bool:
+    """Whether this error is a lack of memory. On a CPU and inside CUDA's libraries it is a plain RuntimeError."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(part in str(error) for part in words))
+
+
 def free_memory() -> None:
     """Give the memory of dropped models back to the device."""
     gc.collect()
