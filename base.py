@@ -11,11 +11,14 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import errno
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -29,6 +32,11 @@ ROOT = Path(__file__).resolve().parent
 
 # Distributions whose import name differs from the name that pip knows.
 IMPORT_NAMES = {"pillow": "PIL", "protobuf": "google.protobuf"}
+# What a disk can do to a program, and what its user can do about it.
+DISK_TROUBLE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "choose another folder",
+                errno.EACCES: "mend its rights", errno.EPERM: "mend its rights", errno.EIO: "look after the disk"}
+# Control characters (a terminal obeys them), ends of lines, turns of the writing direction, halves of characters.
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 # ----------------------------------------------------------------------------------- log and errors
@@ -41,31 +49,79 @@ def now() -> str:
     return f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"
 
 
+def plain(text) -> str:
+    """The text on one line, with nothing in it that hides or acts: such letters are shown as \\x1b, \\u202e, ..."""
+    return UNSEEN.sub(lambda found: ascii(found[0])[1:-1], " ".join(str(text).splitlines()))
+
+
 def log(message: str) -> None:
-    """Print one whole, timestamped, flushed line; ids and paths from files can't break it in two."""
-    print(f"[{now()}] {' '.join(str(message).splitlines())}", flush=True)
+    """Print one whole, timestamped, flushed line; ids and paths from files can't break it in two or colour it.
+
+    A log that can't be written, because its disk is full or its terminal gone, ends no work of hours.
+    """
+    with contextlib.suppress(OSError):
+        print(f"[{now()}] {plain(message)}", flush=True)
+
+
+class Stopped(SystemExit):
+    """A signal asked the program to end: raised wherever it was, so that `finally` blocks run."""
+
+
+_goes_on: list[str] = []           # the command that goes on with what has been begun
+
+
+def goes_on_with(arguments: list[str]) -> None:
+    """From now on a stopped program says that this command (without python) goes on; []: nothing is left to do."""
+    _goes_on[:] = arguments
 
 
 def run(main: Callable[[], None]) -> None:
     """Call main(). A UserError becomes one ERROR line and exit 2; a bug keeps its traceback.
 
-    A package that is not installed counts as the user's to put right. SIGTERM leaves through `finally`, so
-    that no temporary file stays behind (Python's default would end the process at once).
+    A package that is not installed and a disk that is full or read-only count as the user's to put right. Signals
+    leave through `finally`, so that no temporary file stays behind (Python's default would end the process at once),
+    with exit 128 + number, and the RESUME line where the program can go on. HUP is left alone under nohup.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    def stop(number: int, _) -> None:
+        raise Stopped(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")       # not every terminal knows every letter
     try:
         main()
     except UserError as error:
-        log(f"ERROR | {error}")
-        sys.exit(2)
+        end(f"ERROR | {error}", 2)
     except ModuleNotFoundError as error:
         if error.name and (ROOT / error.name.split(".")[0]).with_suffix(".py").exists():
             raise  # a file of ours: a bug
-        log(f"ERROR | the package {error.name!r} is not installed: {install_command('requirements.txt')}")
-        sys.exit(2)
+        end(f"ERROR | the package {error.name!r} is not installed: {install_command('requirements.txt')}", 2)
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        end(f"ERROR | {where}{error.strerror}; {DISK_TROUBLE[error.errno]}, then give the same command again", 2)
     except KeyboardInterrupt:
-        log("ERROR | interrupted")
-        sys.exit(130)
+        end(resume_line() or "ERROR | interrupted", 130)
+    except Stopped as stopped:
+        end(resume_line(), stopped.code)
+
+
+def resume_line() -> str:
+    return f"RESUME | {shlex.join([sys.executable, *_goes_on])}" if _goes_on else ""
+
+
+def end(line: str, code: int) -> typing.NoReturn:
+    """The last line of the log, and the exit; a log that can't be written must not change the exit code."""
+    if line:
+        log(line)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # Python flushes again on its way out
+    sys.exit(code)
 
 
 class Progress:
@@ -174,8 +230,23 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary)):       # a failed write doesn't say of which file
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """A new name in a folder outlives a power cut only when the folder is synced too, where it can be."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -196,7 +267,20 @@ def read_json(path: Path):
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise UserError(f"{path} is not JSON: {error}") from error
+        raise not_json(path, error) from error
+
+
+def not_json(path: Path, error: Exception) -> UserError:
+    """What to say of a file that can't be read as JSON; the usual mix-ups are named."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if not start:
+        return UserError(f"{path} is not JSON: it is empty")
+    if start[:2] == b"\x1f\x8b":
+        return UserError(f"{path} is not JSON: it looks like gzip; unpack it first (gunzip)")
+    if start[:2] == b"PK":
+        return UserError(f"{path} is not JSON: it looks like a zip archive; unpack it first (unzip)")
+    return UserError(f"{path} is not JSON: {error}")
 
 
 def make_folder(path: Path) -> Path:

@@ -10,7 +10,7 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from base import UserError, log, parse_config, read_json, required, run, write_text, write_whole
+from base import UserError, log, parse_config, plain, read_json, required, run, write_text, write_whole
 from report import BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION, escape, percent, table
 
 PICTURES = ("accepted_lengths.png", "stage_times.png", "drafter_speed_up.png")
@@ -397,7 +397,7 @@ def settings_section(results: dict) -> list[str]:
     settings = [[escape(f"--{name}"), escape(value)] for name, value in results["config"].items()]
     return ["## Settings", "", *table(["setting", "value"], settings),
             "## Provenance", "", *table(["", ""], [map(escape, item) for item in facts.items()]),
-            "## Again", "", f"    {' '.join(shlex.join(['python', *made['argv']]).split())}", "",
+            "## Again", "", f"    {' '.join(plain(shlex.join(['python', *made['argv']])).split())}", "",
             "This page and the pictures, from decode.json alone:", "",
             "    python decode_report.py DECODE_FOLDER", ""]
 
@@ -469,7 +469,7 @@ def draw(folder: Path, results: dict) -> list[str]:
             axes.grid(alpha=0.25, axis="x" if panel is draw_stages else "y")
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
-            figure.suptitle(f"{results['task']} ({results['date']})", fontsize=11)
+            figure.suptitle(f"{plain(results['task'])} ({results['date']})", fontsize=11)
             write_whole(folder / name, lambda temporary, figure=figure: figure.savefig(temporary, dpi=160))
             pyplot.close(figure)
     return [name for name, _ in panels]

@@ -14,7 +14,6 @@ thrown away, and up to there the proposed prefix is the true one. decoding.py ha
 import copy
 import itertools
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -38,6 +37,7 @@ BACK_OFF = 0.3                 # share of the Witten-Bell weight that goes to sh
 MEMORY_SHARES = (0.3, 0.5, 0.7)      # of the memory in the hybrid; the run's own validation chooses one
 SURE = 0.7                           # chance from which the memory's word is taken without asking the adapter
 MAX_REMEMBERED = 20_000              # training answers a memory begins with: 1,403 real ones take 38 MiB
+MAX_MEMORY_BYTES = 2**31             # of an unpacked memory.npz: a million answers take 0.2 GB
 MAX_KEPT = 20_000                    # answers whose proposals an adapter keeps for a hybrid: 10 KB each
 ONLINE_STEPS, ONLINE_RATE = 8, 0.1   # plain gradient descent on each verified answer
 
@@ -161,12 +161,15 @@ def save_memory(answers: Iterable[list[int]], path: Path) -> None:
 def load_memory(path: Path) -> list[list[int]]:
     """The answers of save_memory, as token lists."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > MAX_MEMORY_BYTES:
+                raise ValueError(f"it unpacks to more than {MAX_MEMORY_BYTES:,} bytes")
         with np.load(path, allow_pickle=False) as found:
             flat, start = found["target"], found["target_start"]
         if (flat.dtype != np.int32 or start.dtype.kind != "i" or start.ndim != 1 or (np.diff(start) < 0).any()
-                or start[-1] != len(flat)):
+                or flat.ndim != 1 or start[0] != 0 or start[-1] != len(flat) or flat.min(initial=0) < 0):
             raise ValueError("its arrays don't fit together")
-    except (OSError, ValueError, LookupError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except Exception as error:      # a torn or hostile archive can raise nearly anything
         raise UserError(f"{path} is not the memory of a task: {error}; train anew, or delete it to begin "
                         "without") from error
     return [flat[a:b].tolist() for a, b in itertools.pairwise(start)]

@@ -12,13 +12,11 @@ or video can't be read goes to the list `failed` with the reason and stops nothi
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-import fcntl
 import functools
+import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +27,7 @@ from base import (
     UserError,
     as_json,
     check_counts,
+    goes_on_with,
     log,
     make_folder,
     now,
@@ -37,8 +36,8 @@ from base import (
     provenance,
     required,
     run,
-    write_whole,
 )
+from journal import Content, Journal, differences, only_writer
 from pairs import JsonRows, write_rows
 
 if TYPE_CHECKING:                  # vlm is imported only after the flags are read
@@ -48,7 +47,6 @@ BATCHES_AHEAD = 2                  # decoded clips waiting for the model, in bat
 # What the answers depend on: a journal or an output made with other values of these is not continued.
 SETTINGS = ("dataset_dir", "max_new_tokens", "questions", "draft_model", "target_model", "quantization", "dtype",
             "num_frames", "event_images")
-OF_TARGET = ("target_model", "num_frames")       # these touch the target's answers alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,57 +97,47 @@ class ExtractConfig:
 
 
 def main():
-    from vlm.dataset import read_dataset, read_questions
+    from vlm.dataset import content_of, read_dataset, read_questions
 
     config = parse_config(ExtractConfig)
     questions = read_questions(config.query, config.questions_file, config.num_questions)
     samples = read_dataset(config.dataset_dir)[:config.max_samples if config.max_samples > 0 else None]
+    content = content_of(samples, config.event_images)
     make_folder(config.output_file.absolute().parent)
     with only_writer(config.output_file, config.wait):
-        settings = resolve_settings(config, questions)
-        if is_finished(config, settings, len(samples)):
+        if is_finished(config, named_settings(config, questions), samples, content):
             return
+        goes_on_with([word for word in sys.argv if word != "--restart"])
+        settings = resolve_settings(config, questions)
         check_before_loading(config, questions)
-        with Journal(config.output_file, settings, config.restart) as journal:
+        with Journal(config.output_file, settings, config.restart, content) as journal:
             drafts, lost = answer_all("eventgpt", samples, questions, journal, config)
             pairs, lost_too = answer_all("videollava", drafts, questions, journal, config)
-            write_pairs(config, settings, samples, questions, journal, drafts, pairs, lost + lost_too)
+            write_pairs(config, settings, content, samples, questions, journal, drafts, pairs, lost + lost_too)
             journal.remove()
+        goes_on_with([])
 
 
-# ------------------------------------------------------------------------- one writer, one journal
-@contextlib.contextmanager
-def only_writer(output_file: Path, wait: bool) -> Iterator[None]:
-    """Hold the lock of this output. flock ends with its process, so it can't go stale; the file's text says who."""
-    with open(output_file.with_name(f".{output_file.name}.lock"), "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            if not wait:
-                raise UserError(f"{output_file} is being written by {holder}; wait for it, or use --wait") from None
-            log(f"extract | {output_file} is being written by {holder}: waiting for it to end")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} since {now()}")
-        file.flush()
-        yield
+# ---------------------------------------------------------------------------------------------- settings
+def named_settings(config: ExtractConfig, questions: list[str]) -> dict:
+    """What the answers depend on, as far as it was said: without what "auto" leaves to the machine."""
+    values = {**as_json(config), "dataset_dir": str(config.dataset_dir.resolve()), "questions": questions,
+              "draft_model": str(config.draft_model.resolve())}
+    if Path(config.target_model).is_dir():
+        values["target_model"] = str(Path(config.target_model).resolve())
+    return {name: values[name] for name in SETTINGS if values[name] != "auto"}
 
 
 def resolve_settings(config: ExtractConfig, questions: list[str]) -> dict:
-    """What the answers depend on, with "auto" replaced by what it means on this machine."""
+    """The same, with "auto" replaced by what it means on this machine."""
     import torch
 
     from vlm.loading import Runtime
 
     torch.manual_seed(config.seed)
     runtime = Runtime.choose(config.device, config.dtype, config.quantization)
-    values = {**as_json(config), "dataset_dir": str(config.dataset_dir.resolve()), "questions": questions,
-              "draft_model": str(config.draft_model.resolve()), "quantization": runtime.quantization,
+    values = {**named_settings(config, questions), "quantization": runtime.quantization,
               "dtype": str(runtime.dtype).removeprefix("torch.")}
-    if Path(config.target_model).is_dir():
-        values["target_model"] = str(Path(config.target_model).resolve())
     return {name: values[name] for name in SETTINGS}
 
 
@@ -162,138 +150,32 @@ def check_before_loading(config: ExtractConfig, questions: list[str]) -> None:
     video_llava.check_room(config.target_model, questions, config.num_frames, config.max_new_tokens)
 
 
-def differences(found: dict, wanted: dict) -> str:
-    return "; ".join(f"{name}: {json.dumps(found.get(name))} there, {json.dumps(wanted[name])} now"
-                     for name in wanted if found.get(name) != wanted[name])
+def fingerprint(content: Content) -> str:
+    """Of all the files that the models see: their names and sizes, not what is in them."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def is_finished(config: ExtractConfig, settings: dict, total: int) -> bool:
-    """Whether the output is there already, whole and made with these settings. One of other settings is kept."""
-    if config.restart or not config.output_file.exists():
+def is_finished(config: ExtractConfig, settings: dict, samples: list[Sample], content: Content) -> bool:
+    """Whether the output is there already, whole and made with these settings. One of other settings is kept.
+
+    A journal beside it is of a later run with --restart, which goes on; or the machine stopped between the writing of
+    the output and the end of its journal, then going on writes it again.
+    """
+    if config.restart or not config.output_file.exists() or Journal.path_of(config.output_file).exists():
         return False
     rows = JsonRows(config.output_file)
     collections.deque(rows, maxlen=0)                        # what it says beside its rows is known after them
-    found = rows.beside
-    wanted = {**settings, "total_samples": total}
-    differs = differences({**(found.get("settings") or {}), "total_samples": found.get("total_samples")}, wanted)
+    found, wanted = rows.beside, {**settings, "total_samples": len(samples)}
+    if "dataset_content" in found:                           # outputs of earlier versions say nothing of it
+        wanted["dataset_content"] = fingerprint(content)
+    made = found["settings"] if isinstance(found.get("settings"), dict) else {}
+    differs = differences({**found, **made}, wanted)
     if differs:
         raise UserError(f"{config.output_file} exists and was made differently ({differs}); choose another "
                         "--output_file, or --restart to replace it")
-    log(f"RESULT | {config.output_file} | finished before: {found['videollava_success']} pairs, "
-        f"{len(found['failed'])} failed")
+    log(f"RESULT | {config.output_file} | finished before: {found.get('videollava_success')} pairs, "
+        f"{len(found.get('failed') or ())} failed")
     return True
-
-
-class Journal:
-    """Answers in the order they came, one JSON line each, fsynced by batch; found again when a run goes on.
-
-    The first line holds the settings. A torn last line, from a crash in the middle of a write, is cut off. In memory
-    is only where each answer's line begins, so that a million answers fit.
-    """
-
-    def __init__(self, output_file: Path, settings: dict, restart: bool):
-        self.path = output_file.with_name(f".{output_file.name}.journal.jsonl")
-        # (model, question number) -> {sample key: offset of the line}; flat keys would take twice the memory
-        self.places: dict[tuple[str, int], dict[str, int]] = collections.defaultdict(dict)
-        self.models: dict[str, dict] = {}                         # model -> name, revision, vocab_size, prompt
-        if restart:
-            self.path.unlink(missing_ok=True)
-        self._read(settings)
-        self.file = open(self.path, "ab")  # noqa: SIM115 - closed by __exit__
-        self.reader = open(self.path, "rb")  # noqa: SIM115 - closed by __exit__
-        if self.file.tell() == 0:
-            self._write([self._line({"settings": settings})])
-
-    def __len__(self) -> int:
-        return sum(map(len, self.places.values()))
-
-    def _read(self, settings: dict) -> None:
-        if not self.path.exists():
-            return
-        with open(self.path, "r+b") as file:
-            whole, first, found = 0, 0, {}
-            for number, line in enumerate(file):
-                try:
-                    entry = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    entry = None
-                if entry is None:
-                    log(f"extract | {self.path} | line {number + 1} is torn: dropped, to be done again")
-                    break
-                if number == 0:
-                    found, first = entry.get("settings", {}), len(line)
-                else:
-                    self._take(entry, whole)
-                whole += len(line)
-            file.truncate(whole)
-        models = {model for model, _ in self.places}
-        binding = {name: settings[name] for name in settings if name not in OF_TARGET or "videollava" in models}
-        differs = differences(found, binding) if models else ""
-        if differs:
-            raise UserError(f"{self.path} is the journal of an extraction with other settings ({differs}); give "
-                            "those again, choose another --output_file, or --restart")
-        if found != settings:             # no answer depends on what differs: the journal goes on under the new ones
-            self._change_first_line(self._line({"settings": settings}), first)
-        if models:
-            log(f"extract | {self.path} | going on: {len(self)} answers are there already")
-
-    def _change_first_line(self, line: bytes, old: int) -> None:
-        """Put another line in place of the first, which has `old` bytes."""
-        def write(temporary: Path) -> None:
-            with open(self.path, "rb") as before, open(temporary, "wb") as after:
-                before.seek(old)
-                after.write(line)
-                shutil.copyfileobj(before, after)
-
-        write_whole(self.path, write)
-        for places in self.places.values():
-            for key in places:
-                places[key] += len(line) - old
-
-    @staticmethod
-    def _line(entry: dict) -> bytes:
-        return json.dumps(entry).encode() + b"\n"
-
-    def _write(self, lines: list[bytes]) -> None:
-        self.file.write(b"".join(lines))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def _take(self, entry: dict, offset: int) -> None:
-        if "vocab_size" in entry:
-            self.models[entry["model"]] = entry
-        else:
-            self.places[entry["model"], entry["question_idx"]][sys.intern(entry["key"])] = offset
-
-    def append(self, entries: list[dict]) -> None:
-        """Put entries on the disk, then note where they are."""
-        lines, offset = [self._line(entry) for entry in entries], self.file.tell()
-        self._write(lines)
-        for entry, line in zip(entries, lines):
-            self._take(entry, offset)
-            offset += len(line)
-
-    def has(self, which: str, sample_key: str, question_number: int) -> bool:
-        """Whether this model has answered this question about this sample."""
-        return sample_key in self.places.get((which, question_number), ())
-
-    def read(self, which: str, sample_key: str, question_number: int) -> dict:
-        """That answer, from the disk."""
-        self.reader.seek(self.places[which, question_number][sample_key])
-        return json.loads(self.reader.readline())
-
-    def remove(self) -> None:
-        """The output is whole: the journal has done its work."""
-        self.path.unlink(missing_ok=True)
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        self.file.close()
-        self.reader.close()
-        if kind is not None and len(self):
-            log(f"extract | {len(self)} answers are kept in {self.path}; the same command goes on from there")
 
 
 # ------------------------------------------------------------------------------------------- answers
@@ -315,6 +197,7 @@ def answer_all(which: Literal["eventgpt", "videollava"], samples: list[Sample], 
         if which == "eventgpt" and config.event_images == "all":       # clips of as many pictures side by side
             todo.sort(key=lambda sample: len(sample.event_images))
         model, read, pictures, facts = load_model(which, todo, config)
+        journal.check_model(which, facts)
         size = config.batch_size or clips_that_fit(model, questions, config.max_new_tokens, pictures)
         facts["batch_size"] = size
         journal.append([dict(facts)])
@@ -393,10 +276,8 @@ class Answering:
 
     def start(self, clips: list[tuple], meanwhile: Callable) -> None:
         """Start answering, fewer at a time if memory is short; meanwhile() is called once the device is busy."""
-        import torch
-
         from vlm.batches import Batches
-        from vlm.loading import free_memory
+        from vlm.loading import free_memory, short_of_memory
 
         while len(clips) > self.size:             # it may shrink on the way
             part, clips = clips[:self.size], clips[self.size:]
@@ -410,7 +291,9 @@ class Answering:
             wait = self.engine.answer(pixels, meanwhile)
             self.running.append((samples, wait))
             return
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:          # on a CPU PyTorch has no class of its own for it
+            if not short_of_memory(error):
+                raise
             reason = f"out of memory with {len(clips)} clips at a time: {str(error).splitlines()[0]}"
         self.engine = None
         free_memory()
@@ -469,11 +352,11 @@ def failure(sample: Sample, which: str, reason: str) -> dict:
 
 
 # ------------------------------------------------------------------------------------------- output
-def write_pairs(config: ExtractConfig, settings: dict, samples: list[Sample], questions: list[str],
+def write_pairs(config: ExtractConfig, settings: dict, content: Content, samples: list[Sample], questions: list[str],
                 journal: Journal, drafts: list[Sample], pairs: list[Sample], failed: list[dict]) -> None:
     """The output file, whole: a head, one row a line in `results`, then `failed`."""
     head = {
-        "timestamp": now(), "dataset_dir": str(config.dataset_dir),
+        "timestamp": now(), "dataset_dir": str(config.dataset_dir), "dataset_content": fingerprint(content),
         "total_samples": len(samples), "num_questions": len(questions), "questions": questions,
         "eventgpt_success": len(drafts) * len(questions), "videollava_success": len(pairs) * len(questions),
         "vocab_size": max(model["vocab_size"] for model in journal.models.values()), "models": journal.models,

@@ -21,11 +21,13 @@ from typing import Literal
 
 import numpy as np
 
-from base import Progress, UserError, drive_of, log, write_whole
+from base import Progress, UserError, drive_of, log, not_json, write_whole
 
 Which = Literal["draft", "target"]
 FORMATS = ("extraction", "benchmark", "inference")
-RECORDED = ("vocab_size", "dataset_dir", "dataset_name")     # what a file may say of all its rows
+RECORDED = {"vocab_size": int, "dataset_dir": str, "dataset_name": str}      # what a file may say of all its rows
+MAX_ANSWER = 2**15             # tokens; the models' contexts have 4096 positions
+MAX_DIGITS = 18                # of a clip's number; a longer one is a name
 BLOCK = 2**13                  # pairs that are worked on at a time where an array of all would be large
 CHUNK = 2**20                  # bytes read at a time
 CUT = 16                       # a value that is cut fails so close to the cut: -Infinity has 9 letters, \u12ab 6
@@ -159,7 +161,7 @@ class JsonRows:
         except OSError as error:
             raise UserError(f"can't read {self.path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:            # of the text alone: an int of 5,000 digits too
-            raise UserError(f"{self.path} is not JSON: {error}") from error
+            raise not_json(self.path, error) from error
 
     def _rows(self) -> Iterator:
         kind = self._next()
@@ -272,7 +274,8 @@ class JsonRows:
 def write_rows(path: Path, head: dict, rows: Iterable[dict], failed: list[dict]) -> None:
     """A pair file, whole, as a stream: the head (never empty), one row a line in `results`, then `failed`."""
     def write(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8") as file:
+        # Half a character, as a name may hold one, gets JSON's own escape: \\ud83d.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(head, indent=1).removesuffix("\n}") + ',\n "results": [')
             for number, row in enumerate(rows):
                 file.write((",\n" if number else "\n") + json.dumps(row, ensure_ascii=False))
@@ -311,6 +314,8 @@ def _why_unusable(tokens, text) -> str | None:
     """Why one answer can't be used, or None."""
     if not isinstance(tokens, list):
         return "no token list"
+    if len(tokens) > MAX_ANSWER:
+        return f"absurdly long (over {MAX_ANSWER} tokens)"
     if not {int}.issuperset(map(type, tokens)):
         return "token ids that are not whole numbers"
     if tokens and (min(tokens) < 0 or max(tokens) >= 2**31):
@@ -341,8 +346,16 @@ def _where(row: dict) -> tuple[str, int | str]:
     sequence = row.get("sequence")
     if not isinstance(sequence, str):
         sequence = str(Path(where).parent) if "/" in where else ""
-    clip = str(row["clip"] if "clip" in row else Path(where).stem)
-    return sys.intern(sequence), int(clip) if clip.isascii() and clip.isdigit() else clip
+    clip = row.get("clip")
+    clip = str(clip) if isinstance(clip, (int, str)) else Path(where).stem
+    return sys.intern(sequence), int(clip) if clip.isascii() and clip.isdigit() and len(clip) <= MAX_DIGITS else clip
+
+
+def _row_key(row: dict) -> int | None:
+    """What two rows about the same clip and question have in common; None where a row doesn't say."""
+    key = (row.get("sample_idx"), row.get("question_idx")) if "sample_idx" in row else (row.get("id"),)
+    kinds = (int, float, str, type(None)) if "sample_idx" in row else str
+    return digest(repr(key).encode(errors="surrogatepass")) if all(isinstance(part, kinds) for part in key) else None
 
 
 def _usable_rows(path: Path, report: dict) -> Iterator[tuple[list[int], list[int], str, int | str]]:
@@ -364,9 +377,7 @@ def _usable_rows(path: Path, report: dict) -> Iterator[tuple[list[int], list[int
         if why := _why_dropped(*answers):
             report["dropped"][why] += 1
             continue
-        key = (row.get("sample_idx"), row.get("question_idx")) if "sample_idx" in row else row.get("id")
-        if isinstance(key, (str, tuple)):
-            key = digest(repr(key).encode(errors="surrogatepass"))
+        if (key := _row_key(row)) is not None:
             if key in seen:
                 report["dropped"]["duplicate row"] += 1
                 continue
@@ -391,9 +402,10 @@ def _check_and_record(path: Path, rows: JsonRows, report: dict) -> None:
         raise UserError(f"{path} has no usable rows: none of its {report['rows']} rows has tokens under the keys "
                         "of the formats extraction (egpt_tokens, vl_tokens), benchmark (eventgpt.output_tokens, "
                         "videollava.output_tokens) or inference (egpt_token_ids, videollava_token_ids)")
-    report.update({key: rows.beside[key] for key in RECORDED if key in rows.beside})
+    report.update({key: rows.beside[key] for key, kind in RECORDED.items() if type(rows.beside.get(key)) is kind})
     models = rows.beside.get("models") if isinstance(rows.beside.get("models"), dict) else {}
-    report["models"] = {which: {key: found[key] for key in ("name", "revision", "vocab_size") if key in found}
+    kinds = {"name": str, "revision": str, "vocab_size": int}
+    report["models"] = {which: {key: found[key] for key, kind in kinds.items() if type(found.get(key)) is kind}
                         for which, found in models.items() if isinstance(found, dict)}
 
 

@@ -13,7 +13,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from base import UserError, log, option, parse_config, read_json, required, run, write_text, write_whole
+from base import UserError, log, option, parse_config, plain, read_json, required, run, write_text, write_whole
 
 CURVE_LINES = 50               # lines of the text curve in RESULTS.md; longer answers are shown in bins
 GAMMA_OF_LEAD = "8"
@@ -65,9 +65,9 @@ def one_line(results: dict) -> str:
 # --------------------------------------------------------------------------------------------------- Markdown
 def escape(text) -> str:
     """Plain text as Markdown that shows just this text, on one line."""
-    text = " ".join(str(text).split())
+    text = " ".join(plain(text).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]()#!|~$]|:(?=//))", r"\\\1", text)
+    return re.sub(r"([\\`*_{}\[\]()#!|~$@]|:(?=//)|\.(?<=www\.))", r"\\\1", text)
 
 
 def table(header: list[str], rows: list[list]) -> list[str]:
@@ -297,7 +297,7 @@ def settings_section(results: dict) -> list[str]:
     shown = {name: ", ".join(value) if isinstance(value, list) else value for name, value in settings.items()}
     made = {"date": results["date"], "device": provenance["device"], "git commit": provenance["git_commit"],
             "folder": provenance["folder"], **provenance["versions"]}
-    command = " ".join(shlex.join(["python", *provenance["argv"]]).split())
+    command = " ".join(plain(shlex.join(["python", *provenance["argv"]])).split())
     return ["## Settings", "", *table(["setting", "value"], [map(escape, item) for item in shown.items()]),
             "## Provenance", "", *table(["", ""], [map(escape, item) for item in made.items()]),
             "## Again", "", "From the folder named above:", "", f"    {command}", "",
@@ -393,7 +393,7 @@ def draw(task: Path, results: dict) -> list[str]:
             axes.spines[["top", "right"]].set_visible(False)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
-        figure.suptitle(f"{results['task']} ({results['date']})", fontsize=11, parse_math=False)
+        figure.suptitle(f"{plain(results['task'])} ({results['date']})", fontsize=11, parse_math=False)
         write_whole(task / name, lambda temporary: figure.savefig(temporary, dpi=160))
         pyplot.close(figure)
 

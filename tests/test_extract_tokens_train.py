@@ -6,7 +6,6 @@ import gc
 import json
 import shutil
 import sys
-import tracemalloc
 import weakref
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 
 import extract_tokens_train
 from base import UserError
-from extract_tokens_train import Journal
+from journal import Journal
 from pairs import load_pairs
 from vlm import batches as module
 from vlm.batches import Batches
@@ -150,13 +149,13 @@ def test_a_clip_that_fits_into_no_memory_fails_alone(extract, monkeypatch):
 def test_a_batch_is_kept_before_the_next_one_has_ended(extract, monkeypatch):
     """A crash costs the batch in flight and no other."""
     kept, before = [], []
-    append, generate = extract_tokens_train.Journal.append, Batches._generate
+    append, generate = Journal.append, Batches._generate
 
     def counted(journal, rows):
         kept.extend(row for row in rows if "tokens" in row)
         append(journal, rows)
 
-    monkeypatch.setattr(extract_tokens_train.Journal, "append", counted)
+    monkeypatch.setattr(Journal, "append", counted)
     monkeypatch.setattr(Batches, "_generate",
                         lambda batches, *how: before.append(len(kept)) or generate(batches, *how))
     extract("--batch_size", 2)
@@ -230,7 +229,7 @@ def test_when_nothing_succeeds_it_is_an_error_and_no_output(extract, copy):
 
 def test_a_stopped_run_goes_on_where_it_was(extract, tmp_path, monkeypatch):
     undisturbed = extract("--batch_size", 2, output_file=tmp_path / "whole.json")
-    append, calls = extract_tokens_train.Journal.append, []
+    append, calls = Journal.append, []
 
     def append_until_killed(journal, entries):
         append(journal, entries)
@@ -238,7 +237,7 @@ def test_a_stopped_run_goes_on_where_it_was(extract, tmp_path, monkeypatch):
         if len(calls) in (3, 7):                    # each load of a model counts as one: after 2 and 1 batches
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(extract_tokens_train.Journal, "append", append_until_killed)
+    monkeypatch.setattr(Journal, "append", append_until_killed)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             extract("--batch_size", 2)
@@ -273,44 +272,6 @@ def test_a_journal_of_other_settings_is_refused(extract, tmp_path):
     with pytest.raises(UserError, match="max_new_tokens: 3 there, 80 now"):
         extract()
     assert journal.exists()
-
-
-def answer_of(key: str, number: int, tokens: list[int], model: str = "eventgpt") -> dict:
-    return {"model": model, "key": key, "question_idx": number, "tokens": tokens, "text": "é", "finished": True}
-
-
-def test_a_journal_finds_each_answer_again_under_other_settings_too(tmp_path):
-    settings = {**dict.fromkeys(extract_tokens_train.SETTINGS, 1), "num_frames": 8}
-    with Journal(tmp_path / "out.json", settings, restart=False) as journal:
-        journal.append([{"model": "eventgpt", "vocab_size": 64, "name": "x"}])
-        journal.append([answer_of(f"town/{i}", q, [i, q] * (i + 1)) for i in range(4) for q in range(2)])
-        journal.append([answer_of("town/1", 0, [7])])                              # the later one counts
-        assert journal.read("eventgpt", "town/3", 1)["tokens"] == [3, 1] * 4
-    for frames in (8, 16, 100_000, 4):               # of the target alone, which has not answered; other first lines
-        settings = {**settings, "num_frames": frames}
-        with Journal(tmp_path / "out.json", settings, restart=False) as journal:
-            assert len(journal) == 8 + (frames == 4) and journal.models["eventgpt"]["vocab_size"] == 64
-            assert journal.read("eventgpt", "town/3", 1) == answer_of("town/3", 1, [3, 1] * 4)
-            assert journal.read("eventgpt", "town/1", 0)["tokens"] == [7]
-            assert journal.has("eventgpt", "town/0", 1) and not journal.has("eventgpt", "town/0", 2)
-            assert not journal.has("videollava", "town/0", 1)
-            assert journal.has("eventgpt", "town/9", 0) == (frames == 4)
-            if frames == 100_000:
-                journal.append([answer_of("town/9", 0, [9])])
-                assert journal.read("eventgpt", "town/9", 0)["tokens"] == [9]
-    assert json.loads((tmp_path / ".out.json.journal.jsonl").read_text().splitlines()[0]) == {"settings": settings}
-
-
-def test_a_journal_keeps_no_answer_in_memory(tmp_path):
-    settings = dict.fromkeys(extract_tokens_train.SETTINGS, 1)
-    with Journal(tmp_path / "out.json", settings, restart=False) as journal:
-        journal.append([answer_of(f"town/{i}", 0, list(range(300, 700))) for i in range(500)])
-        size = journal.path.stat().st_size
-    tracemalloc.start()
-    with Journal(tmp_path / "out.json", settings, restart=False) as journal:
-        held = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert len(journal) == 500 and held < size / 5
 
 
 def test_a_mistake_in_the_target_costs_nothing_of_the_draft(extract, tmp_path, monkeypatch):

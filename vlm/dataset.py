@@ -11,6 +11,9 @@ Every path that an index file names must stay inside the folder.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
+import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ from base import UserError, log, read_json
 from vlm.media import MediaError, event_frames, read_event_image, read_events, read_video
 
 INDEX_FILE = "EventGPT_Instruction_Subset.json"
+MAX_DIGITS = 18            # of a clip's number; a longer one is a name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +66,9 @@ def read_dataset(folder: Path) -> list[Sample]:
             raise UserError(f"{folder} holds no data set: found neither {INDEX_FILE} nor pictures in event_image/ "
                             "nor videos in mp4/")
     log(f"data | {folder} | {len(rows)} clips from {index.name if index else 'the paths in event_image/ and mp4/'}")
-    samples, seen = [], set()
+    samples, seen, inside = [], set(), functools.partial(path_inside, folder.resolve(), {})
     for number, row in enumerate(rows):
-        sample = read_row(folder.resolve(), number, row)
+        sample = read_row(inside, number, row)
         if sample.key in seen and not sample.trouble:
             sample = dataclasses.replace(sample, trouble=f"{index.name if index else folder} lists the clip twice")
         seen.add(sample.key)
@@ -83,8 +87,29 @@ def rows_by_path(folder: Path) -> list[dict]:
     return [{"video_data": clip, "event_image": pictures} for clip, pictures in sorted(clips.items())]
 
 
-def read_row(root: Path, number: int, row) -> Sample:
-    """One row of the index file -> Sample. The forms met in the wild differ in which fields they have."""
+def path_inside(root: Path, folders: dict[str, str], *parts: str) -> Path:
+    """The path root/parts with all links followed; a ValueError when that leads out of the root.
+
+    folders: remembers where folders lead. To follow every path from its beginning would take most of the time that
+    reading a large index takes.
+    """
+    path = os.path.join(root, *parts)
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    real = os.path.join(folders[folder], name)
+    if name in ("", ".", "..") or os.path.islink(real):
+        real = os.path.realpath(path)
+    if real != str(root) and not real.startswith(f"{root}{os.sep}"):
+        raise ValueError(f"the path {'/'.join(parts)} leaves the data set folder")
+    return Path(real)
+
+
+def read_row(inside: Callable[..., Path], number: int, row) -> Sample:
+    """One row of the index file -> Sample. The forms met in the wild differ in which fields they have.
+
+    inside: a path in the data set folder from its parts.
+    """
     row = row if isinstance(row, dict) else {}
     names = {name: row[name] for name in ("event_data", "video_data", "mp4_data") if isinstance(row.get(name), str)}
     pictures = row.get("event_image")
@@ -97,13 +122,7 @@ def read_row(root: Path, number: int, row) -> Sample:
     if not stems:
         return Sample(number, sample_id, "", "", trouble="the row names no event_data, video_data or event_image")
     sequence, _, clip = stems[0].rpartition("/")
-    clip = int(clip) if clip.isascii() and clip.isdigit() else clip
-
-    def inside(*parts: str) -> Path:
-        path = root.joinpath(*parts).resolve()
-        if not path.is_relative_to(root):
-            raise ValueError(f"the path {'/'.join(parts)} leaves the data set folder")
-        return path
+    clip = int(clip) if clip.isascii() and clip.isdigit() and len(clip) <= MAX_DIGITS else clip
 
     try:
         images = [inside("event_image", name) for name in pictures]
@@ -112,10 +131,35 @@ def read_row(root: Path, number: int, row) -> Sample:
                 re.sub(r"([*?[])", r"[\1]", Path(stems[0]).name) + "_[0-9].png"))]
         videos = [inside("mp4", f"{stem}.mp4") for stem in dict.fromkeys(stems)]
         events = inside("event_npy", names["event_data"]) if "event_data" in names else None
-    except (ValueError, OSError) as error:
+        video = next((path for path in videos if path.is_file()), videos[0])
+    except (ValueError, OSError, RuntimeError) as error:         # bytes of 0, names too long, links in a circle
         return Sample(number, sample_id, sequence, clip, trouble=str(error))
-    video = next((path for path in videos if path.is_file()), videos[0])
     return Sample(number, sample_id, sequence, clip, tuple(images), events, video)
+
+
+def content_of(samples: list[Sample], which: Literal["first", "all"]) -> dict[str, dict[str, str]]:
+    """Model -> clip's key -> digest of the names and sizes of the files that the model sees of the clip.
+
+    Cheap enough for ten thousand clips at every start. Times are left out: copying a data set changes them.
+    """
+    found = {"eventgpt": {}, "videollava": {}}
+    for sample in samples:
+        pictures = sample.event_images[:1] if which == "first" else sample.event_images
+        if not sample.trouble:
+            found["eventgpt"][sample.key] = digest_of(pictures or [sample.events])
+            found["videollava"][sample.key] = digest_of([sample.video])
+    return found
+
+
+def digest_of(paths: Iterable[Path | None]) -> str:
+    digest = hashlib.blake2b(digest_size=4)
+    for path in paths:
+        try:
+            size = os.stat(path).st_size if path else -1
+        except OSError:
+            size = -1                 # missing: the clip will fail, and may be mended later
+        digest.update(f"{path.name if path else ''}\0{size}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def read_questions(query: str, questions_file: Path | None, num_questions: int) -> list[str]:

@@ -160,7 +160,7 @@ class EventGPT(VisionLanguageModel):
         added = [PATCH] if found.get("mm_use_im_patch_token", True) else []
         added += [START, END] if found.get("mm_use_im_start_end", False) else []
         tokenizer.add_tokens(added, special_tokens=True)
-        model = load_checked(EventGPTModel, folder, runtime, KEEP, config=config, key_mapping=KEY_MAPPING,
+        model = load_checked(EventGPTModel, folder, runtime, KEEP, config, key_mapping=KEY_MAPPING,
                              local_files_only=True)
         if len(tokenizer) != model.get_input_embeddings().num_embeddings:       # as EventGPT's inference does
             log(f"load | WARNING | {folder} | resizing {model.get_input_embeddings().num_embeddings} embeddings to "

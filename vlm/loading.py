@@ -1,16 +1,16 @@
 """What both models do alike: device and dtype, tokenizer, checked loading, greedy answers, unloading."""
 
+import copy
 import dataclasses
 import gc
 import hashlib
 import logging
-import pickle
+import re
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -23,6 +23,10 @@ transformers_logging.disable_progress_bar()      # a bar would write \r into a l
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)    # 8bit says at every layer that it casts
 
 BLOCK_4BIT = 64                                  # weights that share a scale
+BITS = {"4bit": 4.127, "8bit": 8}                # a weight of a quantised layer, with its share of the scales
+LARGEST = {"num_hidden_layers": 1000}            # more than that of a config's sizes is damage or malice
+LARGEST_SIZE = 10**7
+SIZES = re.compile(r"num_\w*(layers|heads)|(hidden|intermediate|vocab|image|patch)_size|max_position_embeddings")
 
 Quantization = Literal["auto", "4bit", "8bit", "none"]
 
@@ -121,7 +125,7 @@ def check_positions(prompt: int, max_new_tokens: int, positions: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------- loading
-def load_checked(model_class, name: str | Path, runtime: Runtime, keep: list[str], **how):
+def load_checked(model_class, name: str | Path, runtime: Runtime, keep: list[str], config, **how):
     """from_pretrained, streamed shard by shard, that raises a UserError unless every weight was found and fits.
 
     keep: full names of the sub-modules that stay unquantised; transformers 5 matches them from the start of the
@@ -133,11 +137,14 @@ def load_checked(model_class, name: str | Path, runtime: Runtime, keep: list[str
             load_in_4bit=runtime.quantization == "4bit", load_in_8bit=runtime.quantization == "8bit",
             bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=runtime.dtype,
             llm_int8_skip_modules=keep)
+    needed_gib = check_room(model_class, name, config, runtime)
     try:
         model, info = model_class.from_pretrained(
-            name, dtype=runtime.dtype, device_map={"": runtime.device}, quantization_config=quantization,
-            output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **how)
-    except (OSError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+            name, config=config, dtype=runtime.dtype, device_map={"": runtime.device}, output_loading_info=True,
+            quantization_config=quantization, ignore_mismatched_sizes=True, trust_remote_code=False, **how)
+    except Exception as error:        # damaged weights break in safetensors, torch and transformers in many ways
+        if short_of_memory(error):
+            raise no_room(name, runtime, needed_gib, f"; {str(error).splitlines()[0]}") from error
         raise UserError(f"can't load the model {name}: {type(error).__name__}: {error}") from error
     trouble = [f"{kind.replace('_keys', '')}: {', '.join(sorted(str(key) for key in info[kind])[:12])}"
                f" ({len(info[kind])} in all)"
@@ -149,6 +156,47 @@ def load_checked(model_class, name: str | Path, runtime: Runtime, keep: list[str
         if type(module).__name__ == "Linear4bit" and module.in_features % BLOCK_4BIT:
             module.support_avx512bf16_for_cpu = False     # its packed form there can't hold part of a block
     return model.eval().requires_grad_(False)
+
+
+def check_room(model_class, name: str | Path, config, runtime: Runtime) -> float:
+    """GiB that the weights will take; a UserError when there is no room, or when a folder can't hold that many."""
+    try:
+        with torch.device("meta"):                                      # shapes alone
+            weights = dict(model_class(copy.deepcopy(config)).named_parameters())
+    except Exception as error:        # a damaged config breaks in transformers in many ways
+        raise UserError(f"can't make the model that {name} describes: {type(error).__name__}: {error}") from error
+    files = [file for kind in ("*.safetensors", "*.bin") for file in Path(name).glob(kind)]
+    count, there = sum(weight.numel() for weight in weights.values()), sum(file.stat().st_size for file in files)
+    if files and count / 2 > there:                                     # no format takes less than half a byte each
+        raise UserError(f"can't load the model {name}: its config.json describes {count:,} weights, far more than "
+                        f"fit into its {len(files)} weight files of {there:,} bytes: one is cut short or missing, or "
+                        "this is the config.json of other weights")
+    bits = 8 * runtime.dtype.itemsize
+    needed_gib = sum(weight.numel() * (BITS.get(runtime.quantization, bits) if weight.dim() == 2 and ".layers." in key
+                     and "language_model" in key else bits) for key, weight in weights.items()) / 8 / 2**30
+    if needed_gib > free_gib(runtime.device):
+        raise no_room(name, runtime, needed_gib)
+    return needed_gib
+
+
+def no_room(name: str | Path, runtime: Runtime, needed_gib: float, more: str = "") -> UserError:
+    return UserError(
+        f"not enough memory for {name} on {runtime.device}: its weights take about {needed_gib:.1f} GiB "
+        f"({str(runtime.dtype).removeprefix('torch.')}, quantization {runtime.quantization}), "
+        f"{free_gib(runtime.device):.1f} GiB are free{more}; try --quantization 4bit or --dtype bfloat16, end what "
+        "else uses the memory, or use a larger device")
+
+
+def free_gib(device: torch.device) -> float:
+    """Memory that a process could still have."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + kept) / 2**30
+    try:
+        found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return sum(int(found[name].split()[0]) for name in ("MemAvailable", "SwapFree")) / 2**20       # from KiB
+    except (OSError, KeyError, ValueError):      # not Linux
+        return float("inf")
 
 
 def check_quantised(model: torch.nn.Module, runtime: Runtime, keep: list[str]) -> None:
@@ -200,7 +248,18 @@ def read_model_config(folder: Path) -> dict:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'} holds {type(config).__name__}, wanted an object")
+    check_sizes(config, folder / "config.json")
     return config
+
+
+def check_sizes(config: dict, file: Path) -> None:
+    """A model of a billion layers would be built for ever."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_sizes(value, file)
+        largest = LARGEST.get(key, LARGEST_SIZE)
+        if SIZES.fullmatch(key) and isinstance(value, (int, float)) and not 0 < value <= largest:
+            raise UserError(f"{file}: {key} is {value}, wanted 1 to {largest:,}")
 
 
 # ----------------------------------------------------------------------------------------- answering
@@ -237,6 +296,13 @@ def local_revision(folder: Path) -> str:
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         digest.update(f"{file.name} {file.stat().st_size}".encode())
     return f"local {digest.hexdigest()[:12]}"
+
+
+def short_of_memory(error: BaseException) -> bool:
+    """Whether this error is a lack of memory. On a CPU and inside CUDA's libraries it is a plain RuntimeError."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(part in str(error) for part in words))
 
 
 def free_memory() -> None:

@@ -7,7 +7,9 @@ Reading is thread-safe and lets go of Python's lock while Pillow and FFmpeg work
 import dataclasses
 import itertools
 import pickle
-from collections.abc import Iterable
+import re
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,16 @@ from PIL import Image
 import base
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
-MAX_SIDE = 16384           # px; DSEC has 1440 x 1080; beyond this a header is broken or hostile
+# Beyond these a file is broken or hostile; DSEC has clips of 1440 x 1080 px and up to 320 frames.
+MAX_SIDE = 16384           # px
+MAX_PIXELS = 2**25         # in a picture or frame: 8K; a few such at once still fit into memory
+MAX_RATIO = 100            # of the sides: the shorter one is what CLIP's resizing goes by
 MAX_FRAMES = 100_000       # 83 minutes at 20 fps
+MAX_DECODING_S = 600       # of one video; 100,000 frames of 1440 x 1080 px take about as long
+# By content; Pillow's other readers have no business here, and one of them (EPS) starts another program.
+PICTURES = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
+# FFmpeg reads play lists too, which name other files and hosts; only single files of these containers are opened.
+CONTAINERS = {"format_whitelist": "mov,matroska,avi,mpegts,h264,hevc", "protocol_whitelist": "file"}
 
 
 class MediaError(Exception):
@@ -28,7 +38,8 @@ class MediaError(Exception):
 def read_event_image(path: Path) -> np.ndarray:
     """A picture of any mode and size -> (H, W, 3) uint8 RGB in [0, 255]. Transparent parts become white."""
     try:
-        with Image.open(path) as picture:
+        check_file(path)
+        with Image.open(path, formats=PICTURES) as picture:
             check_size(*picture.size)
             if picture.has_transparency_data:
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, WHITE), picture.convert("RGBA"))
@@ -37,9 +48,10 @@ def read_event_image(path: Path) -> np.ndarray:
             return np.array(picture.convert("RGB"))
     except FileNotFoundError as error:
         raise MediaError(f"no such picture: {path}") from error
-    # Pillow raises a SyntaxError for a broken PNG chunk and a ValueError for some broken headers.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except MediaError as error:
         raise MediaError(f"can't read the picture {path}: {error}") from error
+    except Exception as error:      # readers of broken files raise OSError, SyntaxError, struct.error, KeyError, ...
+        raise MediaError(f"can't read the picture {path}: {type(error).__name__}: {error}") from error
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
@@ -47,48 +59,114 @@ def write_png(path: Path, image: np.ndarray) -> None:
     base.write_whole(path, lambda temporary: Image.fromarray(image).save(temporary, "PNG"))
 
 
+def check_file(path: Path) -> None:
+    """A pipe or a device would be read for ever."""
+    if path.exists() and not path.is_file():
+        raise MediaError("it is no regular file")
+
+
 def check_size(width: int, height: int) -> None:
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise MediaError(f"{width} x {height} px, wanted 1 to {MAX_SIDE} px a side")
+    if width * height > MAX_PIXELS or max(width, height) > MAX_RATIO * min(width, height):
+        raise MediaError(f"{width} x {height} px, wanted {MAX_PIXELS} px at most, sides up to 1 : {MAX_RATIO}")
 
 
 # ---------------------------------------------------------------------------------------- raw events
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles arrays, scalars and plain containers; anything else in the file is refused, not executed."""
+class _Array:
+    """Stands for an array while the file is read, which makes one in two steps; `value` is a dict or an ndarray."""
 
-    ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"})
+    def __init__(self, *_):
+        self.value = None
+
+    def fill(self, version: int, shape: tuple, dtype: np.dtype, fortran: bool, data) -> None:
+        if dtype.hasobject and shape == () and isinstance(data, list) and len(data) == 1:
+            self.value = data[0]                         # np.save puts the dict into an array of no dimensions
+        else:
+            self.value = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _dtype(name: str, *_) -> np.dtype:
+    if not re.fullmatch(r"[biuf][1248]|O8?", name):
+        raise MediaError(f"the file holds an array of {name!r}: refused")
+    return np.dtype(name)
+
+
+def _scalar(dtype: np.dtype, data: bytes) -> np.generic:
+    return np.frombuffer(data, dtype)[0]
+
+
+class _ArraysOnly(pickle._Unpickler):
+    """Unpickles dicts, lists, numbers, texts and NumPy arrays of numbers; nothing that the file names is called.
+
+    Arrays are made by the functions above, because NumPy's own believe what a file says of lengths and pointers.
+    It is the class in Python, because that in C grows its memo to any index that the file names. Only the operations
+    that such values take are known to it; keys are names, for a tuple of tuples of tuples is hashed without end.
+    """
+
+    MADE = {"_reconstruct": _Array, "dtype": _dtype, "scalar": _scalar, "ndarray": "ndarray"}  # noqa: RUF012
+    KNOWN = ("PROTO FRAME STOP MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE "
+             "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT UNICODE BINUNICODE "
+             "SHORT_BINUNICODE BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 "
+             "TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT")
+    dispatch = {code: pickle._Unpickler.dispatch[code]  # noqa: RUF012
+                for code in (getattr(pickle, name)[0] for name in KNOWN.split())}
 
     def find_class(self, module: str, name: str):
-        if module.split(".")[0] == "numpy" and name in self.ALLOWED:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise MediaError(f"the file wants to load {module}.{name}: refused")
+        if module.split(".")[0] != "numpy" or name not in self.MADE:
+            raise MediaError(f"the file wants to load {module}.{name}: refused")
+        return self.MADE[name]
+
+    def build(self) -> None:
+        state, made = self.stack.pop(), self.stack[-1]
+        if isinstance(made, _Array):
+            made.fill(*state)
+        elif not isinstance(made, np.dtype) or state[1] not in ("<", "|", "="):
+            raise MediaError("the file holds more than arrays and numbers, or in another order of bytes: refused")
+
+    def set_items(self) -> None:
+        self._set(self.pop_mark())
+
+    def set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def _set(self, items: list) -> None:
+        if not isinstance(self.stack[-1], dict) or not all(isinstance(key, str) for key in items[::2]):
+            raise MediaError("the file holds a dict whose keys are no names: refused")
+        self.stack[-1].update(zip(items[::2], items[1::2]))
+
+    dispatch |= {pickle.BUILD[0]: build, pickle.SETITEMS[0]: set_items, pickle.SETITEM[0]: set_item}
 
 
 def read_events(path: Path) -> dict[str, np.ndarray]:
     """Raw events (np.save of a dict) -> {"x", "y", "t", "p"}: 1-D arrays of one length; x, y px, t us, p 0 or 1."""
     try:
+        check_file(path)
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
             header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, _, dtype = header[version](file)
             if shape != () or not dtype.hasobject:
-                raise MediaError(f"{path} holds an array {shape} of {dtype}, wanted a dict with x, y, t and p")
+                raise MediaError(f"an array {shape} of {dtype}, wanted a dict with x, y, t and p")
             found = _ArraysOnly(file).load()
-            found = found.item() if isinstance(found, np.ndarray) else found
-        events = {name: np.asarray(found[name]) for name in "xytp"}
-    except MediaError:
-        raise
+        found = found.value if isinstance(found, _Array) else found
+        if not isinstance(found, dict):
+            raise MediaError("wanted a dict with x, y, t and p")
+        events = {name: found[name].value for name in "xytp"}
     except FileNotFoundError as error:
         raise MediaError(f"no such event file: {path}") from error
+    except MediaError as error:
+        raise MediaError(f"can't read the events of {path}: {error}") from error
     except Exception as error:      # a torn or hostile pickle can raise nearly anything
         raise MediaError(f"can't read the events of {path}: {type(error).__name__}: {error}") from error
-    lengths = {array.shape for array in events.values()}
-    if len(lengths) != 1 or len(next(iter(lengths))) != 1 or any(a.dtype.kind not in "iu" for a in events.values()):
+    if (not all(isinstance(array, np.ndarray) and array.dtype.kind in "iu" for array in events.values())
+            or len({array.shape for array in events.values()}) != 1 or events["x"].ndim != 1):
         raise MediaError(f"{path}: x, y, t and p must be whole-number columns of one length")
     if events["x"].size:
-        check_size(int(events["x"].max()) + 1, int(events["y"].max()) + 1)
         if min(events["x"].min(), events["y"].min()) < 0:
             raise MediaError(f"{path}: negative pixel coordinates")
+        check_size(int(events["x"].max()) + 1, int(events["y"].max()) + 1)
     return events
 
 
@@ -128,38 +206,48 @@ def read_video(path: Path, num_frames: int = 8) -> list[np.ndarray]:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        check_file(path)
+        with av.open(str(path), options=CONTAINERS) as container:
             if not container.streams.video:
-                raise MediaError(f"{path} has no video stream")
+                raise MediaError("it has no video stream")
             announced = container.streams.video[0].frames
         total = announced or sum(1 for _ in _decode(path))
         if not 0 < total <= MAX_FRAMES:
-            raise MediaError(f"{path} has {total} frames, wanted 1 to {MAX_FRAMES}")
+            raise MediaError(f"{total} frames, wanted 1 to {MAX_FRAMES}")
         wanted = np.linspace(0, total - 1, num_frames).astype(int).tolist()
         chosen, seen = {}, 0
         for seen, frame in enumerate(_decode(path), start=1):
             if seen - 1 in wanted:
                 chosen[seen - 1] = frame.to_ndarray(format="rgb24")
         if seen < total:
-            raise MediaError(f"{path} is cut short: {seen} of {total} frames could be decoded")
+            raise MediaError(f"it is cut short: {seen} of {total} frames could be decoded")
+        if len({frame.shape for frame in chosen.values()}) > 1:
+            raise MediaError("the frame size changes on the way")
     except FileNotFoundError as error:
         raise MediaError(f"no such video: {path}") from error
-    except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
+    except MediaError as error:
         raise MediaError(f"can't read the video {path}: {error}") from error
-    if len({frame.shape for frame in chosen.values()}) > 1:
-        raise MediaError(f"{path}: the frame size changes on the way")
+    except (av.error.FFmpegError, OSError, ValueError, IndexError, MemoryError) as error:
+        raise MediaError(f"can't read the video {path}: {error}") from error
     return [chosen[index] for index in wanted]
 
 
-def _decode(path: Path):
+def _decode(path: Path) -> Iterator:
     """Yield every frame of the first video stream, undecoded pixels still in the codec's own format."""
     import av
 
-    with av.open(str(path)) as container:
+    end, seen = time.monotonic() + MAX_DECODING_S, 0
+    with av.open(str(path), options=CONTAINERS) as container:
         stream = container.streams.video[0]
         check_size(stream.codec_context.width, stream.codec_context.height)
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}        # of frames that turn out larger
         stream.thread_type = "NONE"              # several clips are read at once: threads within one cost more
-        yield from container.decode(stream)
+        for packet in container.demux(stream):
+            for frame in packet.decode():
+                seen += 1
+                yield frame
+            if seen > MAX_FRAMES or time.monotonic() > end:
+                raise MediaError(f"more than {MAX_FRAMES} frames, or {MAX_DECODING_S} s of decoding")
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 20, crf: int = 28) -> None:
@@ -198,16 +286,27 @@ class PixelSettings:
     def read(file: Path | None, image_size: int) -> "PixelSettings":
         """From a preprocessor_config.json (old style: plain numbers; new: dicts); without one, CLIP's defaults."""
         found = base.read_json(file) if file and file.is_file() else {}
+        found = found if isinstance(found, dict) else {}
         size, crop = found.get("size", image_size), found.get("crop_size", image_size)
         size = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
         crop = crop.get("height") if isinstance(crop, dict) else crop
         resample = found.get("resample", Image.Resampling.BICUBIC)
-        if crop != image_size or resample != Image.Resampling.BICUBIC or not isinstance(size, int):
+        fits = type(crop) is type(size) is int and crop == image_size and crop <= size <= 8 * crop
+        if not fits or resample != Image.Resampling.BICUBIC:
             raise base.UserError(f"{file}: size {size}, crop_size {crop} and resample {resample} can't be used: "
                                  f"wanted bicubic (3) and the vision tower's {image_size} px")
-        return PixelSettings(size, crop, tuple(found.get("image_mean", PixelSettings.mean)),
-                             tuple(found.get("image_std", PixelSettings.std)),
-                             found.get("rescale_factor", 1 / 255))
+        mean, std = found.get("image_mean", PixelSettings.mean), found.get("image_std", PixelSettings.std)
+        rescale = found.get("rescale_factor", 1 / 255)
+        numbers = all(isinstance(three, (list, tuple)) and len(three) == 3 and all(map(_is_number, three))
+                      for three in (mean, std))
+        if not numbers or 0 in std or not _is_number(rescale):
+            raise base.UserError(f"{file}: wanted three numbers as image_mean, three as image_std (none of them 0), "
+                                 "and one as rescale_factor")
+        return PixelSettings(size, crop, tuple(mean), tuple(std), rescale)
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e6          # which is no NaN
 
 
 def clip_pixels(images: Iterable[np.ndarray], settings: PixelSettings) -> np.ndarray:

@@ -93,7 +93,7 @@ class VideoLlava(VisionLanguageModel):
         if video_id != config.video_token_index:
             raise UserError(f"{name}: {VIDEO} is id {video_id} in the tokenizer but video_token_index "
                             f"{config.video_token_index} in config.json")
-        model = load_checked(VideoLlavaForConditionalGeneration, name, runtime, KEEP, local_files_only=local)
+        model = load_checked(VideoLlavaForConditionalGeneration, name, runtime, KEEP, config, local_files_only=local)
         model.model.image_tower = None
         free_memory()
         revision = local_revision(Path(name)) if local else getattr(config, "_commit_hash", None) or "unknown"

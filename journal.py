@@ -1,0 +1,225 @@
+"""What an extraction has answered so far, on the disk beside its output, so that the same command goes on with it.
+
+    .<output>.journal.jsonl   first line: the settings, and for each clip a digest of its files; then an answer a line
+    .<output>.lock            locked while a process writes; its text says which one and since when
+
+Rows are found by model, clip and question. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from base import UserError, log, now, sync_folder, write_whole
+
+OF_TARGET = ("target_model", "num_frames")       # settings that touch the target's answers alone
+Content = dict[str, dict[str, str]]              # model -> clip's key -> digest of the files that the model sees
+
+
+@contextlib.contextmanager
+def only_writer(output_file: Path, wait: bool) -> Iterator[None]:
+    """Hold the lock of this output. flock ends with its process, so it can't go stale; the file's text says who."""
+    with open(output_file.with_name(f".{output_file.name}.lock"), "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if not wait:
+                raise UserError(f"{output_file} is being written by {holder}; wait for it, or use --wait") from None
+            log(f"extract | {output_file} is being written by {holder}: waiting for it to end")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:                  # some network file systems have no locks
+            raise UserError(f"can't lock {file.name}: {error.strerror}; choose a folder on another disk") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} since {now()}")
+        file.flush()
+        yield
+
+
+def differences(found: dict, wanted: dict) -> str:
+    return "; ".join(f"{name}: {json.dumps(found.get(name))} there, {json.dumps(wanted[name])} now"
+                     for name in wanted if found.get(name) != wanted[name])
+
+
+class Journal:
+    """Answers in the order they came, one JSON line each, fsynced by batch; found again when a run goes on.
+
+    A torn last line, from a crash in the middle of a write, is cut off. In memory is only where each answer's line
+    begins, so that a million answers fit.
+    """
+
+    def __init__(self, output_file: Path, settings: dict, restart: bool, content: Content | None = None):
+        """content: of the clips now; a clip that was answered when its files were others is not gone on with."""
+        self.path = self.path_of(output_file)
+        # (model, question number) -> {sample key: offset of the line}; flat keys would take twice the memory
+        self.places: dict[tuple[str, int], dict[str, int]] = collections.defaultdict(dict)
+        self.models: dict[str, dict] = {}                         # model -> name, revision, vocab_size, prompt
+        if restart:
+            self.path.unlink(missing_ok=True)
+        self._read(settings, content or {})
+        # Without a buffer: what a full disk refuses must not be tried again, later, by close().
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
+        self.reader = open(self.path, "rb")  # noqa: SIM115 - closed by __exit__
+        if self.file.tell() == 0:
+            self._write([self._line({"settings": settings, "clips": content or {}})])
+            sync_folder(self.path.parent)
+
+    @staticmethod
+    def path_of(output_file: Path) -> Path:
+        return output_file.with_name(f".{output_file.name}.journal.jsonl")
+
+    def __len__(self) -> int:
+        return sum(map(len, self.places.values()))
+
+    # ------------------------------------------------------------------------------------------ going on
+    def _read(self, settings: dict, content: Content) -> None:
+        if not self.path.exists():
+            return
+        head, first = self._read_lines()
+        if head is None:
+            return
+        models = {model for model, _ in self.places}
+        binding = {name: settings[name] for name in settings if name not in OF_TARGET or "videollava" in models}
+        before = head.get("clips") or {}
+        differs = [differences(head["settings"], binding), self._changed(before, content)] if models else []
+        if differs := "; ".join(filter(None, differs)):
+            raise UserError(f"{self.path} is the journal of an extraction with other settings ({differs}); give "
+                            "those again, choose another --output_file, or start afresh with --restart")
+        # No answer depends on what differs (a clip that failed was mended, say): it goes on under the new ones.
+        clips = {model: {**before.get(model, {}), **content[model]} for model in content} or before
+        wanted = {"settings": settings, "clips": clips}
+        if head != wanted:
+            self._change_first_line(self._line(wanted), first)
+        if models:
+            log(f"extract | {self.path} | going on: {len(self)} answers are there already")
+
+    def _read_lines(self) -> tuple[dict | None, int]:
+        """Note where each answer is; -> (the first line's value, its length). What is damaged is done again."""
+        with open(self.path, "r+b") as file:
+            head, first, at, end, bad = None, 0, 0, 0, 0
+            for line in file:
+                entry = entry_of(line)
+                if at == 0:
+                    head, first = entry if entry and "settings" in entry else None, len(line)
+                elif head is None:
+                    raise UserError(f"{self.path}: the first line of this journal is damaged, so nobody knows "
+                                    "what its answers belong to; mend it, or start afresh with --restart")
+                elif entry and "settings" not in entry:
+                    self._take(entry, at)
+                else:
+                    bad += 1
+                at += len(line)
+                end = at if entry else end
+            if bad or end < at:
+                log(f"extract | {self.path} | {max(bad, 1)} torn or damaged lines: dropped, to be done again")
+            file.truncate(end)
+        return head, first
+
+    def _changed(self, before: Content, content: Content) -> str:
+        """Which answered clips had other files then, in words. What is known of one time only is not compared."""
+        changed = {}
+        for (model, _), keys in self.places.items():
+            then, now = before.get(model, {}), content.get(model, {})
+            changed |= {f"{key} ({model})": None for key in keys
+                        if key in then and then[key] != now.get(key, then[key])}
+        if not changed:
+            return ""
+        return f"the files of {len(changed)} answered clips have changed, the first: {next(iter(changed))}"
+
+    def _change_first_line(self, line: bytes, old: int) -> None:
+        """Put another line in place of the first, which has `old` bytes."""
+        def write(temporary: Path) -> None:
+            with open(self.path, "rb") as before, open(temporary, "wb") as after:
+                before.seek(old)
+                after.write(line)
+                shutil.copyfileobj(before, after)
+
+        write_whole(self.path, write)
+        for places in self.places.values():
+            for key in places:
+                places[key] += len(line) - old
+
+    def _take(self, entry: dict, offset: int) -> None:
+        if "vocab_size" in entry:
+            self.models[entry["model"]] = entry
+        else:
+            self.places[entry["model"], entry["question_idx"]][sys.intern(entry["key"])] = offset
+
+    # ------------------------------------------------------------------------------------------ answers
+    @staticmethod
+    def _line(entry: dict) -> bytes:
+        return json.dumps(entry).encode() + b"\n"
+
+    def _write(self, lines: list[bytes]) -> None:
+        """All of these lines, on the disk, or none: a full disk or a signal in the middle leaves no half line."""
+        whole, left = self.file.tell(), memoryview(b"".join(lines))
+        try:
+            while left:
+                left = left[self.file.write(left):]
+            os.fsync(self.file.fileno())
+        except BaseException as error:
+            with contextlib.suppress(OSError):                   # if this fails too, the next start cuts it off
+                self.file.truncate(whole)
+            if isinstance(error, OSError):
+                error.filename = str(self.path)                  # a failed write doesn't say of which file
+            raise
+
+    def append(self, entries: list[dict]) -> None:
+        """Put entries on the disk, then note where they are."""
+        lines, offset = [self._line(entry) for entry in entries], self.file.tell()
+        self._write(lines)
+        for entry, line in zip(entries, lines):
+            self._take(entry, offset)
+            offset += len(line)
+
+    def has(self, which: str, sample_key: str, question_number: int) -> bool:
+        """Whether this model has answered this question about this sample."""
+        return sample_key in self.places.get((which, question_number), ())
+
+    def read(self, which: str, sample_key: str, question_number: int) -> dict:
+        """That answer, from the disk."""
+        self.reader.seek(self.places[which, question_number][sample_key])
+        return json.loads(self.reader.readline())
+
+    def check_model(self, which: str, facts: dict) -> None:
+        """The model's answers so far must be those of the same weights: a path can hold others by now."""
+        then, now = self.models.get(which, facts).get("revision"), facts["revision"]
+        if then != now and any(model == which for model, _ in self.places):
+            raise UserError(f"{self.path} has answers of other weights of {facts['name']} ({then} there, {now} now); "
+                            "choose another --output_file, or start afresh with --restart")
+
+    def remove(self) -> None:
+        """The output is whole: the journal has done its work."""
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.file.close()
+        self.reader.close()
+        if kind is not None and len(self):
+            log(f"extract | {len(self)} answers are kept in {self.path}; the same command goes on from there")
+
+
+def entry_of(line: bytes) -> dict | None:
+    """What a line says: {"settings", ...}, facts of a model or an answer; None if it is torn or damaged."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict):
+        return None
+    kinds = {"settings": dict} if "settings" in entry else (
+        {"model": str, "vocab_size": int} if "vocab_size" in entry else
+        {"model": str, "key": str, "question_idx": int, "tokens": list, "text": str, "finished": bool})
+    return entry if all(isinstance(entry.get(key), kind) for key, kind in kinds.items()) else None
