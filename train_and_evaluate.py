@@ -28,6 +28,7 @@ from base import (
     check_counts,
     duration_of,
     from_json,
+    goes_on_with,
     log,
     make_folder,
     new_task_folder,
@@ -269,6 +270,7 @@ def main() -> None:
 
     if not config.checkpoint:
         unfinished(resume.found["history"] if resume.found else [])
+        goes_on_with([sys.argv[0], "--resume", str(task)])
         log(f"train | {adapter.num_parameters() / 1e6:.1f} M parameters | vocabulary {adapter.config.vocab_size} "
             f"| {device_name(device)}")
         trained = train(adapter, config, data, device, task, resume, unfinished)
@@ -289,6 +291,7 @@ def main() -> None:
     write_json(task / "results.json", results)
     write_report(task, plots=config.plots)
     resume.remove()
+    goes_on_with([])
     log(f"RESULT | {task} | {one_line(results)}")
 
 

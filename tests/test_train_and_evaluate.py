@@ -100,12 +100,14 @@ def test_a_kill_leaves_a_best_model_that_loads_and_no_temporary(tmp_path, files)
     command = [sys.executable, ROOT / "train_and_evaluate.py", "--train_benchmark", files["train"],
                "--test_benchmark", files["test"], "--task_folder", task, *SMALL, "--num_epochs", "100000",
                "--early_stopping", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while not (task / "best_model.pt").exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 143
+    printed, _ = process.communicate(timeout=20)
+    assert process.returncode == 143 and printed.splitlines()[-1].endswith(
+        f"RESUME | {sys.executable} {ROOT / 'train_and_evaluate.py'} --resume {task}")
     load_adapter(task / "best_model.pt")
     assert sorted(os.listdir(task)) == ["best_model.pt", "results.json", "resume.pt"]
     assert json.loads((task / "results.json").read_text())["unfinished"] is True
