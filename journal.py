@@ -219,6 +219,9 @@ def entry_of(line: bytes) -> dict | None:
         return None
     if not isinstance(entry, dict):
         return None
+    clips = entry.get("clips", {})
+    if not isinstance(clips, dict) or not all(isinstance(digests, dict) for digests in clips.values()):
+        return None
     kinds = {"settings": dict} if "settings" in entry else (
         {"model": str, "vocab_size": int} if "vocab_size" in entry else
         {"model": str, "key": str, "question_idx": int, "tokens": list, "text": str, "finished": bool})

@@ -78,3 +78,16 @@ def demo(tmp_path_factory) -> Demo:
     assert first.returncode == 0, first.stdout + first.stderr
     assert second.returncode == 0, second.stdout + second.stderr
     return Demo(folder / "data", folder / "tokens", folder / "task", first.stdout, second.stdout)
+
+
+_figures: list[tuple] = []         # (what, how often, what came of it), printed as a table at the end
+
+
+@pytest.fixture(scope="session")
+def figures() -> list[tuple]:
+    return _figures
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    for row in [("what", "number", "result"), ("---", "---", "---"), *_figures] if _figures else ():
+        terminalreporter.write_line(f"| {' | '.join(map(str, row))} |")

@@ -94,6 +94,8 @@ def path_inside(root: Path, folders: dict[str, str], *parts: str) -> Path:
     reading a large index takes.
     """
     path = os.path.join(root, *parts)
+    if b"\0" in os.fsencode(path):               # nor can half a character be in a name: a UnicodeEncodeError
+        raise ValueError("a path can't hold a null byte")
     folder, name = os.path.split(path)
     if folder not in folders:
         folders[folder] = os.path.realpath(folder)

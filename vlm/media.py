@@ -239,6 +239,8 @@ def _decode(path: Path) -> Iterator:
     end, seen = time.monotonic() + MAX_DECODING_S, 0
     with av.open(str(path), options=CONTAINERS) as container:
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise MediaError("FFmpeg knows no decoder for its video")
         check_size(stream.codec_context.width, stream.codec_context.height)
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}        # of frames that turn out larger
         stream.thread_type = "NONE"              # several clips are read at once: threads within one cost more

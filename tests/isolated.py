@@ -1,0 +1,188 @@
+"""One reader after another in a process of its own, where a crash, a hang or a touched file is seen and not suffered.
+
+    with Isolated(folder) as process:
+        process.read("png", content)        -> "read", "MediaError: ...", "UserError: ...", "crash: ..." or "hang"
+"""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+LIMIT_S = 60                       # without an answer for so long, it hangs
+MEMORY = 12 * 2**30                # bytes of address space; PyTorch takes a good part of it
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+TOUCHING = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
+            "os.chown", "shutil.rmtree", "shutil.copyfile", "shutil.move"}
+STARTING = {"subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "os.fork", "socket.connect",
+            "socket.getaddrinfo", "webbrowser.open"}
+
+
+class Isolated:
+    """The process; started anew when it was lost."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.process = folder, None
+
+    def read(self, kind: str, content: bytes) -> str:
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=serve, args=(theirs, self.folder), daemon=True)
+            self.process.start()
+            theirs.close()
+        try:
+            self.pipe.send((kind, content))
+            if self.pipe.poll(LIMIT_S):
+                return self.pipe.recv()
+            outcome = "hang"
+        except (EOFError, OSError):
+            outcome = "crash: the process has ended"
+        self.close()
+        return outcome
+
+    def close(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.join()
+            self.pipe.close()
+        self.process = None
+
+    def __enter__(self) -> "Isolated":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+# ------------------------------------------------------------------------------------------- in that process
+def serve(pipe, folder: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    readers, touched = Readers(folder), []
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            writes = set(mode or "") & set("wax+") or (flags or 0) & WRITING
+        else:
+            path, writes = next(iter(arguments), ""), event in TOUCHING | STARTING
+        if writes and not (event not in STARTING and inside(path)):
+            touched.append(f"{event} {path}")
+
+    def inside(path) -> bool:
+        try:
+            return isinstance(path, int) or os.path.realpath(os.fsdecode(path)).startswith((f"{folder}/", os.devnull))
+        except ValueError:                # no path at all: it will be refused
+            return True
+
+    sys.addaudithook(watch)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    while True:
+        try:
+            kind, content = pipe.recv()
+        except EOFError:
+            return
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            outcome = readers.outcome(kind, content)
+        if touched:
+            outcome = f"crash: it touched {touched[0]}"
+            touched.clear()
+        if "\x1b" in printed.getvalue() or "\r" in printed.getvalue():
+            outcome = "crash: control characters in the log"
+        pipe.send(outcome)
+
+
+class Readers:
+    """What reads each kind of file; everything is imported before the first one."""
+
+    def __init__(self, folder: Path):
+        import report  # noqa: F401
+        import splits  # noqa: F401
+        from drafting import load_memory
+        from journal import Journal
+        from pairs import load_pairs
+        from token_adapter import load_adapter
+        from vlm import dataset, media, video_llava
+        from vlm.loading import Runtime
+
+        self.folder, self.set, self.model = folder, folder / "set", folder / "model"
+        self.cpu, self.media, self.dataset, self.video_llava = Runtime.choose("cpu"), media, dataset, video_llava
+        self.load_pairs, self.pt, self.npz = load_pairs, load_adapter, load_memory
+        self.Journal = Journal
+
+    def outcome(self, kind: str, content: bytes) -> str:
+        from base import UserError
+        from vlm.media import MediaError
+
+        path, whole = self.place(kind), None
+        if path.exists():
+            whole = path.with_name(f"{path.name}.whole")
+            shutil.move(path, whole)
+        try:
+            path.write_bytes(content)
+            getattr(self, kind)(path)
+            return "read"
+        except (MediaError, UserError) as error:
+            return f"{type(error).__name__}: {error}"
+        except BaseException:             # that is what it is for: whatever else comes out of a reader is a fault
+            return f"crash: {traceback.format_exc()}"
+        finally:
+            path.unlink(missing_ok=True)
+            if whole:
+                shutil.move(whole, path)
+
+    def place(self, kind: str) -> Path:
+        return {"index": self.set / "EventGPT_Instruction_Subset.json", "config": self.model / "config.json",
+                "safetensors": self.model / "model.safetensors",
+                "preprocessor": self.model / "preprocessor_config.json",
+                "journal": self.folder / ".out.json.journal.jsonl"}.get(kind, self.folder / f"file.{kind}")
+
+    # Each of these takes the path of a file.
+    def pairs(self, path: Path) -> None:
+        from report import escape, table
+        from splits import clip_order
+
+        pairs = self.load_pairs([path])
+        clip_order(pairs.sequence, pairs.clip)
+        assert len(list(pairs.answers("target"))) == len(pairs) and pairs.padded("target", 8).shape == (len(pairs), 8)
+        lines = table(["text"], [[escape(text)] for text in (*pairs.sequence, *pairs.clip, *pairs.files)])
+        assert all(line.isprintable() and "<" not in line for line in lines)
+
+    def index(self, path: Path) -> None:
+        samples = self.dataset.read_dataset(path.parent)
+        self.dataset.content_of(samples, "all")
+        for sample in samples:
+            paths = (*sample.event_images, *filter(None, (sample.events, sample.video)))
+            assert all(path.is_relative_to(self.set) for path in paths)
+            if not sample.trouble:
+                with contextlib.suppress(self.media.MediaError):
+                    self.dataset.draft_pictures(sample, "all")
+                    self.dataset.target_pictures(sample, 4)
+
+    def journal(self, path: Path) -> None:
+        content = {"eventgpt": {"town/1": "a"}, "videollava": {}}
+        with self.Journal(self.folder / "out.json", {}, False, content) as journal:
+            for (model, number), keys in journal.places.items():
+                assert all(isinstance(journal.read(model, key, number)["tokens"], list) for key in keys)
+
+    def png(self, path: Path) -> None:
+        self.media.clip_pixels([self.media.read_event_image(path)], self.media.PixelSettings())
+
+    def npy(self, path: Path) -> None:
+        self.media.clip_pixels(self.media.event_frames(self.media.read_events(path)), self.media.PixelSettings())
+
+    def mp4(self, path: Path) -> None:
+        self.media.clip_pixels(self.media.read_video(path), self.media.PixelSettings())
+
+    def config(self, path: Path) -> None:
+        self.video_llava.VideoLlava.load(path.parent, self.cpu)
+
+    safetensors = preprocessor = config

@@ -1,0 +1,129 @@
+"""Whatever is wrong with a file costs a row in `failed` or is one ERROR line: no crash, no hang, no file touched.
+
+The readers run in a process of their own (tests/isolated.py) on what tests/mutations.py makes of whole files.
+"""
+
+import collections
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from tests.isolated import Isolated
+from vlm.media import write_png, write_video
+
+hypothesis = pytest.importorskip("hypothesis", reason="needs requirements-dev.txt")
+STRATEGIES = pytest.importorskip("tests.mutations").STRATEGIES
+
+# Inputs of each kind in the long run: 10,000 in all. Loading a model takes a good deal longer than reading a picture.
+LONG = {"pairs": 1700, "index": 1500, "journal": 1000, "png": 1800, "mp4": 1500, "npy": 1200, "pt": 700, "npz": 300,
+        "config": 150, "safetensors": 100, "preprocessor": 50}
+QUICK = 30                     # times fewer in the tests of every day
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with `inside`, where the readers work on a small data set and a model, and `outside`."""
+    folder = tmp_path_factory.mktemp("mutated")
+    pictures, videos = (folder / "inside" / "set" / kind / "town_00_a" for kind in ("event_image", "mp4"))
+    for path in (pictures, videos, folder / "outside"):
+        path.mkdir(parents=True)
+    frames = np.random.default_rng(0).integers(0, 255, (10, 32, 48, 3), dtype=np.uint8)
+    for clip in range(2):
+        write_png(pictures / f"00000{clip}_0.png", frames[clip])
+        write_video(videos / f"00000{clip}.mp4", frames)
+    write_png(folder / "outside" / "secret.png", frames[0])
+    shutil.copytree(ROOT / "demo" / "models" / "video_llava", folder / "inside" / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(world) -> dict[str, bytes]:
+    """A whole file of each kind."""
+    place, model = world / "inside" / "set", world / "inside" / "model"
+    rows = [{"sample_idx": i, "question_idx": 0, "sequence": "town_00_a", "clip": i, "egpt_tokens": [5, 6, 7, 2],
+             "egpt_text": "a b", "vl_tokens": [7, 8, 9, i], "vl_text": "c d"} for i in range(3)]
+    clips = [{"id": f"id {i}", "event_data": f"town_00_a/00000{i}.npy", "video_data": f"town_00_a/00000{i}",
+              "mp4_data": f"town_00_a/00000{i}.mp4", "event_image": [f"town_00_a/00000{i}_0.png"]} for i in range(2)]
+    lines = [{"settings": {}, "clips": {"eventgpt": {"town/1": "a"}}}, {"model": "eventgpt", "vocab_size": 64},
+             *({"model": "eventgpt", "key": f"town/{i}", "question_idx": 0, "tokens": [3, 2], "text": "a",
+                "finished": True} for i in range(3))]
+    events = {**{name: np.arange(25, dtype=np.uint16) % 7 for name in "xytp"}, "time_start": np.int64(7),
+              "duration_ms": 0.5, "image_indices_in_clip": [1, 2]}
+    return {
+        "pairs": json.dumps({"vocab_size": 64, "models": {"eventgpt": {"name": "x"}}, "results": rows}).encode(),
+        "index": json.dumps(clips).encode(), "journal": b"".join(json.dumps(line).encode() + b"\n" for line in lines),
+        "png": (place / "event_image" / "town_00_a" / "000000_0.png").read_bytes(),
+        "mp4": (place / "mp4" / "town_00_a" / "000000.mp4").read_bytes(),
+        "npy": saved(np.save, events, allow_pickle=True), "pt": adapter(world / "adapter.pt"),
+        "npz": saved(np.savez_compressed, target=np.arange(9, dtype=np.int32), target_start=np.array([0, 4, 9])),
+        "config": (model / "config.json").read_bytes(), "safetensors": (model / "model.safetensors").read_bytes(),
+        "preprocessor": (model / "preprocessor_config.json").read_bytes()}
+
+
+def saved(save, *what, **how) -> bytes:
+    file = io.BytesIO()
+    save(file, *what, **how)
+    return file.getvalue()
+
+
+def adapter(path: Path) -> bytes:
+    from token_adapter import AdapterConfig, TokenAdapter, save_adapter
+
+    save_adapter(TokenAdapter(AdapterConfig(vocab_size=16, embed_dim=8, num_layers=1, num_heads=2, feedforward_dim=8,
+                                            max_seq_len=8)), path)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def process(world):
+    with Isolated(world / "inside") as process:
+        yield process
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below: its name, and a digest of what is in it."""
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+def mutate(kind: str, number: int, whole: dict, process: Isolated) -> collections.Counter:
+    """How so many damaged files of this kind came out; fails at the first crash or hang."""
+    outcomes = collections.Counter()
+
+    @hypothesis.settings(max_examples=number, derandomize=True, database=None, deadline=None,
+                         suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(STRATEGIES[kind](whole[kind]))
+    def every(content: bytes) -> None:
+        outcome = process.read(kind, content)
+        outcomes[outcome.split(":")[0]] += 1
+        assert not outcome.startswith(("crash", "hang")), outcome
+
+    every()
+    return outcomes
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_damaged_files_are_user_errors_or_failed_rows(kind, whole, world, process):
+    assert process.read(kind, whole[kind]) == "read"
+    before = contents(world)
+    outcomes = mutate(kind, max(8, LONG[kind] // QUICK), whole, process)
+    assert contents(world) == before
+    assert outcomes["UserError"] + outcomes["MediaError"] or kind == "index"      # else the damage was none
+
+
+@pytest.mark.faults
+def test_ten_thousand_damaged_files(whole, world, process, figures):
+    before, found = contents(world), collections.Counter()
+    for kind, number in LONG.items():
+        outcomes = mutate(kind, number, whole, process)
+        figures.append((f"damaged {kind} files", outcomes.total(), f"{outcomes['read']} could be read all the same"))
+        found += outcomes
+    touched = contents(world).items() ^ before.items()
+    figures.append(("all damaged files", found.total(), f"crashes {found['crash']}, hangs {found['hang']}, files "
+                    f"touched outside the output {len(touched)}"))
+    assert not touched and found.total() >= 10_000
