@@ -2,6 +2,7 @@
 
     python benchmark.py decode --pairs extraction_1s_val.json --task task/1s_20260128_020530 --output decode.json
     python benchmark.py load
+    python benchmark.py prepare
     python benchmark.py compare old.json decode.json
 
 Prints a table and writes all numbers as JSON, with device, versions and what the device could do at most. `compare`
@@ -30,7 +31,7 @@ from base import (
     write_json,
 )
 
-BENCHMARKS = ("extract", "decode", "load")
+BENCHMARKS = ("extract", "decode", "load", "prepare")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.recordings import BAD, GOOD, write_sequence
+
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)      # the models are tiny: two threads only get in each other's way
 
@@ -78,3 +80,32 @@ def demo(tmp_path_factory) -> Demo:
     assert first.returncode == 0, first.stdout + first.stderr
     assert second.returncode == 0, second.stdout + second.stderr
     return Demo(folder / "data", folder / "tokens", folder / "task", first.stdout, second.stdout)
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch, capsys):
+    """Call prepare_dsec.main() with flags; -> (the data set folder, what it logged)."""
+    import prepare_dsec
+
+    def call(*flags, root=tmp_path / "dsec", output=tmp_path / "data", split="test", duration="1s"):
+        words = ["--dsec_root", root, "--output_root", output, "--split", split, "--duration", duration, *flags]
+        monkeypatch.setattr(sys, "argv", ["prepare_dsec.py", *map(str, words)])
+        capsys.readouterr()
+        prepare_dsec.main()
+        kind = {"train": "train", "test": "seq"}[split]
+        return output / f"my_egpt_dsec_{split}" / f"my_egpt_dsec_{kind}_{duration}", capsys.readouterr().out
+    return call
+
+
+@pytest.fixture(scope="session")
+def one(tmp_path_factory):
+    """A root with one sequence of 2.25 s, never changed by a test."""
+    root = tmp_path_factory.mktemp("one")
+    return root, write_sequence(root, GOOD)
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A root with a good sequence and one to be damaged, 1.25 s each: one window of 1 s."""
+    root = tmp_path / "dsec"
+    return root, write_sequence(root, GOOD, frames=26), write_sequence(root, BAD, frames=26, seed=1)
