@@ -1,10 +1,12 @@
 """What several test files share: pairs to train on, and one shortened demo, made once by the real workflow script."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +69,16 @@ def run_workflow(folder: Path, *arguments: str, **settings: str) -> subprocess.C
                    "TASK_DIR": str(folder / "task"), **settings}
     return subprocess.run(["bash", str(ROOT / "run_full_workflow.sh"), *arguments], env=environment, text=True,
                           capture_output=True, timeout=600, stdin=subprocess.DEVNULL)
+
+
+def wait_until_gone(group: int) -> None:
+    """Until no process of the group is left; those that end with their parent take a moment."""
+    deadline = time.monotonic() + 30
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.killpg(group, 0)
+            assert time.monotonic() < deadline, f"processes of the group {group} are still there"
+            time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ import extract_tokens_train
 import prepare_dsec
 from base import ROOT, UserError
 from prepare_dsec import PrepareConfig, window_starts
+from tests.conftest import wait_until_gone
 from tests.recordings import BAD, FIRST_US, GOOD, SIZE, SMALL, break_picture, number_of, painted, write_sequence
 from vlm.dataset import INDEX_FILE, read_dataset
 
@@ -317,13 +318,7 @@ def test_the_same_command_goes_on_after_a_kill(prepare, tmp_path, how):
         time.sleep(0.01)
     process.send_signal(how)
     assert process.wait(30) == (143 if how == signal.SIGTERM else -signal.SIGKILL)
-    while True:                                                             # no worker stays behind
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until_gone(process.pid)                                            # no worker stays behind
     left = contents(folder)
     assert INDEX_FILE not in left and len(left) < 78 * 6
     if how == signal.SIGTERM:
