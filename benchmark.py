@@ -4,6 +4,7 @@
     python benchmark.py load
     python benchmark.py train
     python benchmark.py adapter
+    python benchmark.py prepare
     python benchmark.py compare old.json decode.json
 
 Prints a table and writes all numbers as JSON, with device, versions and what the device could do at most. `compare`
@@ -32,7 +33,7 @@ from base import (
     write_json,
 )
 
-BENCHMARKS = ("extract", "train", "adapter", "decode", "load")
+BENCHMARKS = ("prepare", "extract", "train", "adapter", "decode", "load")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 #
 #   ./run_full_workflow.sh --demo                              everything on a small made-up world, 2 CPU cores, minutes
 #   EVENTGPT=models/EventGPT-7b ./run_full_workflow.sh         the real thing, from a terminal
+#   DSEC_ROOT=/data/DSEC EVENTGPT=... ./run_full_workflow.sh   makes missing data sets from a raw DSEC download first
 #   nohup ./run_full_workflow.sh > workflow.log 2>&1 &         for hours; watch it with: tail -f workflow.log
 #   kill %1  (or kill PID)                                     stops it and what it started; the same command goes on
 #   ./run_full_workflow.sh --new                               trains into new task folders (tokens are kept)
@@ -18,7 +19,7 @@ for argument in "$@"; do
   case "${argument}" in
     --demo) demo=1 ;;
     --new) new=1 ;;
-    -h|--help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h|--help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) echo "ERROR | unknown argument ${argument}: wanted --demo, --new or --help" >&2; exit 2 ;;
   esac
 done
@@ -26,6 +27,7 @@ done
 # Settings: environment variables win over these defaults.
 if [[ -n "${demo}" ]]; then
   DATA_ROOT="${DATA_ROOT:-demo/data}"
+  DSEC_ROOT=''
   TOKENS_DIR="${TOKENS_DIR:-demo/tokens}"
   TASK_DIR="${TASK_DIR:-demo/task}"
   EVENTGPT="${EVENTGPT:-demo/models/eventgpt}"
@@ -39,6 +41,7 @@ if [[ -n "${demo}" ]]; then
   DECODE_FLAGS="${DECODE_FLAGS:---max_samples 8 --max_new_tokens 80 --num_workers 1}"
 else
   DATA_ROOT="${DATA_ROOT:-data}"
+  DSEC_ROOT="${DSEC_ROOT:-}"                                      # raw DSEC recordings, to make what DATA_ROOT lacks
   TOKENS_DIR="${TOKENS_DIR:-tokens}"
   TASK_DIR="${TASK_DIR:-task}"
   EVENTGPT="${EVENTGPT:-}"                                        # folder of the EventGPT checkpoint
@@ -47,6 +50,7 @@ else
   TRAIN_FLAGS="${TRAIN_FLAGS:-}"                                  # e.g. "--num_epochs 30"
 fi
 DECODE_FLAGS="${DECODE_FLAGS:---max_samples 100}"    # further flags of decoding
+PREPARE_FLAGS="${PREPARE_FLAGS:-}"  # further flags of prepare_dsec.py, e.g. "--video_size 480x360 --allow_missing"
 DRAFT_FLAGS="${DRAFT_FLAGS:-}"    # further flags of the training in draft conditioning alone
 DEMO_FLAGS="${DEMO_FLAGS:-}"      # further flags of make_demo.py, e.g. "--train_clips 48"
 TEST_1S="${TEST_1S:-}"            # an existing pair file to test the 1s adapter on, instead of extracting one
@@ -75,6 +79,14 @@ step() {
   (( status == 0 )) || die "${name} ended with status ${status} after $((SECONDS - start)) s"
   [[ -e "${result}" ]] || die "${name} ended well but did not write ${result}"
   log "${name} | done in $((SECONDS - start)) s | ${result}"
+}
+
+# prepare SPLIT DURATION DATASET : from raw recordings, if DSEC_ROOT says where they are and nobody else made the folder
+prepare() {
+  if [[ -z "${DSEC_ROOT}" || ( -e "$3/mp4" && ! -e "$3/prepare_dsec.json" ) ]]; then return; fi
+  # shellcheck disable=SC2086
+  step "prepare $1 $2" "$3/EventGPT_Instruction_Subset.json" "${PYTHON}" prepare_dsec.py --dsec_root "${DSEC_ROOT}" \
+    --output_root "${DATA_ROOT}" --split "$1" --duration "$2" ${PREPARE_FLAGS}
 }
 
 # extract NAME DATASET OUTPUT : waits by itself when another process is extracting to the same output
@@ -123,6 +135,7 @@ decode() {
 main() {
   [[ -n "${EVENTGPT}" ]] || die "EVENTGPT is not set: name the folder of the EventGPT checkpoint, or try --demo"
   [[ -z "${TEST_1S}" || -f "${TEST_1S}" ]] || die "TEST_1S=${TEST_1S}: no such file"
+  [[ -z "${DSEC_ROOT}" || -d "${DSEC_ROOT}" ]] || die "DSEC_ROOT=${DSEC_ROOT}: no such folder"
   [[ -d "${EVENTGPT}" ]] || die "EVENTGPT=${EVENTGPT}: no such folder"
   mkdir -p "${TOKENS_DIR}" "${TASK_DIR}" || die "can't make the folders ${TOKENS_DIR} and ${TASK_DIR}"
   if [[ -n "${new}" ]]; then rm -f "${STATE}"; fi
@@ -136,12 +149,16 @@ main() {
   fi
 
   log "PHASE 1 | the 1s data set"
+  prepare train 1s "${train_root}_1s"
+  prepare test 1s "${test_root}_1s"
   extract "extract train 1s" "${train_root}_1s" "${TOKENS_DIR}/train_tokens_full.json"
   extract "extract test 1s" "${test_root}_1s" "${test_1s}"
   train 1s "${TOKENS_DIR}/train_tokens_full.json" "${test_1s}"
   decode 1s "${test_root}_1s"
 
   log "PHASE 2 | the 500ms data set"
+  prepare train 500ms "${train_root}_500ms"
+  prepare test 500ms "${test_root}_500ms"
   extract "extract train 500ms" "${train_root}_500ms" "${TOKENS_DIR}/train_tokens_500ms.json"
   extract "extract test 500ms" "${test_root}_500ms" "${TOKENS_DIR}/test_tokens_500ms.json"
   train 500ms "${TOKENS_DIR}/train_tokens_500ms.json" "${TOKENS_DIR}/test_tokens_500ms.json"

@@ -1,15 +1,19 @@
 """What several test files share: pairs to train on, and one shortened demo, made once by the real workflow script."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from tests.recordings import BAD, GOOD, write_sequence
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)      # the models are tiny: two threads only get in each other's way
@@ -67,6 +71,16 @@ def run_workflow(folder: Path, *arguments: str, **settings: str) -> subprocess.C
                           capture_output=True, timeout=600, stdin=subprocess.DEVNULL)
 
 
+def wait_until_gone(group: int) -> None:
+    """Until no process of the group is left; those that end with their parent take a moment."""
+    deadline = time.monotonic() + 30
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.killpg(group, 0)
+            assert time.monotonic() < deadline, f"processes of the group {group} are still there"
+            time.sleep(0.02)
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
@@ -91,3 +105,32 @@ def figures() -> list[tuple]:
 def pytest_terminal_summary(terminalreporter) -> None:
     for row in [("what", "number", "result"), ("---", "---", "---"), *_figures] if _figures else ():
         terminalreporter.write_line(f"| {' | '.join(map(str, row))} |")
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch, capsys):
+    """Call prepare_dsec.main() with flags; -> (the data set folder, what it logged)."""
+    import prepare_dsec
+
+    def call(*flags, root=tmp_path / "dsec", output=tmp_path / "data", split="test", duration="1s"):
+        words = ["--dsec_root", root, "--output_root", output, "--split", split, "--duration", duration, *flags]
+        monkeypatch.setattr(sys, "argv", ["prepare_dsec.py", *map(str, words)])
+        capsys.readouterr()
+        prepare_dsec.main()
+        kind = {"train": "train", "test": "seq"}[split]
+        return output / f"my_egpt_dsec_{split}" / f"my_egpt_dsec_{kind}_{duration}", capsys.readouterr().out
+    return call
+
+
+@pytest.fixture(scope="session")
+def one(tmp_path_factory):
+    """A root with one sequence of 2.25 s, never changed by a test."""
+    root = tmp_path_factory.mktemp("one")
+    return root, write_sequence(root, GOOD)
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A root with a good sequence and one to be damaged, 1.25 s each: one window of 1 s."""
+    root = tmp_path / "dsec"
+    return root, write_sequence(root, GOOD, frames=26), write_sequence(root, BAD, frames=26, seed=1)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from vlm.media import (
+    EventPicture,
     MediaError,
     PixelSettings,
     clip_pixels,
@@ -86,6 +87,31 @@ def test_the_last_event_of_a_pixel_wins():
     assert image.shape == (2, 3, 3)
     assert image[0, 0].tolist() == BLUE and image[1, 2].tolist() == BLUE and image[0, 1].tolist() == WHITE
     assert render_events(np.array([0, 0]), np.array([0, 0]), np.array([0, 1]))[0, 0].tolist() == RED
+
+
+@pytest.mark.parametrize("render", ["time", "blue_over_red"])
+def test_painting_in_parts_gives_what_a_loop_over_the_events_gives(render):
+    random, picture = np.random.default_rng(0), EventPicture(70, 90, render)
+    by_hand = np.full((70, 90, 3), 255, np.uint8)
+    count = EventPicture.BLOCK + 20_000                  # 14 events a pixel
+    x, y, p = (random.integers(0, end, count).astype(np.uint16) for end in (90, 70, 2))
+    p[x > 80] = 1
+    for start, end in ((0, 40), (40, 40), (40, count)):
+        picture.paint(x[start:end], y[start:end], p[start:end])
+    for column, row, sign in zip(x.tolist(), y.tolist(), p.tolist()):
+        if render == "time" or by_hand[row, column].tolist() != BLUE:
+            by_hand[row, column] = RED if sign else BLUE
+    assert np.array_equal(picture.image(), by_hand)
+    assert np.array_equal(render_events(x, y, p, (70, 90), render), by_hand)
+
+
+def test_events_outside_the_canvas_are_an_error_and_not_painted_elsewhere():
+    inside = np.array([0, 1])
+    for x, y in (([0, 3], [0, 0]), ([0, 0], [0, 2]), ([-1, 0], [0, 0]), ([0, 0], [-1, 0])):
+        picture = EventPicture(2, 3)
+        with pytest.raises(MediaError, match="don't fit into a picture of 3 x 2"):
+            picture.paint(np.array(x), np.array(y), inside)
+        assert not picture.marks.any()
 
 
 def test_events_are_split_by_count_and_the_last_part_takes_the_rest(tmp_path):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, run_workflow
+from tests.conftest import ROOT, run_workflow, wait_until_gone
+from tests.recordings import write_sequence
 
 FILES = {"best_model.pt", "memory.npz", "results.json", "RESULTS.md", "training_curves.png", "loss_curve.png",
          "accuracy_curve.png", "drafters_by_position.png", "tau_over_gamma.png"}
@@ -73,6 +74,7 @@ def test_settings_and_arguments_are_checked_at_once(tmp_path):
     for arguments, settings, message in (
             (("--what",), {}, "unknown argument --what"), ((), {}, "EVENTGPT is not set"),
             ((), {"EVENTGPT": "x", "TEST_1S": "nowhere.json"}, "TEST_1S=nowhere.json: no such file"),
+            ((), {"EVENTGPT": "x", "DSEC_ROOT": "nowhere"}, "DSEC_ROOT=nowhere: no such folder"),
             ((), {"EVENTGPT": "nowhere"}, "EVENTGPT=nowhere: no such folder")):
         done = run_workflow(tmp_path, *arguments, **settings)
         assert done.returncode == 2 and message in done.stderr, done.stderr
@@ -117,12 +119,53 @@ def test_a_kill_stops_the_step_and_the_same_command_goes_on(demo, tmp_path):
     assert kept > 5 and "the same command goes on" in log.read_text()
 
 
-@pytest.mark.parametrize("program", ["extract_tokens_train", "train_and_evaluate", "speculative_decode",
-                                     "decode_report", "benchmark", "make_demo", "report"])
+def test_missing_data_sets_are_made_from_raw_recordings_and_others_are_left_alone(tmp_path):
+    for split, sequence in (("train", "thun_00_a"), ("test", "thun_01_a")):
+        write_sequence(tmp_path / "dsec", sequence, split, frames=23)
+    settings = {"EVENTGPT": str(ROOT / "demo" / "models" / "eventgpt"), "DSEC_ROOT": str(tmp_path / "dsec"),
+                "PREPARE_FLAGS": "--allow_missing --video_size 64x48 --canvas 64x48",
+                "EXTRACT_FLAGS": "--no-such-flag"}
+    folders = [tmp_path / "data" / name for name in (
+        "my_egpt_dsec_train/my_egpt_dsec_train_1s", "my_egpt_dsec_test/my_egpt_dsec_seq_1s")]
+    first, second = (run_workflow(tmp_path, **settings) for _ in range(2))
+    for folder, split in zip(folders, ("train", "test")):
+        assert len(json.loads((folder / "EventGPT_Instruction_Subset.json").read_text())) == 1
+        assert f"prepare {split} 1s | done in " in first.stdout and f"prepare {split} 1s | skipped, " in second.stdout
+    for done in (first, second):
+        assert done.returncode == 2 and "ERROR | extract train 1s ended with status 2" in done.stderr
+    for name in ("EventGPT_Instruction_Subset.json", "prepare_dsec.json"):     # as of an older set, not ours
+        (folders[1] / name).unlink()
+    third = run_workflow(tmp_path, **settings)
+    assert "prepare test" not in third.stdout and "extract train 1s | start" in third.stdout
+    without = run_workflow(tmp_path, **{**settings, "DSEC_ROOT": ""})
+    assert "prepare" not in without.stdout
+
+
+def test_a_kill_stops_preparing_too(tmp_path):
+    write_sequence(tmp_path / "dsec", "thun_00_a", "train", frames=90)
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PYTHON": sys.executable,
+                   "EVENTGPT": str(ROOT / "demo" / "models" / "eventgpt"), "DSEC_ROOT": str(tmp_path / "dsec"),
+                   **{name: str(tmp_path / name.lower()) for name in ("DATA_ROOT", "TOKENS_DIR", "TASK_DIR")},
+                   "PREPARE_FLAGS": "--sequences thun_00_a --stride 20 --video_size 64x48"}
+    process = subprocess.Popen(["bash", str(ROOT / "run_full_workflow.sh")], env=environment, text=True,
+                               stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "data_root").rglob("0*.mp4")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(30) == 143 and "the same command goes on" in process.stdout.read()
+    wait_until_gone(process.pid)
+    assert not list((tmp_path / "data_root").rglob(".*.tmp.*")) and list((tmp_path / "data_root").rglob("0*.mp4"))
+
+
+@pytest.mark.parametrize("program", ["prepare_dsec", "extract_tokens_train", "train_and_evaluate",
+                                     "speculative_decode", "decode_report", "benchmark", "make_demo", "report"])
 def test_help_is_quick_because_nothing_heavy_is_imported(program):
     code = (f"import sys, runpy; sys.argv = ['{program}.py', '--help']\n"
             f"try: runpy.run_path('{program}.py', run_name='__main__')\nexcept SystemExit as e: assert not e.code\n"
-            "heavy = {'torch', 'transformers', 'av', 'matplotlib'} & set(sys.modules)\nassert not heavy, heavy")
+            "heavy = {'torch', 'transformers', 'av', 'matplotlib', 'h5py', 'hdf5plugin'} & set(sys.modules)\n"
+            "assert not heavy, heavy")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--" in done.stdout

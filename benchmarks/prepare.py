@@ -1,0 +1,259 @@
+"""From a raw recording to a data set folder: `python benchmark.py prepare`.
+
+Times how fast events are painted, beside a plain loop over them and beside a copy of their bytes; then makes up a
+recording in DSEC's layout and lets prepare_dsec.py make its data set folder, while the memory of all its processes is
+watched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+import dsec
+from base import ROOT, UserError, check_counts, log, option
+from vlm.media import EventPicture, write_png
+
+HEIGHT, WIDTH = 480, 640
+EVENT_BYTES = 5                    # x and y in two bytes each, p in one: what painting reads
+FILE_BYTES = 4                     # of the event file for each event: 2.9 were measured
+FPS, DISTINCT = 20, 40             # camera pictures a second; different ones, which come in turn
+PART = 2**20                       # events made up and written at a time
+SEQUENCE = "made_up_00_a"
+REPEATS = 3
+
+WHAT = (
+    "Paint: events a second in one thread, columns as in the file, at random places; the loop paints one event after "
+    "the other. Share of copy: of the events whose columns one thread could copy in that time.",
+    "Read: all four columns of the made-up recording through HDF5 and Blosc, and whether times fall, checked.",
+    "Prepare: prepare_dsec.py as a process of its own. Memory: resident memory of all its processes together, the "
+    "highest of samples 20 ms apart; pages that processes share count in each of them.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Time the painting of events, and the way from a made-up recording to its data set folder with its memory."""
+
+    events: int = option(300_000_000, "of the recording")
+    seconds: int = option(30, "length of the recording")
+    duration: str = option("1s", "window length of the data set")
+    workers: int | None = option(None, "processes of prepare_dsec.py; if not said: its default")
+    video_size: str = option("1440x1080", "width x height of the camera pictures and of the videos")
+    painted: int = option(20_000_000, "events to time painting with; the loop paints a hundredth of them")
+    output: Path = option(Path("benchmark_prepare.json"), "where all numbers go")
+    compare: Path | None = option(None, "an earlier output: print old, new and ratio of each figure")
+    seed: int = option(42, "of events and pictures")
+
+    def __post_init__(self):
+        check_counts(self, ("seconds", *(["workers"] if self.workers is not None else [])))
+        for name in ("events", "painted"):
+            if getattr(self, name) < 1000:
+                raise UserError(f"--{name} must be 1000 or more, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise UserError(f"--seed must be 0 or more, got {self.seed}")
+
+
+# ----------------------------------------------------------------------------------------------- a recording
+def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int = 2**16) -> None:
+    """events.h5 as DSEC's: columns packed with Blosc/ZSTD, t relative to t_offset in uint32, and ms_to_idx.
+
+    parts: x, y, p, t (us, never falling, the first part not empty) one after the other.
+    """
+    import h5py
+    import hdf5plugin
+
+    packed = dict(hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE))
+    table, count = [], 0
+    with h5py.File(path, "w") as file:
+        columns = {name: file.create_dataset(f"events/{name}", (0,), dtype, maxshape=(None,), chunks=(chunk,),
+                                             **packed)
+                   for name, dtype in (("x", "u2"), ("y", "u2"), ("p", "u1"), ("t", "u4"))}
+        for part in parts:
+            for name, values in zip("xypt", part):
+                columns[name].resize((count + len(values),))
+                columns[name][count:] = values
+            times = np.asarray(part[3])
+            starts = 1000 * np.arange(len(table), int(times[-1]) // 1000 + 1)      # of each millisecond begun so far
+            table += (count + np.searchsorted(times, starts)).tolist()
+            count += len(times)
+        file.create_dataset("ms_to_idx", data=np.array(table, np.uint64), **packed)
+        file.create_dataset("t_offset", data=np.int64(t_offset))
+
+
+def made_up_events(count: int, seconds: float, seed: int) -> Iterator[tuple]:
+    """x, y, p, t in parts: random places and signs, evenly spread times. Real events resemble their neighbours."""
+    random = np.random.default_rng(seed)
+    for start in range(0, count, PART):
+        size = min(PART, count - start)
+        t = (np.arange(start, start + size) * (seconds * 1e6 / count)).astype(np.uint32)
+        yield (random.integers(0, WIDTH, size, np.uint16), random.integers(0, HEIGHT, size, np.uint16),
+               random.integers(0, 2, size, np.uint8), t)
+
+
+def write_recording(root: Path, config: Config) -> None:
+    """One sequence of the test split. Its pictures are few, each under many names: encoding takes longest."""
+    from PIL import Image
+
+    folder, t_offset = root / "test" / SEQUENCE, 50_000_000_000
+    pictures = folder / "images" / "left" / "rectified"
+    pictures.mkdir(parents=True)
+    (folder / "events" / "left").mkdir(parents=True)
+    write_events(folder / "events" / "left" / "events.h5",
+                 made_up_events(config.events, config.seconds, config.seed), t_offset)
+    width, height = map(int, config.video_size.split("x"))
+    random, count = np.random.default_rng(config.seed), FPS * config.seconds + 1
+    scene = Image.fromarray(random.integers(0, 256, (height // 9, width // 8, 3), np.uint8))
+    scene = np.asarray(scene.resize((2 * width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    for number in range(count):
+        if number < DISTINCT:                              # the camera turns; each pixel has noise of its own
+            left = number * width // DISTINCT
+            frame = scene[:, left:left + width] + random.normal(0, 2, (height, width, 3)).astype(np.int16)
+            write_png(pictures / f"{number:06d}.png", frame.clip(0, 255).astype(np.uint8))
+        else:
+            os.link(pictures / f"{number % DISTINCT:06d}.png", pictures / f"{number:06d}.png")
+    times = (t_offset + 280 + number * 1_000_000 // FPS for number in range(count))
+    (folder / "images" / "timestamps.txt").write_text("".join(f"{time}\n" for time in times))
+
+
+# --------------------------------------------------------------------------------------------------- measure
+def median_s(work) -> float:
+    work()
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def plain_loop(x: np.ndarray, y: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """What one would write first; equal to the renderer `time`."""
+    image = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
+    for column, row, sign in zip(x, y, p):
+        image[row, column] = (255, 0, 0) if sign else (0, 0, 255)
+    return image
+
+
+def painting(config: Config) -> dict:
+    """Events a second of both renderers and of the loop, and their shares of what a copy would reach."""
+    import torch
+
+    from benchmarks.limits import copy_rate
+
+    torch.set_num_threads(1)
+    parts = made_up_events(config.painted, 1, config.seed)
+    x, y, p = (np.concatenate(column) for column in list(zip(*parts))[:3])
+
+    def paint(render):
+        picture = EventPicture(HEIGHT, WIDTH, render)
+        for start in range(0, len(x), dsec.SLICE):         # as prepare_dsec.py does
+            part = slice(start, start + dsec.SLICE)
+            picture.paint(x[part], y[part], p[part])
+        return picture.image()
+
+    few = config.painted // 100
+    rates = {render: len(x) / median_s(lambda: paint(render)) for render in ("time", "blue_over_red")}  # noqa: B023
+    rates["loop"] = few / median_s(lambda: plain_loop(x[:few], y[:few], p[:few]))
+    copied = copy_rate(torch.device("cpu"))                # bytes a second, read and written
+    return {"events_per_s": rates, "copy_bytes_per_s": copied,
+            "over_loop": {render: rates[render] / rates["loop"] for render in ("time", "blue_over_red")},
+            "share_of_copy": {name: rate * 2 * EVENT_BYTES / copied for name, rate in rates.items()}}
+
+
+def reading(path: Path, events: int) -> float:
+    """Events a second from the file, which lies in the page cache."""
+    start = time.perf_counter()
+    with dsec.EventFile(path) as file:
+        count = sum(len(x) for x, _, _ in file.slices(0, file.count))
+    assert count == events
+    return count / (time.perf_counter() - start)
+
+
+def resident_mib(pid: int) -> list[float]:
+    """Of a process and all that it started, as far as they still run."""
+    found = []
+    with contextlib.suppress(OSError):                     # it ended meanwhile
+        status = Path(f"/proc/{pid}/status").read_text()
+        found = [int(size) / 1024 for size in re.findall(r"^VmRSS:\s+(\d+)", status, re.M)]
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            found += resident_mib(int(child))
+    return found
+
+
+def preparing(root: Path, config: Config) -> dict:
+    command = [sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root", root / "data",
+               "--split", "test", "--sequences", SEQUENCE, "--duration", config.duration,
+               "--video_size", config.video_size]
+    command += ["--workers", str(config.workers)] if config.workers else []
+    start, peak, largest = time.perf_counter(), 0.0, 0.0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            sizes = resident_mib(process.pid)
+            peak, largest = max(peak, sum(sizes)), max([largest, *sizes])
+            time.sleep(0.02)
+        said = process.stdout.read()
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        raise UserError(f"prepare_dsec.py ended with status {process.returncode}: {said.splitlines()[-1]}")
+    folder, = (root / "data" / "my_egpt_dsec_test").iterdir()
+    videos = [*folder.glob("mp4/*/*.mp4")]
+    return {"seconds": seconds, "clips": len(videos), "clips_per_s": len(videos) / seconds, "peak_mib": peak,
+            "largest_process_mib": largest, "mp4_mib": sum(path.stat().st_size for path in videos) / 2**20,
+            "png_mib": sum(path.stat().st_size for path in folder.glob("event_image/*/*.png")) / 2**20}
+
+
+def measure(config: Config) -> dict:
+    if not Path("/proc/self/task").exists():
+        raise UserError("memory is read from /proc, which this system lacks; run this benchmark on Linux")
+    dsec.check_reader()
+    log(f"benchmark | painting {config.painted} events")
+    paint = painting(config)
+    with tempfile.TemporaryDirectory(prefix="recording_") as folder:
+        need, free = config.events * FILE_BYTES + 2**30, shutil.disk_usage(folder).free
+        if need > free:
+            raise UserError(f"{config.events} events take about {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} "
+                            "are free; set TMPDIR to a folder with more room, or use fewer --events")
+        log(f"benchmark | making up a recording of {config.seconds} s with {config.events} events")
+        write_recording(Path(folder), config)
+        events = Path(folder, "test", SEQUENCE, "events", "left", "events.h5")
+        size, read = events.stat().st_size, reading(events, config.events)
+        log("benchmark | prepare_dsec.py")
+        made = preparing(Path(folder), config)
+    return {"what": list(WHAT), "device": f"CPU, {os.cpu_count()} cores", "paint": paint,
+            "read": {"events_per_s": read, "file_mib": size / 2**20}, "prepare": made,
+            "wanted_of": f"of {config.events} events in {config.seconds} s", "wanted": [
+                {"what": "peak memory of all processes, MiB", "measured": made["peak_mib"], "wanted": "<= 2048"}]}
+
+
+def show(results: dict) -> None:
+    """The table, as log lines."""
+    for line in results["what"]:
+        log(f"benchmark | {line}")
+    paint, read, made = results["paint"], results["read"], results["prepare"]
+    for name, rate in paint["events_per_s"].items():
+        log(f"table | paint {name} | {rate / 1e6:.1f} million events/s | share of copy "
+            f"{paint['share_of_copy'][name]:.2%}"
+            + (f" | {paint['over_loop'][name]:.0f} x the loop" if name in paint["over_loop"] else ""))
+    log(f"table | copy | {paint['copy_bytes_per_s'] / 1e9:.1f} GB/s read and written")
+    log(f"table | read | {read['events_per_s'] / 1e6:.1f} million events/s | file {read['file_mib']:.0f} MiB")
+    log(f"table | prepare | {made['clips']} clips in {made['seconds']:.1f} s, {made['clips_per_s']:.2f} a second | "
+        f"peak {made['peak_mib']:.0f} MiB, largest process {made['largest_process_mib']:.0f} | "
+        f"mp4 {made['mp4_mib']:.1f} MiB, event pictures {made['png_mib']:.1f} MiB")
+
+
+def one_line(results: dict) -> str:
+    paint, made = results["paint"], results["prepare"]
+    return (f"painted {paint['events_per_s']['time'] / 1e6:.0f} million events/s, {paint['over_loop']['time']:.0f} "
+            f"times the loop; {made['clips_per_s']:.2f} clips/s, peak {made['peak_mib']:.0f} MiB")
