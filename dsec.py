@@ -28,6 +28,7 @@ MAX_CHUNK = 2**28                  # bytes; HDF5 unpacks a chunk in one piece, s
 MAX_RATE = 2**28                   # events a second: ten times what DSEC's cameras can send
 CHUNK_CACHE = 2**25                # bytes of unpacked chunks that HDF5 keeps for each column
 MAX_TIMES = 2**24                  # bytes of a timestamps file: a million pictures, 14 hours
+MAX_SPAN = 6 * 3600 * 10**6        # us from the first picture to the last: a wrong time would make endless windows
 BLOSC = 32001                      # the number of its filter in HDF5
 
 
@@ -105,6 +106,8 @@ def find_recording(root: Path, split: str, sequence: str) -> Recording:
     if len(found) != len(taken):
         raise MediaError(f"{len(found)} pictures in {pictures}, but {len(taken)} timestamps in {times}: which belong "
                          "together is not known; download both again")
+    if taken[-1] - taken[0] > MAX_SPAN:
+        raise MediaError(f"{times} goes from {taken[0]} to {taken[-1]} us, over {MAX_SPAN / 3.6e9:g} hours")
     return Recording(sequence, events, found, taken)
 
 
