@@ -28,7 +28,9 @@ MAX_CHUNK = 2**28                  # bytes; HDF5 unpacks a chunk in one piece, s
 MAX_RATE = 2**28                   # events a second: ten times what DSEC's cameras can send
 CHUNK_CACHE = 2**25                # bytes of unpacked chunks that HDF5 keeps for each column
 MAX_TIMES = 2**24                  # bytes of a timestamps file: a million pictures, 14 hours
+MAX_SPAN = 6 * 3600 * 10**6        # us from the first picture to the last: a wrong time would make endless windows
 BLOSC = 32001                      # the number of its filter in HDF5
+HDF5_ERRORS = (OSError, KeyError, RuntimeError, TypeError, ValueError)     # what h5py makes of a broken file
 
 
 def _sequences(text: str) -> tuple[str, ...]:
@@ -105,6 +107,8 @@ def find_recording(root: Path, split: str, sequence: str) -> Recording:
     if len(found) != len(taken):
         raise MediaError(f"{len(found)} pictures in {pictures}, but {len(taken)} timestamps in {times}: which belong "
                          "together is not known; download both again")
+    if taken[-1] - taken[0] > MAX_SPAN:
+        raise MediaError(f"{times} goes from {taken[0]} to {taken[-1]} us, over {MAX_SPAN / 3.6e9:g} hours")
     return Recording(sequence, events, found, taken)
 
 
@@ -167,13 +171,15 @@ class EventFile:
             self.columns = {name: self._column(f"events/{name}") for name in "xypt"}
             self.ms_to_idx = self._column("ms_to_idx")
             self.t_offset = self._t_offset()
-        except BaseException:
+            self.count = len(self.columns["t"])
+            if len({len(column) for column in self.columns.values()}) != 1:
+                raise MediaError(f"{path}: events/x, y, p and t have different lengths")
+        except MediaError:
             self.file.close()
             raise
-        self.count = len(self.columns["t"])
-        if len({len(column) for column in self.columns.values()}) != 1:
+        except HDF5_ERRORS as error:
             self.file.close()
-            raise MediaError(f"{path}: events/x, y, p and t have different lengths")
+            raise MediaError(f"can't read {path}: {error}") from error
 
     def __enter__(self) -> "EventFile":
         return self
@@ -199,10 +205,7 @@ class EventFile:
     def _dataset(self, name: str):
         import h5py
 
-        try:
-            found = self.file.get(name)
-        except (OSError, KeyError, RuntimeError, ValueError) as error:      # a broken link or header
-            raise MediaError(f"{self.path}: can't read {name}: {error}") from error
+        found = self.file.get(name)
         if not isinstance(found, h5py.Dataset):
             raise MediaError(f"{self.path}: {name} is missing")
         # HDF5 lets a file point at others; nothing but this one is to be read.
@@ -216,8 +219,6 @@ class EventFile:
             offset = self._dataset("t_offset")
             if offset.size == 1 and offset.dtype.kind in "iu":
                 return int(np.ravel(offset[()])[0])
-        except OSError as error:
-            raise MediaError(f"{self.path}: can't read t_offset: {error}") from error
         except MediaError as error:
             raise MediaError(f"{error}, so the times of events and pictures can't be joined") from error
         raise MediaError(f"{self.path}: t_offset is {offset.dtype} {offset.shape}, wanted one whole number")
@@ -225,7 +226,7 @@ class EventFile:
     def _read(self, column, start: int, end: int) -> np.ndarray:
         try:
             return column[start:end]
-        except OSError as error:
+        except HDF5_ERRORS as error:
             raise MediaError(f"{self.path}: can't read {column.name} from {start} to {end}: {error}") from error
 
     def between(self, start_us: int, end_us: int) -> tuple[int, int]:

@@ -10,9 +10,11 @@ import benchmarks.adapter
 import benchmarks.decode
 import benchmarks.extract
 import benchmarks.load
+import benchmarks.prepare
 import benchmarks.train
 import extract_tokens_train
 import make_demo
+import prepare_dsec
 import speculative_decode
 import train_and_evaluate
 
@@ -20,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [(ROOT / name).read_text() for name in ("README.md", "WORKFLOW.md")]
 CONFIGS = [extract_tokens_train.ExtractConfig, train_and_evaluate.TrainConfig, speculative_decode.DecodeConfig,
            benchmarks.adapter.Config, benchmarks.decode.Config, benchmarks.extract.Config, benchmarks.load.Config,
-           benchmarks.train.Config, make_demo.DemoConfig]
+           benchmarks.prepare.Config, benchmarks.train.Config, make_demo.DemoConfig, prepare_dsec.PrepareConfig]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__module__)

@@ -160,6 +160,7 @@ BAD_INPUT = [
     (lambda made: shutil.rmtree(made.folder), WHOLE + "not there$"),
     (times(lambda lines: "\n".join(lines[:5] + lines[4:-1])), WHOLE + r".*timestamps\.txt is not sorted: entry 6"),
     (times(lambda lines: "\n".join(["# us", *lines[2:]])), WHOLE + r".*timestamps\.txt, entry 1: '#' is no time"),
+    (times(lambda lines: "\n".join([*lines[:-1], "9" * 17])), WHOLE + r".*timestamps\.txt goes from .* over 6 hours"),
     (times(lambda _: "é"), WHOLE + r"can't read .*timestamps\.txt"),
 ]
 
