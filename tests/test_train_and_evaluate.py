@@ -101,7 +101,7 @@ def test_a_kill_leaves_a_best_model_that_loads_and_no_temporary(tmp_path, files)
                "--test_benchmark", files["test"], "--task_folder", task, *SMALL, "--num_epochs", "100000",
                "--early_stopping", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    while not (task / "best_model.pt").exists():
+    while not (task / "resume.pt").exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
