@@ -204,7 +204,7 @@ def test_help_is_quick_and_imports_no_torch(flags):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    ([], "decode, load, compare"), (["run"], "'run': wanted one of "),
+    ([], "decode, load, prepare, compare"), (["run"], "'run': wanted one of "),
     (["decode"], "--pairs, --task"), (["decode", "--pairs", "a", "--task", "b", "--gamma", "17"], "--gamma must be"),
     (["decode", "--pairs", "a", "--task", "b", "--peer_answers", "0"], "--peer_answers must be 1 or more"),
     (["decode", "--pairs", "a", "--task", "b", "--max_answers", "-2"], "--max_answers must be 1 or more"),
