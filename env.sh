@@ -17,7 +17,7 @@ else
   PYTHON="${PWD}/.venv/bin/python"
   installed=".venv/${requirements}.installed"       # written last: without it the installation is not whole
   if ! cmp -s "${requirements}" "${installed}"; then
-    log "env | making .venv from ${requirements} (about 1.5 GB, minutes)"
+    log "env | making .venv from ${requirements} (about 1.7 GB, minutes)"
     [[ -x "${PYTHON}" ]] || "${system_python}" -m venv .venv || die "could not make .venv: is python3-venv installed?"
     "${PYTHON}" -m pip install --quiet --disable-pip-version-check -r "${requirements}" \
       || die "pip could not install ${requirements}: see the lines above"
