@@ -114,13 +114,9 @@ def resume_line() -> str:
 
 
 def end(line: str, code: int) -> typing.NoReturn:
-    """The last line of the log, and the exit; a log that can't be written must not change the exit code."""
+    """The last line of the log, if there is one to say, and the exit."""
     if line:
         log(line)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # Python flushes again on its way out
     sys.exit(code)
 
 

@@ -160,16 +160,18 @@ class Journal:
         return json.dumps(entry).encode() + b"\n"
 
     def _write(self, lines: list[bytes]) -> None:
-        """All of these lines, on the disk, or none: a full disk or a signal in the middle leaves no half line."""
+        """All of these lines, on the disk, or none: a full disk or a signal in the middle leaves no half of them."""
         whole, left = self.file.tell(), memoryview(b"".join(lines))
         try:
             while left:
                 left = left[self.file.write(left):]
             os.fsync(self.file.fileno())
         except BaseException as error:
-            with contextlib.suppress(OSError):                   # if this fails too, the next start cuts it off
-                self.file.truncate(whole)
-            if isinstance(error, OSError):
+            full = isinstance(error, OSError)
+            if full or left:
+                with contextlib.suppress(OSError):               # if this fails too, the next start cuts it off
+                    self.file.truncate(whole)
+            if full:
                 error.filename = str(self.path)                  # a failed write doesn't say of which file
             raise
 

@@ -54,6 +54,7 @@ PREPARE_FLAGS="${PREPARE_FLAGS:-}"  # further flags of prepare_dsec.py, e.g. "--
 DRAFT_FLAGS="${DRAFT_FLAGS:-}"    # further flags of the training in draft conditioning alone
 DEMO_FLAGS="${DEMO_FLAGS:-}"      # further flags of make_demo.py, e.g. "--train_clips 48"
 TEST_1S="${TEST_1S:-}"            # an existing pair file to test the 1s adapter on, instead of extracting one
+LOCK_WAIT_S="${LOCK_WAIT_S:-20}"  # how long to wait for another workflow in the same TASK_DIR to end
 STATE="${TASK_DIR}/.workflow"     # the task folders that this workflow chose
 
 source ./env.sh requirements.txt
@@ -65,6 +66,17 @@ stop() {
   exit 143
 }
 trap stop TERM INT HUP
+bound=()                          # a step ends with the script even when that is killed with -9
+if command -v setpriv > /dev/null; then bound=(setpriv --pdeathsig TERM); fi
+
+# alone : one workflow at a time in TASK_DIR; the lock is held by the script and its steps, and can't go stale
+alone() {
+  exec 9>> "${STATE}.lock"
+  if command -v flock > /dev/null && ! flock --wait "${LOCK_WAIT_S}" 9; then
+    die "another workflow is at work in ${TASK_DIR} ($(cat "${STATE}.lock")): wait for it, or name another TASK_DIR"
+  fi
+  echo "process $$ since $(date '+%Y-%m-%d %H:%M:%S')" > "${STATE}.lock"
+}
 
 # step NAME RESULT COMMAND... : run COMMAND unless RESULT is there already
 step() {
@@ -72,7 +84,7 @@ step() {
   shift 2
   if [[ -e "${result}" ]]; then log "${name} | skipped, ${result} exists"; return; fi
   log "${name} | start | $*"
-  "$@" &                                         # not in the foreground: bash would let a kill wait for its end
+  ${bound[@]+"${bound[@]}"} "$@" &               # not in the foreground: bash would let a kill wait for its end
   child=$!
   wait "${child}" || status=$?
   child=''
@@ -138,6 +150,7 @@ main() {
   [[ -z "${DSEC_ROOT}" || -d "${DSEC_ROOT}" ]] || die "DSEC_ROOT=${DSEC_ROOT}: no such folder"
   [[ -d "${EVENTGPT}" ]] || die "EVENTGPT=${EVENTGPT}: no such folder"
   mkdir -p "${TOKENS_DIR}" "${TASK_DIR}" || die "can't make the folders ${TOKENS_DIR} and ${TASK_DIR}"
+  alone
   if [[ -n "${new}" ]]; then rm -f "${STATE}"; fi
   local train_root="${DATA_ROOT}/my_egpt_dsec_train/my_egpt_dsec_train" test_root="${DATA_ROOT}/my_egpt_dsec_test/my_egpt_dsec_seq"
   local test_1s="${TEST_1S:-${TOKENS_DIR}/test_tokens_1s.json}"

@@ -58,12 +58,17 @@ def text_of(values, changes: list[tuple], lines: bool) -> bytes:
     for number, odd, twice in changes:
         places = list(places_in(values))
         holder, key = places[number % len(places)]
-        holder[key] = odd if odd is DEEP else copy.deepcopy(odd)
+        holder[key] = fresh(odd)
         if twice and isinstance(holder, list):
-            holder.append(odd)
+            holder.append(fresh(odd))
     if lines:
         return b"".join(json.dumps(value).encode() + b"\n" for value in values)
     return json.dumps(values).encode()
+
+
+def fresh(odd):
+    """A copy, which may be changed again; but of what is nested absurdly deep, where nothing is changed."""
+    return odd if odd is DEEP else copy.deepcopy(odd)
 
 
 def places_in(value):

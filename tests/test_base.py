@@ -133,3 +133,78 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(AssertionError, match="shape"):
         base.run(main)
+
+
+def ran(body: str, *before: str, **how) -> subprocess.CompletedProcess:
+    """A program of its own whose main() is this, as if started by the words before."""
+    program = f"import errno, os, pathlib, signal, base\ndef main():{body}\nbase.run(main)"
+    return subprocess.run([*before, sys.executable, "-c", program], cwd=base.ROOT, text=True,
+                          **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how})
+
+
+@pytest.mark.parametrize(("number", "code"), [("TERM", 143), ("HUP", 129), ("INT", 130)])
+def test_a_stopped_program_cleans_up_and_says_how_to_go_on(number, code):
+    ended = ran(f"""
+        base.goes_on_with(['train.py', '--name', 'a b'])
+        try:
+            os.kill(os.getpid(), signal.SIG{number})
+        finally:
+            base.log('cleaned')""")
+    assert (ended.returncode, ended.stderr) == (code, "")
+    first, last = ended.stdout.splitlines()
+    assert "cleaned" in first and last.endswith(f"] RESUME | {sys.executable} train.py --name 'a b'")
+
+
+def test_a_hang_up_is_ignored_under_nohup():
+    ended = ran("""
+        os.kill(os.getpid(), signal.SIGHUP)
+        base.log('RESULT')""", "nohup")
+    assert ended.returncode == 0 and ended.stdout.endswith("RESULT\n")
+
+
+@pytest.mark.parametrize("trouble", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO"])
+def test_a_disk_that_is_full_or_read_only_is_one_error_line_and_names_the_file(tmp_path, trouble):
+    (tmp_path / "out.json").write_text("old")
+    ended = ran(f"""
+        def fail(file):
+            raise OSError(errno.{trouble}, os.strerror(errno.{trouble}))
+        base.write_whole(pathlib.Path({str(tmp_path / 'out.json')!r}), fail)""")
+    assert (ended.returncode, ended.stderr, ended.stdout.count("\n")) == (2, "", 1)
+    assert f"ERROR | {tmp_path / 'out.json'}: " in ended.stdout and "give the same command again" in ended.stdout
+    assert (tmp_path / "out.json").read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
+
+
+def test_a_file_is_made_in_its_own_folder_so_that_no_rename_crosses_disks(tmp_path):
+    made = []
+    base.write_whole(tmp_path / "a.png", lambda temporary: made.append(temporary) or temporary.write_text("x"))
+    assert made[0].parent == tmp_path and made[0].suffix == ".png"
+
+
+@pytest.mark.parametrize("out", ["/dev/full", "a pipe that nobody reads"])
+def test_a_log_that_cannot_be_written_ends_no_work(tmp_path, out):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(out, "w") if out == "/dev/full" else os.fdopen(writer, "w") as file:
+        ended = ran(f"""
+        base.log('x')
+        pathlib.Path({str(tmp_path / 'done')!r}).touch()
+        raise base.UserError('the end')""", stdout=file)
+    assert (ended.returncode, ended.stderr) == (2, "") and (tmp_path / "done").exists()
+
+
+def test_nothing_in_a_log_line_hides_or_acts(capsys):
+    base.log("clip a\r\nb\x1b[31m\x00\x08\x9b \u202e \u2066 \ud83d é 漢 \u2028 end")
+    line = capsys.readouterr().out
+    assert line.rstrip("\n").isprintable() and line.count("\n") == 1
+    assert r"clip a b\x1b[31m\x00\x08\x9b \u202e \u2066 \ud83d é 漢   end" in line
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"", "it is empty"), (b"\x1f\x8b\x08\0\0", r"looks like gzip; unpack it first \(gunzip\)"),
+    (b"PK\3\4", "zip archive"), (b'{"a": ', "is not JSON: Expecting value"), (b"[" * 10**5, "recursion"),
+    (b'{"a": "\xff"}', "can't decode byte 0xff"),
+    ('{"a": 1}'.encode("utf-16"), "can't decode byte 0xff")])
+def test_what_is_not_json_is_named(tmp_path, content, words):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        base.read_json(tmp_path / "a.json")

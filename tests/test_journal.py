@@ -186,17 +186,32 @@ def test_a_full_disk_leaves_whole_lines_and_the_next_start_goes_on(five, tmp_pat
         assert len(journal) == 6 and journal.read("eventgpt", "town/7", 0)["tokens"] == [7] * 50
 
 
-def test_a_signal_in_the_middle_of_a_write_leaves_no_half_line(five, tmp_path, monkeypatch):
+@pytest.mark.parametrize("written", [False, True])
+def test_a_signal_in_the_middle_of_a_write_leaves_no_half_line(five, tmp_path, monkeypatch, written):
     path, content = five
     before = path.read_bytes()
+
+    class Stopped:
+        """A file during whose writing Ctrl-C is pressed."""
+
+        def write(self, data) -> int:
+            journal.kept.write(data if written else data[:10])
+            if not written:
+                raise KeyboardInterrupt
+            return len(data)
+
+        def __getattr__(self, name):
+            return getattr(journal.kept, name)
 
     def stopped(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), Journal(tmp_path / "out.json", ALIKE, False, content) as journal:
+        journal.kept, journal.file = journal.file, Stopped()
         monkeypatch.setattr(module.os, "fsync", stopped)
         journal.append([answer_of("town/7", 0, [7] * 50)])
-    assert path.read_bytes() == before
+    assert (path.read_bytes() == before) != written and path.read_bytes().startswith(before)
+    assert len(kept(tmp_path, content)) == 5 + written
 
 
 # ------------------------------------------------------------------------------------------------------- the lock

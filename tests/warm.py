@@ -1,0 +1,62 @@
+"""extract_tokens_train.py again and again, each time in a fork of one process that has imported everything it needs.
+
+A run so takes what its work takes: a hundred of them can be killed in minutes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+SERVER = """
+import gc, json, os, sys
+import torch
+import base, extract_tokens_train
+from vlm import batches, dataset, eventgpt, video_llava
+torch.set_num_threads(1)
+gc.freeze()                            # else each fork's first collection copies all that was imported
+print("ready", flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "wait" in asked:
+        answer = os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1])
+    elif (answer := os.fork()) == 0:
+        log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(log, 1), os.dup2(log, 2)
+        sys.argv = asked["argv"]
+        try:
+            base.run(extract_tokens_train.main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        sys.stdout.flush()
+        os._exit(code)                 # to take everything down in order is a second's work
+    print(answer, flush=True)
+"""
+
+
+class Warm:
+    def __init__(self):
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                                       stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert self.server.stdout.readline() == "ready\n"
+
+    def _ask(self, **what) -> int:
+        self.server.stdin.write(json.dumps(what) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def start(self, flags: list, log: Path) -> int:
+        """The process number of a run with these flags; what it prints is appended to the log."""
+        return self._ask(argv=["extract_tokens_train.py", *map(str, flags)], log=str(log))
+
+    def wait(self, process: int) -> int:
+        """Its exit code, or less than 0 when a signal ended it."""
+        return self._ask(wait=process)
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait(60)
