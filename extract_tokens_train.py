@@ -218,6 +218,7 @@ def answer_all(which: Literal["eventgpt", "videollava"], samples: list[Sample], 
             journal.append([{**facts, "batch_size": size}])
         answering.unload()
     answered = [sample for sample in good if not missing(sample)]
+    assert len(answered) + len(failed) == len(samples), f"{len(answered)} + {len(failed)} of {len(samples)} clips"
     log(f"extract | {which} | {len(answered)} of {len(samples)} clips answered, {len(failed)} failed")
     if not answered:
         raise UserError(f"{which}: none of {len(samples)} clips could be answered; the first reason: "
@@ -270,8 +271,11 @@ class Answering:
     def start(self, clips: list[tuple], meanwhile: Callable) -> None:
         """Start answering, fewer at a time if memory is short; meanwhile() is called once the device is busy."""
         from vlm.batches import Batches
-        from vlm.loading import free_memory, short_of_memory
+        from vlm.loading import first_line, free_memory, short_of_memory
 
+        while len(clips) > self.size:                          # which may become less on the way
+            part, clips = clips[:self.size], clips[self.size:]
+            self.start(part, meanwhile)
         samples, pixels = zip(*clips)
         try:
             if self.engine is None or self.engine.pictures != len(pixels[0]):
@@ -284,7 +288,7 @@ class Answering:
         except (RuntimeError, MemoryError) as error:          # on a CPU PyTorch has no class of its own for it
             if not short_of_memory(error):
                 raise
-            reason = f"out of memory with {len(clips)} clips at a time: {str(error).splitlines()[0]}"
+            reason = f"out of memory with {len(clips)} clips at a time: {first_line(error)}"
         self.engine = None
         free_memory()
         if self.size == 1:
@@ -292,8 +296,7 @@ class Answering:
             return
         self.size //= 2
         log(f"extract | {self.which} | WARNING | {reason}; going on with {self.size}")
-        for at in range(0, len(clips), self.size):
-            self.start(clips[at:at + self.size], meanwhile)
+        self.start(clips, meanwhile)
 
     def lose(self, sample: Sample, reason: str) -> None:
         self.failed.append(failure(sample, self.which, reason))
