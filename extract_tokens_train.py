@@ -225,6 +225,7 @@ def answer_all(which: Literal["eventgpt", "videollava"], samples: list[Sample], 
             journal.append([facts])
         answering.unload()
     answered = [sample for sample in good if not missing(sample)]
+    assert len(answered) + len(failed) == len(samples), f"{len(answered)} + {len(failed)} of {len(samples)} clips"
     log(f"extract | {which} | {len(answered)} of {len(samples)} clips answered, {len(failed)} failed")
     if not answered:
         raise UserError(f"{which}: none of {len(samples)} clips could be answered; the first reason: "
@@ -277,7 +278,7 @@ class Answering:
     def start(self, clips: list[tuple], meanwhile: Callable) -> None:
         """Start answering, fewer at a time if memory is short; meanwhile() is called once the device is busy."""
         from vlm.batches import Batches
-        from vlm.loading import free_memory, short_of_memory
+        from vlm.loading import first_line, free_memory, short_of_memory
 
         while len(clips) > self.size:             # it may shrink on the way
             part, clips = clips[:self.size], clips[self.size:]
@@ -294,7 +295,7 @@ class Answering:
         except (RuntimeError, MemoryError) as error:          # on a CPU PyTorch has no class of its own for it
             if not short_of_memory(error):
                 raise
-            reason = f"out of memory with {len(clips)} clips at a time: {str(error).splitlines()[0]}"
+            reason = f"out of memory with {len(clips)} clips at a time: {first_line(error)}"
         self.engine = None
         free_memory()
         if self.size == 1:

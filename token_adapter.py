@@ -409,6 +409,9 @@ def _config_of(state: dict, recorded: dict) -> AdapterConfig:
     if len(shapes) < len(telling):
         raise UserError(f"not an adapter: wanted two-dimensional {', '.join(telling)}, found {_some(state)}")
     (vocab_size, embed_dim), (max_seq_len, _), (feedforward_dim, _) = shapes
+    for name in ("conditioning", "contract"):
+        if not isinstance(recorded.get(name, ""), str):
+            raise UserError(f"{name} must be a text, got {recorded[name]!r}")
     return AdapterConfig(
         vocab_size=vocab_size, embed_dim=embed_dim, num_layers=len(layers), max_seq_len=max_seq_len,
         feedforward_dim=feedforward_dim,

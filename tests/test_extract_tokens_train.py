@@ -130,6 +130,31 @@ def test_clips_with_other_numbers_of_pictures_free_the_memory_of_those_before(ex
     assert len(rows_of(output)) == 6 and not output["failed"]
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: no room")])
+def test_caches_that_find_no_room_are_made_smaller(extract, monkeypatch, capsys, error):
+    make = Batches.__init__
+
+    def short(batches, vlm, questions, tokens, pictures, clips, *how):
+        if clips > 1:
+            raise error
+        make(batches, vlm, questions, tokens, pictures, clips, *how)
+
+    monkeypatch.setattr(Batches, "__init__", short)
+    output = extract("--batch_size", 4)
+    assert len(rows_of(output)) == 5 and not output["failed"]
+    assert "; going on with 1" in capsys.readouterr().out
+
+
+def test_another_error_of_the_model_is_no_lack_of_memory(extract, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes (3, 4)")
+
+    monkeypatch.setattr(Batches, "answer", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        extract()
+
+
 def test_a_clip_that_fits_into_no_memory_fails_alone(extract, monkeypatch):
     answer, calls = Batches.answer, []
 
@@ -263,6 +288,47 @@ def test_a_finished_output_is_not_touched_again(extract, tmp_path):
     with pytest.raises(UserError, match="--restart"):
         extract()
     assert len(rows_of(extract("--restart", None))) == 5
+
+
+def test_a_finished_output_of_a_data_set_that_changed_since_is_not_called_finished(extract, copy, tmp_path):
+    extract(dataset_dir=copy)
+    before = (tmp_path / "pairs.json").read_bytes()
+    picture = next((copy / "event_image").rglob("*_0.png"))
+    picture.write_bytes(picture.read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"made differently \(dataset_content: .*--restart"):
+        extract(dataset_dir=copy)
+    assert (tmp_path / "pairs.json").read_bytes() == before
+    old = {**json.loads(before)}
+    del old["dataset_content"]                                # as earlier versions wrote it
+    (tmp_path / "pairs.json").write_text(json.dumps(old))
+    extract(dataset_dir=copy)
+
+
+def test_a_finished_output_needs_no_model_and_no_heavy_import(extract, tmp_path, monkeypatch):
+    extract()
+    for name in ("load_model", "resolve_settings"):
+        monkeypatch.setattr(extract_tokens_train, name, None)
+    extract()
+
+
+def test_clips_that_change_between_two_starts_are_refused_and_mended_ones_are_not(extract, copy, monkeypatch):
+    rows = json.loads((copy / "EventGPT_Instruction_Subset.json").read_text())
+    bad, good = (copy / "mp4" / rows[number]["mp4_data"] for number in (0, 1))
+    whole = bad.read_bytes()
+    bad.write_bytes(b"junk")
+    write = extract_tokens_train.write_pairs
+    monkeypatch.setattr(extract_tokens_train, "write_pairs", lambda *_: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        extract(dataset_dir=copy)
+    monkeypatch.setattr(extract_tokens_train, "write_pairs", write)
+    video = good.read_bytes()
+    good.write_bytes(video + b"\0")
+    with pytest.raises(UserError, match=r"the files of 1 answered clips have changed, the first: .* \(videollava\)"):
+        extract(dataset_dir=copy)
+    good.write_bytes(video)
+    bad.write_bytes(whole)                                    # it had failed: nothing depends on what it was
+    output = extract(dataset_dir=copy)
+    assert len(rows_of(output)) == 5 and not output["failed"]
 
 
 def test_a_journal_of_other_settings_is_refused(extract, tmp_path):

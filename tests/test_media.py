@@ -178,6 +178,56 @@ def test_containers_that_announce_no_frames_are_counted(tmp_path, container):
     assert greys(read_video(tmp_path / f"a.{container}", 4)) == [0, 3, 7, 11]
 
 
+@pytest.mark.parametrize(("name", "codec", "options"), [
+    ("a.webm", "libvpx-vp9", {}), ("a.h264", "libx264", {}), ("a.mov", "libx264", {}),
+    ("a.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov"})])
+def test_other_containers_and_codecs_are_counted_by_decoding(tmp_path, name, codec, options):
+    make_video(tmp_path / name, 12, codec, options)
+    assert greys(read_video(tmp_path / name, 4)) == [0, 3, 7, 11]
+
+
+def make_video(path: Path, frames: int, codec: str = "libx264", options: dict | None = None) -> None:
+    import av
+
+    with av.open(str(path), "w", options=options or {}) as file:
+        stream = file.add_stream(codec, rate=20)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in grey_frames(frames):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def test_a_video_whose_index_stands_in_front_and_whose_end_is_gone_is_named(tmp_path):
+    """It announces all of its frames: FFmpeg gives some of them, and in the end an error or none."""
+    make_video(tmp_path / "a.mp4", 40, options={"movflags": "faststart"})
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert len(read_video(tmp_path / "a.mp4")) == 8
+    (tmp_path / "a.mp4").write_bytes(data[:-len(data) // 3])
+    with pytest.raises(MediaError, match=r"a\.mp4"):
+        read_video(tmp_path / "a.mp4")
+
+
+def test_what_is_left_of_a_cut_stream_that_announces_nothing_is_used(tmp_path):
+    """Nobody can tell that there was more."""
+    make_video(tmp_path / "a.ts", 40)
+    data = (tmp_path / "a.ts").read_bytes()
+    (tmp_path / "a.ts").write_bytes(data[:len(data) // 2])
+    frames = greys(read_video(tmp_path / "a.ts", 4))
+    assert frames[0] == 0 and frames == sorted(frames) and frames[-1] < 39
+
+
+def test_a_payload_that_was_overwritten_gives_frames_of_the_right_size_or_an_error(tmp_path):
+    write_video(tmp_path / "a.mp4", grey_frames(20))
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    at = data.index(b"mdat") + 700                     # behind the encoder's own text
+    data[at:at + 400] = bytes(400)
+    (tmp_path / "a.mp4").write_bytes(data)
+    try:
+        assert {frame.shape for frame in read_video(tmp_path / "a.mp4")} == {(48, 64, 3)}
+    except MediaError as error:
+        assert "a.mp4" in str(error)
+
+
 def test_broken_videos_are_named(tmp_path):
     write_video(tmp_path / "good.mp4", grey_frames(30))
     data = (tmp_path / "good.mp4").read_bytes()

@@ -191,7 +191,12 @@ def test_a_format_is_told_by_its_content(tmp_path, content, form):
     (extraction(1, target=[29889, 2]), "fewer tokens than words in the text"),
     (extraction(1, target=[], vl_text=""), "empty target"),
     (extraction(0), "duplicate row"),
-    ("not a row", "no token list"),
+    ("not a row", "no token list"), ([[extraction(1)]], "no token list"), (None, "no token list"),
+    (extraction(1, draft=[[5]]), "token ids that are not whole numbers"),
+    (extraction(1, draft={"0": 5}), "no token list"),
+    (extraction(1, target=[1, *[32000] * 576, 450, 2]), "prompt included (starts with BOS)"),
+    (extraction(1, target=[5] * (pair_files.MAX_ANSWER + 1)), "absurdly long (over 32768 tokens)"),
+    (extraction(1, target=[29889, 2], vl_text="a full paragraph of words"), "fewer tokens than words in the text"),
 ])
 def test_an_unusable_row_is_dropped_and_counted_by_its_reason(tmp_path, row, reason):
     pairs = load(tmp_path, {"results": [extraction(0), row, extraction(2)]})
@@ -201,6 +206,8 @@ def test_an_unusable_row_is_dropped_and_counted_by_its_reason(tmp_path, row, rea
 
 @pytest.mark.parametrize(("row", "flag"), [
     (extraction(1, target=[10887] * 8), "one id repeated"),
+    (extraction(1, target=[10887] * 80 + [450] * 20), "one id repeated"),
+    (extraction(1, draft=[0] * 50, egpt_text=""), "one id repeated"),
     (extraction(1, draft=[], egpt_text=""), "empty draft"),
     (extraction(1, target=[10887, 2], vl_text="ms"), "target under 4 tokens"),
 ])
@@ -211,7 +218,10 @@ def test_a_suspicious_row_is_kept_and_flagged(tmp_path, capsys, row, flag):
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    (b"", "is not JSON"), (b'{"results": [', "is not JSON"), (b"\xff\xfe", "is not JSON"),
+    (b"", "is not JSON: it is empty"), (b'{"results": [', "is not JSON"),
+    (b"\x1f\x8b\x08\0\0\0", "is not JSON: it looks like gzip; unpack it first"), (b"PK\3\4", "zip archive"),
+    (b'"results"', "holds no pairs"), (b"null", "holds no pairs"), (b'{"results": null}', "holds no pairs"),
+    (b"\xff\xfe", "is not JSON"),
     (b"[" * 10**5, "is not JSON"),
     (b"7", "holds no pairs"), (b'{"rows": []}', "holds no pairs"), (b'{"results": {}}', "holds no pairs"),
     (b'{"results": [], "errors": [{"sample_idx": 0}]}', "lists 1 errors"), (b"[{}]", "no usable rows"),
@@ -261,3 +271,27 @@ def test_several_files_become_one_set_and_select_keeps_rows_whole(tmp_path):
     turned = pairs.select(np.array([1, 0]))
     assert turned.padded("target", 6).tolist() == [[8, 9, 10, 11, 12, 0], [4, 5, 6, 7, 0, 0]]
     assert turned.padded("target", 2).tolist() == [[8, 9], [4, 5]]
+
+
+@pytest.mark.parametrize("odd", [
+    {"sequence": ["a"]}, {"sequence": "\ud83d"}, {"clip": {"a": [1]}}, {"clip": "9" * 5000}, {"clip": None},
+    {"sample_idx": [[]]}, {"egpt_text": {"a": 1}}, {"event_data": 5}])
+def test_odd_facts_beside_good_tokens_cost_nothing(tmp_path, odd):
+    pairs = load(tmp_path, {"results": [{**extraction(0), **odd}, extraction(1)]})
+    assert len(pairs) == 2 and all(isinstance(name, str) for name in pairs.sequence)
+    assert all(isinstance(clip, (int, str)) for clip in pairs.clip)
+
+
+def test_what_a_file_says_beside_its_rows_is_taken_only_in_its_own_kind(tmp_path):
+    for odd in (float("nan"), "32064", True, None, [1], {"a": 1}, 2.5):
+        pairs = load(tmp_path, {"vocab_size": odd, "dataset_dir": odd, "models": {"eventgpt": {"vocab_size": odd}},
+                                "results": [extraction(0)]})
+        assert pairs.vocab_size is None and pairs.files[0]["models"]["eventgpt"] == {}
+        assert type(pairs.files[0].get("dataset_dir", "")) is str
+    assert "dataset_dir" not in load(tmp_path, {"dataset_dir": 5, "results": [extraction(0)]}).files[0]
+
+
+def test_half_a_character_in_a_name_is_written_and_read_again(tmp_path):
+    write_rows(tmp_path / "rows.json", {"a": 1}, [extraction(0, sample_id="\ud83d \u00e9")], [])
+    assert json.loads((tmp_path / "rows.json").read_text("utf-8"))["results"][0]["sample_id"] == "\ud83d \u00e9"
+    assert len(load_pairs([tmp_path / "rows.json"])) == 1

@@ -11,7 +11,7 @@ import report
 from acceptance import compare, stream
 from base import UserError
 from drafting import Fixed, commonest_tokens
-from pairs import Pairs
+from pairs import Pairs, load_pairs
 
 HOSTILE = "a|b\n# <script>alert(1)</script> [x](http://evil) `y` $z$ ![w](v)"
 
@@ -90,6 +90,22 @@ def test_rows_that_were_dropped_or_flagged_and_warnings_are_on_the_page(tmp_path
     text = page(write_task(tmp_path, warnings=["train and test share 1 drives: thun_01"]))
     assert "> **Warning:** train and test share 1 drives: thun\\_01" in text
     assert "| 10 of 12 | 2 x no token list | 1 x empty draft |" in text
+
+
+def test_degenerate_answers_of_a_pair_file_are_flagged_on_the_page(tmp_path):
+    answers = [([5], [7, 8, 9, 10]), ([0] * 50, [7] * 4), ([5], [10887] * 80), ([5], [10887, 2]), ([], [7] * 4)]
+    rows = [{"sample_idx": i, "egpt_tokens": draft, "vl_tokens": target} for i, (draft, target) in enumerate(answers)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    file, = load_pairs([tmp_path / "pairs.json"]).files
+    text = page(write_task(tmp_path / "task", files={"train": [file], "test": [file]}))
+    assert text.count("2 x one id repeated, 1 x empty draft, 1 x target under 4 tokens") == 2
+
+
+def test_control_characters_and_halves_of_characters_are_shown_as_what_they_are(tmp_path):
+    name = "a\x1b[31m\u202e\ud83d www.evil.com @you"
+    text = page(write_task(tmp_path, name=name, warnings=["\x00\x9b"]), plots=True)
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert r"a\\x1b\[31m\\u202e\\ud83d www\.evil.com \@you" in text and r"\\x00\\x9b" in text
 
 
 def test_long_answers_are_shown_in_bins_that_hold_every_position(tmp_path):

@@ -144,7 +144,7 @@ def load_checked(model_class, name: str | Path, runtime: Runtime, keep: list[str
             quantization_config=quantization, ignore_mismatched_sizes=True, trust_remote_code=False, **how)
     except Exception as error:        # damaged weights break in safetensors, torch and transformers in many ways
         if short_of_memory(error):
-            raise no_room(name, runtime, needed_gib, f"; {str(error).splitlines()[0]}") from error
+            raise no_room(name, runtime, needed_gib, f"; {first_line(error)}") from error
         raise UserError(f"can't load the model {name}: {type(error).__name__}: {error}") from error
     trouble = [f"{kind.replace('_keys', '')}: {', '.join(sorted(str(key) for key in info[kind])[:12])}"
                f" ({len(info[kind])} in all)"
@@ -303,6 +303,10 @@ def short_of_memory(error: BaseException) -> bool:
     words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(part in str(error) for part in words))
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def free_memory() -> None:
