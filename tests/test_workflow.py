@@ -253,7 +253,7 @@ def test_the_end_of_the_terminal_is_survived_under_nohup_and_stops_it_otherwise(
 
 @pytest.mark.faults
 def test_the_real_workflow_killed_in_each_phase_goes_on(tmp_path, figures):
-    settings = {"DEMO_FLAGS": "--train_clips 24 --test_clips 20", "EXTRACT_FLAGS": "--max_new_tokens 24 --batch_size 2",
+    settings = {"DEMO_FLAGS": "--train_clips 24 --test_clips 20", "EXTRACT_FLAGS": "--max_new_tokens 24",
                 "TRAIN_FLAGS": "--embed_dim 32 --num_layers 1 --num_heads 2 --num_epochs 2 --no-refit --no-online",
                 "DECODE_FLAGS": "--max_samples 3 --max_new_tokens 24 --num_workers 1", "VIRTUAL_ENV": sys.prefix,
                 "PYTHON": sys.executable}
