@@ -1,12 +1,17 @@
 """The whole workflow script, on the shortened demo that conftest.py ran."""
 
+import contextlib
 import json
 import os
+import pty
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,3 +174,150 @@ def test_help_is_quick_because_nothing_heavy_is_imported(program):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--" in done.stdout
+
+
+# ------------------------------------------------------- killed, doubled, hung up; with programs that take a moment
+STUB = """#!/usr/bin/env bash
+# Stands for python: every program takes a moment and then writes its result.
+[[ "$1" != base.py ]] || exit 0
+result=''
+while (( $# )); do
+  case "$1" in
+    --output_file) result="$2" ;; --task_folder) result="$2/RESULTS.md" ;; --output_folder) result="$2/DECODE.md" ;;
+    --output_dir) mkdir -p "$2/my_egpt_dsec_test/my_egpt_dsec_seq_"{1s,500ms}
+                  result="$2/my_egpt_dsec_test/my_egpt_dsec_seq_500ms/EventGPT_Instruction_Subset.json" ;;
+  esac
+  shift
+done
+[[ -n "${result}" ]] || exit 0                 # the SUMMARY
+trap 'echo "stopped ${result}" >> "${CALLS}"; exit 143' TERM
+echo "begin ${result}" >> "${CALLS}"
+for (( i = 0; i < ${LOOPS:-6}; i++ )); do sleep 0.02; done
+mkdir -p "$(dirname "${result}")"
+touch "${result}"
+echo "end ${result}" >> "${CALLS}"
+"""
+STEPS = 11                     # of the demo: its data; then twice two extractions, two trainings and a decoding
+
+
+class Stubbed:
+    """The workflow script with programs that take a moment."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.calls, self.log = folder, folder / "calls", folder / "log"
+        (folder / "python").write_text(STUB)
+        (folder / "python").chmod(0o755)
+        self.calls.touch()
+
+    def environment(self, **settings: str) -> dict:
+        return {**os.environ, "VIRTUAL_ENV": str(self.folder), "PYTHON": str(self.folder / "python"),
+                       "CALLS": str(self.calls), "DATA_ROOT": str(self.folder / "data"),
+                       "TOKENS_DIR": str(self.folder / "tokens"), "TASK_DIR": str(self.folder / "task"), **settings}
+
+    def start(self, **settings: str) -> subprocess.Popen:
+        with open(self.log, "a") as out:
+            return subprocess.Popen(
+                ["bash", str(ROOT / "run_full_workflow.sh"), "--demo"], env=self.environment(**settings), stdout=out,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def said(self, word: str) -> list[str]:
+        return [line.split(" ", 1)[1] for line in self.calls.read_text().splitlines() if line.startswith(word)]
+
+    def wait_until_begun(self, steps: int, process: subprocess.Popen) -> None:
+        deadline = time.monotonic() + 60
+        while len(self.said("begin")) < steps:
+            assert time.monotonic() < deadline and process.poll() is None, self.log.read_text()
+            time.sleep(0.005)
+
+
+def wait_until_gone(group: int) -> None:
+    """Until no process of this group is left; one that nobody has waited for is none any more."""
+    deadline = time.monotonic() + 30
+    while True:
+        states = set()
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, of_group = path.read_text().rpartition(")")[2].split()[:3]
+                states |= {state} if int(of_group) == group else set()
+        if not states - {"Z"}:
+            return
+        assert time.monotonic() < deadline, f"orphans of {group}"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+def test_killed_in_each_phase_it_goes_on_and_leaves_no_orphan(tmp_path, number):
+    if number == signal.SIGKILL and not shutil.which("setpriv"):
+        pytest.skip("without setpriv (util-linux) a step outlives a script that gets kill -9")
+    stubbed = Stubbed(tmp_path)
+    for phase in range(STEPS):                 # what was stopped is done again, then the next phase is stopped
+        begun = len(stubbed.said("begin"))
+        process = stubbed.start()
+        stubbed.wait_until_begun(begun + 1 + (phase > 0), process)
+        process.send_signal(number)
+        assert process.wait(60) == (-number if number == signal.SIGKILL else 143)
+        wait_until_gone(process.pid)
+    assert stubbed.start().wait(60) == 0, stubbed.log.read_text()
+    results = stubbed.said("end")
+    assert len(results) == len(set(results)) == STEPS and len(stubbed.said("stopped")) == STEPS
+    chosen = (tmp_path / "task" / ".workflow").read_text().splitlines()
+    assert len(chosen) == len({line.split("=")[0] for line in chosen}) == 6
+
+
+def test_two_workflows_in_one_folder_do_not_trample_each_other(tmp_path):
+    stubbed = Stubbed(tmp_path)
+    first = stubbed.start()
+    stubbed.wait_until_begun(2, first)
+    second = stubbed.start(LOCK_WAIT_S="0")                      # does not wait, and says who is there
+    assert second.wait(60) == 2 and first.poll() is None
+    words = rf"ERROR \| another workflow is at work in .*/task \(process {first.pid} since 20\d\d-.*: wait for it"
+    assert re.search(words, stubbed.log.read_text())
+    third = stubbed.start(LOCK_WAIT_S="60")                      # waits, and finds everything done
+    assert [first.wait(60), third.wait(60)] == [0, 0]
+    results = stubbed.said("begin")
+    assert len(results) == len(set(results)) == STEPS
+    assert stubbed.log.read_text().count("| skipped, ") == STEPS
+
+
+@pytest.mark.parametrize("nohup", ["nohup", ""])
+def test_the_end_of_the_terminal_is_survived_under_nohup_and_stops_it_otherwise(tmp_path, nohup):
+    stubbed, (ours, theirs) = Stubbed(tmp_path), pty.openpty()
+    command = f"{nohup} bash {ROOT / 'run_full_workflow.sh'} --demo >> {stubbed.log} 2>&1 & sleep 600"
+    shell = subprocess.Popen(["setsid", "--ctty", "bash", "-c", command], env=stubbed.environment(), stdin=theirs,
+                             stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    stubbed.wait_until_begun(2, shell)
+    os.close(ours)                                               # the window is closed: all in it are hung up
+    assert shell.wait(60) != 0
+    wait_until_gone(shell.pid)
+    assert len(stubbed.said("end")) == (STEPS if nohup else 1)
+    assert stubbed.log.read_text().count("stopping; the same command goes on") == (not nohup)
+
+
+@pytest.mark.faults
+def test_the_real_workflow_killed_in_each_phase_goes_on(tmp_path, figures):
+    settings = {"DEMO_FLAGS": "--train_clips 24 --test_clips 20", "EXTRACT_FLAGS": "--max_new_tokens 24",
+                "TRAIN_FLAGS": "--embed_dim 32 --num_layers 1 --num_heads 2 --num_epochs 2 --no-refit --no-online",
+                "DECODE_FLAGS": "--max_samples 3 --max_new_tokens 24 --num_workers 1", "VIRTUAL_ENV": sys.prefix,
+                "PYTHON": sys.executable}
+    stubbed, numbers, killed, moments = Stubbed(tmp_path), [signal.SIGTERM, signal.SIGKILL], 0, random.Random(0)
+    while True:
+        before = stubbed.log.read_text().count("| start |") if stubbed.log.exists() else 0
+        process = stubbed.start(**settings)
+        deadline = time.monotonic() + 300
+        while stubbed.log.read_text().count("| start |") <= before + (killed > 0) and process.poll() is None:
+            assert time.monotonic() < deadline, stubbed.log.read_text()
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 4))                        # somewhere in the step that has just begun
+        if process.poll() is not None:
+            break
+        process.send_signal(numbers[killed % 2])
+        process.wait(60)
+        wait_until_gone(process.pid)
+        killed += 1
+    assert process.returncode == 0 and "Traceback" not in stubbed.log.read_text(), stubbed.log.read_text()
+    tasks = [path.parent for path in (tmp_path / "task").glob("*/RESULTS.md")]
+    decodings = list((tmp_path / "task").glob("*/decode_*/DECODE.md"))
+    figures.append(("kill of the demo workflow, TERM and KILL in turn, a step further each time", killed,
+                    f"orphans 0, it went on each time: {len(tasks)} of 4 tasks, {len(decodings)} of 2 decodings"))
+    assert (len(tasks), len(decodings)) == (4, 2) and killed >= 5
