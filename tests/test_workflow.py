@@ -1,6 +1,5 @@
 """The whole workflow script, on the shortened demo that conftest.py ran."""
 
-import contextlib
 import json
 import os
 import pty
@@ -228,21 +227,6 @@ class Stubbed:
         while len(self.said("begin")) < steps:
             assert time.monotonic() < deadline and process.poll() is None, self.log.read_text()
             time.sleep(0.005)
-
-
-def wait_until_gone(group: int) -> None:
-    """Until no process of this group is left; one that nobody has waited for is none any more."""
-    deadline = time.monotonic() + 30
-    while True:
-        states = set()
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                state, _, of_group = path.read_text().rpartition(")")[2].split()[:3]
-                states |= {state} if int(of_group) == group else set()
-        if not states - {"Z"}:
-            return
-        assert time.monotonic() < deadline, f"orphans of {group}"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
