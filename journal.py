@@ -15,11 +15,13 @@ import json
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from base import UserError, log, now, sync_folder, write_whole
 
+MARK = b', "crc": '                              # in front of each line's checksum, its last item
 OF_TARGET = ("target_model", "num_frames")       # settings that touch the target's answers alone
 Content = dict[str, dict[str, str]]              # model -> clip's key -> digest of the files that the model sees
 
@@ -70,7 +72,7 @@ class Journal:
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
         self.reader = open(self.path, "rb")  # noqa: SIM115 - closed by __exit__
         if self.file.tell() == 0:
-            self._write([self._line({"settings": settings, "clips": content or {}})])
+            self._write([line_of({"settings": settings, "clips": content or {}})])
             sync_folder(self.path.parent)
 
     @staticmethod
@@ -98,7 +100,7 @@ class Journal:
         clips = {model: {**before.get(model, {}), **content[model]} for model in content} or before
         wanted = {"settings": settings, "clips": clips}
         if head != wanted:
-            self._change_first_line(self._line(wanted), first)
+            self._change_first_line(line_of(wanted), first)
         if models:
             log(f"extract | {self.path} | going on: {len(self)} answers are there already")
 
@@ -155,10 +157,6 @@ class Journal:
             self.places[entry["model"], entry["question_idx"]][sys.intern(entry["key"])] = offset
 
     # ------------------------------------------------------------------------------------------ answers
-    @staticmethod
-    def _line(entry: dict) -> bytes:
-        return json.dumps(entry).encode() + b"\n"
-
     def _write(self, lines: list[bytes]) -> None:
         """All of these lines, on the disk, or none: a full disk or a signal in the middle leaves no half of them."""
         whole, left = self.file.tell(), memoryview(b"".join(lines))
@@ -177,7 +175,7 @@ class Journal:
 
     def append(self, entries: list[dict]) -> None:
         """Put entries on the disk, then note where they are."""
-        lines, offset = [self._line(entry) for entry in entries], self.file.tell()
+        lines, offset = [line_of(entry) for entry in entries], self.file.tell()
         self._write(lines)
         for entry, line in zip(entries, lines):
             self._take(entry, offset)
@@ -190,7 +188,10 @@ class Journal:
     def read(self, which: str, sample_key: str, question_number: int) -> dict:
         """That answer, from the disk."""
         self.reader.seek(self.places[which, question_number][sample_key])
-        return json.loads(self.reader.readline())
+        if (entry := entry_of(self.reader.readline())) is None:
+            raise UserError(f"{self.path}: a line has changed since it was written; the same command, given again, "
+                            "drops it")
+        return entry
 
     def check_model(self, which: str, facts: dict) -> None:
         """The model's answers so far must be those of the same weights: a path can hold others by now."""
@@ -213,14 +214,27 @@ class Journal:
             log(f"extract | {len(self)} answers are kept in {self.path}; the same command goes on from there")
 
 
+def line_of(entry: dict) -> bytes:
+    """A line of the journal, with its checksum."""
+    text = json.dumps(entry).encode()[:-1]
+    return text + MARK + b"%d}\n" % zlib.crc32(text)
+
+
 def entry_of(line: bytes) -> dict | None:
-    """What a line says: {"settings", ...}, facts of a model or an answer; None if it is torn or damaged."""
+    """What a line says: {"settings", ...}, facts of a model or an answer; None if it is torn or damaged.
+
+    Earlier versions wrote no checksum. No text can hold MARK: JSON writes its quotes with a backslash.
+    """
+    text, mark, checksum = line.rpartition(MARK)
+    if mark and checksum != b"%d}\n" % zlib.crc32(text):
+        return None
     try:
         entry = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
     if not isinstance(entry, dict):
         return None
+    entry.pop("crc", None)
     clips = entry.get("clips", {})
     if not isinstance(clips, dict) or not all(isinstance(digests, dict) for digests in clips.values()):
         return None

@@ -40,8 +40,8 @@ def test_a_journal_finds_each_answer_again_under_other_settings_too(tmp_path):
             if frames == 100_000:
                 journal.append([answer_of("town/9", 0, [9])])
                 assert journal.read("eventgpt", "town/9", 0)["tokens"] == [9]
-    assert json.loads((tmp_path / ".out.json.journal.jsonl").read_text().splitlines()[0]) == {
-        "settings": settings, "clips": {}}
+    first = (tmp_path / ".out.json.journal.jsonl").read_bytes().splitlines(keepends=True)[0]
+    assert entry_of(first) == {"settings": settings, "clips": {}}
 
 
 def test_a_journal_keeps_no_answer_in_memory(tmp_path):
@@ -95,6 +95,21 @@ def test_a_damaged_line_is_dropped_and_those_behind_it_stay(five, tmp_path, junk
     assert len(journal) == 5
     path.write_bytes(b"".join([*lines, junk]))
     assert len(kept(tmp_path, content)) == 5 and path.read_bytes() == b"".join(lines)
+
+
+def test_a_digit_that_changed_on_the_disk_is_noticed(five, tmp_path):
+    path, content = five
+    whole = path.read_bytes()
+    with Journal(tmp_path / "out.json", ALIKE, False, content) as journal:
+        path.write_bytes(whole.replace(b"[3, 3, 3", b"[3, 8, 3"))
+        with pytest.raises(UserError, match="changed since it was written"):
+            journal.read("eventgpt", "town/3", 0)
+        assert journal.read("eventgpt", "town/2", 0)["tokens"] == [2] * 9
+    journal = kept(tmp_path, content)
+    assert len(journal) == 4 and not journal.has("eventgpt", "town/3", 0)
+    entries = map(entry_of, whole.splitlines(keepends=True))
+    path.write_bytes(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+    assert len(kept(tmp_path, content)) == 5                     # of an earlier version, without checksums
 
 
 def test_a_damaged_first_line_is_no_reason_to_throw_hours_away(five, tmp_path):

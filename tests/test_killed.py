@@ -99,7 +99,7 @@ def test_kill_9_loses_nothing(demo, warm, undisturbed, tmp_path):
 def test_kill_9_at_a_hundred_random_moments_loses_nothing(demo, warm, undisturbed, tmp_path, figures):
     found = kill_at_random(demo, warm, tmp_path, undisturbed, kills=100, each=5)
     rows = len(undisturbed[0]["results"])
-    figures.append((f"kill -9 of an extraction ({rows} clips, two models)", found["kills"],
+    figures.append((f"kill -9 of an extraction ({rows} clips, two models) at a random moment", found["kills"],
                     f"rows lost {found['lost']}, duplicate rows {found['twice']}, half outputs {found['halves']}, "
                     f"final JSON different {found['different']}"))
     assert found == {"kills": 100, "lost": 0, "twice": 0, "different": 0, "halves": 0}

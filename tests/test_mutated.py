@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from journal import line_of
 from tests.conftest import ROOT
 from tests.isolated import Isolated
 from vlm.media import write_png, write_video
@@ -57,7 +58,7 @@ def whole(world) -> dict[str, bytes]:
               "duration_ms": 0.5, "image_indices_in_clip": [1, 2]}
     return {
         "pairs": json.dumps({"vocab_size": 64, "models": {"eventgpt": {"name": "x"}}, "results": rows}).encode(),
-        "index": json.dumps(clips).encode(), "journal": b"".join(json.dumps(line).encode() + b"\n" for line in lines),
+        "index": json.dumps(clips).encode(), "journal": b"".join(map(line_of, lines)),
         "png": (place / "event_image" / "town_00_a" / "000000_0.png").read_bytes(),
         "mp4": (place / "mp4" / "town_00_a" / "000000.mp4").read_bytes(),
         "npy": saved(np.save, events, allow_pickle=True), "pt": adapter(world / "adapter.pt"),

@@ -89,7 +89,7 @@ class _Array:
 
 
 def _dtype(name: str, *_) -> np.dtype:
-    if not re.fullmatch(r"[biuf][1248]|O8?", name):
+    if not re.fullmatch(r"[biuf][1248]|[SU][1-9]\d{0,3}|O8?", name):
         raise MediaError(f"the file holds an array of {name!r}: refused")
     return np.dtype(name)
 
