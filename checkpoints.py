@@ -7,9 +7,11 @@ for bit on a CPU. It goes when the task is whole.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,11 +23,28 @@ from token_adapter import TokenAdapter, save_adapter
 SAVING_SHARE = 0.05        # of the time may go into writing each: 350 MB a second where that is all
 
 
-class Checkpoint:
+class Writing:
+    """When the next writing is due: after one, only when it has cost its share of the time."""
+
+    due = 0.0
+
+    def is_due(self) -> bool:
+        return time.monotonic() >= self.due
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around one writing."""
+        start = time.monotonic()
+        yield
+        end = time.monotonic()
+        self.due = end + (end - start) / SAVING_SHARE
+
+
+class Checkpoint(Writing):
     """best_model.pt: written at once while that costs next to nothing, else some seconds later at most."""
 
     def __init__(self, path: Path):
-        self.path, self.waiting, self.due = path, None, 0.0
+        self.path, self.waiting = path, None
 
     def offer(self, adapter: TokenAdapter, **facts) -> None:
         """To be written instead of what was; until then the adapter may only change for a better offer."""
@@ -33,16 +52,15 @@ class Checkpoint:
         self.write_if_due()
 
     def write_if_due(self) -> None:
-        if time.monotonic() >= self.due:
+        if self.is_due():
             self.write()
 
     def write(self) -> None:
         if self.waiting:
-            start = time.monotonic()
             adapter, facts = self.waiting
-            save_adapter(adapter, self.path, **facts)
-            self.waiting, end = None, time.monotonic()
-            self.due = end + (end - start) / SAVING_SHARE
+            with self.timed():
+                save_adapter(adapter, self.path, **facts)
+            self.waiting = None
 
 
 def fingerprint(*all_pairs: Pairs | None) -> list[int]:
@@ -51,12 +69,12 @@ def fingerprint(*all_pairs: Pairs | None) -> list[int]:
             for part in (pairs.draft, pairs.target, pairs.draft_start, pairs.target_start, pairs.target_length)]
 
 
-class Resume:
+class Resume(Writing):
     """Where it is kept, and what was found there."""
 
     def __init__(self, path: Path, data: list[int]):
         """data: the fingerprint of the pairs."""
-        self.path, self.data, self.due = path, data, 0.0
+        self.path, self.data = path, data
         self.found: dict | None = None
 
     def read(self) -> None:
@@ -78,15 +96,9 @@ class Resume:
         """What was found, if it was found in this phase."""
         return self.found if self.found and self.found["phase"] == phase else None
 
-    def is_due(self) -> bool:
-        """Whether enough time has passed since the last writing for what it cost."""
-        return time.monotonic() >= self.due
-
     def write(self, **state) -> None:
-        start = time.monotonic()
-        write_whole(self.path, lambda temporary: torch.save({"data": self.data, **state}, temporary))
-        end = time.monotonic()
-        self.due = end + (end - start) / SAVING_SHARE
+        with self.timed():
+            write_whole(self.path, lambda temporary: torch.save({"data": self.data, **state}, temporary))
 
     def remove(self) -> None:
         """The task is whole."""

@@ -147,7 +147,7 @@ def check_before_loading(config: ExtractConfig, questions: list[str]) -> None:
 
     for question in questions:
         eventgpt.prompt(question), video_llava.prompt(question)
-    video_llava.check_room(config.target_model, questions, config.num_frames, config.max_new_tokens)
+    video_llava.check_prompts(config.target_model, questions, config.num_frames, config.max_new_tokens)
 
 
 def fingerprint(content: Content) -> str:

@@ -160,6 +160,7 @@ def loader(model, samples: list, read, config: Config) -> dict:
 def limit(model, questions: int, prompt: int, words: int, size: int, config: Config) -> dict:
     """Seconds that one clip's answers take at least: operations over the matrix rate and bytes over the copy rate."""
     from benchmarks.limits import copy_rate, matmul_rate
+    from vlm.llama import position_bytes
 
     device, dtype = model.runtime.device, model.runtime.dtype
     language, head = model.decoder
@@ -172,9 +173,7 @@ def limit(model, questions: int, prompt: int, words: int, size: int, config: Con
                 if ("tower" in name or "proj" in name) and "language_model" not in name and weight.dim() > 1)
     attended = shape.num_hidden_layers * shape.hidden_size * (prompt ** 2 + 2 * questions * words * prompt) * 2
     operations = 2 * parameters * (prompt + questions * words) + attended + 2 * tower * prompt
-    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    kept = 2 * shape.num_hidden_layers * shape.num_key_value_heads * width
-    kept *= prompt * dtype.itemsize
+    kept = prompt * position_bytes(shape, dtype)
     rows = size * questions
     read = (config.max_new_tokens - 1) * (kept + weights * questions / rows)
     rates = matmul_rate(device, dtype), copy_rate(device)

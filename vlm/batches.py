@@ -17,8 +17,8 @@ import torch
 
 from base import log
 from vlm.attention import causal, shared_and_own
-from vlm.llama import SAME, Llama, Next, apart, capture
-from vlm.loading import Answer, answers_of, check_positions
+from vlm.llama import SAME, Llama, Next, apart, capture, position_bytes
+from vlm.loading import Answer, answers_of, check_positions, free_gib
 
 READ_TOKENS = 16_384         # prompt positions that go through the layers at once: enough to fill a GPU
 ASKED, ROWS = 16, 256        # questions of a clip, and answers in all, side by side: more gain little
@@ -215,19 +215,15 @@ def prompt_of(vlm, questions: list[str], pictures: int) -> tuple[int, list[list[
 
 def clips_that_fit(vlm, questions: list[str], max_new_tokens: int, pictures: int) -> int:
     """How many clips at a time the free memory has room for; on a CPU a fixed number."""
-    device, config = vlm.runtime.device, vlm.decoder[0].config
+    device, dtype, config = vlm.runtime.device, vlm.runtime.dtype, vlm.decoder[0].config
     asked = asked_at_once(len(questions))
     if device.type != "cuda":
         return CPU_CLIPS
     shared, after = prompt_of(vlm, questions, pictures)
-    width = config.num_key_value_heads * (getattr(config, "head_dim", None) or
-                                          config.hidden_size // config.num_attention_heads)
-    size, longest = vlm.runtime.dtype.itemsize, max(map(len, after))
-    kept = 2 * config.num_hidden_layers * width * size
+    longest = max(map(len, after))
     # While prompts or questions are read: hidden states, and what the widest layer makes of them.
-    passing = (12 * config.hidden_size + 4 * config.intermediate_size) * size
-    clip = kept * (shared + asked * (longest + max_new_tokens)) + passing * asked * longest
+    passing = (12 * config.hidden_size + 4 * config.intermediate_size) * dtype.itemsize
+    positions = shared + asked * (longest + max_new_tokens)
+    clip = positions * position_bytes(config, dtype) + passing * asked * longest
     read = passing * max(READ_TOKENS, shared)
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(min(max(1, (FILLED * free - read) // clip), max(1, ROWS // asked)))
+    return int(min(max(1, (FILLED * free_gib(device) * 2**30 - read) // clip), max(1, ROWS // asked)))

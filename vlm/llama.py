@@ -26,6 +26,15 @@ class Next(NamedTuple):
     best: torch.Tensor          # (n,) int64, their argmax
 
 
+def head_dim_of(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def position_bytes(config, dtype: torch.dtype) -> int:
+    """What one position takes in a cache: keys and values of all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim_of(config) * dtype.itemsize
+
+
 class Llama:
     """The weights of one model, fused. It holds them: drop it before the model is unloaded."""
 
@@ -35,7 +44,7 @@ class Llama:
         self.model, self.lm_head, self.device, self.dtype = language_model, lm_head, weight.device, weight.dtype
         self.depth, self.vocab_size = config.num_hidden_layers, language_model.embed_tokens.num_embeddings
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.head_dim = head_dim_of(config)
         # The model's own RoPE (with its scaling). (2, room, d): cos, and sin with rotate_half's sign in it.
         kind = config.rope_parameters["rope_type"]
         assert kind not in ("dynamic", "longrope"), f"{kind} RoPE changes with the length: no table for all positions"

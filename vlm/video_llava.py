@@ -68,7 +68,7 @@ def read_config(name: str | Path) -> tuple:
         raise UserError(f"can't load the config of {name}: {type(error).__name__}: {error}") from error
 
 
-def check_room(name: str | Path, questions: list[str], frames: int, max_new_tokens: int) -> None:
+def check_prompts(name: str | Path, questions: list[str], frames: int, max_new_tokens: int) -> None:
     """A UserError unless the longest prompt and its answer fit into the model's positions; loads no weights."""
     config, _ = read_config(name)
     tokenizer, vision = load_tokenizer(name, Path(name).is_dir()), config.vision_config
