@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import fcntl
 import importlib.metadata
 import importlib.util
 import io
@@ -25,7 +26,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -102,15 +103,43 @@ def run(main: Callable[[], None]) -> None:
         if error.errno not in DISK_TROUBLE:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        end(f"ERROR | {where}{error.strerror}; {DISK_TROUBLE[error.errno]}, then give the same command again", 2)
+        then = f"then go on with: {going_on()}" if _goes_on else "then give the same command again"
+        end(f"ERROR | {where}{error.strerror}; {DISK_TROUBLE[error.errno]}, {then}", 2)
     except KeyboardInterrupt:
-        end(resume_line() or "ERROR | interrupted", 130)
+        end(f"RESUME | {going_on()}" if _goes_on else "ERROR | interrupted", 130)
     except Stopped as stopped:
-        end(resume_line(), stopped.code)
+        end(f"RESUME | {going_on()}" if _goes_on else "", stopped.code)
 
 
-def resume_line() -> str:
-    return f"RESUME | {shlex.join([sys.executable, *_goes_on])}" if _goes_on else ""
+@contextlib.contextmanager
+def finishing(what: str) -> Iterator[Callable[[], bool]]:
+    """Inside, a signal to stop ends nothing: the function that is yielded says that one came; the exit then obeys it.
+
+    A second one is not waited for. Signals that are ignored (HUP under nohup) stay so.
+    """
+    came: list[int] = []
+
+    def later(number: int, frame) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise Stopped(128 + number)
+        with contextlib.suppress(RuntimeError):              # it may have come in the middle of another log line
+            log(f"stopping | {what} first; once more stops at once")
+
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.signal(number, later) for number in numbers
+              if signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise Stopped(128 + came[0])
+
+
+def going_on() -> str:
+    return shlex.join([sys.executable, *_goes_on])
 
 
 def end(line: str, code: int) -> typing.NoReturn:
@@ -218,8 +247,13 @@ def from_json(cls, values: dict, folder: Path):
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Call write(temporary path), then rename: readers see the old file or the new one, never half of one.
 
-    The temporary name keeps the suffix, because some writers (matplotlib) choose the format by it.
+    The temporary name keeps the suffix, because some writers (matplotlib) choose the format by it. What a process
+    that was killed here has left goes first: a checkpoint is large.
     """
+    left = re.compile(rf"\.{re.escape(path.stem)}\.(\d+)\.tmp{re.escape(path.suffix)}")
+    for name in os.listdir(path.parent):
+        if (found := left.fullmatch(name)) and not is_running(int(found[1])):
+            path.with_name(name).unlink(missing_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)
@@ -233,6 +267,16 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:              # another user's
+        return True
+    return process > 0
 
 
 def sync_folder(folder: Path) -> None:
@@ -277,6 +321,28 @@ def not_json(path: Path, error: Exception) -> UserError:
     if start[:2] == b"PK":
         return UserError(f"{path} is not JSON: it looks like a zip archive; unpack it first (unzip)")
     return UserError(f"{path} is not JSON: {error}")
+
+
+@contextlib.contextmanager
+def only_writer(path: Path, wait: bool) -> Iterator[None]:
+    """Hold the lock of this file or folder; its text says who does. flock ends with its process: none is stale."""
+    lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    with open(lock, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if not wait:
+                raise UserError(f"{path} is being written by {holder}; wait for it, or use --wait") from None
+            log(f"{path} is being written by {holder}: waiting for it to end")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:                  # some network file systems have no locks
+            raise UserError(f"can't lock {lock}: {error.strerror}; choose a folder on another disk") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} since {now()}")
+        file.flush()
+        yield
 
 
 def make_folder(path: Path) -> Path:

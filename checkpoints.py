@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from base import UserError, log, write_whole
+from base import UserError, log
 from pairs import Pairs
-from token_adapter import TokenAdapter, save_adapter
+from token_adapter import TokenAdapter, save_adapter, write_tensors
 
 SAVING_SHARE = 0.05        # of the time may go into writing each: 350 MB a second where that is all
 
@@ -98,7 +98,7 @@ class Resume(Writing):
 
     def write(self, **state) -> None:
         with self.timed():
-            write_whole(self.path, lambda temporary: torch.save({"data": self.data, **state}, temporary))
+            write_tensors(self.path, {"data": self.data, **state})
 
     def remove(self) -> None:
         """The task is whole."""

@@ -27,17 +27,19 @@ from base import (
     UserError,
     as_json,
     check_counts,
+    finishing,
     goes_on_with,
     log,
     make_folder,
     now,
+    only_writer,
     option,
     parse_config,
     provenance,
     required,
     run,
 )
-from journal import Content, Journal, differences, only_writer
+from journal import Content, Journal, differences
 from pairs import JsonRows, write_rows
 
 if TYPE_CHECKING:                  # vlm is imported only after the flags are read
@@ -245,20 +247,26 @@ class Answering:
         self.running: list[tuple] = []            # (samples, function that waits for their answers)
 
     def run(self, todo: list[Sample], keep: Callable) -> None:
-        """Answer them all; keep(samples, answers of each) is called while the model works on the next ones."""
+        """Answer them all; keep(samples, answers of each) is called while the model works on the next ones.
+
+        After a signal to stop only the clips that the model works on are finished.
+        """
         def hand_over() -> None:
             running, self.running = self.running, []
             for samples, wait in running:
                 keep(samples, wait())
 
-        for clips in self.clips(todo):
-            self.start(clips, hand_over)
-        hand_over()
+        with finishing("the clips in hand are answered") as stopping:
+            for clips in self.clips(todo, stopping):
+                self.start(clips, hand_over)
+            hand_over()
 
-    def clips(self, todo: list[Sample]) -> Iterator[list[tuple]]:
+    def clips(self, todo: list[Sample], stopping: Callable[[], bool]) -> Iterator[list[tuple]]:
         """Yield lists of (sample, pixels), all of one shape; a clip that can't be read is added to `failed`."""
         clips = []
         for sample, pixels in self.pixels_of(todo, BATCHES_AHEAD * self.size):
+            if stopping():
+                return
             if isinstance(pixels, Exception):
                 self.lose(sample, str(pixels))
                 continue
@@ -266,7 +274,7 @@ class Answering:
                 yield clips
                 clips = []
             clips.append((sample, pixels))
-        if clips:
+        if clips and not stopping():
             yield clips
 
     def pixels_of(self, samples: list[Sample], ahead: int) -> Iterator[tuple]:

@@ -10,41 +10,18 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
-from base import UserError, log, now, sync_folder, write_whole
+from base import UserError, log, sync_folder, write_whole
 
 MARK = b', "crc": '                              # in front of each line's checksum, its last item
 OF_TARGET = ("target_model", "num_frames")       # settings that touch the target's answers alone
 Content = dict[str, dict[str, str]]              # model -> clip's key -> digest of the files that the model sees
-
-
-@contextlib.contextmanager
-def only_writer(output_file: Path, wait: bool) -> Iterator[None]:
-    """Hold the lock of this output. flock ends with its process, so it can't go stale; the file's text says who."""
-    with open(output_file.with_name(f".{output_file.name}.lock"), "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            if not wait:
-                raise UserError(f"{output_file} is being written by {holder}; wait for it, or use --wait") from None
-            log(f"extract | {output_file} is being written by {holder}: waiting for it to end")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:                  # some network file systems have no locks
-            raise UserError(f"can't lock {file.name}: {error.strerror}; choose a folder on another disk") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} since {now()}")
-        file.flush()
-        yield
 
 
 def differences(found: dict, wanted: dict) -> str:

@@ -28,7 +28,19 @@ from pathlib import Path
 import numpy as np
 
 import demo_world as world
-from base import ROOT, Progress, check_counts, drive_of, log, make_folder, option, parse_config, run, write_whole
+from base import (
+    ROOT,
+    Progress,
+    check_counts,
+    drive_of,
+    log,
+    make_folder,
+    only_writer,
+    option,
+    parse_config,
+    run,
+    write_whole,
+)
 
 SEED = 2028
 QUESTION = "What are the key elements in this scene?"
@@ -51,6 +63,7 @@ class DemoConfig:
     test_clips: int = option(100, "clips of each test set, at least one for each of its 10 sequences")
     check_models: bool = option(False, "report how often the models describe the test clips right")
     train_models: bool = option(False, "make both models again from nothing (minutes), then check them")
+    wait: bool = option(False, "wait when another process is making these, instead of ending")
 
     def __post_init__(self):
         check_counts(self, ("train_clips", "test_clips"))
@@ -59,8 +72,10 @@ class DemoConfig:
 def main():
     config = parse_config(DemoConfig)
     if config.train_models:
-        train_models(make_folder(config.models_dir))
-    make_data_sets(config)
+        with only_writer(make_folder(config.models_dir), config.wait):
+            train_models(config.models_dir)
+    with only_writer(make_folder(config.output_dir), config.wait):
+        make_data_sets(config)
     if config.train_models or config.check_models:
         check_models(config)
 

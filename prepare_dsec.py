@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import itertools
 import json
@@ -47,6 +45,7 @@ from base import (
     log,
     make_folder,
     now,
+    only_writer,
     option,
     parse_config,
     provenance,
@@ -91,6 +90,7 @@ class PrepareConfig:
     video_size: str = option("1440x1080", "width x height of videos; frames of another size are resized")
     workers: int | None = option(None, "processes that make clips; if not said: one a core, 16 at most")
     allow_missing: bool = option(False, "write the index and end well although something had to be left out")
+    wait: bool = option(False, "wait when another process is making this folder, instead of ending")
 
     def __post_init__(self):
         if not re.fullmatch(r"[1-9]\d{0,5}(ms|s)", self.duration):
@@ -138,21 +138,10 @@ def main():
     recordings = find_recordings(config, left_out)
     clips = [clip for recording in recordings for clip in clips_of(recording, config)]
     make_folder(config.folder)
-    with only_writer(config.folder):
+    with only_writer(config.folder, config.wait):
         check_settings(config)
         make_clips(clips, config, left_out)
         finish(clips, config, left_out)
-
-
-@contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that no other process makes the same clips. flock ends with its process."""
-    with open(folder / ".prepare_dsec.lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is being written by another process; wait for it") from None
-        yield
 
 
 def check_settings(config: PrepareConfig) -> None:

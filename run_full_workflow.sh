@@ -98,7 +98,7 @@ prepare() {
   if [[ -z "${DSEC_ROOT}" || ( -e "$3/mp4" && ! -e "$3/prepare_dsec.json" ) ]]; then return; fi
   # shellcheck disable=SC2086
   step "prepare $1 $2" "$3/EventGPT_Instruction_Subset.json" "${PYTHON}" prepare_dsec.py --dsec_root "${DSEC_ROOT}" \
-    --output_root "${DATA_ROOT}" --split "$1" --duration "$2" ${PREPARE_FLAGS}
+    --output_root "${DATA_ROOT}" --split "$1" --duration "$2" --wait ${PREPARE_FLAGS}
 }
 
 # extract NAME DATASET OUTPUT : waits by itself when another process is extracting to the same output
@@ -158,7 +158,7 @@ main() {
   if [[ -n "${demo}" ]]; then
     # shellcheck disable=SC2086
     step "demo data" "${test_root}_500ms/EventGPT_Instruction_Subset.json" "${PYTHON}" make_demo.py \
-      --output_dir "${DATA_ROOT}" ${DEMO_FLAGS}
+      --output_dir "${DATA_ROOT}" --wait ${DEMO_FLAGS}
   fi
 
   log "PHASE 1 | the 1s data set"

@@ -356,7 +356,21 @@ def save_adapter(adapter: TokenAdapter, path: Path, **facts) -> None:
         "config": dataclasses.asdict(adapter.config),
         **facts,
     }
-    write_whole(path, lambda temporary: torch.save(checkpoint, temporary))
+    write_tensors(path, checkpoint)
+
+
+def write_tensors(path: Path, value: dict) -> None:
+    """torch.save into one file, whole or not at all; the disk's own error when it is full."""
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(value, file)
+            except RuntimeError as error:        # PyTorch raises one of its own over that of the disk
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+    write_whole(path, write)
 
 
 def load_adapter(path: Path) -> TokenAdapter:

@@ -160,7 +160,7 @@ def device_name(device) -> str:
 
 
 def resumed(config: TrainConfig) -> TrainConfig | None:
-    """The settings of the task to go on with; None: it is whole already."""
+    """The settings of the task to go on with; None: everything was measured, and now the page is there too."""
     path = config.resume / "results.json"
     if not path.is_file():
         raise UserError(f"{config.resume} is no task folder: it has no results.json; wanted one whose training was "
@@ -169,6 +169,9 @@ def resumed(config: TrainConfig) -> TrainConfig | None:
     if not isinstance(found, dict) or found.get("kind") not in ("training", "checkpoint"):
         raise UserError(f"{path} is not the results.json of train_and_evaluate.py")
     if not found.get("unfinished"):
+        if not (config.resume / "RESULTS.md").exists():              # it was stopped while the page was made
+            write_report(config.resume, plots=config.plots)
+        (config.resume / "resume.pt").unlink(missing_ok=True)
         log(f"RESULT | {config.resume} | finished before: {one_line(found)}")
         return None
     given = {"device": config.device} if config.device != "auto" else {}

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from tests.recordings import BAD, GOOD, write_sequence
+from tests.warm import Warm
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)      # the models are tiny: two threads only get in each other's way
@@ -97,6 +99,33 @@ def demo(tmp_path_factory) -> Demo:
     assert first.returncode == 0, first.stdout + first.stderr
     assert second.returncode == 0, second.stdout + second.stderr
     return Demo(folder / "data", folder / "tokens", folder / "task", first.stdout, second.stdout)
+
+
+@pytest.fixture(scope="session")
+def warm():
+    warm = Warm()
+    yield warm
+    warm.close()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A function that mounts a disk of so many KiB, or gives the mounted one another size or other options."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        how = f"{'remount,' * os.path.ismount(place)}{options}"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", how, "tmpfs", place], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no file system may be mounted here: {done.stderr.strip()}")
+        return place
+
+    if not shutil.which("mount"):
+        pytest.skip("there is no mount command")
+    yield mount
+    if os.path.ismount(place):
+        subprocess.run(["umount", place], check=True)
 
 
 _figures: list[tuple] = []         # (what, how often, what came of it), printed as a table at the end

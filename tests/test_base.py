@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -155,11 +156,38 @@ def test_a_stopped_program_cleans_up_and_says_how_to_go_on(number, code):
     assert "cleaned" in first and last.endswith(f"] RESUME | {sys.executable} train.py --name 'a b'")
 
 
+@pytest.mark.parametrize(("number", "code"), [("TERM", 143), ("HUP", 129), ("INT", 130)])
+def test_what_is_in_hand_is_finished_first_unless_a_second_signal_comes(number, code):
+    for signals in (1, 2):
+        ended = ran(f"""
+        base.goes_on_with(['train.py'])
+        with base.finishing('this') as stopping:
+            for _ in range({signals}):
+                os.kill(os.getpid(), signal.SIG{number})
+            base.log(f'finished {{stopping()}}')
+        base.log('not reached')""")
+        assert (ended.returncode, ended.stderr) == (code, "")
+        said = [line.split("] ")[1] for line in ended.stdout.splitlines()]
+        assert said == ["stopping | this first; once more stops at once", *["finished True"] * (signals == 1),
+                        f"RESUME | {sys.executable} train.py"]
+
+
+def test_without_a_signal_nothing_is_stopped_and_those_before_hold_again():
+    before = signal.getsignal(signal.SIGTERM)
+    with base.finishing("this") as stopping:
+        assert not stopping() and signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_a_hang_up_is_ignored_under_nohup():
-    ended = ran("""
-        os.kill(os.getpid(), signal.SIGHUP)
+    for body in ("os.kill(os.getpid(), signal.SIGHUP)", """
+        with base.finishing('this') as stopping:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stopping()"""):
+        ended = ran(f"""
+        {body}
         base.log('RESULT')""", "nohup")
-    assert ended.returncode == 0 and ended.stdout.endswith("RESULT\n")
+        assert ended.returncode == 0 and ended.stdout.endswith("RESULT\n")
 
 
 @pytest.mark.parametrize("trouble", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO"])
@@ -172,6 +200,16 @@ def test_a_disk_that_is_full_or_read_only_is_one_error_line_and_names_the_file(t
     assert (ended.returncode, ended.stderr, ended.stdout.count("\n")) == (2, "", 1)
     assert f"ERROR | {tmp_path / 'out.json'}: " in ended.stdout and "give the same command again" in ended.stdout
     assert (tmp_path / "out.json").read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
+
+
+def test_what_a_killed_process_left_half_written_goes_and_that_of_a_living_one_stays(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    living = [f".out.{os.getppid()}.tmp.json", f".other.{ended.pid}.tmp.json", f".out.{ended.pid}.tmp.pt"]
+    for name in (f".out.{ended.pid}.tmp.json", f".out.{'9' * 30}.tmp.json", *living):
+        (tmp_path / name).touch()
+    base.write_text(tmp_path / "out.json", "new")
+    assert sorted(os.listdir(tmp_path)) == sorted(["out.json", *living])
 
 
 def test_a_file_is_made_in_its_own_folder_so_that_no_rename_crosses_disks(tmp_path):

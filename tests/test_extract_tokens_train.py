@@ -4,7 +4,9 @@ import fcntl
 import functools
 import gc
 import json
+import os
 import shutil
+import signal
 import sys
 import weakref
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import extract_tokens_train
-from base import UserError
+from base import Stopped, UserError
 from journal import Journal
 from pairs import load_pairs
 from vlm import batches as module
@@ -185,6 +187,25 @@ def test_a_batch_is_kept_before_the_next_one_has_ended(extract, monkeypatch):
                         lambda batches, *how: before.append(len(kept)) or generate(batches, *how))
     extract("--batch_size", 2)
     assert before == [0, 2, 4, 5, 7, 9]
+
+
+def test_a_stopped_run_keeps_the_clips_that_the_model_was_at(extract, monkeypatch, capsys):
+    """A signal in the second batch of the target; the third is not begun."""
+    generate, calls = Batches._generate, []
+
+    def signalled(batches, *how):
+        calls.append(how)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        generate(batches, *how)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
+        patch.setattr(Batches, "_generate", signalled)
+        extract("--batch_size", 2)
+    assert stopped.value.code == 143 and len(calls) == 5
+    said = capsys.readouterr().out
+    assert "the clips in hand are answered first" in said and "| 9 answers are kept" in said
+    assert len(rows_of(extract("--batch_size", 2))) == 5 and "going on: 9 answers" in capsys.readouterr().out
 
 
 def test_a_parity_check_compares_with_one_by_one(extract, tmp_path, monkeypatch):

@@ -10,9 +10,9 @@ import tracemalloc
 import pytest
 
 import journal as module
-from base import UserError
+from base import UserError, only_writer
 from extract_tokens_train import SETTINGS
-from journal import Journal, entry_of, only_writer
+from journal import Journal, entry_of
 
 ALIKE = {**dict.fromkeys(SETTINGS, 1), "num_frames": 8}
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import demo_world as world
 import make_demo
-from base import ROOT, UserError, drive_of
+from base import ROOT, UserError, drive_of, only_writer
 from demo_world import CHOICES, DRAFT_PHRASES, TARGET_PHRASES, Scene
 from vlm.dataset import draft_pictures, read_dataset, target_pictures
 from vlm.media import BLUE, RED, WHITE, event_frames
@@ -183,7 +183,8 @@ def test_what_is_there_is_skipped_and_bad_counts_are_refused(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["make_demo.py", "--output_dir", str(tmp_path)])
     make_demo.main()
     assert capsys.readouterr().out.count("| skipped, it is there") == 4
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [make_demo.INDEX_FILE] * 4
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        ".lock", *[make_demo.INDEX_FILE] * 4]
     monkeypatch.setattr(sys, "argv", ["make_demo.py", "--train_clips", "0"])
     with pytest.raises(UserError, match="--train_clips must be 1 or more, got 0"):
         make_demo.main()
@@ -198,6 +199,14 @@ def models():
 
     folder, runtime = ROOT / "demo" / "models", Runtime.choose("cpu")
     return EventGPT.load(folder / "eventgpt", runtime), VideoLlava.load(folder / "video_llava", runtime)
+
+
+def test_two_at_once_do_not_make_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make_demo.py", "--output_dir", str(tmp_path)])
+    with only_writer(tmp_path, wait=False), pytest.raises(UserError, match=r"is being written by process .* --wait"):
+        make_demo.main()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
 
 
 def test_the_shipped_models_describe_clips_they_never_saw(models, data_set):

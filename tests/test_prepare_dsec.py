@@ -1,7 +1,6 @@
 """Raw recordings become data set folders: every pixel, every frame, every window; and what is broken is named."""
 
 import dataclasses
-import fcntl
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ from PIL import Image
 import dsec
 import extract_tokens_train
 import prepare_dsec
-from base import ROOT, UserError
+from base import ROOT, UserError, only_writer
 from prepare_dsec import PrepareConfig, window_starts
 from tests.conftest import wait_until_gone
 from tests.recordings import BAD, FIRST_US, GOOD, SIZE, SMALL, break_picture, number_of, painted, write_sequence
@@ -40,7 +39,7 @@ TEST_SEQUENCES = {
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")
-            if path.is_file() and path.name not in ("prepare_dsec.json", ".prepare_dsec.lock")}
+            if path.is_file() and path.name not in ("prepare_dsec.json", ".lock")}
 
 
 def read_rows(folder: Path) -> list[dict]:
@@ -286,10 +285,10 @@ def test_a_link_that_leads_out_of_the_folder_is_not_written_through(prepare, two
 # ---------------------------------------------------------------------------------------- going on, other folders
 def test_running_again_changes_nothing_and_says_so(prepare, one):
     folder, _ = prepare(*SMALL, "--sequences", GOOD, root=one[0])
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*.*")}
     _, said = prepare(*SMALL, "--sequences", GOOD, root=one[0])
     assert "3 clips, 3 of them are there" in said and "nothing to do, all was there" in said
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")} == before
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*.*")} == before
 
 
 def test_only_clips_that_lack_a_file_are_made_again(prepare, one):
@@ -345,10 +344,8 @@ def test_a_folder_of_other_settings_or_another_program_is_left_alone(prepare, on
 
 def test_two_at_once_do_not_write_one_folder(prepare, one):
     folder, _ = prepare(*SMALL, "--sequences", GOOD, root=one[0])
-    with open(folder / ".prepare_dsec.lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="is being written by another process"):
-            prepare(*SMALL, "--sequences", GOOD, root=one[0])
+    with only_writer(folder, wait=False), pytest.raises(UserError, match="is being written by process"):
+        prepare(*SMALL, "--sequences", GOOD, root=one[0])
 
 
 def test_a_full_disk_ends_the_run_at_once(prepare, one, monkeypatch):

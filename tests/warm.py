@@ -1,4 +1,4 @@
-"""extract_tokens_train.py again and again, each time in a fork of one process that has imported everything it needs.
+"""A program again and again, each time in a fork of one process that has imported everything it needs.
 
 A run so takes what its work takes: a hundred of them can be killed in minutes.
 """
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 SERVER = """
 import gc, json, os, sys
 import torch
-import base, extract_tokens_train
+import acceptance, base, drafting, extract_tokens_train, matplotlib.pyplot, report, train_and_evaluate, training
 from vlm import batches, dataset, eventgpt, video_llava
 torch.set_num_threads(1)
 gc.freeze()                            # else each fork's first collection copies all that was imported
@@ -28,7 +28,7 @@ for line in sys.stdin:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(log, 1), os.dup2(log, 2)
         sys.argv = asked["argv"]
         try:
-            base.run(extract_tokens_train.main)
+            base.run(sys.modules[sys.argv[0].removesuffix(".py")].main)
             code = 0
         except SystemExit as end:
             code = end.code
@@ -49,9 +49,9 @@ class Warm:
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
-    def start(self, flags: list, log: Path) -> int:
+    def start(self, flags: list, log: Path, program: str = "extract_tokens_train.py") -> int:
         """The process number of a run with these flags; what it prints is appended to the log."""
-        return self._ask(argv=["extract_tokens_train.py", *map(str, flags)], log=str(log))
+        return self._ask(argv=[program, *map(str, flags)], log=str(log))
 
     def wait(self, process: int) -> int:
         """Its exit code, or less than 0 when a signal ended it."""

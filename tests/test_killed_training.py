@@ -1,0 +1,150 @@
+"""Training that is killed, and out of room, at any moment: it goes on to the same numbers, bit for bit."""
+
+import contextlib
+import errno
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import report
+import train_and_evaluate
+from base import run
+from tests.conftest import Demo
+from tests.warm import Warm
+from token_adapter import load_adapter
+
+TIMES = {"date", "seconds", "seconds_per_answer", "step_ms", "provenance", "task", "task_folder"}
+
+
+def flags_of(demo: Demo, task: Path) -> list:
+    """A training of both phases, refitted: as by default, but small."""
+    return ["--train_benchmark", demo.tokens / "train_tokens_full.json", "--test_benchmark",
+            demo.tokens / "test_tokens_1s.json", "--task_folder", task, "--embed_dim", 32, "--num_layers", 1,
+            "--num_heads", 2, "--num_epochs", 16, "--learning_rate", 3e-3, "--early_stopping", 0, "--device", "cpu",
+            "--no-online"]
+
+
+def start(warm: Warm, demo: Demo, task: Path, log: Path) -> int:
+    """As the workflow does it: what was begun goes on."""
+    flags = ["--resume", task, "--device", "cpu"] if (task / "resume.pt").exists() else flags_of(demo, task)
+    return warm.start(flags, log, "train_and_evaluate.py")
+
+
+def whole(task: Path) -> tuple[dict, dict, list[str]]:
+    """What must be the same in every run: numbers but for times, weights, and names of files."""
+    def without_times(value):
+        if isinstance(value, dict):
+            return {key: without_times(part) for key, part in value.items() if key not in TIMES}
+        return [*map(without_times, value)] if isinstance(value, list) else value
+
+    results = json.loads((task / "results.json").read_text())
+    return without_times(results), load_adapter(task / "best_model.pt").state_dict(), sorted(os.listdir(task))
+
+
+def same(ours: tuple, theirs: tuple) -> bool:
+    return ours[::2] == theirs[::2] and all(torch.equal(ours[1][name], theirs[1][name]) for name in theirs[1])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(demo, warm, tmp_path_factory) -> tuple[tuple, float]:
+    """(what came of a run that nobody stopped, the seconds that it took)."""
+    folder, begun = tmp_path_factory.mktemp("undisturbed"), time.monotonic()
+    assert warm.wait(start(warm, demo, folder / "task", folder / "log")) == 0, (folder / "log").read_text()
+    return whole(folder / "task"), time.monotonic() - begun
+
+
+def epochs_of(task: Path) -> list[int]:
+    """Those of which results.json, unfinished or not, knows."""
+    if not (task / "results.json").exists():
+        return []
+    results = json.loads((task / "results.json").read_text())
+    return [epoch["epoch"] for epoch in results["history"]]
+
+
+# ----------------------------------------------------------------------------------------------------- kill -9
+def kill_at_random(demo: Demo, warm: Warm, folder: Path, undisturbed: tuple, kills: int, each: int) -> dict:
+    """Trainings that are killed `each` times and then left to end, until there were so many kills: the losses."""
+    wanted, seconds = undisturbed
+    found = dict.fromkeys(("kills", "lost", "twice", "unusable", "different"), 0)
+    moments, number = random.Random(1), 0
+    while found["kills"] < kills:
+        task, log, kept, number = folder / f"task{number}", folder / "log", 0, number + 1
+        for _ in range(min(each, kills - found["kills"])):
+            process = start(warm, demo, task, log)
+            time.sleep(moments.uniform(0, seconds))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+            if warm.wait(process) != -signal.SIGKILL:
+                break                                               # it had ended before
+            found["kills"] += 1
+            epochs = epochs_of(task)
+            found["lost"] += max(0, kept - len(epochs))
+            found["twice"] += epochs != [*range(1, len(epochs) + 1)]
+            kept = max(kept, len(epochs))
+            if epochs and not load_adapter(task / "best_model.pt").state_dict():
+                found["unusable"] += 1
+            if (task / "RESULTS.md").exists():
+                break
+        if not (task / "RESULTS.md").exists() or (task / "resume.pt").exists():
+            assert warm.wait(start(warm, demo, task, log)) == 0, log.read_text()
+        found["different"] += not same(whole(task), wanted)
+    assert "Traceback" not in (folder / "log").read_text()
+    return found
+
+
+def test_kill_9_changes_nothing(demo, warm, undisturbed, tmp_path):
+    found = kill_at_random(demo, warm, tmp_path, undisturbed, kills=3, each=3)
+    assert found == {"kills": 3, "lost": 0, "twice": 0, "unusable": 0, "different": 0}
+
+
+@pytest.mark.faults
+def test_kill_9_at_fifty_random_moments_changes_nothing(demo, warm, undisturbed, tmp_path, figures):
+    found = kill_at_random(demo, warm, tmp_path, undisturbed, kills=50, each=5)
+    epochs = len(undisturbed[0][0]["history"])
+    figures.append((f"kill -9 of a training ({epochs} epochs, then again on all pairs) at a random moment",
+                    found["kills"], f"epochs lost {found['lost']}, told twice {found['twice']}, unusable checkpoints "
+                    f"{found['unusable']}, numbers, weights or names of files different {found['different']}"))
+    assert found == {"kills": 50, "lost": 0, "twice": 0, "unusable": 0, "different": 0}
+
+
+# -------------------------------------------------------------------------------------------------------- disk
+@pytest.mark.parametrize(("kib", "there"), [(100, {"results.json"}), (250, {"results.json", "best_model.pt"})])
+def test_with_room_a_training_goes_on_that_met_a_full_disk(demo, warm, undisturbed, disk, tmp_path, kib, there):
+    task, log = disk(f"size={kib}k") / "task", tmp_path / "log"
+    assert warm.wait(start(warm, demo, task, log)) == 2
+    last = log.read_text().splitlines()[-1]
+    assert "Traceback" not in log.read_text() and log.read_text().count("ERROR |") == 1
+    assert f"{task}/" in last and "No space left on device; make room, then go on with: " in last
+    assert set(os.listdir(task)) == there and json.loads((task / "results.json").read_text())["unfinished"]
+    disk("size=20m")
+    assert warm.wait(start(warm, demo, task, log)) == 0
+    assert same(whole(task), undisturbed[0])
+
+
+@pytest.mark.parametrize("what", ["draw", "write_text"])
+def test_what_is_measured_is_kept_when_the_page_finds_no_room(demo, undisturbed, tmp_path, monkeypatch, capsys, what):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def ends_with(code: int, *flags) -> None:
+        monkeypatch.setattr("sys.argv", ["train_and_evaluate.py", *map(str, flags)])
+        if code:
+            with pytest.raises(SystemExit, match=str(code)):
+                run(train_and_evaluate.main)
+        else:
+            train_and_evaluate.main()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, what, full)
+        ends_with(2, *flags_of(demo, tmp_path / "task"))
+    assert "go on with: " in capsys.readouterr().out.splitlines()[-1]
+    assert "unfinished" not in json.loads((tmp_path / "task" / "results.json").read_text())
+    ends_with(0, "--resume", tmp_path / "task")
+    assert "epoch" not in capsys.readouterr().out                       # nothing is trained again
+    assert same(whole(tmp_path / "task"), undisturbed[0])
