@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 import drafting
 from drafting import KEPT, NOTHING, NGrams, mixed, top_of
+from graphs import capture
 from token_adapter import Cache, SingleStep, TokenAdapter
 
 REPEATS = 7                        # a cost is the median of so many
@@ -35,23 +36,6 @@ def matching(ours: list[int], theirs: list[int]) -> int:
 def on_host(tokens: list[int], device_tensor: torch.Tensor) -> torch.Tensor:
     """(k,) int64 to be copied to where the other tensor is: pinned, so that the copy to a GPU doesn't wait for it."""
     return torch.tensor(tokens, dtype=torch.long, pin_memory=device_tensor.is_cuda)
-
-
-@torch.inference_mode()
-def captured(work: Callable[[], None], stream: torch.cuda.Stream, pool=None) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of work(), which first runs three times: what is set up then can't be captured.
-
-    In a stream of our own, for PyTorch's belongs to one device. vlm/llama.py has a twin.
-    """
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        work()
-    return graph
 
 
 def for_proposing(adapter: TokenAdapter) -> TokenAdapter:
@@ -96,7 +80,7 @@ class LiveTable(Live):
             self.best = self.draft[0].clone()
             if self.draft.is_cuda:
                 with torch.cuda.device(self.draft.device):
-                    self.graph = captured(self._forward, torch.cuda.Stream())
+                    self.graph, _ = capture(self._forward)
 
     @torch.inference_mode()
     def begin(self, draft: list[int], question: list[int] = ()) -> None:
@@ -155,9 +139,9 @@ class AdapterSteps:
         self.graphs = {}
         if device.type == "cuda":
             with torch.cuda.device(device):
-                stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+                pool = torch.cuda.graph_pool_handle()
                 for size in ("start", *reversed(self.SIZES)):        # largest first: the others fit into its memory
-                    self.graphs[size] = captured(lambda: self._forward(size), stream, pool)              # noqa: B023
+                    self.graphs[size], _ = capture(lambda: self._forward(size), pool)                    # noqa: B023
 
     @torch.inference_mode()
     def begin(self, draft: list[int]) -> None:

@@ -23,6 +23,7 @@ from torch import nn
 from acceptance import TokenTensors, measure, predict
 from base import Progress, UserError, log
 from checkpoints import Checkpoint, Resume
+from graphs import side_stream
 from pairs import Pairs
 from splits import MAX_VOCAB_SIZE, Data, check_drafts, check_ids
 from token_adapter import NOT_SCORED, AdapterConfig, TokenAdapter, load_adapter, save_adapter
@@ -194,7 +195,7 @@ class Trainer:
         self.buffers: dict[tuple, tuple] = {}                             # (widths) -> target, draft, its lengths
         if on_gpu:
             with torch.cuda.device(self.device):
-                self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+                self.stream, self.pool = side_stream(), torch.cuda.graph_pool_handle()
 
     @property
     def rate(self) -> float:

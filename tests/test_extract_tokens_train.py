@@ -5,6 +5,7 @@ import functools
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -17,6 +18,7 @@ import extract_tokens_train
 from base import Stopped, UserError
 from journal import Journal
 from pairs import load_pairs
+from tests.test_steps import needs_gpu
 from vlm import batches as module
 from vlm.batches import Batches
 
@@ -146,6 +148,34 @@ def test_caches_that_find_no_room_are_made_smaller(extract, monkeypatch, capsys,
     output = extract("--batch_size", 4)
     assert len(rows_of(output)) == 5 and not output["failed"]
     assert "; going on with 1" in capsys.readouterr().out
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cuda_memory_that_really_ends_halves_the_batch(extract, tmp_path, capsys, dtype):
+    def run(clips: int, name: str, room: int | None = None) -> tuple[dict, int]:
+        """(the output, how many bytes PyTorch took for it); room: how many it may take."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before, total = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction((before + room) / total if room else 1.0)
+        try:
+            output = extract("--max_samples", 20, "--batch_size", clips, "--device", "cuda", "--dtype", dtype,
+                             "--quantization", "none", output_file=tmp_path / name)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        return output, torch.cuda.max_memory_reserved() - before
+
+    run(1, "first")                                          # sets up what stays: workspaces of cuBLAS
+    (_, few), (wanted, many) = run(1, "few"), run(20, "many")
+    assert "out of memory" not in capsys.readouterr().out and few < many
+    output, taken = run(20, "short", (few + many) // 2)
+    said = capsys.readouterr().out
+    assert re.search(r"WARNING \| out of memory with 20 clips at a time: CUDA.*going on with 10", said), said
+    assert taken < many and output["failed"] == [] and len(rows_of(output)) == 20, (few, many, taken)
+    if dtype == "float32":
+        assert rows_of(output) == rows_of(wanted)
 
 
 def test_another_error_of_the_model_is_no_lack_of_memory(extract, monkeypatch):

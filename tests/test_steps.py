@@ -243,11 +243,10 @@ class FakeGraph:
 @pytest.fixture
 def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
     def capture(wrong: float):
-        def fake(work, stream, pool):
+        def fake(work, pool):
             graph = FakeGraph(work, wrong)
             return graph, graph.output
 

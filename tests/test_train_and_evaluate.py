@@ -22,6 +22,7 @@ from checkpoints import Resume
 from pairs import load_pairs
 from splits import load_data
 from tests.conftest import write_pairs
+from tests.test_steps import needs_gpu
 from token_adapter import load_adapter
 from train_and_evaluate import TrainConfig
 
@@ -127,7 +128,7 @@ def straight(files, tmp_path_factory) -> tuple[Path, dict]:
         return run_main(monkeypatch, tmp_path_factory.mktemp("straight"), files["train"], files["test"], *PHASES)
 
 
-def stopped(monkeypatch, folder: Path, files: dict, after: int) -> Path:
+def stopped(monkeypatch, folder: Path, files: dict, after: int, *flags: str) -> Path:
     """The task folder of the same training, stopped as by a kill when resume.pt was written so often."""
     write, times = Resume.write, []
 
@@ -140,7 +141,7 @@ def stopped(monkeypatch, folder: Path, files: dict, after: int) -> Path:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Resume, "is_due", lambda self: True)
         patch.setattr(Resume, "write", write_and_die)
-        run_main(patch, folder, files["train"], files["test"], *PHASES)
+        run_main(patch, folder, files["train"], files["test"], *PHASES, *flags)
     return next(folder.iterdir())
 
 
@@ -167,6 +168,21 @@ def test_a_resumed_training_gives_the_same_numbers_bit_for_bit(straight, monkeyp
     first, second = (load_adapter(folder / "best_model.pt").state_dict() for folder in (straight[0], task))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert "unfinished" not in results and not (task / "resume.pt").exists() and (task / "RESULTS.md").exists()
+
+
+@needs_gpu
+@pytest.mark.parametrize("after", [2, 5])
+def test_cuda_training_goes_on_where_it_was(monkeypatch, tmp_path, files, after):
+    """Not bit for bit: sums over the batch come in any order there."""
+    flags = ["--device", "cuda"]
+    _, straight = run_main(monkeypatch, tmp_path / "straight", files["train"], files["test"], *PHASES, *flags)
+    task = stopped(monkeypatch, tmp_path / "task", files, after, *flags)
+    resumed = resume(monkeypatch, task)
+    for ours, theirs in zip(resumed["history"], straight["history"], strict=True):
+        assert all(ours[key] == theirs[key] for key in ("epoch", "phase", "learning_rate"))
+        assert abs(ours["train_loss"] - theirs["train_loss"]) < 0.1
+        assert abs(ours["validation_alpha"] - theirs["validation_alpha"]) < 0.1
+    assert resumed["provenance"]["device"] == straight["provenance"]["device"] != "CPU"
 
 
 def test_resuming_a_finished_task_says_so_and_changes_nothing(straight, monkeypatch, capsys):

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from base import log
+from graphs import capture
 from vlm.attention import causal, shared_and_own
-from vlm.llama import SAME, Llama, Next, apart, capture, position_bytes
+from vlm.llama import SAME, Llama, Next, apart, position_bytes
 from vlm.loading import Answer, answers_of, check_positions, free_gib
 
 READ_TOKENS = 16_384         # prompt positions that go through the layers at once: enough to fill a GPU
@@ -182,7 +183,7 @@ class Batches(Llama):
         try:
             eager = step().logits.clone()
             again()
-            graph, output = capture(step, torch.cuda.Stream(), torch.cuda.graph_pool_handle())
+            graph, output = capture(step)
             again()
             graph.replay()
             if not (difference := apart(output.logits, eager)) <= SAME:

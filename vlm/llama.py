@@ -126,20 +126,6 @@ def fuse(modules: list[nn.Module]) -> torch.Tensor | None:
     return fused
 
 
-def capture(work: Callable, stream, pool) -> tuple:
-    """(a CUDA graph of work(), what it returned). A stream of our own: PyTorch's belongs to one device."""
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):                  # lazy set-up (cuBLAS, attention plans) can't be captured
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: threads that prepare the next clip may allocate pinned memory meanwhile.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        output = work()
-    return graph, output
-
-
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """How far two ways to reckon the same logits lie apart, as a share of their size; rounding in 16 bits: 1 %."""
     ours, theirs = ours.float(), theirs.float()

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from base import log
+from graphs import capture
 from vlm.attention import causal, masked
-from vlm.llama import SAME, Llama, Next, apart, capture
+from vlm.llama import SAME, Llama, Next, apart
 
 
 class Steps(Llama):
@@ -126,9 +127,9 @@ class Steps(Llama):
         graphs = {}
         try:
             with torch.cuda.device(self.device):
-                stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+                pool = torch.cuda.graph_pool_handle()
                 for k in sizes:
-                    graphs[k] = capture(lambda k=k: self._forward(k), stream, pool)
+                    graphs[k] = capture(lambda k=k: self._forward(k), pool)
                 self.ids.copy_((self.slots + 1) % self.vocab_size)
                 for k, (graph, output) in graphs.items():
                     eager = self._forward(k).logits.clone()
