@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parent
 # Distributions whose import name differs from the name that pip knows.
 IMPORT_NAMES = {"pillow": "PIL", "protobuf": "google.protobuf"}
 # What a disk can do to a program, and what its user can do about it.
-DISK_TROUBLE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "choose another folder",
+DISK_TROUBLE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the limit (ulimit -f)",
+                errno.EROFS: "choose another folder", errno.ENAMETOOLONG: "choose a shorter name",
                 errno.EACCES: "mend its rights", errno.EPERM: "mend its rights", errno.EIO: "look after the disk"}
 # Control characters (a terminal obeys them), ends of lines, turns of the writing direction, halves of characters.
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -79,7 +80,7 @@ def goes_on_with(arguments: list[str]) -> None:
 def run(main: Callable[[], None]) -> None:
     """Call main(). A UserError becomes one ERROR line and exit 2; a bug keeps its traceback.
 
-    A package that is not installed and a disk that is full or read-only count as the user's to put right. Signals
+    A package that is not installed and a file that can't be read or written count as the user's to put right. Signals
     leave through `finally`, so that no temporary file stays behind (Python's default would end the process at once),
     with exit 128 + number, and the RESUME line where the program can go on. HUP is left alone under nohup.
     """
@@ -100,11 +101,11 @@ def run(main: Callable[[], None]) -> None:
             raise  # a file of ours: a bug
         end(f"ERROR | the package {error.name!r} is not installed: {install_command('requirements.txt')}", 2)
     except OSError as error:
-        if error.errno not in DISK_TROUBLE:
-            raise
+        if error.errno not in DISK_TROUBLE and (not error.errno or not error.filename):
+            raise  # not about a file
         where = f"{error.filename}: " if error.filename else ""
         then = f"then go on with: {going_on()}" if _goes_on else "then give the same command again"
-        end(f"ERROR | {where}{error.strerror}; {DISK_TROUBLE[error.errno]}, {then}", 2)
+        end(f"ERROR | {where}{error.strerror}; {DISK_TROUBLE.get(error.errno, 'look after it')}, {then}", 2)
     except KeyboardInterrupt:
         end(f"RESUME | {going_on()}" if _goes_on else "ERROR | interrupted", 130)
     except Stopped as stopped:
@@ -183,8 +184,15 @@ def required(help: str, positional: bool = False):
     return dataclasses.field(metadata={"help": help, "positional": positional})
 
 
+# More than that is a slip of the hand, which would be found out only when the memory is full.
+MOST = {"num_frames": 1000, "embed_dim": 16_384, "num_layers": 256, "num_heads": 1024, "max_seq_len": 32_768}
+
+
 def check_counts(config, counts: tuple[str, ...], or_all: tuple[str, ...] = ()) -> None:
     """These flags must be 1 or more; those in `or_all` may also be -1, for all. A UserError names the first wrong."""
+    for name in counts:
+        if name in MOST and getattr(config, name) > MOST[name]:
+            raise UserError(f"--{name} must be at most {MOST[name]}, got {getattr(config, name)}")
     for name in (*counts, *or_all):
         if getattr(config, name) < 1 and not (name in or_all and getattr(config, name) == -1):
             otherwise = ", or -1 for all" if name in or_all else ""
@@ -298,8 +306,26 @@ def write_json(path: Path, results: dict) -> None:
     write_text(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
+def check_plain(path: Path, follow: bool = True) -> None:
+    """A UserError if this is there but no file: a pipe would be waited for. follow: whether a link to one will do."""
+    if (path.exists() and not path.is_file()) or (path.is_symlink() and not follow):
+        kind = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "a pipe or a device"
+        raise UserError(f"{path} is {kind}, wanted a file; remove it, or choose another name")
+
+
+@contextlib.contextmanager
+def reading(path: Path, otherwise: str) -> Iterator[None]:
+    """Inside, what this file says is used: a UserError if its values are not of the kinds that belong there."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{path} does not hold what belongs there ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())[:200]}); {otherwise}") from error
+
+
 def read_json(path: Path):
     """The file's JSON value; a UserError that says what is wrong with it otherwise."""
+    check_plain(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -324,9 +350,13 @@ def not_json(path: Path, error: Exception) -> UserError:
 
 
 @contextlib.contextmanager
-def only_writer(path: Path, wait: bool) -> Iterator[None]:
-    """Hold the lock of this file or folder; its text says who does. flock ends with its process: none is stale."""
+def only_writer(path: Path, wait: bool | None = None) -> Iterator[None]:
+    """Hold the lock of this file or folder; its text says who does. flock ends with its process: none is stale.
+
+    wait: --wait of the program, if it has one. Where another process holds it: a UserError, or else it is waited for.
+    """
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    check_plain(lock, follow=False)
     with open(lock, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -334,14 +364,19 @@ def only_writer(path: Path, wait: bool) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             if not wait:
-                raise UserError(f"{path} is being written by {holder}; wait for it, or use --wait") from None
+                otherwise = "" if wait is None else ", or use --wait"
+                raise UserError(f"{path} is being written by {holder}; wait for it{otherwise}") from None
             log(f"{path} is being written by {holder}: waiting for it to end")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:                  # some network file systems have no locks
             raise UserError(f"can't lock {lock}: {error.strerror}; choose a folder on another disk") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} since {now()}")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} since {now()}")
+            file.flush()
+        except OSError as error:
+            error.filename = str(lock)           # a failed write doesn't say of which file
+            raise
         yield
 
 

@@ -8,7 +8,6 @@ for bit on a CPU. It goes when the task is whole.
 from __future__ import annotations
 
 import contextlib
-import pickle
 import time
 import zlib
 from collections.abc import Iterator
@@ -16,10 +15,14 @@ from pathlib import Path
 
 import torch
 
-from base import UserError, log
+from base import UserError, check_plain, log, reading
 from pairs import Pairs
 from token_adapter import TokenAdapter, save_adapter, write_tensors
 
+ANEW = "delete it to begin this training anew"
+# What resume.pt holds: the best epochs; and of the last one, what the next depends on.
+KINDS = {"data": list, "history": list, "best": dict, "phase": str, "epoch": int, "over": bool, "adapter": dict,
+         "optimizer": dict, "done": int, "order": torch.Tensor, "random": list}
 SAVING_SHARE = 0.05        # of the time may go into writing each: 350 MB a second where that is all
 
 
@@ -78,19 +81,24 @@ class Resume(Writing):
         self.found: dict | None = None
 
     def read(self) -> None:
+        check_plain(self.path)
         try:
-            self.found = torch.load(self.path, map_location="cpu", weights_only=True)
-            before = self.found["data"]
+            found = torch.load(self.path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             log(f"train | {self.path} is not there yet: training begins anew")
             return
-        except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.path} can't be used: {str(error).splitlines()[0][:200]}; delete it to begin this "
-                            "training anew") from error
+        except Exception as error:      # a torn or hostile archive of pickles can raise nearly anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.path} can't be used: {reason[:200]}; {ANEW}") from error
+        with reading(self.path, ANEW):
+            if any(not isinstance(found[name], kind) for name, kind in KINDS.items()):
+                raise TypeError(f"wanted {', '.join(KINDS)}")
+            before = found["data"]
         if before != self.data:
             raise UserError(f"the pair files are not those that {self.path.parent} began with; bring those back, or "
                             "train into a new task folder")
-        log(f"train | going on after epoch {self.found['epoch']} of {self.found['phase']}")
+        self.found = found
+        log(f"train | going on after epoch {found['epoch']} of {found['phase']}")
 
     def of(self, phase: str) -> dict | None:
         """What was found, if it was found in this phase."""

@@ -10,9 +10,10 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from base import UserError, log, parse_config, plain, read_json, required, run, write_text, write_whole
+from base import UserError, log, parse_config, plain, read_json, reading, required, run, write_text, write_whole
 from report import BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION, escape, percent, table
 
+DECODE = "decode again"
 PICTURES = ("accepted_lengths.png", "stage_times.png", "drafter_speed_up.png")
 MOST_ROWS = 20                         # of differences and of failed clips
 CLOCK_S = 1e-4                 # seconds in all; below that a time is a clock's noise
@@ -485,7 +486,8 @@ def write_decode_report(folder: Path, plots: bool = True) -> None:
 
 def main() -> None:
     for folder in parse_config(DecodeReportConfig).folders:
-        write_decode_report(folder)
+        with reading(folder / "decode.json", DECODE):
+            write_decode_report(folder)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from base import UserError, write_whole
+from base import UserError, check_plain, write_whole
 from pairs import Pairs
 from splits import clip_order
 from token_adapter import NOT_SCORED, TokenAdapter
@@ -160,6 +160,7 @@ def save_memory(answers: Iterable[list[int]], path: Path) -> None:
 
 def load_memory(path: Path) -> list[list[int]]:
     """The answers of save_memory, as token lists."""
+    check_plain(path)
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(part.file_size for part in archive.infolist()) > MAX_MEMORY_BYTES:
@@ -170,8 +171,8 @@ def load_memory(path: Path) -> list[list[int]]:
                 or flat.ndim != 1 or start[0] != 0 or start[-1] != len(flat) or flat.min(initial=0) < 0):
             raise ValueError("its arrays don't fit together")
     except Exception as error:      # a torn or hostile archive can raise nearly anything
-        raise UserError(f"{path} is not the memory of a task: {error}; train anew, or delete it to begin "
-                        "without") from error
+        raise UserError(f"{path} is not the memory of a task: {error}; wanted a memory.npz of training or decoding, "
+                        "or leave it out") from error
     return [flat[a:b].tolist() for a, b in itertools.pairwise(start)]
 
 

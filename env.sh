@@ -2,7 +2,7 @@
 # Sets PYTHON. An active virtual or conda environment is used as it is (its packages are checked, never changed);
 # without one, .venv is made beside this file and the requirements are installed into it, once.
 
-log() { printf '[%s] %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$*"; }
+log() { printf '[%s] %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$*" 2> /dev/null || true; }      # a full disk ends no work
 die() { log "ERROR | $*" >&2; exit 2; }
 
 requirements="$1"

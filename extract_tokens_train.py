@@ -11,7 +11,6 @@ or video can't be read goes to the list `failed` with the reason and stops nothi
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -27,6 +26,7 @@ from base import (
     UserError,
     as_json,
     check_counts,
+    check_plain,
     finishing,
     goes_on_with,
     log,
@@ -81,8 +81,7 @@ class ExtractConfig:
     def __post_init__(self):
         if not self.query.strip():
             raise UserError("--query is empty: wanted a question")
-        if self.output_file.is_dir():
-            raise UserError(f"--output_file {self.output_file} is a folder, wanted the name of a file")
+        check_plain(self.output_file)
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
         if self.num_workers is None:
@@ -166,7 +165,11 @@ def is_finished(config: ExtractConfig, settings: dict, samples: list[Sample], co
     if config.restart or not config.output_file.exists() or Journal.path_of(config.output_file).exists():
         return False
     rows = JsonRows(config.output_file)
-    collections.deque(rows, maxlen=0)                        # what it says beside its rows is known after them
+    try:
+        count = sum(1 for _ in rows)                         # what it says beside its rows is known after them
+    except UserError as error:
+        raise UserError(f"{error}; nothing goes on from there: choose another --output_file, or --restart to replace "
+                        "it") from error
     found, wanted = rows.beside, {**settings, "total_samples": len(samples)}
     if "dataset_content" in found:                           # outputs of earlier versions say nothing of it
         wanted["dataset_content"] = fingerprint(content)
@@ -175,8 +178,11 @@ def is_finished(config: ExtractConfig, settings: dict, samples: list[Sample], co
     if differs:
         raise UserError(f"{config.output_file} exists and was made differently ({differs}); choose another "
                         "--output_file, or --restart to replace it")
-    log(f"RESULT | {config.output_file} | finished before: {found.get('videollava_success')} pairs, "
-        f"{len(found.get('failed') or ())} failed")
+    if count != found.get("videollava_success") or not isinstance(found.get("failed"), list):
+        raise UserError(f"{config.output_file} was changed: it holds {count} pairs and says that it has "
+                        f"{found.get('videollava_success')}; choose another --output_file, or --restart to replace "
+                        "it")
+    log(f"RESULT | {config.output_file} | finished before: {count} pairs, {len(found['failed'])} failed")
     return True
 
 

@@ -17,9 +17,10 @@ import sys
 import zlib
 from pathlib import Path
 
-from base import UserError, log, sync_folder, write_whole
+from base import UserError, check_plain, log, sync_folder, write_whole
 
 MARK = b', "crc": '                              # in front of each line's checksum, its last item
+BEGIN = b'{"settings": '
 OF_TARGET = ("target_model", "num_frames")       # settings that touch the target's answers alone
 Content = dict[str, dict[str, str]]              # model -> clip's key -> digest of the files that the model sees
 
@@ -42,6 +43,7 @@ class Journal:
         # (model, question number) -> {sample key: offset of the line}; flat keys would take twice the memory
         self.places: dict[tuple[str, int], dict[str, int]] = collections.defaultdict(dict)
         self.models: dict[str, dict] = {}                         # model -> name, revision, vocab_size, prompt
+        check_plain(self.path, follow=False)
         if restart:
             self.path.unlink(missing_ok=True)
         self._read(settings, content or {})
@@ -87,8 +89,11 @@ class Journal:
             head, first, at, end, bad = None, 0, 0, 0, 0
             for line in file:
                 entry = entry_of(line)
-                if at == 0:
-                    head, first = entry if entry and "settings" in entry else None, len(line)
+                torn = at == 0 and not line.endswith(b"\n")
+                if torn and (line.startswith(BEGIN[:len(line)]) or not line.strip(b"\0")):
+                    bad += 1             # the machine stopped before it was whole
+                elif at == 0 and entry and "settings" in entry:
+                    head, first = entry, len(line)
                 elif head is None:
                     raise UserError(f"{self.path}: the first line of this journal is damaged, so nobody knows "
                                     "what its answers belong to; mend it, or start afresh with --restart")
@@ -200,13 +205,13 @@ def line_of(entry: dict) -> bytes:
 def entry_of(line: bytes) -> dict | None:
     """What a line says: {"settings", ...}, facts of a model or an answer; None if it is torn or damaged.
 
-    Earlier versions wrote no checksum. No text can hold MARK: JSON writes its quotes with a backslash.
+    No text can hold MARK: JSON writes its quotes with a backslash.
     """
-    text, mark, checksum = line.rpartition(MARK)
-    if mark and checksum != b"%d}\n" % zlib.crc32(text):
+    text, _, checksum = line.rpartition(MARK)
+    if checksum != b"%d}\n" % zlib.crc32(text):
         return None
     try:
-        entry = json.loads(line) if line.endswith(b"\n") else None
+        entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
     if not isinstance(entry, dict):
@@ -218,4 +223,6 @@ def entry_of(line: bytes) -> dict | None:
     kinds = {"settings": dict} if "settings" in entry else (
         {"model": str, "vocab_size": int} if "vocab_size" in entry else
         {"model": str, "key": str, "question_idx": int, "tokens": list, "text": str, "finished": bool})
-    return entry if all(isinstance(entry.get(key), kind) for key, kind in kinds.items()) else None
+    if not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+        return None
+    return entry if all(type(token) is int for token in entry.get("tokens", ())) else None

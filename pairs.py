@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from base import Progress, UserError, drive_of, log, not_json, write_whole
+from base import Progress, UserError, check_plain, drive_of, log, not_json, write_whole
 
 Which = Literal["draft", "target"]
 FORMATS = ("extraction", "benchmark", "inference")
@@ -151,6 +151,7 @@ class JsonRows:
         self.before, self.lines, self.newline = 0, 0, -1         # letters and lines given up, the last line's start
 
     def __iter__(self) -> Iterator:
+        check_plain(self.path)
         try:
             with open(self.path, "rb") as self.file:
                 size = os.fstat(self.file.fileno()).st_size // 2**20 + 1

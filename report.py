@@ -11,12 +11,27 @@ import math
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from base import UserError, log, option, parse_config, plain, read_json, required, run, write_text, write_whole
+from base import (
+    UserError,
+    log,
+    option,
+    parse_config,
+    plain,
+    read_json,
+    reading,
+    required,
+    run,
+    write_text,
+    write_whole,
+)
 
 CURVE_LINES = 50               # lines of the text curve in RESULTS.md; longer answers are shown in bins
 GAMMA_OF_LEAD = "8"
+PLAIN_NAME = re.compile(r"[\w ,.+-]*")           # of a drafter, a figure, a gamma
+MEASURE = "measure its best_model.pt with train_and_evaluate.py --checkpoint"
 PICTURES = ("training_curves.png", "loss_curve.png", "accuracy_curve.png")
 DRAFTER_PICTURES = ("drafters_by_position.png", "tau_over_gamma.png")
 # Okabe and Ito 2008, "Color Universal Design": told apart by colour-blind readers too.
@@ -44,9 +59,23 @@ def read_results(task: Path) -> dict:
     results = read_json(path)
     if isinstance(results, dict) and results.get("unfinished"):
         raise UserError(f"{task} is unfinished: go on with train_and_evaluate.py --resume {task}")
-    if not isinstance(results, dict) or "test" not in (results.get("metrics") or {}):
+    metrics = results.get("metrics") if isinstance(results, dict) else None
+    if not isinstance(metrics, dict) or "test" not in metrics:
         raise UserError(f"{path} is not the results.json of train_and_evaluate.py")
+    if odd := next(odd_names(metrics), None):
+        raise UserError(f"{path} has the name {odd[:40]!a} among its metrics, which none of ours is; {MEASURE}")
     return results
+
+
+def odd_names(metrics) -> Iterator[str]:
+    """Keys and texts that no program of ours wrote; those of drives come from files and are escaped on the page."""
+    if isinstance(metrics, str):
+        yield from () if PLAIN_NAME.fullmatch(metrics) else (metrics,)
+    for key, part in metrics.items() if isinstance(metrics, dict) else ():
+        yield from odd_names(key)
+        yield from odd_names(part if key != "drives" else [*part.values()] if isinstance(part, dict) else None)
+    for part in metrics if isinstance(metrics, list) else ():
+        yield from odd_names(part)
 
 
 def percent(share: float | None) -> str:
@@ -257,13 +286,13 @@ def data_section(results: dict) -> list[str]:
     rows = []
     for use, files in results["files"].items():
         for file in files:
-            dropped, flagged = (", ".join(f"{n} x {escape(why)}" for why, n in file[key].items()) or "none"
+            dropped, flagged = (", ".join(f"{n} x {why}" for why, n in file[key].items()) or "none"
                                 for key in ("dropped", "flagged"))
             used = f"{file['used']} of {file['rows']}"
-            rows.append([use, escape(file["path"]), file["format"], used, dropped, flagged])
+            rows.append(map(escape, (use, file["path"], file["format"], used, dropped, flagged)))
     lines = ["## Data", "", *table(["use", "file", "format", "rows used", "dropped", "flagged, kept"], rows)]
     if results["split"]:
-        lines += [f"Validation, cut from the training pairs by {results['split']['by']}: "
+        lines += [f"Validation, cut from the training pairs by {escape(results['split']['by'])}: "
                   f"{escape(', '.join(results['split']['validation']))}. Trained on: "
                   f"{escape(', '.join(results['split']['train']))}.", ""]
     return lines
@@ -277,13 +306,13 @@ def training_section(results: dict, pictures: list[str]) -> list[str]:
                 "here, so there are no training curves.", "", *shown]
     best = results["history"][results["best_epoch"] - 1]
     phases = [epoch["phase"] for epoch in results["history"]]
-    counted = ", ".join(f"{phases.count(name)} {name}" for name in dict.fromkeys(phases))
+    counted = escape(", ".join(f"{phases.count(name)} {name}" for name in dict.fromkeys(phases)))
     again = ("The adapter was then trained again from the start, just as long, with the validation pairs; that one "
              "is kept, and only the metrics on validation are those of the first. " if results["refitted"] else "")
     seconds, accepted = results["seconds"]["until_trained"], percent(best["validation_alpha"])
     lines = ["## Training", "",
              f"{len(phases)} epochs ({counted}), {seconds:.0f} s with reading the pairs. Chosen is epoch "
-             f"{results['best_epoch']}, best on validation: {accepted} accepted. {again}In the curves, loss and "
+             f"{best['epoch']:d}, best on validation: {accepted} accepted. {again}In the curves, loss and "
              "top-1 on train come from the training pass itself, with dropout on and weights on the move; the "
              "metrics above are measured anew with the kept weights.", ""]
     return lines + shown
@@ -437,28 +466,31 @@ def summary(tasks: list[Path]) -> int:
     """
     import decode_report  # not above: it reads this file
 
-    wrong = 0
+    wrong, worth = 0, []
     rows = [["task", "conditioning", "pairs train/test", "copying", "constant", "adapter", "top-5",
              "best drafter", "alpha", f"tau, gamma {GAMMA_OF_LEAD}"]]
     for task in tasks:
         results = read_results(task)
-        trained, test = results["metrics"].get("train", {"pairs": 0}), results["metrics"]["test"]
-        adapter, constant, best = test["adapter"], test["constant_string"], best_drafter(test)
-        lead = test["drafters"][best]
-        rows.append([
-            results["task"], results["adapter"]["conditioning"], f"{trained['pairs']}/{test['pairs']}",
-            percent(test["direct_copy"]["alpha"]), percent(constant["alpha"] if constant else None),
-            percent(adapter["alpha"]), percent(adapter["top5"]), best, percent(lead["alpha"]),
-            f"{lead['simulated'][GAMMA_OF_LEAD]['tau']:.2f}"])
+        with reading(task / "results.json", MEASURE):
+            trained, test = results["metrics"].get("train", {"pairs": 0}), results["metrics"]["test"]
+            adapter, constant, best = test["adapter"], test["constant_string"], best_drafter(test)
+            lead = test["drafters"][best]
+            rows.append([
+                str(results["task"]), str(results["adapter"]["conditioning"]), f"{trained['pairs']}/{test['pairs']}",
+                percent(test["direct_copy"]["alpha"]), percent(constant["alpha"] if constant else None),
+                percent(adapter["alpha"]), percent(adapter["top5"]), best, percent(lead["alpha"]),
+                f"{lead['simulated'][GAMMA_OF_LEAD]['tau']:.2f}"])
+            worth.append(draft_worth(results))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         log("SUMMARY | " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)))
-    for task in tasks:
-        log(f"SUMMARY | {read_results(task)['task']} | what the draft adds: {draft_worth(read_results(task))}")
+    for task, (name, *_), draft in zip(tasks, rows[1:], worth):
+        log(f"SUMMARY | {name} | what the draft adds: {draft}")
         for folder in newest_decoding(task):
             found = decode_report.read_decoding(folder)
-            wrong += found["totals"]["verdicts"].get("WRONG", 0)
-            log(f"SUMMARY | {read_results(task)['task']} | decoding: {decode_report.one_line(found)}")
+            with reading(folder / "decode.json", decode_report.DECODE):
+                wrong += found["totals"]["verdicts"].get("WRONG", 0)
+                log(f"SUMMARY | {name} | decoding: {decode_report.one_line(found)}")
     log("SUMMARY | tau: tokens for each target pass in simulated greedy speculative decoding")
     for task in tasks:
         for name in ("RESULTS.md", *PICTURES, *DRAFTER_PICTURES):
@@ -475,7 +507,8 @@ def main() -> None:
     config = parse_config(ReportConfig)
     if config.rebuild:
         for task in config.tasks:
-            write_report(task)
+            with reading(task / "results.json", MEASURE):
+                write_report(task)
     elif wrong := summary(config.tasks):
         log(f"ERROR | {wrong} decoded answers are not the target's own: see WRONG in DECODE.md")
         sys.exit(3)

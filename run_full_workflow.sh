@@ -12,6 +12,11 @@
 # TASK_DIR/{1s_draft,1s,500ms_draft,500ms}_{date}_{time} with best_model.pt, results.json, RESULTS.md and the pictures;
 # in 1s and 500ms decode_{date}_{time} with decode.json, DECODE.md and pictures of speculative decoding, checked and timed.
 set -euo pipefail
+for name in DATA_ROOT DSEC_ROOT TOKENS_DIR TASK_DIR EVENTGPT VIDEO_LLAVA TEST_1S PYTHON; do
+  value="${!name:-}"               # a path is meant from where the script was called, not from its own folder
+  if [[ "${name}" == VIDEO_LLAVA && ! -d "${value}" || "${name}" == PYTHON && "${value}" != */* ]]; then continue; fi
+  if [[ -n "${value}" && "${value}" != /* ]]; then export "${name}=${PWD}/${value}"; fi
+done
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 demo=''; new=''
@@ -71,25 +76,30 @@ if command -v setpriv > /dev/null; then bound=(setpriv --pdeathsig TERM); fi
 
 # alone : one workflow at a time in TASK_DIR; the lock is held by the script and its steps, and can't go stale
 alone() {
+  true 2> /dev/null >> "${STATE}.lock" || die "can't write to ${STATE}.lock: make room in ${TASK_DIR}, or choose another"
   exec 9>> "${STATE}.lock"
   if command -v flock > /dev/null && ! flock --wait "${LOCK_WAIT_S}" 9; then
     die "another workflow is at work in ${TASK_DIR} ($(cat "${STATE}.lock")): wait for it, or name another TASK_DIR"
   fi
-  echo "process $$ since $(date '+%Y-%m-%d %H:%M:%S')" > "${STATE}.lock"
+  echo "process $$ since $(date '+%Y-%m-%d %H:%M:%S')" 2> /dev/null > "${STATE}.lock" \
+    || die "can't write to ${STATE}.lock: make room in ${TASK_DIR}, or choose another"
 }
 
-# step NAME RESULT COMMAND... : run COMMAND unless RESULT is there already
+# step NAME RESULT COMMAND... : run COMMAND unless RESULT is there already, which is written whole, and last
 step() {
   local name="$1" result="$2" start="${SECONDS}" status=0
   shift 2
-  if [[ -e "${result}" ]]; then log "${name} | skipped, ${result} exists"; return; fi
+  if [[ -s "${result}" ]]; then log "${name} | skipped, ${result} exists"; return; fi
   log "${name} | start | $*"
   ${bound[@]+"${bound[@]}"} "$@" &               # not in the foreground: bash would let a kill wait for its end
   child=$!
   wait "${child}" || status=$?
   child=''
-  (( status == 0 )) || die "${name} ended with status ${status} after $((SECONDS - start)) s"
-  [[ -e "${result}" ]] || die "${name} ended well but did not write ${result}"
+  if (( status != 0 )); then       # 2: the program has said what is wrong, in one ERROR line
+    log "$( (( status == 2 )) || echo "ERROR | ")${name} ended with status ${status} after $((SECONDS - start)) s"
+    exit 2
+  fi
+  [[ -s "${result}" ]] || die "${name} ended well but did not write ${result}"
   log "${name} | done in $((SECONDS - start)) s | ${result}"
 }
 
@@ -108,22 +118,23 @@ extract() {
     --draft_model "${EVENTGPT}" --target_model "${VIDEO_LLAVA}" --wait ${EXTRACT_FLAGS}
 }
 
-# chosen NAME PREFIX : the folder PREFIX_{date}_{time} chosen for this, now or when the workflow was started before
+# chosen NAME PREFIX : the folder in TASK_DIR PREFIX_{date}_{time} chosen for this, now or when it was started before
 chosen() {
   local folder
-  folder="$(sed -n "s/^$1=//p" "${STATE}" 2>/dev/null || true)"
+  folder="$(sed -n "s/^$1=//p" "${STATE}" 2> /dev/null || true)"
   if [[ -z "${folder}" ]]; then
     folder="$2_$(date +%Y%m%d_%H%M%S)"
-    echo "$1=${folder}" >> "${STATE}"
+    { cat "${STATE}" 2> /dev/null || true; echo "$1=${folder}"; } 2> /dev/null > "${STATE}.tmp" \
+      && mv -T "${STATE}.tmp" "${STATE}" || die "can't write to ${STATE}: make room in ${TASK_DIR}, or choose another"
   fi
-  echo "${folder}"
+  echo "${TASK_DIR}/${folder}"
 }
 
 # train NAME TRAIN TEST : the default conditioning, and draft conditioning as the reference; sets `tasks`
 train() {
   local name="$1" folder how
   for name in "$1_draft" "$1"; do
-    folder="$(chosen "${name}" "${TASK_DIR}/${name}")"
+    folder="$(chosen "${name}" "${name}")"
     # shellcheck disable=SC2206
     how=(--train_benchmark "$2" --test_benchmark "$3" --task_name "${name}" --task_folder "${folder}" ${TRAIN_FLAGS}
          $(if [[ "${name}" == *_draft ]]; then echo "--conditioning draft ${DRAFT_FLAGS}"; fi))
@@ -137,8 +148,8 @@ train() {
 decode() {
   local task folder
   if [[ ! -d "$2" ]]; then log "decode $1 | skipped, no data set folder $2"; return; fi       # TEST_1S does without
-  task="$(chosen "$1" "${TASK_DIR}/$1")"
-  folder="$(chosen "decode $1" "${task}/decode")"
+  task="$(chosen "$1" "$1")"
+  folder="$(chosen "decode $1" "$(basename "${task}")/decode")"
   # shellcheck disable=SC2086
   step "decode $1" "${folder}/DECODE.md" "${PYTHON}" speculative_decode.py --task "${task}" --dataset_dir "$2" \
     --draft_model "${EVENTGPT}" --target_model "${VIDEO_LLAVA}" --output_folder "${folder}" --compare ${DECODE_FLAGS}
@@ -147,9 +158,12 @@ decode() {
 main() {
   [[ -n "${EVENTGPT}" ]] || die "EVENTGPT is not set: name the folder of the EventGPT checkpoint, or try --demo"
   [[ -z "${TEST_1S}" || -f "${TEST_1S}" ]] || die "TEST_1S=${TEST_1S}: no such file"
+  [[ "${LOCK_WAIT_S}" =~ ^[0-9]+$ ]] || die "LOCK_WAIT_S=${LOCK_WAIT_S}: wanted whole seconds"
   [[ -z "${DSEC_ROOT}" || -d "${DSEC_ROOT}" ]] || die "DSEC_ROOT=${DSEC_ROOT}: no such folder"
   [[ -d "${EVENTGPT}" ]] || die "EVENTGPT=${EVENTGPT}: no such folder"
-  mkdir -p "${TOKENS_DIR}" "${TASK_DIR}" || die "can't make the folders ${TOKENS_DIR} and ${TASK_DIR}"
+  for folder in "${TOKENS_DIR}" "${TASK_DIR}"; do
+    mkdir -p "${folder}" 2> /dev/null || die "can't make the folder ${folder}: choose another, or mend its rights"
+  done
   alone
   if [[ -n "${new}" ]]; then rm -f "${STATE}"; fi
   local train_root="${DATA_ROOT}/my_egpt_dsec_train/my_egpt_dsec_train" test_root="${DATA_ROOT}/my_egpt_dsec_test/my_egpt_dsec_seq"

@@ -33,15 +33,18 @@ from base import (
     make_folder,
     new_task_folder,
     now,
+    only_writer,
     option,
     parse_config,
     provenance,
     read_json,
+    reading,
     required,
     run,
     write_json,
 )
 from decode_report import one_line, totals, write_decode_report
+from report import MEASURE
 from splits import clip_order
 
 if TYPE_CHECKING:                  # torch and vlm are imported only after the flags are read
@@ -105,13 +108,16 @@ class DecodeConfig:
         if self.output_folder and (self.output_folder / "DECODE.md").exists():
             raise UserError(f"{self.output_folder} holds a finished decoding (DECODE.md), nothing was changed; "
                             "choose another --output_folder")
+        if self.output_folder and (self.output_folder / "results.json").exists():
+            raise UserError(f"{self.output_folder} is a task folder, whose memory.npz would be written over; choose "
+                            "another --output_folder")
         if not self.draft_model.is_dir():
             raise UserError(f"no such folder: {self.draft_model}; wanted the folder of the EventGPT checkpoint")
 
 
 def check_gamma(gamma: str) -> None:
-    if gamma != "auto" and not (gamma.isascii() and gamma.isdigit() and 1 <= int(gamma) <= MAX_GAMMA):
-        raise UserError(f"--gamma must be auto or from 1 to {MAX_GAMMA}, got {gamma}")
+    if gamma != "auto" and gamma not in map(str, range(1, MAX_GAMMA + 1)):
+        raise UserError(f"--gamma must be auto or from 1 to {MAX_GAMMA}, got {gamma[:40]}")
 
 
 # ------------------------------------------------------------------------------------------------------- task
@@ -146,13 +152,15 @@ def read_task(folder: Path, memories: list[Path] = ()) -> Task:
     memory = folder / "memory.npz"
     if not memory.exists():
         log(f"decode | {folder} has no memory.npz: the memory begins without training answers")
-    trained_on = [file.get("models") or {} for file in (results.get("files") or {}).get("train") or []]
-    share = (test.get("memory_share") or {}).get("hybrid")
     verified = [answer for path in memories for answer in load_memory(path)]
-    return Task(folder, adapter, load_memory(memory) if memory.exists() else [], verified,
-                0.5 if share is None else share,
-                {name: {gamma: found["tau"] for gamma, found in drafter.get("simulated", {}).items()}
-                 for name, drafter in test["drafters"].items()}, next(filter(None, trained_on), {}))
+    with reading(folder / "results.json", MEASURE):
+        trained_on = [file.get("models") or {} for file in (results.get("files") or {}).get("train") or []]
+        models = {which: dict(facts) for which, facts in next(filter(None, trained_on), {}).items()}
+        share = (test.get("memory_share") or {}).get("hybrid")
+        simulated = {name: {gamma: float(found["tau"]) for gamma, found in drafter.get("simulated", {}).items()}
+                     for name, drafter in test["drafters"].items()}
+        share = 0.5 if share is None else float(share)
+    return Task(folder, adapter, load_memory(memory) if memory.exists() else [], verified, share, simulated, models)
 
 
 def check_model(task: Task, which: Literal["eventgpt", "videollava"], name: str, revision: str,
@@ -452,7 +460,11 @@ def in_order(samples: list[Sample], config: DecodeConfig) -> list[Sample]:
 def main() -> None:
     config = parse_config(DecodeConfig)
     task = read_task(config.task, config.memory or [])
+    with only_writer(make_folder(config.output_folder)) if config.output_folder else contextlib.nullcontext():
+        decode_and_measure(task, config)
 
+
+def decode_and_measure(task: Task, config: DecodeConfig) -> None:
     import torch
 
     import decoding
@@ -471,7 +483,7 @@ def main() -> None:
     usable = in_order([sample for sample in samples if not sample.trouble], config)
     if config.parallel:
         Runtime.choose(config.draft_device, config.dtype, config.quantization)       # a mistake is said before hours
-    make_folder(config.output_folder or config.task)
+    make_folder(config.task)
     drafts, draft_costs = draft_all(usable, questions, failed, task, runtime, config)
     drafted = [sample for sample in usable if (sample.key, 0) in drafts]
     found = decode_all(drafted, questions, drafts, failed, task, runtime, config)

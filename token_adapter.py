@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from base import UserError, write_whole
+from base import UserError, check_plain, write_whole
 
 # What output i of the adapter proposes. It is written into every checkpoint: trained one way and read the
 # other, nothing at all is accepted, which is what happened in the original suite.
@@ -379,6 +379,7 @@ def load_adapter(path: Path) -> TokenAdapter:
     Sizes come from the shapes, what no shape tells from the checkpoint's config. One that records no contract
     is the original suite's, which proposed target[i+1] where we propose target[i].
     """
+    check_plain(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -403,6 +404,8 @@ def load_adapter(path: Path) -> TokenAdapter:
                             or ids[-1] >= adapter.config.vocab_size):
         raise UserError(f"{path}: output_ids must be whole numbers below the vocabulary size "
                         f"{adapter.config.vocab_size}, ascending, each once")
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UserError(f"{path} has weights that are no numbers (NaN or infinite): train anew")
     adapter.load_state_dict(state, assign=True)
     if adapter.config.sees_prefix:
         adapter.output_proj[1].weight = adapter.embedding.weight       # assigning has parted the tied two

@@ -12,6 +12,7 @@ decides nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -33,14 +34,16 @@ from base import (
     make_folder,
     new_task_folder,
     now,
+    only_writer,
     option,
     parse_config,
     provenance,
     read_json,
+    reading,
     run,
     write_json,
 )
-from report import one_line, write_report
+from report import MEASURE, one_line, write_report
 from splits import MAX_VOCAB_SIZE, Data, load_data, shortened
 
 if TYPE_CHECKING:          # torch is imported only after the flags are read
@@ -130,7 +133,7 @@ class TrainConfig:
             raise UserError(f"--val_fraction must be between 0 and 1, got {self.val_fraction}")
         if self.embed_dim % self.num_heads:
             raise UserError(f"--num_heads must divide --embed_dim, got {self.num_heads} and {self.embed_dim}")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         if self.task_name is not None and not re.fullmatch(r"\w[\w.-]*", self.task_name):
             raise UserError(f"--task_name may hold letters, digits, '_', '-' and '.', got {self.task_name!r}")
@@ -162,9 +165,6 @@ def device_name(device) -> str:
 def resumed(config: TrainConfig) -> TrainConfig | None:
     """The settings of the task to go on with; None: everything was measured, and now the page is there too."""
     path = config.resume / "results.json"
-    if not path.is_file():
-        raise UserError(f"{config.resume} is no task folder: it has no results.json; wanted one whose training was "
-                        "stopped")
     found = read_json(path)
     if not isinstance(found, dict) or found.get("kind") not in ("training", "checkpoint"):
         raise UserError(f"{path} is not the results.json of train_and_evaluate.py")
@@ -172,13 +172,12 @@ def resumed(config: TrainConfig) -> TrainConfig | None:
         if not (config.resume / "RESULTS.md").exists():              # it was stopped while the page was made
             write_report(config.resume, plots=config.plots)
         (config.resume / "resume.pt").unlink(missing_ok=True)
-        log(f"RESULT | {config.resume} | finished before: {one_line(found)}")
+        with reading(path, MEASURE):
+            log(f"RESULT | {config.resume} | finished before: {one_line(found)}")
         return None
     given = {"device": config.device} if config.device != "auto" else {}
-    try:
+    with reading(path, "train anew"):
         known = from_json(TrainConfig, {**found["config"], **given}, Path(found["provenance"]["folder"]))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} does not hold the settings of a training: {error}; train anew") from error
     return dataclasses.replace(known, resume=None, task_folder=config.resume, plots=config.plots)
 
 
@@ -189,6 +188,9 @@ def open_task(config: TrainConfig, data: Data) -> Path:
     if (config.task_folder / "RESULTS.md").exists():
         raise UserError(f"{config.task_folder} holds a finished task (RESULTS.md), nothing was changed; "
                         "choose another --task_folder")
+    if (config.task_folder / "resume.pt").exists():
+        raise UserError(f"{config.task_folder} holds an unfinished training: go on with --resume "
+                        f"{config.task_folder}, or choose another --task_folder")
     return make_folder(config.task_folder)
 
 
@@ -241,10 +243,20 @@ def evaluate(adapter, trained: Trained | None, data: Data, config: TrainConfig, 
 
 def main() -> None:
     config = parse_config(TrainConfig)
-    going_on = config.resume is not None
-    if going_on and (config := resumed(config)) is None:
-        return
+    with contextlib.ExitStack() as locks:
+        going_on = config.resume is not None
+        if going_on:
+            if not (config.resume / "results.json").is_file():
+                raise UserError(f"{config.resume} is no task folder: it has no results.json; wanted one whose "
+                                "training was stopped")
+            locks.enter_context(only_writer(config.resume))
+            config = resumed(config)
+        if config:
+            train_and_measure(config, going_on, locks)
 
+
+def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.ExitStack) -> None:
+    """Make the task folder, whose lock joins `locks`; going on, config.task_folder, whose lock is held already."""
     from checkpoints import Resume, fingerprint  # bring torch: not before the flags are read
     from drafting import remembered, save_memory
     from training import make_adapter, train
@@ -253,7 +265,11 @@ def main() -> None:
     device = choose_device(config.device)
     data = load_data(config)
     adapter, trained = make_adapter(config, data, data.train), None
-    task = open_task(config, data)
+    if going_on:
+        task = config.task_folder
+    else:
+        task = open_task(config, data)
+        locks.enter_context(only_writer(task))
     facts = {
         "kind": "checkpoint" if config.checkpoint else "training",
         "task": task.resolve().name,

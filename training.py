@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from acceptance import TokenTensors, measure, predict
-from base import Progress, UserError, log
-from checkpoints import Checkpoint, Resume
+from base import Progress, UserError, log, reading
+from checkpoints import ANEW, Checkpoint, Resume
 from graphs import side_stream
 from pairs import Pairs
 from splits import MAX_VOCAB_SIZE, Data, check_drafts, check_ids
@@ -65,11 +65,16 @@ def make_adapter(config: TrainConfig, data: Data, known: Pairs | None) -> TokenA
         check_drafts(known)
     torch.manual_seed(config.seed)
     outputs = torch.from_numpy(known.ids("target")).long() if config.draft_vocab else None
-    return TokenAdapter(AdapterConfig(
+    sizes = AdapterConfig(
         vocab_size=vocab_size, embed_dim=config.embed_dim, num_layers=config.num_layers,
         num_heads=config.num_heads, feedforward_dim=4 * config.embed_dim, max_seq_len=config.max_seq_len,
         conditioning=config.conditioning, dropout=config.dropout,
-        draft_vocab=0 if outputs is None else len(outputs)), outputs)
+        draft_vocab=0 if outputs is None else len(outputs))
+    try:
+        return TokenAdapter(sizes, outputs)
+    except (RuntimeError, MemoryError) as error:           # of PyTorch's allocator
+        raise UserError("not enough memory for an adapter of this size: a smaller --embed_dim, --num_layers or "
+                        f"--vocab_size ({(str(error).splitlines() or [''])[0][:200]})") from error
 
 
 # ------------------------------------------------------------------------------------------------------- loss
@@ -202,7 +207,12 @@ class Trainer:
         return self.peak * learning_rate_factor(self.done, self.steps)
 
     def take_up(self, optimizer: dict, done: int) -> None:
-        """Go on from the optimizer's state after so many steps."""
+        """Go on from the optimizer's state after so many steps; a ValueError if it is not that of these weights."""
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        for number, kept in optimizer["state"].items():      # the fused kernels look at no shape: they would run over
+            if any(kept[name].shape != weights[number].shape or kept[name].dtype != weights[number].dtype
+                   for name in ("exp_avg", "exp_avg_sq")) or kept["step"].numel() != 1:
+                raise ValueError(f"the optimizer's state {number} has another shape than its weights")
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(optimizer)
         for group, rate in zip(self.optimizer.param_groups, rates):
@@ -339,10 +349,8 @@ def run_phase(adapter, name: str, config: TrainConfig, tokens, last_epoch: int, 
     generator = torch.Generator().manual_seed(config.seed + number)
     torch.manual_seed(config.seed + number)
     if resumed:
-        adapter.load_state_dict(resumed["adapter"])
-        trainer.take_up(resumed["optimizer"], resumed["done"])
-        generator.set_state(resumed["order"])
-        set_random_state(resumed["random"])
+        with reading(Path("resume.pt"), ANEW):
+            restore(resumed, trainer, generator)
     progress = Progress(f"train | {name}", steps, trainer.done, unit="steps")
     for epoch in range(resumed["epoch"] + 1 if resumed else 1, 1 if resumed and resumed["over"] else last_epoch + 1):
         start = time.monotonic()
@@ -358,6 +366,14 @@ def run_phase(adapter, name: str, config: TrainConfig, tokens, last_epoch: int, 
              random=random_state())
         if stop:
             break
+
+
+def restore(found: dict, trainer: Trainer, generator: torch.Generator) -> None:
+    """All that the epoch after this state depends on."""
+    trainer.adapter.load_state_dict(found["adapter"])
+    trainer.take_up(found["optimizer"], found["done"])
+    generator.set_state(found["order"])
+    set_random_state(found["random"])
 
 
 def random_state() -> list:
@@ -407,7 +423,8 @@ def train(adapter: TokenAdapter, config: TrainConfig, data: Data, device: torch.
     checkpoint, history = Checkpoint(task / "best_model.pt"), []
     best = {name: Best() for name in phases_of(config)}
     if resume.found:
-        take_up(resume.found, adapter, best, history)
+        with reading(resume.path, ANEW):
+            take_up(resume.found, adapter, best, history)
     try:
         select(adapter, best, history, checkpoint, config, data, device, resume, show)
     finally:                                         # whatever ends it: the best so far is kept
@@ -424,6 +441,8 @@ def train(adapter: TokenAdapter, config: TrainConfig, data: Data, device: torch.
 
 def take_up(found: dict, adapter: TokenAdapter, best: dict[str, Best], history: list[dict]) -> None:
     """Fill `best` and `history` with what resume.pt says of them."""
+    if not {found["phase"], *found["best"]} <= best.keys():
+        raise LookupError(f"phases {found['phase']}, {', '.join(found['best'])}")
     history += found["history"]
     for name, kept in found["best"].items():
         model = copy.deepcopy(adapter)

@@ -64,6 +64,11 @@ class Demo:
         return self.data / "my_egpt_dsec_test" / "my_egpt_dsec_seq_1s"
 
 
+def names_of(task: Path) -> list[str]:
+    """What is in a task folder, but for its lock."""
+    return sorted(path.name for path in task.iterdir() if path.name != ".lock")
+
+
 def run_workflow(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
     """The workflow script in the environment that runs the tests, writing below `folder`."""
     environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PYTHON": sys.executable,

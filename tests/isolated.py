@@ -23,6 +23,13 @@ STARTING = {"subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "os.fo
             "socket.getaddrinfo", "webbrowser.open"}
 
 
+def small_adapter():
+    from token_adapter import AdapterConfig, TokenAdapter
+
+    return TokenAdapter(AdapterConfig(vocab_size=16, embed_dim=8, num_layers=1, num_heads=2, feedforward_dim=8,
+                                      max_seq_len=8, conditioning="prefix"))
+
+
 class Isolated:
     """The process; started anew when it was lost."""
 
@@ -104,8 +111,11 @@ class Readers:
     """What reads each kind of file; everything is imported before the first one."""
 
     def __init__(self, folder: Path):
-        import report  # noqa: F401
+        import report
+        import speculative_decode
         import splits  # noqa: F401
+        import training
+        from checkpoints import Resume
         from drafting import load_memory
         from journal import Journal
         from pairs import load_pairs
@@ -116,7 +126,8 @@ class Readers:
         self.folder, self.set, self.model = folder, folder / "set", folder / "model"
         self.cpu, self.media, self.dataset, self.video_llava = Runtime.choose("cpu"), media, dataset, video_llava
         self.load_pairs, self.pt, self.npz = load_pairs, load_adapter, load_memory
-        self.Journal = Journal
+        self.Journal, self.Resume, self.training = Journal, Resume, training
+        self.report, self.read_task = report, speculative_decode.read_task
 
     def outcome(self, kind: str, content: bytes) -> str:
         from base import UserError
@@ -143,6 +154,7 @@ class Readers:
         return {"index": self.set / "EventGPT_Instruction_Subset.json", "config": self.model / "config.json",
                 "safetensors": self.model / "model.safetensors",
                 "preprocessor": self.model / "preprocessor_config.json",
+                "results": self.folder / "task" / "results.json",
                 "journal": self.folder / ".out.json.journal.jsonl"}.get(kind, self.folder / f"file.{kind}")
 
     # Each of these takes the path of a file.
@@ -172,6 +184,33 @@ class Readers:
         with self.Journal(self.folder / "out.json", {}, False, content) as journal:
             for (model, number), keys in journal.places.items():
                 assert all(isinstance(journal.read(model, key, number)["tokens"], list) for key in keys)
+
+    def results(self, path: Path) -> None:
+        from base import reading
+
+        with reading(path, "as main() of report.py has it"):
+            self.report.write_report(path.parent, plots=False)
+        self.report.summary([path.parent])
+        page = path.parent / "RESULTS.md"
+        lines = page.read_text().splitlines()
+        page.unlink()
+        assert all(line.isprintable() and ("<" not in line or line.startswith("    ")) for line in lines)      # code
+        self.read_task(path.parent)
+
+    def resume(self, path: Path) -> None:
+        import torch
+
+        from base import reading
+
+        resume, best, adapter = self.Resume(path, [1, 2]), {"prefix": self.training.Best()}, small_adapter()
+        resume.read()
+        trainer = self.training.Trainer(adapter, 4, 1e-3, 9)
+        with reading(path, "as training has it"):
+            self.training.take_up(resume.found, adapter, best, [])
+            self.training.restore(resume.found, trainer, torch.Generator())
+        for weight in trainer.weights:
+            weight.grad = torch.ones_like(weight)
+        trainer.optimizer.step()                 # reads and writes all that was restored
 
     def png(self, path: Path) -> None:
         self.media.clip_pixels([self.media.read_event_image(path)], self.media.PixelSettings())

@@ -191,4 +191,5 @@ def safetensors_of(whole: bytes):
 
 STRATEGIES = {"pairs": json_of, "index": json_of, "journal": lambda whole: json_of(whole, lines=True), "png": png_of,
               "mp4": mp4_of, "npy": lambda whole: pickle_of(whole, NPY_HEADER), "pt": zip_of, "npz": zip_of,
+              "results": json_of, "resume": zip_of,
               "config": json_of, "preprocessor": json_of, "safetensors": safetensors_of}

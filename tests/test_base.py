@@ -190,7 +190,7 @@ def test_a_hang_up_is_ignored_under_nohup():
         assert ended.returncode == 0 and ended.stdout.endswith("RESULT\n")
 
 
-@pytest.mark.parametrize("trouble", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO"])
+@pytest.mark.parametrize("trouble", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO", "EFBIG", "ENOENT", "ENAMETOOLONG"])
 def test_a_disk_that_is_full_or_read_only_is_one_error_line_and_names_the_file(tmp_path, trouble):
     (tmp_path / "out.json").write_text("old")
     ended = ran(f"""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from base import UserError
-from vlm.dataset import draft_pictures, read_ahead, read_dataset, target_pictures
+from vlm.dataset import draft_pictures, read_ahead, read_dataset, read_questions, target_pictures
 from vlm.media import MediaError, write_png, write_video
 
 FULL = {"id": "f835", "split": "s", "event_data": "town_00_a/000003.npy", "video_data": "town_00_a/000003",
@@ -98,6 +98,19 @@ def test_rows_that_name_nothing_are_trouble_and_stop_nothing(folder, row):
     bad, good = read_dataset(with_index(folder, [row, FULL]))
     assert "names no" in bad.trouble
     assert good.trouble is None
+
+
+def test_what_a_killed_writer_left_is_no_clip(folder):
+    (folder / "EventGPT_Instruction_Subset.json").unlink(missing_ok=True)
+    wanted = read_dataset(folder)
+    for kind, name in (("event_image", ".000009_0.17.tmp.png"), ("mp4", ".000009.17.tmp.mp4")):
+        (folder / kind / name).write_bytes(b"half")
+    assert read_dataset(folder) == wanted
+
+
+def test_a_mark_of_byte_order_is_no_part_of_a_question(tmp_path):
+    (tmp_path / "questions.txt").write_bytes("\ufeffWhy?\n".encode())
+    assert read_questions("x", tmp_path / "questions.txt", -1) == ["Why?"]
 
 
 def test_missing_empty_and_broken_data_sets_are_clear_errors(tmp_path):

@@ -16,7 +16,7 @@ import torch
 
 import extract_tokens_train
 from base import Stopped, UserError
-from journal import Journal
+from journal import Journal, line_of
 from pairs import load_pairs
 from tests.test_steps import needs_gpu
 from vlm import batches as module
@@ -385,7 +385,7 @@ def test_clips_that_change_between_two_starts_are_refused_and_mended_ones_are_no
 def test_a_journal_of_other_settings_is_refused(extract, tmp_path):
     journal = tmp_path / ".pairs.json.journal.jsonl"
     answer = {"model": "eventgpt", "key": "a/1", "question_idx": 0, "tokens": [2], "text": "", "finished": True}
-    journal.write_text(json.dumps({"settings": {"max_new_tokens": 3}}) + "\n" + json.dumps(answer) + "\n")
+    journal.write_bytes(line_of({"settings": {"max_new_tokens": 3}}) + line_of(answer))
     with pytest.raises(UserError, match="max_new_tokens: 3 there, 80 now"):
         extract()
     assert journal.exists()
@@ -439,12 +439,34 @@ def test_two_writers_are_kept_apart(extract, tmp_path):
     (("--num_questions", "3"), "needs --questions_file"),
     (("--questions_file", "nowhere.json"), "no such file"),
     (("--query", "what is <video>?"), "<video>"),
+    (("--query", "caf\udce9"), r"--query: 'caf\\udce9' is no text in UTF-8"),
+    (("--num_frames", str(10**9)), "--num_frames must be at most 1000"),
     (("--num_frames", "400"), r"positions, the model has 2048: use fewer pictures"),
     (("--output_file", "/dev/null/out.json"), "can't write to the folder"),
 ])
 def test_mistakes_get_a_clear_error(extract, flags, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         extract(*flags)
+
+
+def test_what_is_no_file_is_not_waited_for(extract, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for flag in ("--questions_file", "--output_file"):
+        with pytest.raises(UserError, match="pipe is a pipe or a device, wanted a file"):
+            extract(flag, tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"results": [', b'{"results": []}'])
+def test_a_damaged_output_says_what_can_be_done(extract, tmp_path, content):
+    output = extract()
+    path = tmp_path / "pairs.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="choose another --output_file, or --restart to replace it"):
+        extract()
+    path.write_text(json.dumps({**output, "results": output["results"][1:]}))
+    with pytest.raises(UserError, match="was changed: it holds 4 pairs and says that it has 5"):
+        extract()
+    assert "--restart" not in sys.argv
 
 
 def test_without_a_draft_model_the_error_says_where_the_weights_are(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import journal as module
 from base import UserError, only_writer
 from extract_tokens_train import SETTINGS
-from journal import Journal, entry_of
+from journal import Journal, entry_of, line_of
 
 ALIKE = {**dict.fromkeys(SETTINGS, 1), "num_frames": 8}
 
@@ -107,9 +107,10 @@ def test_a_digit_that_changed_on_the_disk_is_noticed(five, tmp_path):
         assert journal.read("eventgpt", "town/2", 0)["tokens"] == [2] * 9
     journal = kept(tmp_path, content)
     assert len(journal) == 4 and not journal.has("eventgpt", "town/3", 0)
-    entries = map(entry_of, whole.splitlines(keepends=True))
-    path.write_bytes(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
-    assert len(kept(tmp_path, content)) == 5                     # of an earlier version, without checksums
+    lines = whole.splitlines(keepends=True)
+    edited = [*lines[:3], json.dumps({**entry_of(lines[3]), "tokens": [9]}).encode() + b"\n", *lines[4:]]
+    path.write_bytes(b"".join(edited))
+    assert len(kept(tmp_path, content)) == 4                     # by hand, without a checksum
 
 
 def test_a_damaged_first_line_is_no_reason_to_throw_hours_away(five, tmp_path):
@@ -119,9 +120,26 @@ def test_a_damaged_first_line_is_no_reason_to_throw_hours_away(five, tmp_path):
     with pytest.raises(UserError, match="first line of this journal is damaged"):
         kept(tmp_path, content)
     assert path.read_bytes() == before
-    path.write_bytes(b'{"settings": {"max_new')             # the machine stopped before the first answer
-    assert len(kept(tmp_path, content)) == 0
-    assert entry_of(path.read_bytes())["settings"] == ALIKE
+    for start in (b"", b'{"se', b'{"settings": {"max_new', bytes(50)):       # the machine stopped while it began
+        path.write_bytes(start)
+        assert len(kept(tmp_path, content)) == 0
+        assert entry_of(path.read_bytes())["settings"] == ALIKE
+
+
+@pytest.mark.parametrize("foreign", [b"precious", b"precious\n", b'{"settings": 5}\n'])
+def test_what_is_no_journal_is_left_alone(tmp_path, foreign):
+    path = Journal.path_of(tmp_path / "out.json")
+    path.write_bytes(foreign)
+    with pytest.raises(UserError, match="first line of this journal is damaged"):
+        kept(tmp_path)
+    assert path.read_bytes() == foreign
+    for make, kind in ((lambda: path.symlink_to(tmp_path / "else"), "a link"), (path.mkdir, "a folder"),
+                       (lambda: os.mkfifo(path), "a pipe")):
+        path.rmdir() if path.is_dir() else path.unlink()
+        make()
+        with pytest.raises(UserError, match=f"is {kind}"):
+            Journal(tmp_path / "out.json", ALIKE, restart=True)
+    assert not (tmp_path / "else").exists()
 
 
 # ------------------------------------------------------------------------------------------ other data, other model
@@ -149,7 +167,7 @@ def test_a_clip_that_was_mended_or_added_does_not_stop_the_journal(five, tmp_pat
 def test_a_journal_without_digests_is_gone_on_with(five, tmp_path):
     path, content = five
     first, *rest = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([json.dumps({"settings": json.loads(first)["settings"]}).encode() + b"\n", *rest]))
+    path.write_bytes(b"".join([line_of({"settings": json.loads(first)["settings"]}), *rest]))
     assert len(kept(tmp_path, content)) == 5
     assert json.loads(path.read_bytes().splitlines()[0])["clips"] == content
 
@@ -256,6 +274,18 @@ def test_a_writer_that_waits_goes_on_when_the_first_has_ended(tmp_path, capsys):
         order.append("second")
     thread.join(60)
     assert order == ["first", "second"] and "waiting for it to end" in capsys.readouterr().out
+
+
+def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp_path):
+    lock = tmp_path / ".out.json.lock"
+    (tmp_path / "precious").write_text("x")
+    for make, kind in ((lambda: lock.symlink_to(tmp_path / "precious"), "a link"), (lock.mkdir, "a folder"),
+                       (lambda: os.mkfifo(lock), "a pipe")):
+        make()
+        with pytest.raises(UserError, match=f"is {kind}"), only_writer(tmp_path / "out.json"):
+            raise AssertionError("locked")
+        lock.rmdir() if kind == "a folder" else lock.unlink()
+    assert (tmp_path / "precious").read_text() == "x"
 
 
 def test_a_disk_without_locks_is_a_clear_error(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 import report
 import train_and_evaluate
 from base import run
-from tests.conftest import Demo
+from tests.conftest import Demo, names_of
 from tests.warm import Warm
 from token_adapter import load_adapter
 
@@ -44,7 +44,7 @@ def whole(task: Path) -> tuple[dict, dict, list[str]]:
         return [*map(without_times, value)] if isinstance(value, list) else value
 
     results = json.loads((task / "results.json").read_text())
-    return without_times(results), load_adapter(task / "best_model.pt").state_dict(), sorted(os.listdir(task))
+    return without_times(results), load_adapter(task / "best_model.pt").state_dict(), names_of(task)
 
 
 def same(ours: tuple, theirs: tuple) -> bool:
@@ -121,7 +121,7 @@ def test_with_room_a_training_goes_on_that_met_a_full_disk(demo, warm, undisturb
     last = log.read_text().splitlines()[-1]
     assert "Traceback" not in log.read_text() and log.read_text().count("ERROR |") == 1
     assert f"{task}/" in last and "No space left on device; make room, then go on with: " in last
-    assert set(os.listdir(task)) == there and json.loads((task / "results.json").read_text())["unfinished"]
+    assert set(names_of(task)) == there and json.loads((task / "results.json").read_text())["unfinished"]
     disk("size=20m")
     assert warm.wait(start(warm, demo, task, log)) == 0
     assert same(whole(task), undisturbed[0])

@@ -15,15 +15,15 @@ import pytest
 
 from journal import line_of
 from tests.conftest import ROOT
-from tests.isolated import Isolated
+from tests.isolated import Isolated, small_adapter
 from vlm.media import write_png, write_video
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs requirements-dev.txt")
 STRATEGIES = pytest.importorskip("tests.mutations").STRATEGIES
 
 # Inputs of each kind in the long run: 10,000 in all. Loading a model takes a good deal longer than reading a picture.
-LONG = {"pairs": 1700, "index": 1500, "journal": 1000, "png": 1800, "mp4": 1500, "npy": 1200, "pt": 700, "npz": 300,
-        "config": 150, "safetensors": 100, "preprocessor": 50}
+LONG = {"pairs": 1500, "index": 1300, "journal": 900, "png": 1800, "mp4": 1500, "npy": 1200, "pt": 700, "npz": 300,
+        "results": 300, "resume": 200, "config": 150, "safetensors": 100, "preprocessor": 50}
 QUICK = 30                     # times fewer in the tests of every day
 
 
@@ -32,7 +32,7 @@ def world(tmp_path_factory) -> Path:
     """A folder with `inside`, where the readers work on a small data set and a model, and `outside`."""
     folder = tmp_path_factory.mktemp("mutated")
     pictures, videos = (folder / "inside" / "set" / kind / "town_00_a" for kind in ("event_image", "mp4"))
-    for path in (pictures, videos, folder / "outside"):
+    for path in (pictures, videos, folder / "inside" / "task", folder / "outside"):
         path.mkdir(parents=True)
     frames = np.random.default_rng(0).integers(0, 255, (10, 32, 48, 3), dtype=np.uint8)
     for clip in range(2):
@@ -44,8 +44,12 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(world) -> dict[str, bytes]:
+def whole(world, demo) -> dict[str, bytes]:
     """A whole file of each kind."""
+    import torch
+
+    results = next(demo.tasks.glob("1s_2*/results.json")).read_bytes()
+    adapter(world / "inside" / "task" / "best_model.pt")
     place, model = world / "inside" / "set", world / "inside" / "model"
     rows = [{"sample_idx": i, "question_idx": 0, "sequence": "town_00_a", "clip": i, "egpt_tokens": [5, 6, 7, 2],
              "egpt_text": "a b", "vl_tokens": [7, 8, 9, i], "vl_text": "c d"} for i in range(3)]
@@ -63,6 +67,7 @@ def whole(world) -> dict[str, bytes]:
         "mp4": (place / "mp4" / "town_00_a" / "000000.mp4").read_bytes(),
         "npy": saved(np.save, events, allow_pickle=True), "pt": adapter(world / "adapter.pt"),
         "npz": saved(np.savez_compressed, target=np.arange(9, dtype=np.int32), target_start=np.array([0, 4, 9])),
+        "results": results, "resume": saved(lambda file, found: torch.save(found, file), state()),
         "config": (model / "config.json").read_bytes(), "safetensors": (model / "model.safetensors").read_bytes(),
         "preprocessor": (model / "preprocessor_config.json").read_bytes()}
 
@@ -74,11 +79,27 @@ def saved(save, *what, **how) -> bytes:
 
 
 def adapter(path: Path) -> bytes:
-    from token_adapter import AdapterConfig, TokenAdapter, save_adapter
+    from token_adapter import save_adapter
 
-    save_adapter(TokenAdapter(AdapterConfig(vocab_size=16, embed_dim=8, num_layers=1, num_heads=2, feedforward_dim=8,
-                                            max_seq_len=8)), path)
+    save_adapter(small_adapter(), path)
     return path.read_bytes()
+
+
+def state() -> dict:
+    """What training keeps after an epoch."""
+    import torch
+
+    from training import Trainer, random_state
+
+    trainer = Trainer(small_adapter(), 4, 1e-3, 9)
+    for weight in trainer.weights:
+        weight.grad = torch.ones_like(weight)
+    trainer.optimizer.step()
+    weights = trainer.adapter.state_dict()
+    best = {"alpha": 0.5, "epoch": 1, "number": 1, "adapter": weights}
+    return {"data": [1, 2], "history": [{"epoch": 1}], "best": {"prefix": best}, "phase": "prefix", "epoch": 1,
+            "over": False, "done": 1, "adapter": weights, "optimizer": trainer.optimizer.state_dict(),
+            "order": torch.Generator().get_state(), "random": random_state()}
 
 
 @pytest.fixture(scope="module")

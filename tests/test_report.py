@@ -151,6 +151,22 @@ def test_the_summary_has_one_line_for_each_task_and_writes_nothing(tmp_path, mon
     assert [path.name for task in tasks for path in task.iterdir()] == ["results.json"] * 2
 
 
+@pytest.mark.parametrize("change", [
+    lambda r: r["metrics"].update(test={}), lambda r: r.update(metrics=5), lambda r: r["metrics"].update(test=["a"]),
+    lambda r: r["metrics"]["test"]["adapter"].update(alpha="x"), lambda r: r.pop("adapter"),
+    lambda r: r["metrics"]["test"].update(drafters={}), lambda r: r.pop("history"), lambda r: r.update(files=3),
+    lambda r: r["metrics"]["test"]["drafters"].update({HOSTILE: r["metrics"]["test"]["drafters"]["adapter"]})])
+def test_results_that_no_program_wrote_are_one_clear_error(tmp_path, monkeypatch, change):
+    task = write_task(tmp_path / "task")
+    results = json.loads((task / "results.json").read_text())
+    change(results)
+    (task / "results.json").write_text(json.dumps(results))
+    monkeypatch.setattr("sys.argv", ["report.py", "--rebuild", str(task)])
+    with pytest.raises(UserError, match=r"results\.json"):
+        report.main()
+    assert not (task / "RESULTS.md").exists()
+
+
 @pytest.mark.parametrize(("content", "words"), [(None, "no finished task"), ("[]", "not the results"), ("{", "JSON"),
                                                 ('{"metrics": {}}', "not the results")])
 def test_a_folder_without_results_is_a_user_error(tmp_path, content, words):

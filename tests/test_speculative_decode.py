@@ -13,7 +13,7 @@ import torch
 
 import decoding
 import speculative_decode
-from base import UserError
+from base import UserError, only_writer
 from decoding import Pace, judge
 from speculative_decode import DRAFTERS, Task, check_model
 from token_adapter import AdapterConfig, TokenAdapter, save_adapter
@@ -280,6 +280,15 @@ def test_a_data_set_without_media_is_one_clear_error(monkeypatch, demo, task, tm
 def test_a_mistake_in_the_flags_is_a_user_error(monkeypatch, demo, task, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         run_main(monkeypatch, demo, task, tmp_path / "out", *flags)
+
+
+def test_a_task_is_not_written_over_and_no_two_write_one_folder(monkeypatch, demo, task, tmp_path):
+    before = (task / "memory.npz").read_bytes()
+    with pytest.raises(UserError, match=r"is a task folder, whose memory\.npz would be written over"):
+        run_main(monkeypatch, demo, task, task)
+    assert (task / "memory.npz").read_bytes() == before
+    with only_writer(tmp_path), pytest.raises(UserError, match="is being written by process"):
+        run_main(monkeypatch, demo, task, tmp_path)
 
 
 def test_a_finished_decoding_is_not_touched(monkeypatch, demo, task, tmp_path):

@@ -1,7 +1,6 @@
 """Training learns what the draft tells, chooses by validation alone, and leaves whole files always."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -17,11 +16,11 @@ import report
 import speculative_decode
 import train_and_evaluate
 import training
-from base import ROOT, UserError
+from base import ROOT, UserError, only_writer
 from checkpoints import Resume
 from pairs import load_pairs
 from splits import load_data
-from tests.conftest import write_pairs
+from tests.conftest import names_of, write_pairs
 from tests.test_steps import needs_gpu
 from token_adapter import load_adapter
 from train_and_evaluate import TrainConfig
@@ -54,7 +53,7 @@ def test_the_adapter_learns_what_the_draft_tells_and_no_constant_string_could(tr
     assert test["adapter"]["alpha"] > 0.8 > 0.2 > test["constant_string"]["alpha"]
     assert test["improvement"] == test["adapter"]["alpha"] - test["direct_copy"]["alpha"]
     assert task.name.startswith("500ms_")
-    assert sorted(os.listdir(task)) == ["RESULTS.md", "best_model.pt", "memory.npz", "results.json"]
+    assert names_of(task) == ["RESULTS.md", "best_model.pt", "memory.npz", "results.json"]
 
 
 def test_the_best_epoch_is_the_first_with_the_best_validation_and_it_is_the_one_kept(trained):
@@ -93,7 +92,7 @@ def test_a_loss_that_is_no_number_names_epoch_and_step_and_keeps_the_best_model(
         run_main(monkeypatch, tmp_path, files["train"], files["test"])
     task = next(tmp_path.iterdir())
     load_adapter(task / "best_model.pt")
-    assert sorted(os.listdir(task)) == ["best_model.pt", "results.json", "resume.pt"]
+    assert names_of(task) == ["best_model.pt", "results.json", "resume.pt"]
 
 
 def test_a_kill_leaves_a_best_model_that_loads_and_no_temporary(tmp_path, files):
@@ -110,7 +109,7 @@ def test_a_kill_leaves_a_best_model_that_loads_and_no_temporary(tmp_path, files)
     assert process.returncode == 143 and printed.splitlines()[-1].endswith(
         f"RESUME | {sys.executable} {ROOT / 'train_and_evaluate.py'} --resume {task}")
     load_adapter(task / "best_model.pt")
-    assert sorted(os.listdir(task)) == ["best_model.pt", "results.json", "resume.pt"]
+    assert names_of(task) == ["best_model.pt", "results.json", "resume.pt"]
     assert json.loads((task / "results.json").read_text())["unfinished"] is True
     for program in (report.read_results, speculative_decode.read_task):
         with pytest.raises(UserError, match=r"is unfinished: go on with train_and_evaluate\.py --resume"):
@@ -186,10 +185,10 @@ def test_cuda_training_goes_on_where_it_was(monkeypatch, tmp_path, files, after)
 
 
 def test_resuming_a_finished_task_says_so_and_changes_nothing(straight, monkeypatch, capsys):
-    before = {path.name: path.read_bytes() for path in straight[0].iterdir()}
+    before = {path.name: path.read_bytes() for path in straight[0].glob("[!.]*")}
     resume(monkeypatch, straight[0])
     assert "finished before" in capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in straight[0].iterdir()} == before
+    assert {path.name: path.read_bytes() for path in straight[0].glob("[!.]*")} == before
 
 
 def test_what_cannot_be_resumed_is_refused(monkeypatch, tmp_path, files):
@@ -206,8 +205,39 @@ def test_what_cannot_be_resumed_is_refused(monkeypatch, tmp_path, files):
     (task / "resume.pt").write_bytes((task / "resume.pt").read_bytes()[:-50])
     with pytest.raises(UserError, match=r"resume\.pt can't be used: .*; delete it to begin this training anew"):
         resume(monkeypatch, task)
+    (task / "resume.pt").write_bytes(b"")                       # as a power cut leaves it
+    with pytest.raises(UserError, match=r"resume\.pt can't be used: .*; delete it to begin this training anew"):
+        resume(monkeypatch, task)
     (task / "resume.pt").unlink()
     assert len(resume(monkeypatch, task)["history"]) == 6       # killed before it was written: from the beginning
+
+
+@pytest.mark.parametrize("change", [
+    lambda found: found.pop("history"), lambda found: found.update(phase="nope"), lambda found: found.update(best=5),
+    lambda found: found["adapter"].popitem(), lambda found: found.update(order=torch.zeros(3)),
+    lambda found: found["best"]["prefix"].pop("adapter"), lambda found: found["optimizer"]["state"][1].pop("step"),
+    lambda found: found["optimizer"]["state"][1].update(exp_avg=torch.zeros(3))])    # read beyond its end, if used
+def test_a_state_that_does_not_fit_is_refused(monkeypatch, tmp_path, files, change):
+    task = stopped(monkeypatch, tmp_path / "task", files, 2)
+    found = torch.load(task / "resume.pt", weights_only=True)
+    change(found)
+    torch.save(found, task / "resume.pt")
+    with pytest.raises(UserError, match=r"resume\.pt does not hold what belongs there.*; delete it to begin"):
+        resume(monkeypatch, task)
+
+
+def test_nobody_else_writes_into_a_task_and_no_unfinished_one_is_begun_anew(monkeypatch, tmp_path, files, trained):
+    task = stopped(monkeypatch, tmp_path / "task", files, 2)
+    before = {path: path.read_bytes() for path in task.glob("[!.]*")}
+    with only_writer(task), pytest.raises(UserError, match=r"is being written by process \d+ since .*; wait for it$"):
+        resume(monkeypatch, task)
+    for flags in ([], ["--checkpoint", str(trained[0] / "best_model.pt")]):
+        flags += ["--task_folder", str(task)]
+        with pytest.raises(UserError, match="holds an unfinished training: go on with --resume"):
+            run_main(monkeypatch, tmp_path / "other", files["train"], files["test"], *flags)
+    assert {path: path.read_bytes() for path in task.glob("[!.]*")} == before
+    with only_writer(tmp_path), pytest.raises(UserError, match="is being written by process"):
+        run_main(monkeypatch, tmp_path / "other", files["train"], files["test"], "--task_folder", str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -268,7 +298,8 @@ def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_pat
     ({"task_name": "../1s"}, "--task_name"), ({"vocab_size": 2**21}, "--vocab_size"),
     ({"draft_vocab": True, "conditioning": "draft"}, "--draft_vocab"),
     ({"draft_vocab": True, "checkpoint": Path("a.pt")}, "--draft_vocab"),
-    ({"max_test_samples": 0}, "--max_test_samples"),
+    ({"max_test_samples": 0}, "--max_test_samples"), ({"embed_dim": 10**20}, "--embed_dim must be at most 16384"),
+    ({"max_seq_len": 10**12}, "--max_seq_len must be at most"), ({"device": "cuda:" + "9" * 20}, "--device"),
     ({"train_benchmark": None}, "--train_benchmark is missing")])
 def test_an_impossible_setting_is_a_user_error(flags, words):
     with pytest.raises(UserError, match=words):
@@ -281,10 +312,10 @@ def test_a_gpu_that_is_not_there_is_a_user_error():
 
 
 def test_a_finished_task_folder_is_not_touched(monkeypatch, tmp_path, trained, files):
-    before = {path: path.read_bytes() for path in trained[0].iterdir()}
+    before = {path: path.read_bytes() for path in trained[0].glob("[!.]*")}
     with pytest.raises(UserError, match="holds a finished task"):
         run_main(monkeypatch, tmp_path, files["train"], files["test"], "--task_folder", str(trained[0]))
-    assert {path: path.read_bytes() for path in trained[0].iterdir()} == before
+    assert {path: path.read_bytes() for path in trained[0].glob("[!.]*")} == before
 
 
 # --------------------------------------------------------------------------------------- prefix conditioning

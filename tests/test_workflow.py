@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, run_workflow, wait_until_gone
+from tests.conftest import ROOT, names_of, run_workflow, wait_until_gone
 from tests.recordings import write_sequence
 
 FILES = {"best_model.pt", "memory.npz", "results.json", "RESULTS.md", "training_curves.png", "loss_curve.png",
@@ -34,10 +34,10 @@ def task(request, demo):
 
 def test_every_task_has_its_files_and_no_others(task):
     decodings = [path for path in task.iterdir() if re.fullmatch(r"decode_\d{8}_\d{6}", path.name)]
-    assert {path.name for path in task.iterdir()} - {path.name for path in decodings} == FILES
+    assert set(names_of(task)) - {path.name for path in decodings} == FILES
     assert len(decodings) == (0 if "draft" in task.name else 1)
     for folder in decodings:
-        assert {path.name for path in folder.iterdir()} == DECODE_FILES
+        assert set(names_of(folder)) == DECODE_FILES
         assert set(json.loads((folder / "decode.json").read_text())["totals"]["verdicts"]) == {"exact"}
     assert re.fullmatch(r"(1s|500ms)(_draft)?_\d{8}_\d{6}", task.name)
     assert json.loads((task / "results.json").read_text())["metrics"]["test"]["pairs"] > 0
@@ -77,9 +77,10 @@ def test_a_second_start_skips_everything_and_shows_the_same_summary(demo):
 def test_settings_and_arguments_are_checked_at_once(tmp_path):
     for arguments, settings, message in (
             (("--what",), {}, "unknown argument --what"), ((), {}, "EVENTGPT is not set"),
-            ((), {"EVENTGPT": "x", "TEST_1S": "nowhere.json"}, "TEST_1S=nowhere.json: no such file"),
-            ((), {"EVENTGPT": "x", "DSEC_ROOT": "nowhere"}, "DSEC_ROOT=nowhere: no such folder"),
-            ((), {"EVENTGPT": "nowhere"}, "EVENTGPT=nowhere: no such folder")):
+            ((), {"EVENTGPT": "x", "TEST_1S": "nowhere.json"}, f"TEST_1S={Path.cwd()}/nowhere.json: no such file"),
+            ((), {"EVENTGPT": "x", "DSEC_ROOT": "nowhere"}, f"DSEC_ROOT={Path.cwd()}/nowhere: no such folder"),
+            ((), {"EVENTGPT": "x", "LOCK_WAIT_S": "soon"}, "LOCK_WAIT_S=soon: wanted whole seconds"),
+            ((), {"EVENTGPT": "nowhere"}, f"EVENTGPT={Path.cwd()}/nowhere: no such folder")):
         done = run_workflow(tmp_path, *arguments, **settings)
         assert done.returncode == 2 and message in done.stderr, done.stderr
     assert not (tmp_path / "tokens").exists()
@@ -88,8 +89,8 @@ def test_settings_and_arguments_are_checked_at_once(tmp_path):
 def test_a_failing_step_ends_the_workflow(tmp_path):
     done = run_workflow(tmp_path, EVENTGPT=str(ROOT / "demo" / "models" / "eventgpt"))
     assert done.returncode == 2
-    assert "ERROR | no such data set folder" in done.stdout
-    assert "ERROR | extract train 1s ended with status 2" in done.stderr
+    assert "ERROR | no such data set folder" in done.stdout and done.stdout.count("ERROR |") == 1 and not done.stderr
+    assert "] extract train 1s ended with status 2" in done.stdout
 
 
 def test_a_missing_package_is_one_clear_line(tmp_path):
@@ -136,7 +137,7 @@ def test_missing_data_sets_are_made_from_raw_recordings_and_others_are_left_alon
         assert len(json.loads((folder / "EventGPT_Instruction_Subset.json").read_text())) == 1
         assert f"prepare {split} 1s | done in " in first.stdout and f"prepare {split} 1s | skipped, " in second.stdout
     for done in (first, second):
-        assert done.returncode == 2 and "ERROR | extract train 1s ended with status 2" in done.stderr
+        assert done.returncode == 2 and "] extract train 1s ended with status 2" in done.stdout
     for name in ("EventGPT_Instruction_Subset.json", "prepare_dsec.json"):     # as of an older set, not ours
         (folders[1] / name).unlink()
     third = run_workflow(tmp_path, **settings)
@@ -193,7 +194,7 @@ trap 'echo "stopped ${result}" >> "${CALLS}"; exit 143' TERM
 echo "begin ${result}" >> "${CALLS}"
 for (( i = 0; i < ${LOOPS:-6}; i++ )); do sleep 0.02; done
 mkdir -p "$(dirname "${result}")"
-touch "${result}"
+echo x > "${result}"
 echo "end ${result}" >> "${CALLS}"
 """
 STEPS = 11                     # of the demo: its data; then twice two extractions, two trainings and a decoding
@@ -261,6 +262,43 @@ def test_two_workflows_in_one_folder_do_not_trample_each_other(tmp_path):
     results = stubbed.said("begin")
     assert len(results) == len(set(results)) == STEPS
     assert stubbed.log.read_text().count("| skipped, ") == STEPS
+
+
+def test_a_task_folder_that_was_moved_goes_on_where_it_is(tmp_path):
+    stubbed = Stubbed(tmp_path)
+    assert stubbed.start().wait(60) == 0
+    (tmp_path / "task").rename(tmp_path / "moved")
+    assert stubbed.start(TASK_DIR=str(tmp_path / "moved")).wait(60) == 0
+    assert len(stubbed.said("begin")) == STEPS and not (tmp_path / "task").exists()
+
+
+def test_paths_are_meant_from_where_the_workflow_was_called(tmp_path):
+    stubbed, before = Stubbed(tmp_path), set(ROOT.iterdir())
+    settings = stubbed.environment(DATA_ROOT="data", TOKENS_DIR="my tokens", TASK_DIR="task")
+    done = subprocess.run(["bash", str(ROOT / "run_full_workflow.sh"), "--demo"], env=settings, cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "my tokens").iterdir())) == 4 and set(ROOT.iterdir()) == before
+
+
+@pytest.mark.parametrize("out", ["/dev/full", "&-"])
+def test_a_log_that_cannot_be_written_ends_no_workflow(tmp_path, out):
+    stubbed = Stubbed(tmp_path)
+    command = f"bash {ROOT / 'run_full_workflow.sh'} --demo >{out} 2>{out}"
+    subprocess.run(["bash", "-c", command], env=stubbed.environment(), check=True, timeout=60)
+    assert len(stubbed.said("end")) == STEPS
+
+
+@pytest.mark.parametrize("options", ["ro", "size=4k"])
+def test_a_task_folder_that_cannot_be_written_is_one_clear_error(tmp_path, disk, options):
+    place, stubbed = disk("size=4k"), Stubbed(tmp_path)
+    if options == "ro":
+        disk("ro")
+    else:
+        (place / "full").write_bytes(bytes(4096))
+    assert stubbed.start(TASK_DIR=str(place)).wait(60) == 2
+    line = stubbed.log.read_text()
+    assert line.count("\n") == 1 and f"ERROR | can't write to {place}/.workflow.lock: make room" in line
 
 
 @pytest.mark.parametrize("nohup", ["nohup", ""])

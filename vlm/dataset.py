@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from base import UserError, log, read_json
+from base import UserError, check_plain, log, read_json
 from vlm.media import MediaError, event_frames, read_event_image, read_events, read_video
 
 INDEX_FILE = "EventGPT_Instruction_Subset.json"
@@ -79,10 +79,10 @@ def read_dataset(folder: Path) -> list[Sample]:
 def rows_by_path(folder: Path) -> list[dict]:
     """Rows like those of the index file from event_image/**/<clip>_<k>.png and mp4/**/<clip>.mp4 alone."""
     clips = collections.defaultdict(list)
-    for path in sorted((folder / "event_image").rglob("*.png")):
+    for path in sorted((folder / "event_image").rglob("[!.]*.png")):      # .*: what a killed writer left half done
         relative = path.relative_to(folder / "event_image")
         clips[(relative.parent / re.sub(r"_\d$", "", relative.stem)).as_posix()].append(relative.as_posix())
-    for path in (folder / "mp4").rglob("*.mp4"):
+    for path in (folder / "mp4").rglob("[!.]*.mp4"):
         clips[path.relative_to(folder / "mp4").with_suffix("").as_posix()] += []
     return [{"video_data": clip, "event_image": pictures} for clip, pictures in sorted(clips.items())]
 
@@ -169,12 +169,13 @@ def read_questions(query: str, questions_file: Path | None, num_questions: int) 
     if questions_file is None:
         if num_questions > 1:
             raise UserError(f"--num_questions {num_questions} needs --questions_file")
-        return [query]
+        return [check_text("--query", query)]
+    check_plain(questions_file)
     if questions_file.suffix == ".json":
         entries = read_json(questions_file)
     else:                             # plain lines, each with or without "count<TAB>" in front
         try:
-            entries = [line.split("\t")[-1].strip() for line in questions_file.read_text("utf-8").splitlines()]
+            entries = [line.split("\t")[-1].strip() for line in questions_file.read_text("utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"can't read {questions_file}: {error}") from error
         entries = [line for line in entries if line]
@@ -182,7 +183,17 @@ def read_questions(query: str, questions_file: Path | None, num_questions: int) 
     questions = [entry.get("question") if isinstance(entry, dict) else entry for entry in entries]
     if not questions or not all(isinstance(question, str) and question.strip() for question in questions):
         raise UserError(f"{questions_file}: wanted a list of questions (strings, or objects with 'question')")
-    return questions[:num_questions if num_questions > 0 else None]
+    questions = questions[:num_questions if num_questions > 0 else None]
+    return [check_text(questions_file, question) for question in questions]
+
+
+def check_text(where: object, question: str) -> str:
+    """The question; a UserError if no tokenizer can read it (halves of characters, bytes that are no UTF-8)."""
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {question!a} is no text in UTF-8; wanted a question") from error
+    return question
 
 
 def draft_pictures(sample: Sample, which: Literal["first", "all"]) -> list[np.ndarray]:
