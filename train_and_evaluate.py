@@ -181,17 +181,21 @@ def resumed(config: TrainConfig) -> TrainConfig | None:
     return dataclasses.replace(known, resume=None, task_folder=config.resume, plots=config.plots)
 
 
-def open_task(config: TrainConfig, data: Data) -> Path:
-    """The exact folder that was asked for, or a new one named after the task."""
+def open_task(config: TrainConfig, data: Data, locks: contextlib.ExitStack) -> Path:
+    """The exact folder that was asked for, or a new one named after the task; its lock joins `locks`."""
     if config.task_folder is None:
-        return new_task_folder(config.task_dir, config.task_name or detect_task_name(data))
-    if (config.task_folder / "RESULTS.md").exists():
-        raise UserError(f"{config.task_folder} holds a finished task (RESULTS.md), nothing was changed; "
-                        "choose another --task_folder")
-    if (config.task_folder / "resume.pt").exists():
-        raise UserError(f"{config.task_folder} holds an unfinished training: go on with --resume "
-                        f"{config.task_folder}, or choose another --task_folder")
-    return make_folder(config.task_folder)
+        task = new_task_folder(config.task_dir, config.task_name or detect_task_name(data))
+        locks.enter_context(only_writer(task))
+        return task
+    task = make_folder(config.task_folder)
+    locks.enter_context(only_writer(task))
+    if (task / "RESULTS.md").exists():
+        raise UserError(f"{task} holds a finished task (RESULTS.md), nothing was changed; choose another "
+                        "--task_folder")
+    if (task / "resume.pt").exists():
+        raise UserError(f"{task} holds an unfinished training: go on with --resume {task}, or choose another "
+                        "--task_folder")
+    return task
 
 
 def detect_task_name(data: Data) -> str:
@@ -265,11 +269,7 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
     device = choose_device(config.device)
     data = load_data(config)
     adapter, trained = make_adapter(config, data, data.train), None
-    if going_on:
-        task = config.task_folder
-    else:
-        task = open_task(config, data)
-        locks.enter_context(only_writer(task))
+    task = config.task_folder if going_on else open_task(config, data, locks)
     facts = {
         "kind": "checkpoint" if config.checkpoint else "training",
         "task": task.resolve().name,

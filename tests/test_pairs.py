@@ -118,7 +118,7 @@ def test_what_cannot_be_read_is_one_clear_error(tmp_path, content, words, chunk)
 def test_a_file_that_is_not_there_or_is_a_folder_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         list(JsonRows(tmp_path / "none.json"))
-    with pytest.raises(UserError, match="can't read"):
+    with pytest.raises(UserError, match="is a folder, wanted a file"):
         list(JsonRows(tmp_path))
 
 
