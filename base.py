@@ -65,6 +65,9 @@ def log(message: str) -> None:
         print(f"[{now()}] {plain(message)}", flush=True)
 
 
+SAME_STOP_S = 2.0                  # signals that come within so many seconds are one stop
+
+
 class Stopped(SystemExit):
     """A signal asked the program to end: raised wherever it was, so that `finally` blocks run."""
 
@@ -116,14 +119,20 @@ def run(main: Callable[[], None]) -> None:
 def finishing(what: str) -> Iterator[Callable[[], bool]]:
     """Inside, a signal to stop ends nothing: the function that is yielded says that one came; the exit then obeys it.
 
-    A second one is not waited for. Signals that are ignored (HUP under nohup) stay so.
+    One more, a while later, is obeyed at once (one stop may send several: HUP to all of a terminal, TERM from its
+    shell). Signals that are ignored (HUP under nohup) stay so.
     """
     came: list[int] = []
+    since = 0.0
 
     def later(number: int, frame) -> None:
+        nonlocal since
         came.append(number)
         if len(came) > 1:
-            raise Stopped(128 + number)
+            if time.monotonic() > since + SAME_STOP_S:
+                raise Stopped(128 + number)
+            return
+        since = time.monotonic()
         with contextlib.suppress(RuntimeError):              # it may have come in the middle of another log line
             log(f"stopping | {what} first; once more stops at once")
 
@@ -261,7 +270,8 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     left = re.compile(rf"\.{re.escape(path.stem)}\.(\d+)\.tmp{re.escape(path.suffix)}")
     for name in os.listdir(path.parent):
         if (found := left.fullmatch(name)) and not is_running(int(found[1])):
-            path.with_name(name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.with_name(name).unlink()
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)
@@ -318,7 +328,7 @@ def reading(path: Path, otherwise: str) -> Iterator[None]:
     """Inside, what this file says is used: a UserError if its values are not of the kinds that belong there."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} does not hold what belongs there ({type(error).__name__}: "
                         f"{' '.join(str(error).split())[:200]}); {otherwise}") from error
 
@@ -357,27 +367,30 @@ def only_writer(path: Path, wait: bool | None = None) -> Iterator[None]:
     """
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     check_plain(lock, follow=False)
-    with open(lock, "a+") as file:
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = plain(os.pread(descriptor, 200, 0).decode(errors="replace")) or "another process"
             if not wait:
                 otherwise = "" if wait is None else ", or use --wait"
                 raise UserError(f"{path} is being written by {holder}; wait for it{otherwise}") from None
             log(f"{path} is being written by {holder}: waiting for it to end")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:                  # some network file systems have no locks
             raise UserError(f"can't lock {lock}: {error.strerror}; choose a folder on another disk") from error
+        if not lock.exists() or not os.path.samestat(os.fstat(descriptor), lock.stat()):
+            raise UserError(f"{lock} was removed while another process wrote; give the same command again")
         try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} since {now()}")
-            file.flush()
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} since {now()}".encode(), 0)
         except OSError as error:
-            error.filename = str(lock)           # a failed write doesn't say of which file
+            error.filename = str(lock)            # a failed write doesn't say of which file
             raise
         yield
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(path: Path) -> Path:

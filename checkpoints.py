@@ -97,7 +97,7 @@ class Resume(Writing):
         if before != self.data:
             raise UserError(f"the pair files are not those that {self.path.parent} began with; bring those back, or "
                             "train into a new task folder")
-        self.found = found
+        self.found = {**found, "file": self.path}
         log(f"train | going on after epoch {found['epoch']} of {found['phase']}")
 
     def of(self, phase: str) -> dict | None:

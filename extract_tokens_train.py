@@ -102,10 +102,10 @@ def main():
 
     config = parse_config(ExtractConfig)
     questions = read_questions(config.query, config.questions_file, config.num_questions)
-    samples = read_dataset(config.dataset_dir)[:config.max_samples if config.max_samples > 0 else None]
-    content = content_of(samples, config.event_images)
     make_folder(config.output_file.absolute().parent)
     with only_writer(config.output_file, config.wait):
+        samples = read_dataset(config.dataset_dir)[:config.max_samples if config.max_samples > 0 else None]
+        content = content_of(samples, config.event_images)
         if is_finished(config, named_settings(config, questions), samples, content):
             return
         goes_on_with([word for word in sys.argv if word != "--restart"])

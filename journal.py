@@ -86,27 +86,47 @@ class Journal:
     def _read_lines(self) -> tuple[dict | None, int]:
         """Note where each answer is; -> (the first line's value, its length). What is damaged is done again."""
         with open(self.path, "r+b") as file:
-            head, first, at, end, bad = None, 0, 0, 0, 0
+            # first: length of the first line; at, end: behind this, the last good one; bad, inside: bad ones so far
+            head, first, at, end, bad, inside = None, 0, 0, 0, 0, 0
             for line in file:
                 entry = entry_of(line)
                 torn = at == 0 and not line.endswith(b"\n")
                 if torn and (line.startswith(BEGIN[:len(line)]) or not line.strip(b"\0")):
-                    bad += 1             # the machine stopped before it was whole
+                    entry = None             # the machine stopped before it was whole
                 elif at == 0 and entry and "settings" in entry:
                     head, first = entry, len(line)
                 elif head is None:
                     raise UserError(f"{self.path}: the first line of this journal is damaged, so nobody knows "
-                                    "what its answers belong to; mend it, or start afresh with --restart")
+                                    "what its answers belong to; start afresh with --restart")
                 elif entry and "settings" not in entry:
                     self._take(entry, at)
                 else:
-                    bad += 1
+                    entry = None
                 at += len(line)
-                end = at if entry else end
-            if bad or end < at:
-                log(f"extract | {self.path} | {max(bad, 1)} torn or damaged lines: dropped, to be done again")
+                if entry:
+                    end, inside = at, bad
+                else:
+                    bad += 1
+            if bad:
+                log(f"extract | {self.path} | {bad} torn or damaged lines: dropped, to be done again")
             file.truncate(end)
+        if inside:
+            self._drop_damaged()
+            return self._read_lines()
         return head, first
+
+    def _drop_damaged(self) -> None:
+        """Write the journal anew, without the damaged lines among the others."""
+        def write(temporary: Path) -> None:
+            with open(self.path, "rb") as before, open(temporary, "wb") as after:
+                for number, line in enumerate(before):
+                    entry = entry_of(line)
+                    if entry and ("settings" in entry) == (number == 0):
+                        after.write(line)
+
+        write_whole(self.path, write)
+        self.places.clear()
+        self.models.clear()
 
     def _changed(self, before: Content, content: Content) -> str:
         """Which answered clips had other files then, in words. What is known of one time only is not compared."""

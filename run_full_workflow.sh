@@ -59,7 +59,7 @@ PREPARE_FLAGS="${PREPARE_FLAGS:-}"  # further flags of prepare_dsec.py, e.g. "--
 DRAFT_FLAGS="${DRAFT_FLAGS:-}"    # further flags of the training in draft conditioning alone
 DEMO_FLAGS="${DEMO_FLAGS:-}"      # further flags of make_demo.py, e.g. "--train_clips 48"
 TEST_1S="${TEST_1S:-}"            # an existing pair file to test the 1s adapter on, instead of extracting one
-LOCK_WAIT_S="${LOCK_WAIT_S:-20}"  # how long to wait for another workflow in the same TASK_DIR to end
+LOCK_WAIT_S="${LOCK_WAIT_S:-120}" # how long to wait for another workflow in the same TASK_DIR to end
 STATE="${TASK_DIR}/.workflow"     # the task folders that this workflow chose
 
 source ./env.sh requirements.txt
@@ -76,9 +76,10 @@ if command -v setpriv > /dev/null; then bound=(setpriv --pdeathsig TERM); fi
 
 # alone : one workflow at a time in TASK_DIR; the lock is held by the script and its steps, and can't go stale
 alone() {
+  [[ ! -d "${STATE}" ]] || die "${STATE} is a folder, wanted a file: remove it, or choose another TASK_DIR"
   true 2> /dev/null >> "${STATE}.lock" || die "can't write to ${STATE}.lock: make room in ${TASK_DIR}, or choose another"
   exec 9>> "${STATE}.lock"
-  if command -v flock > /dev/null && ! flock --wait "${LOCK_WAIT_S}" 9; then
+  if command -v flock > /dev/null && ! flock -w "${LOCK_WAIT_S}" 9; then
     die "another workflow is at work in ${TASK_DIR} ($(cat "${STATE}.lock")): wait for it, or name another TASK_DIR"
   fi
   echo "process $$ since $(date '+%Y-%m-%d %H:%M:%S')" 2> /dev/null > "${STATE}.lock" \
@@ -125,7 +126,7 @@ chosen() {
   if [[ -z "${folder}" ]]; then
     folder="$2_$(date +%Y%m%d_%H%M%S)"
     { cat "${STATE}" 2> /dev/null || true; echo "$1=${folder}"; } 2> /dev/null > "${STATE}.tmp" \
-      && mv -T "${STATE}.tmp" "${STATE}" || die "can't write to ${STATE}: make room in ${TASK_DIR}, or choose another"
+      && mv -f "${STATE}.tmp" "${STATE}" || die "can't write to ${STATE}: make room in ${TASK_DIR}, or choose another"
   fi
   echo "${TASK_DIR}/${folder}"
 }

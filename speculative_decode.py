@@ -483,7 +483,8 @@ def decode_and_measure(task: Task, config: DecodeConfig) -> None:
     usable = in_order([sample for sample in samples if not sample.trouble], config)
     if config.parallel:
         Runtime.choose(config.draft_device, config.dtype, config.quantization)       # a mistake is said before hours
-    make_folder(config.task)
+    if not config.output_folder:
+        make_folder(config.task)
     drafts, draft_costs = draft_all(usable, questions, failed, task, runtime, config)
     drafted = [sample for sample in usable if (sample.key, 0) in drafts]
     found = decode_all(drafted, questions, drafts, failed, task, runtime, config)

@@ -170,7 +170,8 @@ def resumed(config: TrainConfig) -> TrainConfig | None:
         raise UserError(f"{path} is not the results.json of train_and_evaluate.py")
     if not found.get("unfinished"):
         if not (config.resume / "RESULTS.md").exists():              # it was stopped while the page was made
-            write_report(config.resume, plots=config.plots)
+            with reading(path, MEASURE):
+                write_report(config.resume, plots=config.plots)
         (config.resume / "resume.pt").unlink(missing_ok=True)
         with reading(path, MEASURE):
             log(f"RESULT | {config.resume} | finished before: {one_line(found)}")

@@ -73,6 +73,8 @@ def make_adapter(config: TrainConfig, data: Data, known: Pairs | None) -> TokenA
     try:
         return TokenAdapter(sizes, outputs)
     except (RuntimeError, MemoryError) as error:           # of PyTorch's allocator
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         raise UserError("not enough memory for an adapter of this size: a smaller --embed_dim, --num_layers or "
                         f"--vocab_size ({(str(error).splitlines() or [''])[0][:200]})") from error
 
@@ -349,7 +351,7 @@ def run_phase(adapter, name: str, config: TrainConfig, tokens, last_epoch: int, 
     generator = torch.Generator().manual_seed(config.seed + number)
     torch.manual_seed(config.seed + number)
     if resumed:
-        with reading(Path("resume.pt"), ANEW):
+        with reading(resumed["file"], ANEW):
             restore(resumed, trainer, generator)
     progress = Progress(f"train | {name}", steps, trainer.done, unit="steps")
     for epoch in range(resumed["epoch"] + 1 if resumed else 1, 1 if resumed and resumed["over"] else last_epoch + 1):
@@ -360,7 +362,8 @@ def run_phase(adapter, name: str, config: TrainConfig, tokens, last_epoch: int, 
             stop = after_epoch(epoch, loss, alpha, trainer.rate, time.monotonic() - start)
         except UserError as error:
             raise UserError(f"{name}, epoch {epoch}: {error}; the best epoch before it, if any, is kept in "
-                            f"best_model.pt; try a --learning_rate below {config.learning_rate}") from error
+                            f"best_model.pt; try a --learning_rate below {config.learning_rate}, in a new task "
+                            "folder") from error
         keep(phase=name, epoch=epoch, over=stop or epoch == last_epoch, adapter=adapter.state_dict(),
              optimizer=trainer.optimizer.state_dict(), done=trainer.done, order=generator.get_state(),
              random=random_state())
@@ -370,10 +373,13 @@ def run_phase(adapter, name: str, config: TrainConfig, tokens, last_epoch: int, 
 
 def restore(found: dict, trainer: Trainer, generator: torch.Generator) -> None:
     """All that the epoch after this state depends on."""
-    trainer.adapter.load_state_dict(found["adapter"])
+    load_weights(trainer.adapter, found["adapter"])
     trainer.take_up(found["optimizer"], found["done"])
-    generator.set_state(found["order"])
-    set_random_state(found["random"])
+    try:
+        generator.set_state(found["order"])
+        set_random_state(found["random"])
+    except RuntimeError as error:                # of their size and content: no memory is asked for
+        raise ValueError(str(error)) from error
 
 
 def random_state() -> list:
@@ -424,7 +430,7 @@ def train(adapter: TokenAdapter, config: TrainConfig, data: Data, device: torch.
     best = {name: Best() for name in phases_of(config)}
     if resume.found:
         with reading(resume.path, ANEW):
-            take_up(resume.found, adapter, best, history)
+            take_up(resume.found, phases_of(config), adapter, best, history)
     try:
         select(adapter, best, history, checkpoint, config, data, device, resume, show)
     finally:                                         # whatever ends it: the best so far is kept
@@ -439,16 +445,27 @@ def train(adapter: TokenAdapter, config: TrainConfig, data: Data, device: torch.
     return trained
 
 
-def take_up(found: dict, adapter: TokenAdapter, best: dict[str, Best], history: list[dict]) -> None:
-    """Fill `best` and `history` with what resume.pt says of them."""
-    if not {found["phase"], *found["best"]} <= best.keys():
-        raise LookupError(f"phases {found['phase']}, {', '.join(found['best'])}")
-    history += found["history"]
+def take_up(found: dict, phases: dict[str, int], adapter: TokenAdapter, best: dict[str, Best],
+            history: list[dict]) -> None:
+    """Fill `best` and `history` with what resume.pt says; an error if no training of these phases wrote it."""
+    begun = list(phases)[:list(phases).index(found["phase"]) + 1]
+    if list(found["best"]) != begun or not 0 < found["epoch"] <= phases[found["phase"]] or found["done"] < 0:
+        raise ValueError(f"epoch {found['epoch']} of {found['phase']}, best of {', '.join(found['best'])}")
+    for epoch in found["history"]:
+        history.append({**epoch, "epoch": int(epoch["epoch"])})
     for name, kept in found["best"].items():
         model = copy.deepcopy(adapter)
         model.condition(name)
-        model.load_state_dict(kept.pop("adapter"))
-        best[name] = Best(**kept, adapter=model)
+        load_weights(model, kept["adapter"])
+        best[name] = Best(float(kept["alpha"]), int(kept["epoch"]), int(kept["number"]), model)
+
+
+def load_weights(model: TokenAdapter, state: dict) -> None:
+    """load_state_dict, but a ValueError where that raises a RuntimeError, as it does without memory."""
+    wanted = {name: weight.shape for name, weight in model.state_dict().items()}
+    if {name: weight.shape for name, weight in state.items()} != wanted:
+        raise ValueError("the weights have other names or shapes")
+    model.load_state_dict(state)
 
 
 def select(adapter, best: dict[str, Best], history: list[dict], checkpoint: Checkpoint, config: TrainConfig,

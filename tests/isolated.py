@@ -206,7 +206,7 @@ class Readers:
         resume.read()
         trainer = self.training.Trainer(adapter, 4, 1e-3, 9)
         with reading(path, "as training has it"):
-            self.training.take_up(resume.found, adapter, best, [])
+            self.training.take_up(resume.found, {"prefix": 3}, adapter, best, [])
             self.training.restore(resume.found, trainer, torch.Generator())
         for weight in trainer.weights:
             weight.grad = torch.ones_like(weight)

@@ -161,6 +161,7 @@ def test_what_is_in_hand_is_finished_first_unless_a_second_signal_comes(number, 
     for signals in (1, 2):
         ended = ran(f"""
         base.goes_on_with(['train.py'])
+        base.SAME_STOP_S = 0
         with base.finishing('this') as stopping:
             for _ in range({signals}):
                 os.kill(os.getpid(), signal.SIG{number})
@@ -170,6 +171,16 @@ def test_what_is_in_hand_is_finished_first_unless_a_second_signal_comes(number, 
         said = [line.split("] ")[1] for line in ended.stdout.splitlines()]
         assert said == ["stopping | this first; once more stops at once", *["finished True"] * (signals == 1),
                         f"RESUME | {sys.executable} train.py"]
+
+
+def test_the_signals_of_one_stop_count_as_one():
+    """A terminal that is closed hangs up the workflow and its step; then the workflow sends TERM to the step."""
+    ended = ran("""
+        with base.finishing('this'):
+            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+            base.log('finished')""")
+    assert ended.returncode == 129 and ended.stdout.endswith("finished\n")
 
 
 def test_without_a_signal_nothing_is_stopped_and_those_before_hold_again():

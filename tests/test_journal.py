@@ -92,7 +92,7 @@ def test_a_damaged_line_is_dropped_and_those_behind_it_stay(five, tmp_path, junk
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:3], junk, *([b"\n"] if not junk.endswith(b"\n") else []), *lines[3:]]))
     journal = kept(tmp_path, content)
-    assert len(journal) == 5
+    assert len(journal) == 5 and path.read_bytes() == b"".join(lines)
     path.write_bytes(b"".join([*lines, junk]))
     assert len(kept(tmp_path, content)) == 5 and path.read_bytes() == b"".join(lines)
 

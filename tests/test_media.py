@@ -179,7 +179,8 @@ def test_containers_that_announce_no_frames_are_counted(tmp_path, container):
 
 
 @pytest.mark.parametrize(("name", "codec", "options"), [
-    ("a.webm", "libvpx-vp9", {}), ("a.h264", "libx264", {}), ("a.mov", "libx264", {}),
+    ("a.webm", "libvpx-vp9", {}), ("a.mkv", "libx265", {}), ("a.avi", "ffv1", {}),
+    ("a.h264", "libx264", {}), ("a.mov", "libx264", {}),
     ("a.mp4", "libx264", {"movflags": "frag_keyframe+empty_moov"})])
 def test_other_containers_and_codecs_are_counted_by_decoding(tmp_path, name, codec, options):
     make_video(tmp_path / name, 12, codec, options)

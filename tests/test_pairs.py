@@ -185,6 +185,7 @@ def test_a_format_is_told_by_its_content(tmp_path, content, form):
     (extraction(1, target=[450, "1820"]), "token ids that are not whole numbers"),
     (extraction(1, target=[450, None]), "token ids that are not whole numbers"),
     (extraction(1, target=[450, float("nan")]), "token ids that are not whole numbers"),
+    (extraction(1, target=[450, float("inf")]), "token ids that are not whole numbers"),
     (extraction(1, target=[450, -1]), "negative or absurd token ids"),
     (extraction(1, target=[450, 2**31]), "negative or absurd token ids"),
     (extraction(1, target=[1, 450, 1820, 3161]), "prompt included (starts with BOS)"),
@@ -215,6 +216,19 @@ def test_a_suspicious_row_is_kept_and_flagged(tmp_path, capsys, row, flag):
     pairs = load(tmp_path, {"results": [extraction(0), row]})
     assert len(pairs) == 2 and pairs.files[0]["flagged"] == {flag: 1}
     assert "WARNING" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("draft", "target"), [
+    ([512, 0, 278, 0, 2], [450, 1820, 3161, 297]),                       # id 0 is a token like any other
+    (list(range(300, 350)), [450, 1820, 3161, 2]),                       # the draft was cut, the target was not
+    ([512, 278, 2], [450, 2, 1820, 3161, 2]),                            # EOS in the middle
+    ([512, 278, 2], [450, *[22] * 3, 1820, 3161]),                       # a run
+    ([512, 278, 2], [450, 32000, 32001, 3161])])                         # special tokens of Video-LLaVA
+def test_what_is_odd_but_right_is_kept_as_it_is(tmp_path, capsys, draft, target):
+    rows = [extraction(0), extraction(7, draft=draft, target=target)]    # with a gap: clips between them failed
+    pairs = load(tmp_path, {"results": rows, "errors": [{"sample_idx": 3, "error": "No result"}], "statistics": {}})
+    assert pairs.answer("draft", 1) == draft and pairs.answer("target", 1) == target
+    assert pairs.files[0]["dropped"] == {} and pairs.files[0]["flagged"] == {}
 
 
 @pytest.mark.parametrize(("content", "words"), [

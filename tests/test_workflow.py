@@ -343,3 +343,24 @@ def test_the_real_workflow_killed_in_each_phase_goes_on(tmp_path, figures):
     figures.append(("kill of the demo workflow, TERM and KILL in turn, a step further each time", killed,
                     f"orphans 0, it went on each time: {len(tasks)} of 4 tasks, {len(decodings)} of 2 decodings"))
     assert (len(tasks), len(decodings)) == (4, 2) and killed >= 5
+
+
+@pytest.mark.faults
+def test_two_real_workflows_on_one_data_root_do_not_trample_each_other(tmp_path, demo, figures):
+    """Of other tasks, but the same data and tokens: what one makes the other waits for."""
+    settings = {"DEMO_FLAGS": "--train_clips 24 --test_clips 20", "VIRTUAL_ENV": sys.prefix, "PYTHON": sys.executable,
+                "EXTRACT_FLAGS": "--max_new_tokens 80 --batch_size 16 --num_workers 2",
+                "DECODE_FLAGS": "--max_samples 2",
+                "TRAIN_FLAGS": "--embed_dim 32 --num_layers 1 --num_heads 2 --num_epochs 2 --no-refit --no-online"}
+    stubbed = Stubbed(tmp_path)
+    both = [stubbed.start(**settings, TASK_DIR=str(tmp_path / name)) for name in ("one", "two")]
+    codes = [process.wait(600) for process in both]
+    said = stubbed.log.read_text()
+    assert codes == [0, 0] and "Traceback" not in said and "ERROR" not in said, said
+    assert said.count("waiting for it to end") >= 2
+    tokens = [json.loads((folder / "train_tokens_full.json").read_text())["results"]
+              for folder in (demo.tokens, tmp_path / "tokens")]
+    same = tokens[0] == tokens[1]
+    figures.append(("two demo workflows at once on one data root and one folder of tokens", 2,
+                    f"both ended well, tokens {'as' if same else 'NOT as'} those of one alone"))
+    assert same

@@ -19,7 +19,7 @@ from base import log
 from graphs import capture
 from vlm.attention import causal, shared_and_own
 from vlm.llama import SAME, Llama, Next, apart, position_bytes
-from vlm.loading import Answer, answers_of, check_positions, free_gib
+from vlm.loading import Answer, answers_of, check_positions, free_gib, short_of_memory
 
 READ_TOKENS = 16_384         # prompt positions that go through the layers at once: enough to fill a GPU
 ASKED, ROWS = 16, 256        # questions of a clip, and answers in all, side by side: more gain little
@@ -190,10 +190,8 @@ class Batches(Llama):
                 raise RuntimeError(f"it differs from eager by {difference:.1%}")
             self.graph = graph
             log(f"batches | a CUDA graph for {len(self.row)} answers at a time")
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:            # CUDA's refusals while capturing are RuntimeErrors
-            if self.must:
+            if self.must or short_of_memory(error):
                 raise
             self.fixed = False
             log(f"batches | WARNING | no CUDA graph, every step runs eagerly: {error}")
