@@ -19,19 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-from base import (
-    UserError,
-    as_json,
-    log,
-    make_folder,
-    now,
-    parse_config,
-    provenance,
-    read_json,
-    required,
-    run,
-    write_json,
-)
+from base import UserError, as_json, log, now, parse_config, provenance, required, run
+from files import make_folder, read_json, write_json
 
 BENCHMARKS = ("prepare", "extract", "train", "adapter", "decode", "load")
 

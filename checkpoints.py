@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from base import UserError, check_plain, log, reading
+from base import UserError, log
+from files import check_plain, reading
 from pairs import Pairs
 from token_adapter import TokenAdapter, save_adapter, write_tensors
 

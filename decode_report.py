@@ -10,7 +10,8 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from base import UserError, log, parse_config, plain, read_json, reading, required, run, write_text, write_whole
+from base import UserError, log, parse_config, plain, required, run
+from files import read_json, reading, write_text, write_whole
 from report import BLUE, GREY, ORANGE, PURPLE, SKY, VERMILION, escape, percent, table
 
 DECODE = "decode again"

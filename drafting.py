@@ -21,7 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from base import UserError, check_plain, write_whole
+from base import UserError
+from files import check_plain, write_whole
 from pairs import Pairs
 from splits import clip_order
 from token_adapter import NOT_SCORED, TokenAdapter

@@ -26,19 +26,17 @@ from base import (
     UserError,
     as_json,
     check_counts,
-    check_plain,
     finishing,
     goes_on_with,
     log,
-    make_folder,
     now,
-    only_writer,
     option,
     parse_config,
     provenance,
     required,
     run,
 )
+from files import check_plain, make_folder, only_writer
 from journal import Content, Journal, differences
 from pairs import JsonRows, write_rows
 

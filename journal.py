@@ -17,7 +17,8 @@ import sys
 import zlib
 from pathlib import Path
 
-from base import UserError, check_plain, log, sync_folder, write_whole
+from base import UserError, log
+from files import check_plain, sync_folder, write_whole
 
 MARK = b', "crc": '                              # in front of each line's checksum, its last item
 BEGIN = b'{"settings": '

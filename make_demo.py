@@ -28,19 +28,8 @@ from pathlib import Path
 import numpy as np
 
 import demo_world as world
-from base import (
-    ROOT,
-    Progress,
-    check_counts,
-    drive_of,
-    log,
-    make_folder,
-    only_writer,
-    option,
-    parse_config,
-    run,
-    write_whole,
-)
+from base import ROOT, Progress, check_counts, drive_of, log, option, parse_config, run
+from files import make_folder, only_writer, write_whole
 
 SEED = 2028
 QUESTION = "What are the key elements in this scene?"

@@ -21,7 +21,8 @@ from typing import Literal
 
 import numpy as np
 
-from base import Progress, UserError, check_plain, drive_of, log, not_json, write_whole
+from base import Progress, UserError, drive_of, log
+from files import check_plain, not_json, write_whole
 
 Which = Literal["draft", "target"]
 FORMATS = ("extraction", "benchmark", "inference")

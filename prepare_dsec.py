@@ -37,24 +37,8 @@ import numpy as np
 from PIL import Image
 
 import dsec
-from base import (
-    Progress,
-    UserError,
-    as_json,
-    check_counts,
-    log,
-    make_folder,
-    now,
-    only_writer,
-    option,
-    parse_config,
-    provenance,
-    read_json,
-    required,
-    run,
-    write_json,
-    write_text,
-)
+from base import Progress, UserError, as_json, check_counts, log, now, option, parse_config, provenance, required, run
+from files import make_folder, only_writer, read_json, write_json, write_text
 from vlm.dataset import INDEX_FILE
 from vlm.media import (
     MAX_SIDE,

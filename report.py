@@ -14,19 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from base import (
-    UserError,
-    log,
-    option,
-    parse_config,
-    plain,
-    read_json,
-    reading,
-    required,
-    run,
-    write_text,
-    write_whole,
-)
+from base import UserError, log, option, parse_config, plain, required, run
+from files import read_json, reading, write_text, write_whole
 
 CURVE_LINES = 50               # lines of the text curve in RESULTS.md; longer answers are shown in bins
 GAMMA_OF_LEAD = "8"

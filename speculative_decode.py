@@ -24,26 +24,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from base import (
-    Progress,
-    UserError,
-    as_json,
-    check_counts,
-    log,
-    make_folder,
-    new_task_folder,
-    now,
-    only_writer,
-    option,
-    parse_config,
-    provenance,
-    read_json,
-    reading,
-    required,
-    run,
-    write_json,
-)
+from base import Progress, UserError, as_json, check_counts, log, now, option, parse_config, provenance, required, run
 from decode_report import one_line, totals, write_decode_report
+from files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
 from report import MEASURE
 from splits import clip_order
 

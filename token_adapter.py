@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from base import UserError, check_plain, write_whole
+from base import UserError
+from files import check_plain, write_whole
 
 # What output i of the adapter proposes. It is written into every checkpoint: trained one way and read the
 # other, nothing at all is accepted, which is what happened in the original suite.

@@ -31,18 +31,13 @@ from base import (
     from_json,
     goes_on_with,
     log,
-    make_folder,
-    new_task_folder,
     now,
-    only_writer,
     option,
     parse_config,
     provenance,
-    read_json,
-    reading,
     run,
-    write_json,
 )
+from files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
 from report import MEASURE, one_line, write_report
 from splits import MAX_VOCAB_SIZE, Data, load_data, shortened
 

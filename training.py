@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from acceptance import TokenTensors, measure, predict
-from base import Progress, UserError, log, reading
+from base import Progress, UserError, log
 from checkpoints import ANEW, Checkpoint, Resume
+from files import reading
 from graphs import side_stream
 from pairs import Pairs
 from splits import MAX_VOCAB_SIZE, Data, check_drafts, check_ids

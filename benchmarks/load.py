@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from base import ROOT, UserError, check_counts, log, option, run, write_json
+from base import ROOT, UserError, check_counts, log, option, run
+from files import write_json
 from pairs import CHUNK, load_pairs, write_rows
 
 IDS, ANSWERS = 633, 997              # distinct ids, as in 1,100 real pairs; distinct answers, which come in turn

@@ -186,7 +186,7 @@ class Readers:
                 assert all(isinstance(journal.read(model, key, number)["tokens"], list) for key in keys)
 
     def results(self, path: Path) -> None:
-        from base import reading
+        from files import reading
 
         with reading(path, "as main() of report.py has it"):
             self.report.write_report(path.parent, plots=False)
@@ -200,7 +200,7 @@ class Readers:
     def resume(self, path: Path) -> None:
         import torch
 
-        from base import reading
+        from files import reading
 
         resume, best, adapter = self.Resume(path, [1, 2]), {"prefix": self.training.Best()}, small_adapter()
         resume.read()

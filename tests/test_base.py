@@ -73,31 +73,6 @@ def test_help_needs_no_heavy_import(program):
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-# ------------------------------------------------------------------------------------------------------ files
-def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
-    path = tmp_path / "results.json"
-    base.write_whole(path, lambda temporary: temporary.write_text("old"))
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        base.write_whole(path, fail)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["results.json"]
-
-
-def test_a_task_folder_is_always_new(tmp_path):
-    first, second = (base.new_task_folder(tmp_path / "task", "1s") for _ in range(2))
-    assert first != second and first.is_dir() and second.is_dir()
-
-
-def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="can't write to the folder"):
-        base.make_folder(tmp_path / "file" / "task")
-
-
 # ----------------------------------------------------------------------------------------- log and errors
 def test_a_log_message_stays_on_one_line(capsys):
     base.log("one\ntwo\r\nthree")
@@ -138,7 +113,7 @@ def test_a_bug_keeps_its_traceback():
 
 def ran(body: str, *before: str, **how) -> subprocess.CompletedProcess:
     """A program of its own whose main() is this, as if started by the words before."""
-    program = f"import errno, os, pathlib, signal, base\ndef main():{body}\nbase.run(main)"
+    program = f"import errno, os, pathlib, signal, base, files\ndef main():{body}\nbase.run(main)"
     return subprocess.run([*before, sys.executable, "-c", program], cwd=base.ROOT, text=True,
                           **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how})
 
@@ -201,34 +176,6 @@ def test_a_hang_up_is_ignored_under_nohup():
         assert ended.returncode == 0 and ended.stdout.endswith("RESULT\n")
 
 
-@pytest.mark.parametrize("trouble", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO", "EFBIG", "ENOENT", "ENAMETOOLONG"])
-def test_a_disk_that_is_full_or_read_only_is_one_error_line_and_names_the_file(tmp_path, trouble):
-    (tmp_path / "out.json").write_text("old")
-    ended = ran(f"""
-        def fail(file):
-            raise OSError(errno.{trouble}, os.strerror(errno.{trouble}))
-        base.write_whole(pathlib.Path({str(tmp_path / 'out.json')!r}), fail)""")
-    assert (ended.returncode, ended.stderr, ended.stdout.count("\n")) == (2, "", 1)
-    assert f"ERROR | {tmp_path / 'out.json'}: " in ended.stdout and "give the same command again" in ended.stdout
-    assert (tmp_path / "out.json").read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
-
-
-def test_what_a_killed_process_left_half_written_goes_and_that_of_a_living_one_stays(tmp_path):
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    living = [f".out.{os.getppid()}.tmp.json", f".other.{ended.pid}.tmp.json", f".out.{ended.pid}.tmp.pt"]
-    for name in (f".out.{ended.pid}.tmp.json", f".out.{'9' * 30}.tmp.json", *living):
-        (tmp_path / name).touch()
-    base.write_text(tmp_path / "out.json", "new")
-    assert sorted(os.listdir(tmp_path)) == sorted(["out.json", *living])
-
-
-def test_a_file_is_made_in_its_own_folder_so_that_no_rename_crosses_disks(tmp_path):
-    made = []
-    base.write_whole(tmp_path / "a.png", lambda temporary: made.append(temporary) or temporary.write_text("x"))
-    assert made[0].parent == tmp_path and made[0].suffix == ".png"
-
-
 @pytest.mark.parametrize("out", ["/dev/full", "a pipe that nobody reads"])
 def test_a_log_that_cannot_be_written_ends_no_work(tmp_path, out):
     reader, writer = os.pipe()
@@ -246,14 +193,3 @@ def test_nothing_in_a_log_line_hides_or_acts(capsys):
     line = capsys.readouterr().out
     assert line.rstrip("\n").isprintable() and line.count("\n") == 1
     assert r"clip a b\x1b[31m\x00\x08\x9b \u202e \u2066 \ud83d é 漢   end" in line
-
-
-@pytest.mark.parametrize(("content", "words"), [
-    (b"", "it is empty"), (b"\x1f\x8b\x08\0\0", r"looks like gzip; unpack it first \(gunzip\)"),
-    (b"PK\3\4", "zip archive"), (b'{"a": ', "is not JSON: Expecting value"), (b"[" * 10**5, "recursion"),
-    (b'{"a": "\xff"}', "can't decode byte 0xff"),
-    ('{"a": 1}'.encode("utf-16"), "can't decode byte 0xff")])
-def test_what_is_not_json_is_named(tmp_path, content, words):
-    (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(UserError, match=words):
-        base.read_json(tmp_path / "a.json")

@@ -1,16 +1,14 @@
 """The journal of an extraction: found again, torn, damaged, under other settings, on a full disk; and its lock."""
 
 import errno
-import fcntl
 import json
 import os
-import threading
 import tracemalloc
 
 import pytest
 
 import journal as module
-from base import UserError, only_writer
+from base import UserError
 from extract_tokens_train import SETTINGS
 from journal import Journal, entry_of, line_of
 
@@ -245,54 +243,3 @@ def test_a_signal_in_the_middle_of_a_write_leaves_no_half_line(five, tmp_path, m
         journal.append([answer_of("town/7", 0, [7] * 50)])
     assert (path.read_bytes() == before) != written and path.read_bytes().startswith(before)
     assert len(kept(tmp_path, content)) == 5 + written
-
-
-# ------------------------------------------------------------------------------------------------------- the lock
-def test_the_second_writer_is_told_who_holds_the_lock_and_since_when(tmp_path):
-    with only_writer(tmp_path / "out.json", wait=False), \
-            pytest.raises(UserError, match=rf"is being written by process {os.getpid()} since 20\d\d-.*--wait"), \
-            only_writer(tmp_path / "out.json", wait=False):
-        raise AssertionError("two writers")
-    with only_writer(tmp_path / "out.json", wait=False):          # it is free again, and its file may stay
-        pass
-
-
-def test_a_writer_that_waits_goes_on_when_the_first_has_ended(tmp_path, capsys):
-    inside, leave, order = threading.Event(), threading.Event(), []
-
-    def first() -> None:
-        with only_writer(tmp_path / "out.json", wait=False):
-            inside.set()
-            leave.wait(60)
-            order.append("first")
-
-    thread = threading.Thread(target=first)
-    thread.start()
-    assert inside.wait(60)
-    threading.Timer(0.2, leave.set).start()
-    with only_writer(tmp_path / "out.json", wait=True):
-        order.append("second")
-    thread.join(60)
-    assert order == ["first", "second"] and "waiting for it to end" in capsys.readouterr().out
-
-
-def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp_path):
-    lock = tmp_path / ".out.json.lock"
-    (tmp_path / "precious").write_text("x")
-    for make, kind in ((lambda: lock.symlink_to(tmp_path / "precious"), "a link"), (lock.mkdir, "a folder"),
-                       (lambda: os.mkfifo(lock), "a pipe")):
-        make()
-        with pytest.raises(UserError, match=f"is {kind}"), only_writer(tmp_path / "out.json"):
-            raise AssertionError("locked")
-        lock.rmdir() if kind == "a folder" else lock.unlink()
-    assert (tmp_path / "precious").read_text() == "x"
-
-
-def test_a_disk_without_locks_is_a_clear_error(tmp_path, monkeypatch):
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(UserError, match=r"can't lock .*No locks available"), \
-            only_writer(tmp_path / "out.json", wait=True):
-        raise AssertionError("no lock")

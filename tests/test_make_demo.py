@@ -13,8 +13,9 @@ from PIL import Image
 
 import demo_world as world
 import make_demo
-from base import ROOT, UserError, drive_of, only_writer
+from base import ROOT, UserError, drive_of
 from demo_world import CHOICES, DRAFT_PHRASES, TARGET_PHRASES, Scene
+from files import only_writer
 from vlm.dataset import draft_pictures, read_dataset, target_pictures
 from vlm.media import BLUE, RED, WHITE, event_frames
 

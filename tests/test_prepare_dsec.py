@@ -20,7 +20,8 @@ from PIL import Image
 import dsec
 import extract_tokens_train
 import prepare_dsec
-from base import ROOT, UserError, only_writer
+from base import ROOT, UserError
+from files import only_writer
 from prepare_dsec import PrepareConfig, window_starts
 from tests.conftest import wait_until_gone
 from tests.recordings import BAD, FIRST_US, GOOD, SIZE, SMALL, break_picture, number_of, painted, write_sequence

@@ -13,8 +13,9 @@ import torch
 
 import decoding
 import speculative_decode
-from base import UserError, only_writer
+from base import UserError
 from decoding import Pace, judge
+from files import only_writer
 from speculative_decode import DRAFTERS, Task, check_model
 from token_adapter import AdapterConfig, TokenAdapter, save_adapter
 

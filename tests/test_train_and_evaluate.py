@@ -16,8 +16,9 @@ import report
 import speculative_decode
 import train_and_evaluate
 import training
-from base import ROOT, UserError, only_writer
+from base import ROOT, UserError
 from checkpoints import Resume
+from files import only_writer
 from pairs import load_pairs
 from splits import load_data
 from tests.conftest import names_of, write_pairs

@@ -21,7 +21,8 @@ from typing import Literal
 
 import numpy as np
 
-from base import UserError, check_plain, log, read_json
+from base import UserError, log
+from files import check_plain, read_json
 from vlm.media import MediaError, event_frames, read_event_image, read_events, read_video
 
 INDEX_FILE = "EventGPT_Instruction_Subset.json"

@@ -15,7 +15,8 @@ from transformers import BitsAndBytesConfig, GenerationConfig, LlamaTokenizer, P
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from base import UserError, install_command, log, read_json
+from base import UserError, install_command, log
+from files import read_json
 from vlm.media import PixelSettings, clip_pixels
 
 transformers_logging.set_verbosity_error()       # what matters is checked below and logged as our own lines

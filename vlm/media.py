@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-import base
+from base import UserError
+from files import read_json, write_whole
 
 Render = Literal["time", "blue_over_red"]            # how event pictures are painted: see EventPicture
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -58,7 +59,7 @@ def read_event_image(path: Path) -> np.ndarray:
 
 def write_png(path: Path, image: np.ndarray) -> None:
     """Write (H, W, 3) uint8 RGB as a PNG, whole or not at all."""
-    base.write_whole(path, lambda temporary: Image.fromarray(image).save(temporary, "PNG"))
+    write_whole(path, lambda temporary: Image.fromarray(image).save(temporary, "PNG"))
 
 
 def check_file(path: Path) -> None:
@@ -325,7 +326,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 20, crf: in
             assert stream is not None, f"no frames for {path}"
             container.mux(stream.encode())
 
-    base.write_whole(path, write)
+    write_whole(path, write)
 
 
 # --------------------------------------------------------------------------------------- CLIP pixels
@@ -342,7 +343,7 @@ class PixelSettings:
     @staticmethod
     def read(file: Path | None, image_size: int) -> "PixelSettings":
         """From a preprocessor_config.json (old style: plain numbers; new: dicts); without one, CLIP's defaults."""
-        found = base.read_json(file) if file and file.is_file() else {}
+        found = read_json(file) if file and file.is_file() else {}
         found = found if isinstance(found, dict) else {}
         size, crop = found.get("size", image_size), found.get("crop_size", image_size)
         size = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
@@ -350,15 +351,15 @@ class PixelSettings:
         resample = found.get("resample", Image.Resampling.BICUBIC)
         fits = type(crop) is type(size) is int and crop == image_size and crop <= size <= 8 * crop
         if not fits or resample != Image.Resampling.BICUBIC:
-            raise base.UserError(f"{file}: size {size}, crop_size {crop} and resample {resample} can't be used: "
-                                 f"wanted bicubic (3) and the vision tower's {image_size} px")
+            raise UserError(f"{file}: size {size}, crop_size {crop} and resample {resample} can't be used: "
+                            f"wanted bicubic (3) and the vision tower's {image_size} px")
         mean, std = found.get("image_mean", PixelSettings.mean), found.get("image_std", PixelSettings.std)
         rescale = found.get("rescale_factor", 1 / 255)
         numbers = all(isinstance(three, (list, tuple)) and len(three) == 3 and all(map(_is_number, three))
                       for three in (mean, std))
         if not numbers or 0 in std or not _is_number(rescale):
-            raise base.UserError(f"{file}: wanted three numbers as image_mean, three as image_std (none of them 0), "
-                                 "and one as rescale_factor")
+            raise UserError(f"{file}: wanted three numbers as image_mean, three as image_std (none of them 0), "
+                            "and one as rescale_factor")
         return PixelSettings(size, crop, tuple(mean), tuple(std), rescale)
 
 
