@@ -112,3 +112,22 @@ class Resume(Writing):
     def remove(self) -> None:
         """The task is whole."""
         self.path.unlink(missing_ok=True)
+
+
+def load_weights(model: TokenAdapter, state: dict) -> None:
+    """load_state_dict, but a ValueError where that raises a RuntimeError, as it does without memory."""
+    wanted = {name: weight.shape for name, weight in model.state_dict().items()}
+    if {name: weight.shape for name, weight in state.items()} != wanted:
+        raise ValueError("the weights have other names or shapes")
+    model.load_state_dict(state)
+
+
+def random_state() -> list:
+    """Of PyTorch's generators that training draws from."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_random_state(states: list) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in enumerate(states[1:1 + torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)

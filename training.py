@@ -22,7 +22,7 @@ from torch import nn
 
 from acceptance import TokenTensors, measure, predict
 from base import Progress, UserError, log
-from checkpoints import ANEW, Checkpoint, Resume
+from checkpoints import ANEW, Checkpoint, Resume, load_weights, random_state, set_random_state
 from files import reading
 from graphs import side_stream
 from pairs import Pairs
@@ -383,17 +383,6 @@ def restore(found: dict, trainer: Trainer, generator: torch.Generator) -> None:
         raise ValueError(str(error)) from error
 
 
-def random_state() -> list:
-    """Of PyTorch's generators that training draws from."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-
-
-def set_random_state(states: list) -> None:
-    torch.set_rng_state(states[0])
-    for device, state in enumerate(states[1:1 + torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, device)
-
-
 @dataclasses.dataclass
 class Best:
     """The best epoch of a phase, its weights in memory that is written over by a better one."""
@@ -459,14 +448,6 @@ def take_up(found: dict, phases: dict[str, int], adapter: TokenAdapter, best: di
         model.condition(name)
         load_weights(model, kept["adapter"])
         best[name] = Best(float(kept["alpha"]), int(kept["epoch"]), int(kept["number"]), model)
-
-
-def load_weights(model: TokenAdapter, state: dict) -> None:
-    """load_state_dict, but a ValueError where that raises a RuntimeError, as it does without memory."""
-    wanted = {name: weight.shape for name, weight in model.state_dict().items()}
-    if {name: weight.shape for name, weight in state.items()} != wanted:
-        raise ValueError("the weights have other names or shapes")
-    model.load_state_dict(state)
 
 
 def select(adapter, best: dict[str, Best], history: list[dict], checkpoint: Checkpoint, config: TrainConfig,

@@ -89,7 +89,8 @@ def state() -> dict:
     """What training keeps after an epoch."""
     import torch
 
-    from training import Trainer, random_state
+    from checkpoints import random_state
+    from training import Trainer
 
     trainer = Trainer(small_adapter(), 4, 1e-3, 9)
     for weight in trainer.weights:
