@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from tests.recordings import BAD, GOOD, write_sequence
 from tests.warm import Warm
 
 ROOT = Path(__file__).parents[1]
+signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell that starts tests with & has it ignored by all
 torch.set_num_threads(1)      # the models are tiny: two threads only get in each other's way
 
 
