@@ -54,6 +54,11 @@ def plain(text) -> str:
     return UNSEEN.sub(lambda found: ascii(found[0])[1:-1], " ".join(str(text).splitlines()))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def log(message: str) -> None:
     """Print one whole, timestamped, flushed line; ids and paths from files can't break it in two or colour it.
 
@@ -197,13 +202,13 @@ MOST = {"num_frames": 1000, "embed_dim": 16_384, "num_layers": 256, "num_heads":
 
 def check_counts(config, counts: tuple[str, ...], or_all: tuple[str, ...] = ()) -> None:
     """These flags must be 1 or more; those in `or_all` may also be -1, for all. A UserError names the first wrong."""
-    for name in counts:
-        if name in MOST and getattr(config, name) > MOST[name]:
-            raise UserError(f"--{name} must be at most {MOST[name]}, got {getattr(config, name)}")
     for name in (*counts, *or_all):
-        if getattr(config, name) < 1 and not (name in or_all and getattr(config, name) == -1):
+        value = getattr(config, name)
+        if value > MOST.get(name, value):
+            raise UserError(f"--{name} must be at most {MOST[name]}, got {value}")
+        if value < 1 and not (name in or_all and value == -1):
             otherwise = ", or -1 for all" if name in or_all else ""
-            raise UserError(f"--{name} must be 1 or more{otherwise}, got {getattr(config, name)}")
+            raise UserError(f"--{name} must be 1 or more{otherwise}, got {value}")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from base import UserError, log
-from files import check_plain, reading
+from files import reading
 from pairs import Pairs
-from token_adapter import TokenAdapter, save_adapter, write_tensors
+from token_adapter import TokenAdapter, read_tensors, save_adapter, write_tensors
 
 ANEW = "delete it to begin this training anew"
 # What resume.pt holds: the best epochs; and of the last one, what the next depends on.
@@ -82,15 +82,10 @@ class Resume(Writing):
         self.found: dict | None = None
 
     def read(self) -> None:
-        check_plain(self.path)
-        try:
-            found = torch.load(self.path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
+        if not self.path.exists():
             log(f"train | {self.path} is not there yet: training begins anew")
             return
-        except Exception as error:      # a torn or hostile archive of pickles can raise nearly anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self.path} can't be used: {reason[:200]}; {ANEW}") from error
+        found = read_tensors(self.path, f"can't be used: {{}}; {ANEW}")
         with reading(self.path, ANEW):
             if any(not isinstance(found[name], kind) for name, kind in KINDS.items()):
                 raise TypeError(f"wanted {', '.join(KINDS)}")

@@ -27,6 +27,7 @@ from base import (
     as_json,
     check_counts,
     finishing,
+    first_line,
     goes_on_with,
     log,
     now,
@@ -290,7 +291,7 @@ class Answering:
     def start(self, clips: list[tuple], meanwhile: Callable) -> None:
         """Start answering, fewer at a time if memory is short; meanwhile() is called once the device is busy."""
         from vlm.batches import Batches
-        from vlm.loading import first_line, free_memory, short_of_memory
+        from vlm.loading import free_memory, short_of_memory
 
         while len(clips) > self.size:             # it may shrink on the way
             part, clips = clips[:self.size], clips[self.size:]

@@ -89,20 +89,15 @@ class Journal:
         with open(self.path, "r+b") as file:
             # first: length of the first line; at, end: behind this, the last good one; bad, inside: bad ones so far
             head, first, at, end, bad, inside = None, 0, 0, 0, 0, 0
-            for line in file:
-                entry = entry_of(line)
-                torn = at == 0 and not line.endswith(b"\n")
-                if torn and (line.startswith(BEGIN[:len(line)]) or not line.strip(b"\0")):
-                    entry = None             # the machine stopped before it was whole
-                elif at == 0 and entry and "settings" in entry:
+            for number, line in enumerate(file):
+                entry = entry_at(number, line)
+                if number and entry:
+                    self._take(entry, at)
+                elif entry:
                     head, first = entry, len(line)
-                elif head is None:
+                elif number == 0 and not is_begun(line):
                     raise UserError(f"{self.path}: the first line of this journal is damaged, so nobody knows "
                                     "what its answers belong to; start afresh with --restart")
-                elif entry and "settings" not in entry:
-                    self._take(entry, at)
-                else:
-                    entry = None
                 at += len(line)
                 if entry:
                     end, inside = at, bad
@@ -121,8 +116,7 @@ class Journal:
         def write(temporary: Path) -> None:
             with open(self.path, "rb") as before, open(temporary, "wb") as after:
                 for number, line in enumerate(before):
-                    entry = entry_of(line)
-                    if entry and ("settings" in entry) == (number == 0):
+                    if entry_at(number, line):
                         after.write(line)
 
         write_whole(self.path, write)
@@ -221,6 +215,17 @@ def line_of(entry: dict) -> bytes:
     """A line of the journal, with its checksum."""
     text = json.dumps(entry).encode()[:-1]
     return text + MARK + b"%d}\n" % zlib.crc32(text)
+
+
+def is_begun(line: bytes) -> bool:
+    """Whether this is a first line that the machine did not finish: nothing came after it."""
+    return not line.endswith(b"\n") and (line.startswith(BEGIN[:len(line)]) or not line.strip(b"\0"))
+
+
+def entry_at(number: int, line: bytes) -> dict | None:
+    """What the line of this number says; None if it is damaged or not in its place."""
+    entry = entry_of(line)
+    return entry if entry and ("settings" in entry) == (number == 0) else None
 
 
 def entry_of(line: bytes) -> dict | None:

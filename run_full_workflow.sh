@@ -74,16 +74,19 @@ trap stop TERM INT HUP
 bound=()                          # a step ends with the script even when that is killed with -9
 if command -v setpriv > /dev/null; then bound=(setpriv --pdeathsig TERM); fi
 
+# unwritable FILE : the end, where this file in TASK_DIR can't be written
+unwritable() { die "can't write to $1: make room in ${TASK_DIR}, or choose another"; }
+
 # alone : one workflow at a time in TASK_DIR; the lock is held by the script and its steps, and can't go stale
 alone() {
   [[ ! -d "${STATE}" ]] || die "${STATE} is a folder, wanted a file: remove it, or choose another TASK_DIR"
-  true 2> /dev/null >> "${STATE}.lock" || die "can't write to ${STATE}.lock: make room in ${TASK_DIR}, or choose another"
+  true 2> /dev/null >> "${STATE}.lock" || unwritable "${STATE}.lock"
   exec 9>> "${STATE}.lock"
   if command -v flock > /dev/null && ! flock -w "${LOCK_WAIT_S}" 9; then
     die "another workflow is at work in ${TASK_DIR} ($(cat "${STATE}.lock")): wait for it, or name another TASK_DIR"
   fi
   echo "process $$ since $(date '+%Y-%m-%d %H:%M:%S')" 2> /dev/null > "${STATE}.lock" \
-    || die "can't write to ${STATE}.lock: make room in ${TASK_DIR}, or choose another"
+    || unwritable "${STATE}.lock"
 }
 
 # step NAME RESULT COMMAND... : run COMMAND unless RESULT is there already, which is written whole, and last
@@ -126,7 +129,7 @@ chosen() {
   if [[ -z "${folder}" ]]; then
     folder="$2_$(date +%Y%m%d_%H%M%S)"
     { cat "${STATE}" 2> /dev/null || true; echo "$1=${folder}"; } 2> /dev/null > "${STATE}.tmp" \
-      && mv -f "${STATE}.tmp" "${STATE}" || die "can't write to ${STATE}: make room in ${TASK_DIR}, or choose another"
+      && mv -f "${STATE}.tmp" "${STATE}" || unwritable "${STATE}"
   fi
   echo "${TASK_DIR}/${folder}"
 }

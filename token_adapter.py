@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from base import UserError
+from base import UserError, first_line
 from files import check_plain, write_whole
 
 # What output i of the adapter proposes. It is written into every checkpoint: trained one way and read the
@@ -374,20 +374,24 @@ def write_tensors(path: Path, value: dict) -> None:
     write_whole(path, write)
 
 
+def read_tensors(path: Path, words: str):
+    """What torch.save wrote, on the CPU; a UserError, with the reason in these words, if it can't be read."""
+    check_plain(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # a torn or hostile archive of pickles can raise nearly anything
+        raise UserError(f"{path} {words.format(first_line(error)[:200])}") from error
+
+
 def load_adapter(path: Path) -> TokenAdapter:
     """Read a checkpoint of ours or of the original suite, on the CPU, in eval mode, float32.
 
     Sizes come from the shapes, what no shape tells from the checkpoint's config. One that records no contract
     is the original suite's, which proposed target[i+1] where we propose target[i].
     """
-    check_plain(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"no such file: {path}") from error
-    except Exception as error:      # a torn or hostile archive of pickles can raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a checkpoint that can be read: {reason[:200]}") from error
+    if not path.exists():
+        raise UserError(f"no such file: {path}")
+    checkpoint = read_tensors(path, "is not a checkpoint that can be read: {}")
     state = checkpoint.get("model_state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(name, str) and _is_whole(tensor)
                                               for name, tensor in state.items()):

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from acceptance import TokenTensors, measure, predict
-from base import Progress, UserError, log
+from base import Progress, UserError, first_line, log
 from checkpoints import ANEW, Checkpoint, Resume, load_weights, random_state, set_random_state
 from files import reading
 from graphs import side_stream
@@ -77,7 +77,7 @@ def make_adapter(config: TrainConfig, data: Data, known: Pairs | None) -> TokenA
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         raise UserError("not enough memory for an adapter of this size: a smaller --embed_dim, --num_layers or "
-                        f"--vocab_size ({(str(error).splitlines() or [''])[0][:200]})") from error
+                        f"--vocab_size ({first_line(error)[:200]})") from error
 
 
 # ------------------------------------------------------------------------------------------------------- loss

@@ -1,6 +1,5 @@
 """Extraction that is killed, stopped and out of room at any moment: nothing lost, nothing twice, the same output."""
 
-import contextlib
 import json
 import os
 import random
@@ -62,11 +61,8 @@ def kill_at_random(demo: Demo, warm: Warm, folder: Path, undisturbed: tuple, kil
         output, kept, number = folder / f"out{number}.json", [], number + 1
         for _ in range(min(each, kills - found["kills"])):
             process = warm.start(flags_of(demo, output), folder / "log")
-            time.sleep(moments.uniform(0, seconds))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-            if warm.wait(process) != -signal.SIGKILL:
-                break                                               # it had ended before
+            if not warm.killed_after(process, moments.uniform(0, seconds)):
+                break
             found["kills"] += 1
             if output.exists():
                 found["halves"] += read(output) != wanted           # killed between its renaming and the end

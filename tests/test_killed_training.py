@@ -1,11 +1,8 @@
 """Training that is killed, and out of room, at any moment: it goes on to the same numbers, bit for bit."""
 
-import contextlib
 import errno
 import json
-import os
 import random
-import signal
 import time
 from pathlib import Path
 
@@ -77,11 +74,8 @@ def kill_at_random(demo: Demo, warm: Warm, folder: Path, undisturbed: tuple, kil
         task, log, kept, number = folder / f"task{number}", folder / "log", 0, number + 1
         for _ in range(min(each, kills - found["kills"])):
             process = start(warm, demo, task, log)
-            time.sleep(moments.uniform(0, seconds))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-            if warm.wait(process) != -signal.SIGKILL:
-                break                                               # it had ended before
+            if not warm.killed_after(process, moments.uniform(0, seconds)):
+                break
             found["kills"] += 1
             epochs = epochs_of(task)
             found["lost"] += max(0, kept - len(epochs))

@@ -3,10 +3,13 @@
 A run so takes what its work takes: a hundred of them can be killed in minutes.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +59,13 @@ class Warm:
     def wait(self, process: int) -> int:
         """Its exit code, or less than 0 when a signal ended it."""
         return self._ask(wait=process)
+
+    def killed_after(self, process: int, seconds: float) -> bool:
+        """kill -9 so much later; False if it had ended before."""
+        time.sleep(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        return self.wait(process) == -signal.SIGKILL
 
     def close(self) -> None:
         self.server.stdin.close()

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, LlamaTokenizer, P
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from base import UserError, install_command, log
+from base import UserError, first_line, install_command, log
 from files import read_json
 from vlm.media import PixelSettings, clip_pixels
 
@@ -304,10 +304,6 @@ def short_of_memory(error: BaseException) -> bool:
     words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(part in str(error) for part in words))
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def free_memory() -> None:
