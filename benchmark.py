@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from base import UserError, as_json, log, now, parse_config, provenance, required, run
-from files import make_folder, read_json, write_json
+from machine.files import make_folder, read_json, write_json
 
 BENCHMARKS = ("prepare", "extract", "train", "adapter", "decode", "load")
 

@@ -37,12 +37,12 @@ from base import (
     required,
     run,
 )
-from files import check_plain, make_folder, only_writer
-from journal import Content, Journal, differences
-from pairs import JsonRows, write_rows
+from machine.files import check_plain, make_folder, only_writer
+from pairs.formats import JsonRows, write_rows
+from pairs.journal import Content, Journal, differences
 
 if TYPE_CHECKING:                  # vlm is imported only after the flags are read
-    from vlm.dataset import Sample
+    from clips.dataset import Sample
 
 BATCHES_AHEAD = 2                  # decoded clips waiting for the model, in batches
 # What the answers depend on: a journal or an output made with other values of these is not continued.
@@ -97,7 +97,7 @@ class ExtractConfig:
 
 
 def main():
-    from vlm.dataset import content_of, read_dataset, read_questions
+    from clips.dataset import content_of, read_dataset, read_questions
 
     config = parse_config(ExtractConfig)
     questions = read_questions(config.query, config.questions_file, config.num_questions)
@@ -132,7 +132,7 @@ def resolve_settings(config: ExtractConfig, questions: list[str]) -> dict:
     """The same, with "auto" replaced by what it means on this machine."""
     import torch
 
-    from vlm.loading import Runtime
+    from machine.device import Runtime
 
     torch.manual_seed(config.seed)
     runtime = Runtime.choose(config.device, config.dtype, config.quantization)
@@ -283,7 +283,7 @@ class Answering:
             yield clips
 
     def pixels_of(self, samples: list[Sample], ahead: int) -> Iterator[tuple]:
-        from vlm.dataset import read_ahead
+        from clips.dataset import read_ahead
 
         prepare = self.model.prepare
         return read_ahead(lambda sample: prepare(self.read(sample)), samples, self.config.num_workers, ahead)
@@ -341,9 +341,9 @@ class Answering:
 
 def load_model(which: str, todo: list[Sample], config: ExtractConfig) -> tuple:
     """(model, function that reads what it sees of a sample, the most pictures of a sample, facts for the journal)."""
+    from clips.dataset import draft_pictures, target_pictures
+    from machine.device import Runtime
     from vlm import eventgpt, video_llava
-    from vlm.dataset import draft_pictures, target_pictures
-    from vlm.loading import Runtime
 
     name = str(config.draft_model if which == "eventgpt" else config.target_model)
     log(f"extract | {which} | loading {name}")

@@ -27,9 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
-import demo_world as world
+import demo.world as world
 from base import ROOT, Progress, check_counts, drive_of, log, option, parse_config, run
-from files import make_folder, only_writer, write_whole
+from machine.files import make_folder, only_writer, write_whole
 
 SEED = 2028
 QUESTION = "What are the key elements in this scene?"
@@ -124,7 +124,7 @@ def render_data_set(folder: Path, sequences: list[str], clips: int, num_frames: 
 
 def render_clip(job: tuple[Path, str, world.Scene, int]) -> dict:
     """Write one clip's video and five event pictures; -> its row, with the fields of the published data sets."""
-    from vlm.media import event_frames, write_png, write_video
+    from clips.media import event_frames, write_png, write_video
 
     folder, clip, scene, num_frames = job
     seed = seed_of(clip, num_frames)
@@ -205,7 +205,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def preprocessor_config(size, crop_size) -> dict:
-    from vlm.media import PixelSettings
+    from clips.media import PixelSettings
 
     return {"do_resize": True, "size": size, "resample": 3, "do_center_crop": True, "crop_size": crop_size,
             "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
@@ -230,8 +230,8 @@ class Pupil:
 
 def event_pupil(folder: Path) -> Pupil:
     """EventGPT with random weights; writes all files of its folder but the weights."""
+    from clips.media import PixelSettings, clip_pixels, event_frames
     from vlm import eventgpt
-    from vlm.media import PixelSettings, clip_pixels, event_frames
 
     clip, size = folder / "clip", EVENT_VISION["image_size"]
     clip.mkdir()
@@ -263,8 +263,8 @@ def event_pupil(folder: Path) -> Pupil:
 
 def video_pupil(folder: Path) -> Pupil:
     """Video-LLaVA with random weights; writes tokenizer and pixel settings (the model saves the rest itself)."""
+    from clips.media import PixelSettings, clip_pixels
     from vlm import video_llava
-    from vlm.media import PixelSettings, clip_pixels
 
     size, patch = VIDEO_VISION["image_size"], VIDEO_VISION["patch_size"]
     video_tokens = NUM_FRAMES * (1 + (size // patch) ** 2)
@@ -463,9 +463,9 @@ def check_models(config: DemoConfig) -> None:
     """Log how often the models say the right thing about the test clips, read from the rendered files."""
     import torch
 
-    from vlm.dataset import draft_pictures, read_dataset, target_pictures
+    from clips.dataset import draft_pictures, read_dataset, target_pictures
+    from machine.device import Runtime
     from vlm.eventgpt import EventGPT
-    from vlm.loading import Runtime
     from vlm.video_llava import VideoLlava
 
     torch.set_num_threads(1)

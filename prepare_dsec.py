@@ -36,11 +36,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-import dsec
+import clips.dsec as dsec
 from base import Progress, UserError, as_json, check_counts, log, now, option, parse_config, provenance, required, run
-from files import make_folder, only_writer, read_json, write_json, write_text
-from vlm.dataset import INDEX_FILE
-from vlm.media import (
+from clips.dataset import INDEX_FILE
+from clips.media import (
     MAX_SIDE,
     EventPicture,
     MediaError,
@@ -50,6 +49,7 @@ from vlm.media import (
     write_png,
     write_video,
 )
+from machine.files import make_folder, only_writer, read_json, write_json, write_text
 
 MADE_FILE = "prepare_dsec.json"
 # What the files depend on: a folder that was begun with other values of these is not continued.

@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from base import Progress, UserError, as_json, check_counts, log, now, option, parse_config, provenance, required, run
-from decode_report import one_line, totals, write_decode_report
-from files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
-from report import MEASURE
-from splits import clip_order
+from machine.files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
+from pairs.splits import clip_order
+from reports.decode_report import one_line, totals, write_decode_report
+from reports.task_report import MEASURE
 
 if TYPE_CHECKING:                  # torch and vlm are imported only after the flags are read
-    from decoding import Decoded
-    from vlm.dataset import Sample
+    from clips.dataset import Sample
+    from decoding.loop import Decoded
 
 DRAFTERS = ("hybrid", "memory", "adapter", "lookup", "copy", "none")
 MAX_GAMMA = 16                     # proposals a pass with --gamma auto: verifying 17 costs little more than one
@@ -118,7 +118,7 @@ class Task:
 
 
 def read_task(folder: Path, memories: list[Path] = ()) -> Task:
-    from drafting import load_memory
+    from drafting.simulated import load_memory
     from token_adapter import load_adapter
 
     for name in ("best_model.pt", "results.json"):
@@ -164,21 +164,21 @@ def check_model(task: Task, which: Literal["eventgpt", "videollava"], name: str,
 
 def make_drafter(name: str, task: Task):
     """A live drafter; an adapter in draft conditioning knows nothing of the prefix and joins no hybrid."""
-    import decoding
-    from drafting import NGrams
+    from drafting import live
+    from drafting.simulated import NGrams
 
     prefix = task.adapter.config.sees_prefix
     if name == "adapter":
-        return decoding.LiveAdapter(task.adapter) if prefix else decoding.LiveTable(task.adapter)
+        return live.LiveAdapter(task.adapter) if prefix else live.LiveTable(task.adapter)
     if name in ("memory", "hybrid"):
         mixed = name == "hybrid" and prefix
         if name == "hybrid" and not prefix:
             log("decode | hybrid | an adapter in draft conditioning knows nothing of the prefix: memory alone")
-        drafter = decoding.LiveHybrid(NGrams(task.answers), *((task.adapter, task.share) if mixed else ()))
+        drafter = live.LiveHybrid(NGrams(task.answers), *((task.adapter, task.share) if mixed else ()))
         for answer in task.verified:
             drafter.learn(answer)
         return drafter
-    return {"lookup": decoding.LiveLookup, "copy": decoding.LiveTable, "none": decoding.Live}[name]()
+    return {"lookup": live.LiveLookup, "copy": live.LiveTable, "none": live.Live}[name]()
 
 
 def reads_draft(name: str, task: Task) -> bool:
@@ -192,7 +192,7 @@ def reads_draft(name: str, task: Task) -> bool:
 def clips(model, read: Callable, samples: list[Sample], failed: list[dict], which: str,
           config: DecodeConfig) -> Iterator[tuple]:
     """Yield (sample, pixels) in order; a clip that can't be read is added to `failed`."""
-    from vlm.dataset import read_ahead
+    from clips.dataset import read_ahead
 
     ahead = 2 * config.num_workers
     for sample, pixels in read_ahead(lambda sample: model.prepare(read(sample)), samples, config.num_workers, ahead):
@@ -222,8 +222,9 @@ def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], t
     """EventGPT's answer for every clip and question: {(key, question number): (tokens, seconds)}, and its costs."""
     import functools
 
-    import decoding
-    from vlm.dataset import draft_pictures
+    import decoding.loop as decoding
+    from clips.dataset import draft_pictures
+    from drafting import live
     from vlm.eventgpt import EventGPT
 
     model = EventGPT.load(config.draft_model, runtime)
@@ -238,7 +239,7 @@ def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], t
         for number, question in enumerate(questions):
             def answer(target=target, pixels=pixels, question=question) -> Decoded:
                 target.ask(model.prompt_embeds(pixels, question))
-                return decoding.decode(target, decoding.Live(), config.max_new_tokens, eos, 1)
+                return decoding.decode(target, live.Live(), config.max_new_tokens, eos, 1)
 
             found, seconds = decoding.timed(answer, runtime.device)
             drafts[sample.key, number] = found.tokens, seconds
@@ -255,7 +256,7 @@ class Decoder:
     """One drafter at work: its memory and its pace go from answer to answer."""
 
     def __init__(self, name: str, task: Task, target, costs: dict, eos: int, config: DecodeConfig):
-        import decoding
+        import decoding.loop as decoding
 
         self.name, self.target, self.eos, self.config = name, target, eos, config
         self.drafter = make_drafter(name, task)
@@ -265,7 +266,7 @@ class Decoder:
 
     def set_pace(self, draft: list[int], question: list[int], answer: list[int], device) -> None:
         """Measure what proposals cost this drafter; with --gamma auto it weighs them from now on."""
-        import decoding
+        import decoding.loop as decoding
 
         verify = self.costs["verify"]
         slope_s = max(0.0, (verify[max(verify)] - verify[1]) / (max(verify) - 1))
@@ -277,7 +278,7 @@ class Decoder:
             self.pace = decoding.Pace(verify[1])
 
     def answer(self, embeds, draft: list[int], question: list[int]) -> Decoded:
-        import decoding
+        import decoding.loop as decoding
 
         start = time.perf_counter()
         self.drafter.begin(draft, question)
@@ -299,8 +300,8 @@ def decode_all(samples: list[Sample], questions: list[str], drafts: dict, failed
 
     import torch
 
-    import decoding
-    from vlm.dataset import target_pictures
+    import decoding.loop as decoding
+    from clips.dataset import target_pictures
     from vlm.video_llava import VideoLlava
 
     model = VideoLlava.load(config.target_model, runtime)
@@ -362,10 +363,11 @@ def in_parallel(samples: list[Sample], question: str, model, target, task: Task,
     """
     import torch
 
-    import decoding
-    from vlm.dataset import draft_pictures, target_pictures
+    import decoding.loop as decoding
+    from clips.dataset import draft_pictures, target_pictures
+    from drafting import live
+    from machine.device import Runtime
     from vlm.eventgpt import EventGPT
-    from vlm.loading import Runtime
 
     beside = runtime if config.draft_device == "auto" else Runtime.choose(
         config.draft_device, config.dtype, config.quantization)
@@ -381,7 +383,7 @@ def in_parallel(samples: list[Sample], question: str, model, target, task: Task,
         with torch.cuda.stream(stream) if gpu else contextlib.nullcontext():
             short.ask(eventgpt.prompt_embeds(both[number][0], question))
             eos = eventgpt.tokenizer.eos_token_id
-            return decoding.decode(short, decoding.Live(), config.max_new_tokens, eos, 1).tokens
+            return decoding.decode(short, live.Live(), config.max_new_tokens, eos, 1).tokens
 
     def speculative(decoder: Decoder) -> None:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -411,7 +413,7 @@ def in_parallel(samples: list[Sample], question: str, model, target, task: Task,
 def begin(target, model, pixels, question: str, draft: list[int], words: list[int], costs: dict, task: Task,
           config: DecodeConfig) -> tuple[list[Decoder], float]:
     """The drafters with their measured costs, and the gap between two logits up to which they count as tied."""
-    import decoding
+    import decoding.loop as decoding
 
     device, eos = model.runtime.device, model.tokenizer.eos_token_id
     embeds = model.prompt_embeds(pixels, question)
@@ -448,19 +450,15 @@ def main() -> None:
 
 
 def decode_and_measure(task: Task, config: DecodeConfig) -> None:
-    import torch
 
-    import decoding
-    from drafting import save_memory
-    from train_and_evaluate import device_name
-    from vlm.dataset import read_dataset, read_questions
-    from vlm.loading import Runtime
+    import decoding.loop as decoding
+    from clips.dataset import read_dataset, read_questions
+    from drafting.simulated import save_memory
+    from machine.device import Runtime, device_name
 
     questions = read_questions(config.query, config.questions_file, config.num_questions)
     samples = read_dataset(config.dataset_dir)[:config.max_samples if config.max_samples > 0 else None]
     runtime = Runtime.choose(config.device, config.dtype, config.quantization)
-    if runtime.device.type == "cuda" and runtime.dtype == torch.float32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     failed = [{"sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip, "model": None,
                "reason": sample.trouble} for sample in samples if sample.trouble]
     usable = in_order([sample for sample in samples if not sample.trouble], config)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from base import UserError, first_line
-from files import check_plain, write_whole
+from machine.files import check_plain, write_whole
 
 # What output i of the adapter proposes. It is written into every checkpoint: trained one way and read the
 # other, nothing at all is accepted, which is what happened in the original suite.

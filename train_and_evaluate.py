@@ -37,12 +37,12 @@ from base import (
     provenance,
     run,
 )
-from files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
-from report import MEASURE, one_line, write_report
-from splits import MAX_VOCAB_SIZE, Data, load_data, shortened
+from machine.files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
+from pairs.splits import MAX_VOCAB_SIZE, Data, load_data, shortened
+from reports.task_report import MEASURE, one_line, write_report
 
 if TYPE_CHECKING:          # torch is imported only after the flags are read
-    from training import Trained
+    from training.loop import Trained
 
 SMALL_ADAPTER = 2_000_000  # parameters up to which a CPU measures all there is, online steps too
 CPU_SAMPLES = 200          # pairs of a set that a larger adapter is measured on there, if nothing else is said
@@ -135,28 +135,6 @@ class TrainConfig:
 
 
 # ------------------------------------------------------------------------------------------------------- task
-def choose_device(name: str):
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees {count} CUDA devices; "
-                            "try --device cpu")
-    return device
-
-
-def device_name(device) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
 def resumed(config: TrainConfig) -> TrainConfig | None:
     """The settings of the task to go on with; None: everything was measured, and now the page is there too."""
     path = config.resume / "results.json"
@@ -215,8 +193,8 @@ def evaluate(adapter, trained: Trained | None, data: Data, config: TrainConfig, 
 
     On validation it is the selected adapter, which never trained on those pairs.
     """
-    import acceptance
-    from drafting import commonest_tokens
+    import acceptance.metrics as acceptance
+    from drafting.simulated import commonest_tokens
 
     max_seq_len, samples = adapter.config.max_seq_len, samples_to_measure(adapter, config, device)
     metrics, test = {}, shortened(data.test, samples)
@@ -257,9 +235,10 @@ def main() -> None:
 
 def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.ExitStack) -> None:
     """Make the task folder, whose lock joins `locks`; going on, config.task_folder, whose lock is held already."""
-    from checkpoints import Resume, fingerprint  # bring torch: not before the flags are read
-    from drafting import remembered, save_memory
-    from training import make_adapter, train
+    from drafting.simulated import remembered, save_memory
+    from machine.device import choose_device, device_name
+    from training.checkpoints import Resume, fingerprint  # bring torch: not before the flags are read
+    from training.loop import make_adapter, train
 
     start = time.monotonic()
     device = choose_device(config.device)

@@ -69,7 +69,7 @@ def new_adapter(name: str, config: Config, device: torch.device) -> TokenAdapter
 
 def median_ms(work, device: torch.device, before=lambda: None) -> float:
     """Milliseconds of work(), the median; before(): what is not timed, each time."""
-    import decoding
+    import decoding.loop as decoding
 
     times = []
     for _ in range(REPEATS):
@@ -121,7 +121,7 @@ class Plain:
 
 class Ours:
     def __init__(self, adapter: TokenAdapter):
-        from decoding import AdapterSteps
+        from drafting.live import AdapterSteps
 
         self.steps = AdapterSteps(adapter, kept=1)
 
@@ -155,7 +155,7 @@ def time_table(adapter: TokenAdapter, draft: list[int], device: torch.device) ->
     """Milliseconds of a pass in draft conditioning: {"plain", "ours"}."""
     import torch
 
-    from decoding import LiveTable
+    from drafting.live import LiveTable
 
     table, width = LiveTable(adapter), adapter.config.max_seq_len
 
@@ -220,7 +220,7 @@ def one_line(results: dict) -> str:
 def measure(config: Config) -> dict:
     import torch
 
-    from train_and_evaluate import choose_device, device_name
+    from machine.device import choose_device, device_name
 
     device = choose_device(config.device)
     log(f"benchmark | adapter | {device_name(device)} | plain ways and ours, in turn")

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from base import Progress, check_counts, log, option, required
-from decode_report import SIMULATED
-from pairs import Pairs, load_pairs
+from pairs.formats import Pairs, load_pairs
+from pairs.splits import check_ids, in_clip_order
+from reports.decode_report import SIMULATED
 from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, check_gamma, read_task, reads_draft
-from splits import check_ids, in_clip_order
 
 if TYPE_CHECKING:                    # torch and vlm are imported only after the flags are read
     from vlm.video_llava import VideoLlava
@@ -89,7 +89,7 @@ def run_mode(name: str, mode: dict, model: VideoLlava, pixels, answers: list[lis
     """{"rows": [tokens and seconds of each answer], "memory_mib", "compiled", "warm_up_s"}."""
     import torch
 
-    import decoding
+    import decoding.loop as decoding
     from benchmarks.limits import memory
     from vlm.peers import generate
 
@@ -129,7 +129,7 @@ def run_mode(name: str, mode: dict, model: VideoLlava, pixels, answers: list[lis
 # ----------------------------------------------------------------------------------------------------- our way
 def replay(recorded: list[int]):
     """A rule for decoding.decode: waits for the target's choice as `greedy` does, then takes the recorded tokens."""
-    from decoding import matching
+    from drafting.live import matching
 
     def rule(answer: list[int], proposed: list[int], following) -> list[int]:
         following.best.tolist()
@@ -141,7 +141,7 @@ def replay(recorded: list[int]):
 
 def run_ours(model: VideoLlava, pixels, pairs: Pairs, part: int, task: Task, config: Config) -> tuple:
     """({drafter: {"rows"}}, costs in seconds, memory in MiB): all drafters on each answer in turn."""
-    import decoding
+    import decoding.loop as decoding
     from benchmarks.limits import memory
     from vlm.peers import QUERY, QUESTION
     from vlm.steps import Prompted, Steps
@@ -188,7 +188,7 @@ def run_ours(model: VideoLlava, pixels, pairs: Pairs, part: int, task: Task, con
 
 def proposing(decoders: dict, draft: list[int], answer: list[int], question: list[int], device) -> dict:
     """Seconds of 8 proposals, the median along an answer that grows by 5 tokens; of one step of the adapter."""
-    import decoding
+    import decoding.loop as decoding
 
     found = {"propose_8": {}}
     for name in ("adapter", "hybrid", "memory"):
@@ -208,8 +208,8 @@ def proposing(decoders: dict, draft: list[int], answer: list[int], question: lis
 
 def simulated(pairs: Pairs, task: Task) -> dict:
     """{drafter: (N, T) bool hits} of what drafting.py says that each of them proposes for these answers."""
-    import drafting
-    from acceptance import stream
+    import drafting.simulated as drafting
+    from acceptance.metrics import stream
 
     known = drafting.NGrams(task.answers)
     memory, another = (drafting.Memory(known, pairs) for _ in range(2))
@@ -245,7 +245,7 @@ def totals(rows: list[dict]) -> dict:
 
 def summarise(runs: dict, part: int, hits: dict, pairs: Pairs, task: Task, config: Config) -> None:
     """Add to each run its totals, on the part too, its simulated tau, and how much faster than its peers it is."""
-    from acceptance import simulate
+    from acceptance.metrics import simulate
 
     gamma = MAX_GAMMA if config.gamma == "auto" else int(config.gamma)
     lengths = pairs.lengths("target")
@@ -335,9 +335,8 @@ def measure(config: Config) -> dict:
 
     import torch
 
-    from decoding import milliseconds
-    from train_and_evaluate import device_name
-    from vlm.loading import Runtime
+    from decoding.loop import milliseconds
+    from machine.device import Runtime, device_name
     from vlm.peers import QUERY, SEED, random_model
     from vlm.video_llava import VideoLlava
 

@@ -63,7 +63,7 @@ def make_files(folder: Path, count: int) -> None:
     """A data set folder of `count` clips: MP4s of 20 frames and event pictures, as large as the real ones."""
     import numpy as np
 
-    from vlm.media import render_events, write_png, write_video
+    from clips.media import render_events, write_png, write_video
 
     random = np.random.default_rng(0)
     sight = random.integers(0, 255, (VIDEO_SIZE[0] // 12, VIDEO_SIZE[1] // 12 + 8 * count + 20, 3), dtype=np.uint8)
@@ -92,7 +92,7 @@ def random_pixels(model, pictures: int, clips: int) -> list:
 # ----------------------------------------------------------------------------------------------------- the ways
 def one_by_one(model, pixels: list, question: str, config: Config) -> dict:
     """transformers' generate, a clip at a time."""
-    import decoding
+    import decoding.loop as decoding
 
     seconds = [decoding.timed(lambda clip=clip: model.answer([clip], [question], config.max_new_tokens),
                               model.runtime.device)[1] for clip in (pixels[0], *pixels[:config.plain_clips])]
@@ -105,7 +105,7 @@ def in_batches(model, pixels: list, question: str, config: Config) -> dict:
     """transformers' generate in batches, fewer at a time if memory is short."""
     import torch
 
-    import decoding
+    import decoding.loop as decoding
     from vlm.loading import free_memory
 
     size = min(config.plain_batch_size, len(pixels))
@@ -124,7 +124,7 @@ def in_batches(model, pixels: list, question: str, config: Config) -> dict:
 
 def ours(model, which: str, questions: list[str], samples: list, read, config: Config, size: int) -> dict:
     """extract_tokens_train.Answering over all samples, timed as a whole, after one batch to warm up."""
-    import decoding
+    import decoding.loop as decoding
     from benchmarks.limits import memory
     from extract_tokens_train import Answering
 
@@ -145,7 +145,7 @@ def ours(model, which: str, questions: list[str], samples: list, read, config: C
 
 def loader(model, samples: list, read, config: Config) -> dict:
     """The files alone: read, decoded and prepared, by the threads that extraction uses."""
-    from vlm.dataset import read_ahead
+    from clips.dataset import read_ahead
 
     threads = config.num_workers
     ahead = read_ahead(lambda sample: model.prepare(read(sample)), samples, threads, 4 * threads)
@@ -187,10 +187,11 @@ def measure_model(which: str, folder: Path, config: Config) -> dict:
     import functools
 
     from benchmarks.limits import memory
+    from clips.dataset import Sample, draft_pictures, read_dataset, target_pictures
+    from machine.device import Runtime
     from vlm.batches import clips_that_fit, prompt_of
-    from vlm.dataset import Sample, draft_pictures, read_dataset, target_pictures
     from vlm.eventgpt import EventGPT
-    from vlm.loading import Runtime, weights_mib
+    from vlm.loading import weights_mib
     from vlm.peers import QUERY, random_model
     from vlm.video_llava import VideoLlava
 
@@ -235,8 +236,7 @@ def measure_model(which: str, folder: Path, config: Config) -> dict:
 
 
 def measure(config: Config) -> dict:
-    from train_and_evaluate import device_name
-    from vlm.loading import Runtime
+    from machine.device import Runtime, device_name
 
     runtime = Runtime.choose(config.device, config.dtype, config.quantization)
     names = ("eventgpt", "videollava") if config.model == "both" else (config.model,)

@@ -2,7 +2,7 @@
 
 import torch
 
-import decoding
+import decoding.loop as decoding
 
 
 def copy_rate(device: torch.device) -> float:

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from base import ROOT, UserError, check_counts, log, option, run
-from files import write_json
-from pairs import CHUNK, load_pairs, write_rows
+from machine.files import write_json
+from pairs.formats import CHUNK, load_pairs, write_rows
 
 IDS, ANSWERS = 633, 997              # distinct ids, as in 1,100 real pairs; distinct answers, which come in turn
 CLIPS, SEGMENTS = 100, 3             # clips of a sequence, sequences of a drive
@@ -122,9 +122,9 @@ def ours(path: Path, count: int, tokens: int, seed: int) -> dict:
     """From the file to metrics, as train_and_evaluate.py goes."""
     import torch
 
-    import splits
-    from acceptance import TokenTensors, compare, predict
-    from drafting import commonest_tokens
+    import pairs.splits as splits
+    from acceptance.metrics import TokenTensors, compare, predict
+    from drafting.simulated import commonest_tokens
     from token_adapter import AdapterConfig, TokenAdapter
 
     torch.set_num_threads(1)          # two that share a core with somebody else wait for each other

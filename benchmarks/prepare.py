@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-import dsec
+import clips.dsec as dsec
 from base import ROOT, UserError, check_counts, log, option
-from vlm.media import EventPicture, write_png
+from clips.media import EventPicture, write_png
 
 HEIGHT, WIDTH = 480, 640
 EVENT_BYTES = 5                    # x and y in two bytes each, p in one: what painting reads

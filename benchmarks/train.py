@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from base import Progress, UserError, check_counts, log, option
-from pairs import Pairs, load_pairs
-from splits import check_ids
+from pairs.formats import Pairs, load_pairs
+from pairs.splits import check_ids
 
 if TYPE_CHECKING:                    # torch is imported only after the flags are read
     import torch
 
-    from acceptance import TokenTensors
+    from acceptance.metrics import TokenTensors
     from token_adapter import TokenAdapter
 
 CONDITIONINGS = ("prefix+draft", "prefix", "draft")
@@ -141,7 +141,7 @@ def train_plainly(adapter: TokenAdapter, pairs: Pairs, config: Config, device: t
     import torch.nn.functional as F
 
     from token_adapter import NOT_SCORED
-    from training import DRAFT_DROPOUT, MAX_GRADIENT_NORM, learning_rate_factor
+    from training.loop import DRAFT_DROPOUT, MAX_GRADIENT_NORM, learning_rate_factor
 
     width, sees_prefix = config.max_seq_len, adapter.config.sees_prefix
     inside = np.arange(width) < pairs.lengths("target")[:, None]
@@ -183,7 +183,7 @@ def train_ours(adapter: TokenAdapter, tokens: TokenTensors, config: Config):
     """Yield the mean loss of each epoch of ours."""
     import torch
 
-    from training import Trainer, train_epoch
+    from training.loop import Trainer, train_epoch
 
     steps = config.num_epochs * math.ceil(len(tokens.lengths) / config.batch_size)
     trainer = Trainer(adapter, config.batch_size, peak_rate(adapter.config.conditioning), steps, config.draft_text)
@@ -194,8 +194,8 @@ def train_ours(adapter: TokenAdapter, tokens: TokenTensors, config: Config):
 
 def run_one(epochs, what: str, adapter: TokenAdapter, steps: int, validation: TokenTensors, config: Config) -> dict:
     """epochs: a generator that trains one epoch each time -> everything measured of it; steps: of an epoch."""
-    import decoding
-    from acceptance import measure, predict
+    import decoding.loop as decoding
+    from acceptance.metrics import measure, predict
     from benchmarks.limits import memory
 
     device, seconds, losses = validation.device, [], []
@@ -284,9 +284,9 @@ def measure(config: Config) -> dict:
 
     import torch
 
-    from acceptance import TokenTensors
+    from acceptance.metrics import TokenTensors
     from benchmarks.limits import copy_rate, matmul_rate
-    from train_and_evaluate import choose_device, device_name
+    from machine.device import choose_device, device_name
 
     device = choose_device(config.device)
     format_ = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -111,27 +111,29 @@ class Readers:
     """What reads each kind of file; everything is imported before the first one."""
 
     def __init__(self, folder: Path):
-        import report
+        import pairs.splits as splits  # noqa: F401
+        import report as program
+        import reports.task_report as report
         import speculative_decode
-        import splits  # noqa: F401
-        import training
-        from checkpoints import Resume
-        from drafting import load_memory
-        from journal import Journal
-        from pairs import load_pairs
+        import training.loop as training
+        from clips import dataset, media
+        from drafting.simulated import load_memory
+        from machine.device import Runtime
+        from pairs.formats import load_pairs
+        from pairs.journal import Journal
         from token_adapter import load_adapter
-        from vlm import dataset, media, video_llava
-        from vlm.loading import Runtime
+        from training.checkpoints import Resume
+        from vlm import video_llava
 
         self.folder, self.set, self.model = folder, folder / "set", folder / "model"
         self.cpu, self.media, self.dataset, self.video_llava = Runtime.choose("cpu"), media, dataset, video_llava
         self.load_pairs, self.pt, self.npz = load_pairs, load_adapter, load_memory
         self.Journal, self.Resume, self.training = Journal, Resume, training
-        self.report, self.read_task = report, speculative_decode.read_task
+        self.report, self.program, self.read_task = report, program, speculative_decode.read_task
 
     def outcome(self, kind: str, content: bytes) -> str:
         from base import UserError
-        from vlm.media import MediaError
+        from clips.media import MediaError
 
         path, whole = self.place(kind), None
         if path.exists():
@@ -159,8 +161,8 @@ class Readers:
 
     # Each of these takes the path of a file.
     def pairs(self, path: Path) -> None:
-        from report import escape, table
-        from splits import clip_order
+        from pairs.splits import clip_order
+        from reports.task_report import escape, table
 
         pairs = self.load_pairs([path])
         clip_order(pairs.sequence, pairs.clip)
@@ -186,11 +188,11 @@ class Readers:
                 assert all(isinstance(journal.read(model, key, number)["tokens"], list) for key in keys)
 
     def results(self, path: Path) -> None:
-        from files import reading
+        from machine.files import reading
 
         with reading(path, "as main() of report.py has it"):
             self.report.write_report(path.parent, plots=False)
-        self.report.summary([path.parent])
+        self.program.summary([path.parent])
         page = path.parent / "RESULTS.md"
         lines = page.read_text().splitlines()
         page.unlink()
@@ -200,7 +202,7 @@ class Readers:
     def resume(self, path: Path) -> None:
         import torch
 
-        from files import reading
+        from machine.files import reading
 
         resume, best, adapter = self.Resume(path, [1, 2]), {"prefix": self.training.Best()}, small_adapter()
         resume.read()

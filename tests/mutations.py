@@ -10,7 +10,7 @@ import zlib
 
 from hypothesis import strategies as st
 
-from journal import entry_of, line_of
+from pairs.journal import entry_of, line_of
 
 NUMBERS = [0, -1, 1, 7, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 10**30, 0.5, 1e308, float("inf"), float("nan")]
 TEXTS = ["", "x" * 5000, "../../outside/secret.png", "/etc/passwd", "..", ".", "a\0b", "\ud83d", "9" * 5000, "~",

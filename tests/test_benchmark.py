@@ -17,10 +17,10 @@ from base import ROOT, UserError
 from benchmark import figures
 from benchmarks import decode
 from benchmarks.decode import Config, read_answers
+from machine.device import Runtime
 from speculative_decode import DRAFTERS, read_task
 from tests.test_train_and_evaluate import run_main
 from vlm import peers
-from vlm.loading import Runtime
 from vlm.peers import generate, random_model
 from vlm.video_llava import VideoLlava
 
@@ -119,7 +119,7 @@ def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so(monkeypatch,
 
 def test_warming_up_teaches_nothing(trained, monkeypatch):
     """Else tau would be better than in real life: the first answers would be known."""
-    from decoding import LiveHybrid
+    from drafting.live import LiveHybrid
 
     learnt = []
     monkeypatch.setattr(LiveHybrid, "learn", lambda self, answer: learnt.append(answer))

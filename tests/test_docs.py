@@ -65,8 +65,8 @@ def test_every_file_in_the_map_and_every_link_exists():
 
 def test_every_python_file_is_in_the_map():
     block = re.search(r"```text\n(README\.md.*?)```", PAGES[0], re.S)[1]
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("vlm/*.py"), *ROOT.glob("benchmarks/*.py")]:
-        assert path.name in block or path.name == "__init__.py", path
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *(init.parent for init in ROOT.glob("*/__init__.py"))]:
+        assert path.name in block, path
 
 
 def test_the_pages_have_no_blanks_left_to_fill():

@@ -16,9 +16,9 @@ import torch
 
 import extract_tokens_train
 from base import Stopped, UserError
-from journal import Journal, line_of
-from pairs import load_pairs
-from tests.test_steps import needs_gpu
+from pairs.formats import load_pairs
+from pairs.journal import Journal, line_of
+from tests.vlm.test_steps import needs_gpu
 from vlm import batches as module
 from vlm.batches import Batches
 

@@ -18,15 +18,16 @@ from PIL import ImageFile
 
 import extract_tokens_train
 from base import UserError
-from drafting import load_memory
-from pairs import load_pairs
+from clips import media
+from clips.dataset import read_dataset
+from clips.media import MediaError, read_event_image, read_events, read_video, write_png, write_video
+from drafting.simulated import load_memory
+from machine.device import Runtime
+from pairs.formats import load_pairs
 from tests.conftest import ROOT
 from token_adapter import AdapterConfig, TokenAdapter, load_adapter, save_adapter
-from vlm import loading, media
-from vlm.dataset import read_dataset
+from vlm import loading
 from vlm.eventgpt import EventGPT
-from vlm.loading import Runtime
-from vlm.media import MediaError, read_event_image, read_events, read_video, write_png, write_video
 from vlm.video_llava import VideoLlava
 
 CPU = Runtime.choose("cpu")
@@ -268,7 +269,7 @@ def test_a_checkpoint_with_an_odd_config_is_a_clear_error(tmp_path, config):
 def test_a_memory_is_unpacked_only_so_far_and_runs_nothing(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "m.npz", target=np.zeros(2**20, np.int32), target_start=np.array([0, 2**20]))
     assert (tmp_path / "m.npz").stat().st_size < 2**14 and len(load_memory(tmp_path / "m.npz")) == 1
-    monkeypatch.setattr("drafting.MAX_MEMORY_BYTES", 2**20)
+    monkeypatch.setattr("drafting.simulated.MAX_MEMORY_BYTES", 2**20)
     with pytest.raises(UserError, match="unpacks to more than"):
         load_memory(tmp_path / "m.npz")
     np.savez(tmp_path / "m.npz", target=np.array([Runs(tmp_path / "executed")]), target_start=np.array([0, 1]))

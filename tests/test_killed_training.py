@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import report
+import reports.task_report as report
 import train_and_evaluate
 from base import UserError, run
 from tests.conftest import Demo, names_of

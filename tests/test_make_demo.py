@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import demo_world as world
+import demo.world as world
 import make_demo
 from base import ROOT, UserError, drive_of
-from demo_world import CHOICES, DRAFT_PHRASES, TARGET_PHRASES, Scene
-from files import only_writer
-from vlm.dataset import draft_pictures, read_dataset, target_pictures
-from vlm.media import BLUE, RED, WHITE, event_frames
+from clips.dataset import draft_pictures, read_dataset, target_pictures
+from clips.media import BLUE, RED, WHITE, event_frames
+from demo.world import CHOICES, DRAFT_PHRASES, TARGET_PHRASES, Scene
+from machine.files import only_writer
 
 SCENE = Scene("city street", "day", "trees", "car", "red", "left", "driving", "nobody", "red")
 SEED = [1, 2, 3]
@@ -194,8 +194,8 @@ def test_what_is_there_is_skipped_and_bad_counts_are_refused(tmp_path, monkeypat
 # ----------------------------------------------------------------------------------------------- models
 @pytest.fixture(scope="module")
 def models():
+    from machine.device import Runtime
     from vlm.eventgpt import EventGPT
-    from vlm.loading import Runtime
     from vlm.video_llava import VideoLlava
 
     folder, runtime = ROOT / "demo" / "models", Runtime.choose("cpu")

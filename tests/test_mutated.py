@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from journal import line_of
+from clips.media import write_png, write_video
+from pairs.journal import line_of
 from tests.conftest import ROOT
 from tests.isolated import Isolated, small_adapter
-from vlm.media import write_png, write_video
 
 hypothesis = pytest.importorskip("hypothesis", reason="needs requirements-dev.txt")
 STRATEGIES = pytest.importorskip("tests.mutations").STRATEGIES
@@ -89,8 +89,8 @@ def state() -> dict:
     """What training keeps after an epoch."""
     import torch
 
-    from checkpoints import random_state
-    from training import Trainer
+    from training.checkpoints import random_state
+    from training.loop import Trainer
 
     trainer = Trainer(small_adapter(), 4, 1e-3, 9)
     for weight in trainer.weights:

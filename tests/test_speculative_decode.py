@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import decoding
+import decoding.loop as decoding
 import speculative_decode
 from base import UserError
-from decoding import Pace, judge
-from files import only_writer
+from decoding.loop import Pace, judge
+from machine.files import only_writer
 from speculative_decode import DRAFTERS, Task, check_model
 from token_adapter import AdapterConfig, TokenAdapter, save_adapter
 
@@ -69,7 +69,7 @@ def test_costs_are_measured_for_every_length_and_every_drafter(compared):
 
 
 def test_clips_of_a_sequence_come_in_order_unless_shuffled(monkeypatch, demo, task, tmp_path):
-    from vlm.dataset import read_dataset
+    from clips.dataset import read_dataset
 
     samples = read_dataset(demo.test_1s)
     ordered = speculative_decode.in_order(samples[::-1], SimpleNamespace(shuffle=False))

@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-import report
+import reports.task_report as report
 import speculative_decode
 import train_and_evaluate
-import training
+import training.loop as training
 from base import ROOT, UserError
-from checkpoints import Resume
-from files import only_writer
-from pairs import load_pairs
-from splits import load_data
+from machine.device import choose_device
+from machine.files import only_writer
+from pairs.formats import load_pairs
+from pairs.splits import load_data
 from tests.conftest import names_of, write_pairs
-from tests.test_steps import needs_gpu
+from tests.vlm.test_steps import needs_gpu
 from token_adapter import load_adapter
 from train_and_evaluate import TrainConfig
+from training.checkpoints import Resume
 
 SMALL = ["--embed_dim", "32", "--num_layers", "1", "--num_heads", "2", "--num_epochs", "8", "--batch_size", "8",
          "--learning_rate", "1e-2", "--max_seq_len", "9", "--device", "cpu", "--no-plots",
@@ -309,7 +310,7 @@ def test_an_impossible_setting_is_a_user_error(flags, words):
 
 def test_a_gpu_that_is_not_there_is_a_user_error():
     with pytest.raises(UserError, match="CUDA devices"):
-        train_and_evaluate.choose_device("cuda:99")
+        choose_device("cuda:99")
 
 
 def test_a_finished_task_folder_is_not_touched(monkeypatch, tmp_path, trained, files):

@@ -165,7 +165,7 @@ def test_a_kill_stops_preparing_too(tmp_path):
 
 
 @pytest.mark.parametrize("program", ["prepare_dsec", "extract_tokens_train", "train_and_evaluate",
-                                     "speculative_decode", "decode_report", "benchmark", "make_demo", "report"])
+                                     "speculative_decode", "benchmark", "make_demo", "report"])
 def test_help_is_quick_because_nothing_heavy_is_imported(program):
     code = (f"import sys, runpy; sys.argv = ['{program}.py', '--help']\n"
             f"try: runpy.run_path('{program}.py', run_name='__main__')\nexcept SystemExit as e: assert not e.code\n"

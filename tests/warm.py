@@ -17,8 +17,10 @@ ROOT = Path(__file__).parents[1]
 SERVER = """
 import gc, json, os, sys
 import torch
-import acceptance, base, drafting, extract_tokens_train, matplotlib.pyplot, report, train_and_evaluate, training
-from vlm import batches, dataset, eventgpt, video_llava
+import base, extract_tokens_train, matplotlib.pyplot, train_and_evaluate
+import acceptance.metrics, drafting.simulated, reports.task_report, training.loop
+from clips import dataset
+from vlm import batches, eventgpt, video_llava
 torch.set_num_threads(1)
 gc.freeze()                            # else each fork's first collection copies all that was imported
 print("ready", flush=True)

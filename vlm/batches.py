@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from base import log
-from graphs import capture
+from machine.graphs import capture
 from vlm.attention import causal, shared_and_own
 from vlm.llama import SAME, Llama, Next, apart, position_bytes
 from vlm.loading import Answer, answers_of, check_positions, free_gib, short_of_memory

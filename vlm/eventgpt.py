@@ -20,6 +20,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from base import UserError, log
+from clips.media import PixelSettings
 from vlm.loading import (
     Answer,
     Runtime,
@@ -31,7 +32,6 @@ from vlm.loading import (
     read_model_config,
     weights_mib,
 )
-from vlm.media import PixelSettings
 
 EVENT, EVENT_ID = "<event>", -200           # the id is a place holder in input_ids and never embedded
 START, END, PATCH = "<ev_start>", "<ev_end>", "<ev_patch>"

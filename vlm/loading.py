@@ -7,7 +7,6 @@ import hashlib
 import logging
 import re
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,9 +14,10 @@ from transformers import BitsAndBytesConfig, GenerationConfig, LlamaTokenizer, P
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from base import UserError, first_line, install_command, log
-from files import read_json
-from vlm.media import PixelSettings, clip_pixels
+from base import UserError, first_line, log
+from clips.media import PixelSettings, clip_pixels
+from machine.device import Runtime
+from machine.files import read_json
 
 transformers_logging.set_verbosity_error()       # what matters is checked below and logged as our own lines
 transformers_logging.disable_progress_bar()      # a bar would write \r into a log file
@@ -28,43 +28,6 @@ BITS = {"4bit": 4.127, "8bit": 8}                # a weight of a quantised layer
 LARGEST = {"num_hidden_layers": 1000}            # more than that of a config's sizes is damage or malice
 LARGEST_SIZE = 10**7
 SIZES = re.compile(r"num_\w*(layers|heads)|(hidden|intermediate|vocab|image|patch)_size|max_position_embeddings")
-
-Quantization = Literal["auto", "4bit", "8bit", "none"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Runtime:
-    """Where and how a model runs."""
-
-    device: torch.device
-    dtype: torch.dtype
-    quantization: Literal["4bit", "8bit", "none"]
-
-    @staticmethod
-    def choose(device: str = "auto", dtype: str = "auto", quantization: Quantization = "auto") -> "Runtime":
-        """"auto": the first GPU where there is one, then bfloat16 and 4bit; else the CPU, float32 and none."""
-        gpu = torch.cuda.is_available()
-        try:
-            place = torch.device(("cuda" if gpu else "cpu") if device == "auto" else device)
-        except RuntimeError as error:
-            raise UserError(f"--device {device}: wanted auto, cpu, cuda or cuda:N") from error
-        if place.type not in ("cpu", "cuda"):
-            raise UserError(f"--device {device}: wanted auto, cpu, cuda or cuda:N")
-        if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: this PyTorch ({torch.__version__}) sees {torch.cuda.device_count()} "
-                            "CUDA devices; use --device cpu, or install a PyTorch built for your driver")
-        if dtype == "auto":
-            dtype = "bfloat16" if place.type == "cuda" else "float32"
-        if quantization == "auto":
-            quantization = "4bit" if place.type == "cuda" else "none"
-        if quantization != "none":
-            try:
-                import bitsandbytes  # noqa: F401
-            except ImportError as error:
-                raise UserError(f"--quantization {quantization} needs bitsandbytes: "
-                                f"{install_command('requirements.txt')}, or --quantization none") from error
-        return Runtime(place, getattr(torch, dtype), quantization)
-
 
 @dataclasses.dataclass(frozen=True)
 class Answer:

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers import VideoLlavaForConditionalGeneration
 
+from clips.media import PixelSettings
+from machine.device import Runtime
 from vlm.eventgpt import CLIP_L_336, EventGPTConfig, EventGPTModel
-from vlm.loading import Runtime, VisionLanguageModel, check_quantised
-from vlm.media import PixelSettings
+from vlm.loading import VisionLanguageModel, check_quantised
 from vlm.video_llava import VIDEO, VideoLlava
 
 SEED = 42                            # of the weights, and of the benchmark's pictures

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from base import log
-from graphs import capture
+from machine.graphs import capture
 from vlm.attention import causal, masked
 from vlm.llama import SAME, Llama, Next, apart
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, VideoLlavaForConditionalGeneration
 from transformers.utils import cached_file
 
 from base import UserError, log
+from clips.media import PixelSettings
 from vlm.loading import (
     Answer,
     Runtime,
@@ -27,7 +28,6 @@ from vlm.loading import (
     read_model_config,
     weights_mib,
 )
-from vlm.media import PixelSettings
 
 VIDEO = "<video>"
 # Never quantised. transformers 5 wants full names; giving a list drops its own default, so lm_head is in it.

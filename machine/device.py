@@ -1,0 +1,65 @@
+"""Where and how a model runs: the choice of device, dtype and quantisation, made in one place for every program."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Literal
+
+import torch
+
+from base import UserError, install_command
+
+Quantization = Literal["auto", "4bit", "8bit", "none"]
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of that name; "auto": the first GPU where there is one, else the CPU.
+
+    Turns TF32 off, for matrix products and convolutions alike: float32 on a GPU then means float32, and a float32
+    answer is the same whichever program computes it. PyTorch leaves TF32 on for convolutions.
+    Raises UserError for a name that is none and for a device that isn't there.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: wanted auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: wanted auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees {torch.cuda.device_count()} "
+                            "CUDA devices; use --device cpu, or install a PyTorch built for your driver")
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for results and logs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Where and how a model runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quantization: Literal["4bit", "8bit", "none"]
+
+    @staticmethod
+    def choose(device: str = "auto", dtype: str = "auto", quantization: Quantization = "auto") -> Runtime:
+        """"auto": the first GPU where there is one, then bfloat16 and 4bit; else the CPU, float32 and none."""
+        place = choose_device(device)
+        on_gpu = place.type == "cuda"
+        if dtype == "auto":
+            dtype = "bfloat16" if on_gpu else "float32"
+        if quantization == "auto":
+            quantization = "4bit" if on_gpu else "none"
+        if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(f"--quantization {quantization} needs bitsandbytes: "
+                            f"{install_command('requirements.txt')}, or --quantization none")
+        return Runtime(place, getattr(torch, dtype), quantization)

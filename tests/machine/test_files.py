@@ -1,0 +1,130 @@
+"""Files are written whole or not at all, what is wrong with one is said, and folders are always new."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+import machine.files as files
+from base import UserError
+from machine.files import only_writer
+from tests.test_base import ran
+
+
+# ------------------------------------------------------------------------------------------------------- written
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
+    path = tmp_path / "results.json"
+    files.write_whole(path, lambda temporary: temporary.write_text("old"))
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        files.write_whole(path, fail)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["results.json"]
+
+
+def test_a_task_folder_is_always_new(tmp_path):
+    first, second = (files.new_task_folder(tmp_path / "task", "1s") for _ in range(2))
+    assert first != second and first.is_dir() and second.is_dir()
+
+
+def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't write to the folder"):
+        files.make_folder(tmp_path / "file" / "task")
+
+
+@pytest.mark.parametrize("trouble", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO", "EFBIG", "ENOENT", "ENAMETOOLONG"])
+def test_a_disk_that_is_full_or_read_only_is_one_error_line_and_names_the_file(tmp_path, trouble):
+    (tmp_path / "out.json").write_text("old")
+    ended = ran(f"""
+        def fail(file):
+            raise OSError(errno.{trouble}, os.strerror(errno.{trouble}))
+        files.write_whole(pathlib.Path({str(tmp_path / 'out.json')!r}), fail)""")
+    assert (ended.returncode, ended.stderr, ended.stdout.count("\n")) == (2, "", 1)
+    assert f"ERROR | {tmp_path / 'out.json'}: " in ended.stdout and "give the same command again" in ended.stdout
+    assert (tmp_path / "out.json").read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
+
+
+def test_what_a_killed_process_left_half_written_goes_and_that_of_a_living_one_stays(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    living = [f".out.{os.getppid()}.tmp.json", f".other.{ended.pid}.tmp.json", f".out.{ended.pid}.tmp.pt"]
+    for name in (f".out.{ended.pid}.tmp.json", f".out.{'9' * 30}.tmp.json", *living):
+        (tmp_path / name).touch()
+    files.write_text(tmp_path / "out.json", "new")
+    assert sorted(os.listdir(tmp_path)) == sorted(["out.json", *living])
+
+
+def test_a_file_is_made_in_its_own_folder_so_that_no_rename_crosses_disks(tmp_path):
+    made = []
+    files.write_whole(tmp_path / "a.png", lambda temporary: made.append(temporary) or temporary.write_text("x"))
+    assert made[0].parent == tmp_path and made[0].suffix == ".png"
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"", "it is empty"), (b"\x1f\x8b\x08\0\0", r"looks like gzip; unpack it first \(gunzip\)"),
+    (b"PK\3\4", "zip archive"), (b'{"a": ', "is not JSON: Expecting value"), (b"[" * 10**5, "recursion"),
+    (b'{"a": "\xff"}', "can't decode byte 0xff"),
+    ('{"a": 1}'.encode("utf-16"), "can't decode byte 0xff")])
+def test_what_is_not_json_is_named(tmp_path, content, words):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        files.read_json(tmp_path / "a.json")
+
+
+# ------------------------------------------------------------------------------------------------------- the lock
+def test_the_second_writer_is_told_who_holds_the_lock_and_since_when(tmp_path):
+    with only_writer(tmp_path / "out.json", wait=False), \
+            pytest.raises(UserError, match=rf"is being written by process {os.getpid()} since 20\d\d-.*--wait"), \
+            only_writer(tmp_path / "out.json", wait=False):
+        raise AssertionError("two writers")
+    with only_writer(tmp_path / "out.json", wait=False):          # it is free again, and its file may stay
+        pass
+
+
+def test_a_writer_that_waits_goes_on_when_the_first_has_ended(tmp_path, capsys):
+    inside, leave, order = threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        with only_writer(tmp_path / "out.json", wait=False):
+            inside.set()
+            leave.wait(60)
+            order.append("first")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert inside.wait(60)
+    threading.Timer(0.2, leave.set).start()
+    with only_writer(tmp_path / "out.json", wait=True):
+        order.append("second")
+    thread.join(60)
+    assert order == ["first", "second"] and "waiting for it to end" in capsys.readouterr().out
+
+
+def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp_path):
+    lock = tmp_path / ".out.json.lock"
+    (tmp_path / "precious").write_text("x")
+    for make, kind in ((lambda: lock.symlink_to(tmp_path / "precious"), "a link"), (lock.mkdir, "a folder"),
+                       (lambda: os.mkfifo(lock), "a pipe")):
+        make()
+        with pytest.raises(UserError, match=f"is {kind}"), only_writer(tmp_path / "out.json"):
+            raise AssertionError("locked")
+        lock.rmdir() if kind == "a folder" else lock.unlink()
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+def test_a_disk_without_locks_is_a_clear_error(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"can't lock .*No locks available"), \
+            only_writer(tmp_path / "out.json", wait=True):
+        raise AssertionError("no lock")

@@ -1,0 +1,177 @@
+"""RESULTS.md and the pictures say what results.json says, plainly, and nothing that a file name smuggles in."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import report as program
+import reports.task_report as report
+from acceptance.metrics import compare, stream
+from base import UserError
+from drafting.simulated import Fixed, commonest_tokens
+from pairs.formats import Pairs, load_pairs
+
+HOSTILE = "a|b\n# <script>alert(1)</script> [x](http://evil) `y` $z$ ![w](v)"
+
+
+def measured(share: float, num_pairs: int = 10, length: int = 6, constant: bool = True) -> dict:
+    """Metrics of an adapter that is right in this share of the positions; the constant string gets 55 %."""
+    target = np.tile(np.array([7, 8] * (length // 2), np.int32), num_pairs)
+    target[1::2] += np.arange(len(target) // 2, dtype=np.int32)
+    places = np.arange(num_pairs) * length, np.full(num_pairs, length)
+    names = [""] * num_pairs
+    pairs = Pairs(target + 1, *places, target, *places, names, names, [])
+    hits = np.arange(length * num_pairs).reshape(num_pairs, length) < share * length * num_pairs
+    commonest = commonest_tokens(pairs, length) if constant else None
+    found = {"loss": 1.5, **compare(hits, hits, pairs, commonest), "memory_share": {}, "stream": True,
+             "step_ms": None, "adapter_minus": {}, "drafters": {}, "whole_test": num_pairs}
+    proposals = np.where(hits, pairs.padded("target", length), -1)[:, :, None].repeat(5, 2)
+    for name, drafter in (("adapter", Fixed(proposals, pairs)), ("copy of the draft", Fixed(proposals * 0, pairs))):
+        found["drafters"][name] = {**stream(drafter, pairs), "parameters": 0}
+        del found["drafters"][name]["top1"]
+    return found
+
+
+def write_task(task: Path, epochs: int = 3, share: float = 0.9, name: str = "1s_20260128_020530", **changes) -> Path:
+    task.mkdir(exist_ok=True)
+    history = [{"epoch": epoch, "phase": "draft", "train_loss": 5 / epoch, "train_alpha": 0.3,
+                "validation_loss": 6 / epoch, "validation_alpha": 0.2, "validation_top5": 0.5,
+                "learning_rate": 1e-4, "seconds": 1.0} for epoch in range(1, epochs + 1)]
+    file = {"path": name, "format": "extraction", "rows": 12, "used": 10, "dropped": {"no token list": 2},
+            "flagged": {"empty draft": 1}}
+    results = {
+        "kind": "training", "task": name, "date": "2026-01-28 02:07:11",
+        "config": {"num_epochs": 3, "checkpoint": name, "conditioning": "draft"},
+        "adapter": {"contract": "target[i] from draft[:i+1]", "conditioning": "draft"},
+        "files": {"train": [file], "test": [file]},
+        "split": {"by": "drive", "validation": [name], "train": ["thun_01"]}, "warnings": [], "history": history,
+        "best_epoch": 1 if epochs else None, "refitted": False, "seconds": {"until_trained": 3.0, "all": 4.0},
+        "metrics": {"train": measured(0.9), "validation": measured(0.8), "test": measured(share)},
+        "provenance": {"argv": ["train_and_evaluate.py", "--task_name", name], "git_commit": None, "folder": name,
+                       "device": "CPU", "versions": {"python": "3.11"}}, **changes}
+    (task / "results.json").write_text(json.dumps(results))
+    return task
+
+
+def page(task: Path, plots: bool = False) -> str:
+    report.write_report(task, plots=plots)
+    return (task / "RESULTS.md").read_text()
+
+
+def test_the_page_leads_with_the_answer(tmp_path):
+    lead = page(write_task(tmp_path)).split("\n\n")[1]
+    assert lead.startswith("**The adapter predicts 90.0 % of the target's tokens on 10 test pairs (60 positions); "
+                           "copying the draft gets 0.0 % right.**")
+    assert "35.0 points above a constant string of the commonest training tokens (55.0 %)" in lead
+
+
+def test_an_adapter_that_does_not_beat_the_constant_string_is_called_so(tmp_path):
+    assert "**It does not beat a constant string" in page(write_task(tmp_path, share=0.5))
+
+
+def check_hostile_text(text: str, again: str, times: int) -> None:
+    """HOSTILE stands in the page at least so many times, always as plain text, and once in a code block."""
+    shown = [line for line in text.splitlines() if "script" in line]
+    assert len(shown) >= times and "<script" not in text
+    for line in shown:
+        assert r"a\|b \# &lt;script&gt;alert\(1\)&lt;/script&gt; \[x\]\(http\://evil\)" in line
+        assert r"\`y\` \$z\$ \!\[w\]\(v\)" in line
+    assert [line[:4] for line in again.splitlines() if "script>" in line] == ["    "]
+
+
+def test_names_from_files_stay_text(tmp_path):
+    text, again = page(write_task(tmp_path, name=HOSTILE, warnings=[HOSTILE])).split("## Again")
+    check_hostile_text(text, again, 6)
+
+
+def test_rows_that_were_dropped_or_flagged_and_warnings_are_on_the_page(tmp_path):
+    text = page(write_task(tmp_path, warnings=["train and test share 1 drives: thun_01"]))
+    assert "> **Warning:** train and test share 1 drives: thun\\_01" in text
+    assert "| 10 of 12 | 2 x no token list | 1 x empty draft |" in text
+
+
+def test_degenerate_answers_of_a_pair_file_are_flagged_on_the_page(tmp_path):
+    answers = [([5], [7, 8, 9, 10]), ([0] * 50, [7] * 4), ([5], [10887] * 80), ([5], [10887, 2]), ([], [7] * 4)]
+    rows = [{"sample_idx": i, "egpt_tokens": draft, "vl_tokens": target} for i, (draft, target) in enumerate(answers)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    file, = load_pairs([tmp_path / "pairs.json"]).files
+    text = page(write_task(tmp_path / "task", files={"train": [file], "test": [file]}))
+    assert text.count("2 x one id repeated, 1 x empty draft, 1 x target under 4 tokens") == 2
+
+
+def test_control_characters_and_halves_of_characters_are_shown_as_what_they_are(tmp_path):
+    name = "a\x1b[31m\u202e\ud83d www.evil.com @you"
+    text = page(write_task(tmp_path, name=name, warnings=["\x00\x9b"]), plots=True)
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert r"a\\x1b\[31m\\u202e\\ud83d www\.evil.com \@you" in text and r"\\x00\\x9b" in text
+
+
+def test_long_answers_are_shown_in_bins_that_hold_every_position(tmp_path):
+    metrics = {"test": measured(0.5, length=130)}
+    text = page(write_task(tmp_path, metrics=metrics)).split("## By position")[1].split("## Training")[0]
+    names = [line.split()[0] for line in text.splitlines() if line.startswith("    ") and "%" in line]
+    assert (names[0], names[1], names[-1], len(names)) == ("0-2", "3-5", "129-129", 44)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_pictures_are_drawn_large_enough_and_named_on_the_page(tmp_path, epochs):
+    text = page(write_task(tmp_path, epochs), plots=True)
+    for name in report.PICTURES:
+        assert f"![{name}]({name})" in text
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "PNG" and picture.info["dpi"][0] >= 150 and picture.width >= 1000
+
+
+def test_a_measured_checkpoint_has_no_curves_and_says_so(tmp_path):
+    task = write_task(tmp_path, epochs=0, split=None, metrics={"test": measured(0.5, constant=False)})
+    text = page(task, plots=True)
+    assert "there are no training curves" in text and "no constant string" in text
+    assert {path.name for path in tmp_path.glob("*.png")} == set(report.DRAFTER_PICTURES)
+
+
+def test_rebuild_makes_the_same_page_again_from_results_alone(tmp_path, monkeypatch):
+    first = page(write_task(tmp_path), plots=True)
+    for path in tmp_path.glob("[!r]*"):
+        path.unlink()
+    monkeypatch.setattr("sys.argv", ["report.py", "--rebuild", str(tmp_path)])
+    program.main()
+    assert (tmp_path / "RESULTS.md").read_text() == first
+    assert {path.name for path in tmp_path.glob("*.png")} == {*report.PICTURES, *report.DRAFTER_PICTURES}
+
+
+def test_the_summary_has_one_line_for_each_task_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    tasks = [write_task(tmp_path / name, name=name) for name in ("1s_a", "500ms_b")]
+    monkeypatch.setattr("sys.argv", ["report.py", *map(str, tasks)])
+    program.main()
+    lines = [line.split("SUMMARY | ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert [line.split()[0] for line in lines[:3]] == ["task", "1s_a", "500ms_b"]
+    assert "10/10" in lines[1] and "90.0 %" in lines[1] and "4.00" in lines[1]      # 60 tokens in 15 passes
+    assert [path.name for task in tasks for path in task.iterdir()] == ["results.json"] * 2
+
+
+@pytest.mark.parametrize("change", [
+    lambda r: r["metrics"].update(test={}), lambda r: r.update(metrics=5), lambda r: r["metrics"].update(test=["a"]),
+    lambda r: r["metrics"]["test"]["adapter"].update(alpha="x"), lambda r: r.pop("adapter"),
+    lambda r: r["metrics"]["test"].update(drafters={}), lambda r: r.pop("history"), lambda r: r.update(files=3),
+    lambda r: r["metrics"]["test"]["drafters"].update({HOSTILE: r["metrics"]["test"]["drafters"]["adapter"]})])
+def test_results_that_no_program_wrote_are_one_clear_error(tmp_path, monkeypatch, change):
+    task = write_task(tmp_path / "task")
+    results = json.loads((task / "results.json").read_text())
+    change(results)
+    (task / "results.json").write_text(json.dumps(results))
+    monkeypatch.setattr("sys.argv", ["report.py", "--rebuild", str(task)])
+    with pytest.raises(UserError, match=r"results\.json"):
+        program.main()
+    assert not (task / "RESULTS.md").exists()
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "no finished task"), ("[]", "not the results"), ("{", "JSON"),
+                                                ('{"metrics": {}}', "not the results")])
+def test_a_folder_without_results_is_a_user_error(tmp_path, content, words):
+    if content:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError, match=words):
+        program.summary([tmp_path])
