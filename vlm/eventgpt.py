@@ -32,6 +32,7 @@ from vlm.loading import (
     read_model_config,
     weights_mib,
 )
+from vlm.roles import View
 
 EVENT, EVENT_ID = "<event>", -200           # the id is a place holder in input_ids and never embedded
 START, END, PATCH = "<ev_start>", "<ev_end>", "<ev_patch>"
@@ -134,6 +135,15 @@ class EventGPTModel(PreTrainedModel):
 
 
 # -------------------------------------------------------------------------------------------- verbs
+def load(name: str | Path, runtime: Runtime) -> "EventGPT":
+    return EventGPT.load(name, runtime)
+
+
+def check(name: str | Path, questions: list[str], view: View, max_new_tokens: int) -> None:
+    for question in questions:
+        prompt(question)
+
+
 class EventGPT(VisionLanguageModel):
     """The draft model, ready to answer (VideoLlava has the same verbs)."""
 

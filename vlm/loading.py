@@ -18,6 +18,7 @@ from base import UserError, first_line, log
 from clips.media import PixelSettings, clip_pixels
 from machine.device import Runtime
 from machine.files import read_json
+from vlm.contract import Answer
 
 transformers_logging.set_verbosity_error()       # what matters is checked below and logged as our own lines
 transformers_logging.disable_progress_bar()      # a bar would write \r into a log file
@@ -28,14 +29,6 @@ BITS = {"4bit": 4.127, "8bit": 8}                # a weight of a quantised layer
 LARGEST = {"num_hidden_layers": 1000}            # more than that of a config's sizes is damage or malice
 LARGEST_SIZE = 10**7
 SIZES = re.compile(r"num_\w*(layers|heads)|(hidden|intermediate|vocab|image|patch)_size|max_position_embeddings")
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """New tokens only (no prompt, no BOS; EOS kept when produced), their text, and whether EOS ended it."""
-
-    tokens: list[int]
-    text: str
-    finished: bool
 
 
 @dataclasses.dataclass

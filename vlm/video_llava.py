@@ -28,6 +28,7 @@ from vlm.loading import (
     read_model_config,
     weights_mib,
 )
+from vlm.roles import View
 
 VIDEO = "<video>"
 # Never quantised. transformers 5 wants full names; giving a list drops its own default, so lm_head is in it.
@@ -75,6 +76,14 @@ def check_prompts(name: str | Path, questions: list[str], frames: int, max_new_t
     tokens = frames * (1 + (vision.image_size // vision.patch_size) ** 2)
     longest = max(len(prompt_ids(tokenizer, question, tokens)) for question in questions)
     check_positions(longest, max_new_tokens, config.text_config.max_position_embeddings)
+
+
+def load(name: str | Path, runtime: Runtime) -> "VideoLlava":
+    return VideoLlava.load(name, runtime)
+
+
+def check(name: str | Path, questions: list[str], view: View, max_new_tokens: int) -> None:
+    check_prompts(name, questions, view.num_frames, max_new_tokens)
 
 
 class VideoLlava(VisionLanguageModel):
