@@ -97,7 +97,8 @@ class ExtractConfig:
 
 
 def main():
-    from clips.dataset import content_of, read_dataset, read_questions
+    from clips.dataset import content_of, read_dataset
+    from clips.questions import read_questions
 
     config = parse_config(ExtractConfig)
     questions = read_questions(config.query, config.questions_file, config.num_questions)

@@ -124,7 +124,9 @@ def render_data_set(folder: Path, sequences: list[str], clips: int, num_frames: 
 
 def render_clip(job: tuple[Path, str, world.Scene, int]) -> dict:
     """Write one clip's video and five event pictures; -> its row, with the fields of the published data sets."""
-    from clips.media import event_frames, write_png, write_video
+    from clips.events import event_frames
+    from clips.pictures import write_png
+    from clips.videos import write_video
 
     folder, clip, scene, num_frames = job
     seed = seed_of(clip, num_frames)
@@ -205,7 +207,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def preprocessor_config(size, crop_size) -> dict:
-    from clips.media import PixelSettings
+    from clips.pixels import PixelSettings
 
     return {"do_resize": True, "size": size, "resample": 3, "do_center_crop": True, "crop_size": crop_size,
             "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
@@ -230,7 +232,8 @@ class Pupil:
 
 def event_pupil(folder: Path) -> Pupil:
     """EventGPT with random weights; writes all files of its folder but the weights."""
-    from clips.media import PixelSettings, clip_pixels, event_frames
+    from clips.events import event_frames
+    from clips.pixels import PixelSettings, clip_pixels
     from vlm import eventgpt
 
     clip, size = folder / "clip", EVENT_VISION["image_size"]
@@ -263,7 +266,7 @@ def event_pupil(folder: Path) -> Pupil:
 
 def video_pupil(folder: Path) -> Pupil:
     """Video-LLaVA with random weights; writes tokenizer and pixel settings (the model saves the rest itself)."""
-    from clips.media import PixelSettings, clip_pixels
+    from clips.pixels import PixelSettings, clip_pixels
     from vlm import video_llava
 
     size, patch = VIDEO_VISION["image_size"], VIDEO_VISION["patch_size"]

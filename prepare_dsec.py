@@ -39,16 +39,10 @@ from PIL import Image
 import clips.dsec as dsec
 from base import Progress, UserError, as_json, check_counts, log, now, option, parse_config, provenance, required, run
 from clips.dataset import INDEX_FILE
-from clips.media import (
-    MAX_SIDE,
-    EventPicture,
-    MediaError,
-    Render,
-    equal_parts,
-    read_event_image,
-    write_png,
-    write_video,
-)
+from clips.events import EventPicture, Render, equal_parts
+from clips.limits import MAX_SIDE, MediaError
+from clips.pictures import read_event_image, write_png
+from clips.videos import write_video
 from machine.files import make_folder, only_writer, read_json, write_json, write_text
 
 MADE_FILE = "prepare_dsec.json"

@@ -452,7 +452,8 @@ def main() -> None:
 def decode_and_measure(task: Task, config: DecodeConfig) -> None:
 
     import decoding.loop as decoding
-    from clips.dataset import read_dataset, read_questions
+    from clips.dataset import read_dataset
+    from clips.questions import read_questions
     from drafting.simulated import save_memory
     from machine.device import Runtime, device_name
 

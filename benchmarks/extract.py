@@ -63,7 +63,9 @@ def make_files(folder: Path, count: int) -> None:
     """A data set folder of `count` clips: MP4s of 20 frames and event pictures, as large as the real ones."""
     import numpy as np
 
-    from clips.media import render_events, write_png, write_video
+    from clips.events import render_events
+    from clips.pictures import write_png
+    from clips.videos import write_video
 
     random = np.random.default_rng(0)
     sight = random.integers(0, 255, (VIDEO_SIZE[0] // 12, VIDEO_SIZE[1] // 12 + 8 * count + 20, 3), dtype=np.uint8)

@@ -24,7 +24,8 @@ import numpy as np
 
 import clips.dsec as dsec
 from base import ROOT, UserError, check_counts, log, option
-from clips.media import EventPicture, write_png
+from clips.events import EventPicture
+from clips.pictures import write_png
 
 HEIGHT, WIDTH = 480, 640
 EVENT_BYTES = 5                    # x and y in two bytes each, p in one: what painting reads

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from base import UserError
-from clips.media import MediaError
+from clips.limits import MediaError
 
 SLICE = 2**20                      # events read at a time: 9 bytes each
 MAX_CHUNK = 2**28                  # bytes; HDF5 unpacks a chunk in one piece, so a hostile size would be allocated

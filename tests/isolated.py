@@ -116,7 +116,8 @@ class Readers:
         import reports.task_report as report
         import speculative_decode
         import training.loop as training
-        from clips import dataset, media
+        from clips import dataset
+        from clips.pixels import PixelSettings, clip_pixels
         from drafting.simulated import load_memory
         from machine.device import Runtime
         from pairs.formats import load_pairs
@@ -126,14 +127,15 @@ class Readers:
         from vlm import video_llava
 
         self.folder, self.set, self.model = folder, folder / "set", folder / "model"
-        self.cpu, self.media, self.dataset, self.video_llava = Runtime.choose("cpu"), media, dataset, video_llava
+        self.cpu, self.dataset, self.video_llava = Runtime.choose("cpu"), dataset, video_llava
+        self.tower_reads = lambda images: clip_pixels(images, PixelSettings())
         self.load_pairs, self.pt, self.npz = load_pairs, load_adapter, load_memory
         self.Journal, self.Resume, self.training = Journal, Resume, training
         self.report, self.program, self.read_task = report, program, speculative_decode.read_task
 
     def outcome(self, kind: str, content: bytes) -> str:
         from base import UserError
-        from clips.media import MediaError
+        from clips.limits import MediaError
 
         path, whole = self.place(kind), None
         if path.exists():
@@ -177,7 +179,7 @@ class Readers:
             paths = (*sample.event_images, *filter(None, (sample.events, sample.video)))
             assert all(path.is_relative_to(self.set) for path in paths)
             if not sample.trouble:
-                with contextlib.suppress(self.media.MediaError):
+                with contextlib.suppress(self.dataset.MediaError):
                     self.dataset.draft_pictures(sample, "all")
                     self.dataset.target_pictures(sample, 4)
 
@@ -215,13 +217,13 @@ class Readers:
         trainer.optimizer.step()                 # reads and writes all that was restored
 
     def png(self, path: Path) -> None:
-        self.media.clip_pixels([self.media.read_event_image(path)], self.media.PixelSettings())
+        self.tower_reads([self.dataset.read_event_image(path)])
 
     def npy(self, path: Path) -> None:
-        self.media.clip_pixels(self.media.event_frames(self.media.read_events(path)), self.media.PixelSettings())
+        self.tower_reads(self.dataset.event_frames(self.dataset.read_events(path)))
 
     def mp4(self, path: Path) -> None:
-        self.media.clip_pixels(self.media.read_video(path), self.media.PixelSettings())
+        self.tower_reads(self.dataset.read_video(path))
 
     def config(self, path: Path) -> None:
         self.video_llava.VideoLlava.load(path.parent, self.cpu)

@@ -15,7 +15,7 @@ import demo.world as world
 import make_demo
 from base import ROOT, UserError, drive_of
 from clips.dataset import draft_pictures, read_dataset, target_pictures
-from clips.media import BLUE, RED, WHITE, event_frames
+from clips.events import BLUE, RED, WHITE, event_frames
 from demo.world import CHOICES, DRAFT_PHRASES, TARGET_PHRASES, Scene
 from machine.files import only_writer
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clips.media import write_png, write_video
+from clips.pictures import write_png
+from clips.videos import write_video
 from pairs.journal import line_of
 from tests.conftest import ROOT
 from tests.isolated import Isolated, small_adapter

@@ -20,7 +20,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from base import UserError, log
-from clips.media import PixelSettings
+from clips.pixels import PixelSettings
 from vlm.loading import (
     Answer,
     Runtime,

@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from base import UserError, first_line, log
-from clips.media import PixelSettings, clip_pixels
+from clips.pixels import PixelSettings, clip_pixels
 from machine.device import Runtime
 from machine.files import read_json
 from vlm.contract import Answer

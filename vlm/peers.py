@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import VideoLlavaForConditionalGeneration
 
-from clips.media import PixelSettings
+from clips.pixels import PixelSettings
 from machine.device import Runtime
 from vlm.eventgpt import CLIP_L_336, EventGPTConfig, EventGPTModel
 from vlm.loading import VisionLanguageModel, check_quantised

@@ -14,7 +14,7 @@ from transformers import AutoConfig, VideoLlavaForConditionalGeneration
 from transformers.utils import cached_file
 
 from base import UserError, log
-from clips.media import PixelSettings
+from clips.pixels import PixelSettings
 from vlm.loading import (
     Answer,
     Runtime,

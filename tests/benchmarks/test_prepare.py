@@ -13,7 +13,7 @@ import clips.dsec as dsec
 from base import ROOT, UserError
 from benchmarks import prepare
 from benchmarks.prepare import Config
-from clips.media import render_events
+from clips.events import render_events
 
 
 @pytest.fixture(scope="module")

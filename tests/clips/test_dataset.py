@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from base import UserError
-from clips.dataset import draft_pictures, read_ahead, read_dataset, read_questions, target_pictures
-from clips.media import MediaError, write_png, write_video
+from clips.dataset import draft_pictures, read_ahead, read_dataset, target_pictures
+from clips.limits import MediaError
+from clips.pictures import write_png
+from clips.questions import read_questions
+from clips.videos import write_video
 
 FULL = {"id": "f835", "split": "s", "event_data": "town_00_a/000003.npy", "video_data": "town_00_a/000003",
         "mp4_data": "town_00_a/000003.mp4", "event_image": [f"town_00_a/000003_{k}.png" for k in range(5)],
