@@ -13,7 +13,6 @@ the reason and stops nothing; the same command, given again, tries those clips o
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -77,11 +76,8 @@ class ExtractConfig:
         check_plain(self.output_file)
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
-        if self.num_workers is None:
-            object.__setattr__(self, "num_workers", len(os.sched_getaffinity(0)))
-        check_counts(self, ("max_new_tokens", "num_frames", "num_workers"), ("max_samples", "num_questions"))
-        if self.batch_size is not None:
-            check_counts(self, ("batch_size",))
+        check_counts(self, ("max_new_tokens", "num_frames"), ("max_samples", "num_questions"))
+        check_counts(self, tuple(name for name in ("batch_size", "num_workers") if getattr(self, name) is not None))
         if self.parity_check < 0:
             raise UserError(f"--parity_check must be 0 (none) or more, got {self.parity_check}")
         if self.draft_model is None or not self.draft_model.is_dir():
@@ -148,14 +144,15 @@ def extract(config: ExtractConfig, survey: Survey, earlier: Earlier | None) -> N
     """Answer what is missing and write the output. earlier: an output of which the failed clips are tried again."""
     import torch
 
-    from extraction.ledger import Ledger
+    from extraction.ledger import Ledger, check_revision
     from extraction.model_pass import Pace, answer_missing
     from extraction.output import write_output
     from machine.device import Runtime
+    from machine.workers import cores
 
     torch.manual_seed(config.seed)
     runtime = Runtime.choose(config.device, config.dtype, config.quantization)
-    pace = Pace(config.max_new_tokens, config.num_workers, config.batch_size, config.parity_check)
+    pace = Pace(config.max_new_tokens, config.num_workers or cores(), config.batch_size, config.parity_check)
     settings = config.settings(survey.questions, dtype=str(runtime.dtype).removeprefix("torch."),
                                quantization=runtime.quantization)
     if earlier:
@@ -166,6 +163,9 @@ def extract(config: ExtractConfig, survey: Survey, earlier: Earlier | None) -> N
         Journal.discard(config.output_file)
     entries = earlier.entries(survey) if earlier else ()
     with Journal(config.output_file, settings, survey.content, entries) as journal:
+        for role in ROLES.values():
+            if journal.has_any(role.name):
+                check_revision(journal, role, config.folder(role), role.revision(config.folder(role)))
         ledgers, samples = {}, survey.samples
         for role in ROLES.values():
             ledgers[role.role] = Ledger(role, survey, samples, journal)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base import Progress, UserError, log
@@ -65,10 +67,6 @@ class Ledger:
         """What was recorded last of the model; empty before that."""
         return self.journal.models.get(self.role.name, {})
 
-    def check_model(self, facts: dict) -> None:
-        """A UserError unless a loaded model is the one that has answered so far."""
-        self.journal.check_model(facts)
-
     def record(self, facts: dict) -> None:
         self.journal.append([facts])
 
@@ -102,3 +100,28 @@ class Ledger:
         return {"sample_idx": sample.index, "sample_id": sample.id, "sequence": sample.sequence,
                 "clip": sample.clip, "model": self.role.name, "reason": reason,
                 "content": digests_of(sample, self.survey.content)}
+
+
+# ------------------------------------------------------------------------------------------- weights
+def check_revision(journal: Journal, role: Role, name: str, revision: str) -> None:
+    """A UserError unless the weights of this folder or hub id are those that have answered so far."""
+    from vlm.contract import same_weights
+
+    recorded = journal.models.get(role.name, {}).get("revision")
+    if not journal.has_any(role.name) or same_weights(recorded, revision):
+        return
+    if recorded not in (None, earlier_revision(Path(name))):
+        raise UserError(f"{journal.path} has answers of other weights of {name} ({recorded} there, "
+                        f"{revision} now); choose another --output_file, or start afresh with --restart")
+    log(f"extract | {role.name} | WARNING | {journal.path} does not tell the content of the weights "
+        f"that gave its answers ({recorded}): they are taken for those of {name} now")
+
+
+def earlier_revision(folder: Path) -> str | None:
+    """The revision as earlier versions recorded it: names and sizes of the weight files. None for a hub id."""
+    if not (folder / "config.json").is_file():
+        return None
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+    return f"local {digest.hexdigest()[:12]}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from base import UserError, log
 from extraction.answering import Answering, Job
-from extraction.ledger import Ledger
+from extraction.ledger import Ledger, check_revision
 
 if TYPE_CHECKING:
     from clips.dataset import Sample
@@ -37,7 +37,7 @@ def answer_missing(ledger: Ledger, name: str, runtime: Runtime, pace: Pace) -> l
         log(f"extract | {role.name} | loading {name}")
         model = role.load(name, runtime)
         facts = {"model": role.name, **model.facts(name), "prompt": role.prompt("{query}")}
-        ledger.check_model(facts)
+        check_revision(ledger.journal, role, name, facts["revision"])
         answer(ledger, model, facts, todo, pace)
     answered = ledger.answered()
     assert len(answered) + len(ledger.failed) == len(samples), \

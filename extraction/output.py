@@ -6,6 +6,7 @@ clips that failed are tried again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,11 +71,10 @@ class Earlier:
 
     def _entry(self, row: dict, role: Role, keys: set[str]) -> dict:
         """The line of a journal with the answer of a role's model in this row."""
-        try:
+        entry: dict = {}
+        with contextlib.suppress(LookupError, TypeError):
             entry = {"model": role.name, "key": key_of(row), "question_idx": row["question_idx"],
                      **{field: row[role.key(field)] for field in FIELDS}}
-        except (LookupError, TypeError):
-            entry = {}
         if not is_entry(entry) or entry["key"] not in keys:
             raise UserError(f"{self.path} was changed: a row is not as it was written; {REPLACE}")
         return entry

@@ -138,8 +138,8 @@ class JournalFile:
         else:
             os.truncate(self.path, self.counts.end)
         # Without a buffer: what a full disk refuses must not be tried again, later, by close().
-        self.writer = self.opened.enter_context(open(self.path, "ab", buffering=0))
-        self.reader = self.opened.enter_context(open(self.path, "rb"))
+        self.writer = self.opened.enter_context(open(self.path, "ab", buffering=0))  # noqa: SIM115
+        self.reader = self.opened.enter_context(open(self.path, "rb"))  # noqa: SIM115
         return anew
 
     def _write_anew(self, head: dict, values: Iterable[dict]) -> None:
@@ -156,7 +156,7 @@ class JournalFile:
                     file.write(line_of(value, checksum_of(first)))
 
         write_whole(self.path, write)
-        self.head, self.checksum = value_of(first), checksum_of(first)
+        self.head, self.checksum = value_of(first) or {}, checksum_of(first)
 
     # ------------------------------------------------------------------------------------------- open
     def append(self, values: list[dict]) -> list[int]:

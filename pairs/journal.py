@@ -20,7 +20,6 @@ from machine.files import check_plain
 from machine.journal import START_AFRESH, JournalFile
 
 Content = dict[str, dict[str, str]]              # model -> clip's key -> digest of the files that the model sees
-UNKNOWN = "unknown"                              # a revision that tells nothing; no two of them are equal
 FACTS = {"model": str, "vocab_size": int}        # a line with facts of a loaded model
 ANSWER = {"model": str, "key": str, "question_idx": int, "tokens": list, "text": str, "finished": bool}
 
@@ -120,21 +119,16 @@ class Journal:
             return ""
         return f"the files of {len(changed)} answered clips have changed, the first: {next(iter(changed))}"
 
-    def check_model(self, facts: dict) -> None:
-        """A UserError when the model's answers so far are of other weights: a path can hold others by now."""
-        model, now = facts["model"], facts["revision"]
-        then = self.models.get(model, facts).get("revision")
-        answered = any(answering == model for answering, _ in self.places)
-        if answered and (then != now or then == UNKNOWN):
-            raise UserError(f"{self.path} has answers of other weights of {facts['name']} ({then} there, "
-                            f"{now} now); choose another --output_file, or {START_AFRESH}")
-
     # ------------------------------------------------------------------------------------------ answers
     def append(self, entries: list[dict]) -> None:
         """Put entries on the disk, then note where they are."""
         for entry, offset in zip(entries, self.file.append(entries)):
             self._take(entry, offset)
         self.file.check_place()
+
+    def has_any(self, model: str) -> bool:
+        """Whether this model has answered anything."""
+        return any(answering == model for answering, _ in self.places)
 
     def has(self, model: str, sample_key: str, question_number: int) -> bool:
         """Whether this model has answered this question about this sample."""
