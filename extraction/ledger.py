@@ -76,7 +76,8 @@ class Ledger:
         rows = [{"model": self.role.name, "key": sample.key, "question_idx": number,
                  **dataclasses.asdict(answers[number])}
                 for sample, answers in answered for number in self.missing(sample)]
-        self.journal.append(rows)
+        if rows:
+            self.journal.append(rows)
         self.done += len(rows)
         self.progress.update(self.done, f"{len(self.failed)} clips failed" if self.failed else "")
 

@@ -1,13 +1,13 @@
 """Extraction on the demo's clips with the shipped tiny models: the pairs, and that nothing is lost."""
 
 import fcntl
-import functools
 import gc
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import weakref
 
@@ -16,11 +16,15 @@ import torch
 
 import extract_tokens_train
 from base import Stopped, UserError
+from extraction import output as output_module
+from machine.journal import line_of
 from pairs.formats import load_pairs
-from pairs.journal import Journal, line_of
+from pairs.journal import Journal
+from tests.conftest import ROOT
 from tests.vlm.test_steps import needs_gpu
 from vlm import batches as module
 from vlm.batches import Batches
+from vlm.roles import Role
 
 ROW_KEYS = {"sample_idx", "question_idx", "sample_id", "sequence", "clip", "query", "egpt_tokens", "egpt_text",
             "egpt_finished", "vl_tokens", "vl_text", "vl_finished"}
@@ -244,7 +248,7 @@ def test_a_parity_check_compares_with_one_by_one(extract, tmp_path, monkeypatch)
         {"answers": 3, "equal": 3}] * 2
     answers_of, other = module.answers_of, tmp_path / "other.json"
     with monkeypatch.context() as stopped:              # after the last answer: the same command checks all the same
-        stopped.setattr(extract_tokens_train, "write_pairs", lambda *_: 1 / 0)
+        stopped.setattr(output_module, "write_output", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             extract(output_file=other)
     output = extract("--parity_check", 2, output_file=other)
@@ -357,9 +361,12 @@ def test_a_finished_output_of_a_data_set_that_changed_since_is_not_called_finish
 
 def test_a_finished_output_needs_no_model_and_no_heavy_import(extract, tmp_path, monkeypatch):
     extract()
-    for name in ("load_model", "resolve_settings"):
-        monkeypatch.setattr(extract_tokens_train, name, None)
+    monkeypatch.setattr(extract_tokens_train, "extract", None)
     extract()
+    code = ("import sys, extract_tokens_train\nextract_tokens_train.main()\n"
+            "assert not {'torch', 'transformers', 'av'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, *sys.argv[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "finished before: 5 pairs" in done.stdout, done.stderr
 
 
 def test_clips_that_change_between_two_starts_are_refused_and_mended_ones_are_not(extract, copy, monkeypatch):
@@ -367,11 +374,9 @@ def test_clips_that_change_between_two_starts_are_refused_and_mended_ones_are_no
     bad, good = (copy / "mp4" / rows[number]["mp4_data"] for number in (0, 1))
     whole = bad.read_bytes()
     bad.write_bytes(b"junk")
-    write = extract_tokens_train.write_pairs
-    monkeypatch.setattr(extract_tokens_train, "write_pairs", lambda *_: exec("raise KeyboardInterrupt"))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as stopped, pytest.raises(ZeroDivisionError):
+        stopped.setattr(output_module, "write_output", lambda *_: 1 / 0)
         extract(dataset_dir=copy)
-    monkeypatch.setattr(extract_tokens_train, "write_pairs", write)
     video = good.read_bytes()
     good.write_bytes(video + b"\0")
     with pytest.raises(UserError, match=r"the files of 1 answered clips have changed, the first: .* \(videollava\)"):
@@ -392,24 +397,24 @@ def test_a_journal_of_other_settings_is_refused(extract, tmp_path):
 
 
 def test_a_mistake_in_the_target_costs_nothing_of_the_draft(extract, tmp_path, monkeypatch):
-    loaded, load = [], extract_tokens_train.load_model
+    loaded, load = [], Role.load
 
-    def counted(which, *rest, broken=()):
-        loaded.append(which)
-        assert which not in broken, "as if the machine had stopped here"
-        return load(which, *rest)
+    def counted(role, *how, broken=()):
+        loaded.append(role.role)
+        assert role.role not in broken, "as if the machine had stopped here"
+        return load(role, *how)
 
-    monkeypatch.setattr(extract_tokens_train, "load_model", counted)
+    monkeypatch.setattr(Role, "load", counted)
     for flags in (("--target_model", tmp_path / "none"), ("--query", "what is <video>?")):
         with pytest.raises(UserError):
             extract(*flags)
     assert not loaded and not (tmp_path / ".pairs.json.journal.jsonl").exists()
-    monkeypatch.setattr(extract_tokens_train, "load_model", functools.partial(counted, broken=("videollava",)))
+    monkeypatch.setattr(Role, "load", lambda role, *how: counted(role, *how, broken=("target",)))
     with pytest.raises(AssertionError):
         extract("--num_frames", 4)
-    monkeypatch.setattr(extract_tokens_train, "load_model", counted)
+    monkeypatch.setattr(Role, "load", counted)
     assert len(rows_of(extract("--num_frames", 8))) == 5          # the draft's answers do not depend on it
-    assert loaded == ["eventgpt", "videollava", "videollava"]
+    assert loaded == ["draft", "target", "target"]
 
 
 def test_two_writers_are_kept_apart(extract, tmp_path):
@@ -441,7 +446,7 @@ def test_two_writers_are_kept_apart(extract, tmp_path):
     (("--query", "what is <video>?"), "<video>"),
     (("--query", "caf\udce9"), r"--query: 'caf\\udce9' is no text in UTF-8"),
     (("--num_frames", str(10**9)), "--num_frames must be at most 1000"),
-    (("--num_frames", "400"), r"positions, the model has 2048: use fewer pictures"),
+    (("--num_frames", "400"), "keeps 2,048 positions of a prompt, the pictures alone take 4,004"),
     (("--output_file", "/dev/null/out.json"), "can't write to the folder"),
 ])
 def test_mistakes_get_a_clear_error(extract, flags, message):
