@@ -20,7 +20,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)    # 8bit says at ever
 
 BLOCK_4BIT = 64                                  # weights that share a scale
 BITS = {"4bit": 4.127, "8bit": 8}                # a weight of a quantised layer, with its share of the scales
-QUANTISED = {"Linear4bit": "4bit", "Linear8bitLt": "8bit"}     # classes of bitsandbytes
+QUANTISED = {"Linear4bit": "4bit", "NF4Linear": "4bit", "Linear8bitLt": "8bit"}     # bitsandbytes' and ours
 ATTENTION = "sdpa"                               # never the config's: it may name a kernel to fetch from the hub
 
 
@@ -154,19 +154,22 @@ def scales_of(weight: torch.nn.Parameter) -> list[torch.Tensor]:
 
 
 # ------------------------------------------------------------------------------------------ positions
-def check_prompts(name: str | Path, parts: list[tuple[int, int]], max_new_tokens: int, limits: tuple[int, int]) -> None:
+def check_prompts(name: str | Path, parts: list[tuple[int, int]], max_new_tokens: int,
+                  limits: tuple[int, int]) -> None:
     """A UserError unless every prompt and its answer fit; a WARNING for prompts that are cut.
 
     parts: positions of each prompt up to the end of the pictures, and behind; limits: max_prompt and max_positions.
     """
     max_prompt, max_positions = limits
     before, longest = max(front for front, _ in parts), max(front + behind for front, behind in parts)
-    if before >= max_prompt:
-        raise UserError(f"{name} keeps {max_prompt:,} positions of a prompt, the pictures alone take {before:,}: show "
-                        "it fewer pictures")
-    if longest > max_prompt:
+    if max_prompt < max_positions and before >= max_prompt:
+        raise UserError(f"{name} keeps {max_prompt:,} positions of a prompt, the pictures alone take {before:,}: "
+                        "use fewer pictures")
+    if max_prompt < min(longest, max_positions):
         log(f"load | WARNING | {name} | a prompt has {longest:,} positions: its end is cut off after {max_prompt:,}")
-    check_positions(min(longest, max_prompt), max_new_tokens, max_positions)
+    if max_prompt < max_positions:
+        longest = min(longest, max_prompt)
+    check_positions(longest, max_new_tokens, max_positions)
 
 
 def check_positions(prompt: int, max_new_tokens: int, positions: int) -> None:
