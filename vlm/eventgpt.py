@@ -181,7 +181,7 @@ def check(name: str | Path, questions: list[str], view: View, max_new_tokens: in
     config, _, checkpoint = read_config(name)
     tokenizer = read_tokenizer(checkpoint, config)
     for question in questions:
-        check_ids(ids_of(tokenizer, name, prompt(question)), name, len(tokenizer))
+        ids_of(tokenizer, name, prompt(question), len(tokenizer))
     warn_of_special_tokens(tokenizer, name, questions)
     parts = [split(tokenizer, question) for question in questions]
     events = picture_tokens(config, most_event_pictures([], view))
