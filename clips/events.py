@@ -21,7 +21,7 @@ def check_polarity(p: np.ndarray) -> np.ndarray:
     low, high = (int(p.min()), int(p.max())) if p.size else (0, 0)
     if low == -1 and high <= 1 and not (p == 0).any():
         return (p > 0).astype(np.uint8)
-    if 0 <= low and high <= 1:
+    if low >= 0 and high <= 1:
         return p.astype(np.uint8, copy=False)
     values = ", ".join(map(str, np.unique(p[:2**20])[:5].tolist()))
     raise MediaError(f"column p (polarity) has values from {low} to {high} ({values}, ...); wanted 0 and 1, or -1 "

@@ -1,7 +1,7 @@
 """The pixels that a CLIP tower wants, and the settings of a model folder that define them."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -30,45 +30,35 @@ class PixelSettings:
     rescale: float = 1 / 255
 
     @staticmethod
-    def of_model(file: Callable[[str], Path | None], image_size: int,
-                 kinds: tuple[str, ...] = ("video", "image")) -> "PixelSettings | None":
-        """The settings that transformers would use for this model; None where its files hold none.
+    def of_folder(folder: Path, image_size: int, kinds: tuple[str, ...] = ("video", "image")) -> "PixelSettings":
+        """The settings that transformers would use for the model in this folder; CLIP's where it has none.
 
-        file: the name of a settings file -> its path, or None where the model has no such file. image_size: of the
-        vision tower, px. kinds: for what the model's pictures are prepared. A UserError where the settings of two
-        kinds differ, for one tower reads both, and where they ask for steps that clip_pixels doesn't have.
+        image_size: of the vision tower, px. kinds: what the model's pictures may be prepared as. A UserError where the
+        settings of two kinds differ, because one tower reads both, and where they ask for something that clip_pixels
+        does not do.
         """
         settings = {}
         for kind in kinds:
-            if values := _find(file, *SOURCES[kind]):
-                where, values = values
+            if found := _find(folder, *SOURCES[kind]):
+                where, values = found
                 settings[where] = _parse(where, values, image_size)
         if len(set(settings.values())) > 1:
             raise UserError(f"the pixel settings differ: {'; '.join(f'{w}: {s}' for w, s in settings.items())}; "
                             "wanted the same for pictures and videos")
-        return next(iter(settings.values()), None)
-
-    @staticmethod
-    def read(file: Path | None, image_size: int) -> "PixelSettings":
-        """From one preprocessor_config.json (old style: plain numbers; new: dicts); without it, CLIP's defaults."""
-        if not file or not file.is_file():
-            return PixelSettings(image_size, image_size)
-        return _parse(str(file), read_json(file), image_size)
+        return next(iter(settings.values()), PixelSettings(image_size, image_size))
 
 
-def in_folder(folder: Path) -> Callable[[str], Path | None]:
-    """Looks up settings files for PixelSettings.of_model in a local folder."""
-    return lambda name: folder / name if (folder / name).is_file() else None
-
-
-def _find(file: Callable[[str], Path | None], key: str, names: tuple[str, ...]) -> tuple[str, object] | None:
+def _find(folder: Path, key: str, names: tuple[str, ...]) -> tuple[str, object] | None:
     """(where they stand, settings): the part of processor_config.json, as transformers 5 writes it, or a file."""
-    if path := file(PROCESSOR_FILE):
-        values = read_json(path)
+    combined = folder / PROCESSOR_FILE
+    if combined.is_file():
+        values = read_json(combined)
         if isinstance(values, dict) and key in values:
-            return f"{path}, {key}", values[key]
-    path = next(filter(None, map(file, names)), None)
-    return (str(path), read_json(path)) if path else None
+            return f"{combined}, {key}", values[key]
+    for name in names:
+        if (folder / name).is_file():
+            return str(folder / name), read_json(folder / name)
+    return None
 
 
 def _parse(where: str, values, image_size: int) -> PixelSettings:
@@ -84,14 +74,14 @@ def _parse(where: str, values, image_size: int) -> PixelSettings:
         raise UserError(f"{where}: {', '.join(f'{name} is {values[name]!r}' for name in off + more)}; wanted pictures "
                         "that are resized, cropped, rescaled and normalised, and nothing else")
     size, crop = _side(values.get("size"), "shortest_edge"), _side(values.get("crop_size"), "height", "width")
-    resample = values.get("resample", Image.Resampling.BICUBIC)
+    resample = values.get("resample", int(Image.Resampling.BICUBIC))
     fits = type(crop) is type(size) is int and crop == image_size and crop <= size <= 8 * crop
     if not fits or type(resample) is not int or resample != Image.Resampling.BICUBIC:
         raise UserError(f"{where}: size {values.get('size')}, crop_size {values.get('crop_size')} and resample "
                         f"{resample} can't be used: wanted the shortest edge and a square, bicubic (3) and the "
                         f"vision tower's {image_size} px")
-    mean, std = (_default(values.get(key), default) for key, default in (
-        ("image_mean", PixelSettings.mean), ("image_std", PixelSettings.std)))
+    mean = PixelSettings.mean if values.get("image_mean") is None else values["image_mean"]
+    std = PixelSettings.std if values.get("image_std") is None else values["image_std"]
     rescale = values.get("rescale_factor", 1 / 255)
     numbers = all(isinstance(three, (list, tuple)) and len(three) == 3 and all(map(_is_number, three))
                   for three in (mean, std))
@@ -109,10 +99,6 @@ def _side(value, *keys: str) -> int | None:
         sides = {value[key] for key in keys} if set(value) == set(keys) else set()
         return sides.pop() if len(sides) == 1 else None
     return value
-
-
-def _default(value, default):
-    return default if value is None else value
 
 
 def _is_number(value) -> bool:

@@ -67,7 +67,7 @@ def build_tokenizer():
 
 def write_tokenizer(folder: Path, added: list[str], pad: str):
     """The files of a LLaMA tokenizer with `added` as special tokens at its end; -> the tokenizer read from them."""
-    from vlm.loading import load_tokenizer
+    from vlm.tokenizers import load_tokenizer
 
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens(added)
@@ -79,7 +79,7 @@ def write_tokenizer(folder: Path, added: list[str], pad: str):
         "clean_up_tokenization_spaces": False, "model_max_length": LANGUAGE["max_position_embeddings"],
         "added_tokens_decoder": {str(tokenizer.token_to_id(token)): {"content": token, **flags}
                                  for token in [*SPECIAL, *added]}})
-    return load_tokenizer(folder, local=True)
+    return load_tokenizer(folder)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -128,7 +128,7 @@ def event_student(folder: Path) -> Student:
         "tie_word_embeddings": False, "mm_visual_tower": "clip", "event_feature_adaptor": True,
         "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
         "tokenizer_model_max_length": LANGUAGE["max_position_embeddings"]})
-    settings = PixelSettings.read(clip / "preprocessor_config.json", size)
+    settings = PixelSettings.of_folder(clip, size)
     model = eventgpt.EventGPTModel(eventgpt.EventGPTConfig(text_config, EVENT_VISION))
     ids = eventgpt.prompt_ids(tokenizer, QUESTION)
     at = ids.index(eventgpt.EVENT_ID)
@@ -160,7 +160,7 @@ def video_student(folder: Path) -> Student:
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=(size // patch) ** 2,
         video_token_index=tokenizer.convert_tokens_to_ids(video_llava.VIDEO), video_seq_length=video_tokens,
         pad_token_id=tokenizer.pad_token_id))
-    settings = PixelSettings.read(folder / "preprocessor_config.json", size)
+    settings = PixelSettings.of_folder(folder, size)
     ids = video_llava.prompt_ids(tokenizer, QUESTION, video_tokens)
     at = ids.index(model.config.video_token_index)
 
