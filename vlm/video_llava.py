@@ -57,7 +57,7 @@ def read_config(name: str | Path) -> tuple[VideoLlavaConfig, PixelSettings, Chec
         raise UserError(f"can't load the config of {name}: {in_words(error)}") from error
     if reason:
         raise UserError(f"{name} can't run here: {reason}")
-    pixels = PixelSettings.read(checkpoint.folder / "preprocessor_config.json", config.vision_config.image_size)
+    pixels = PixelSettings.of_folder(checkpoint.folder, config.vision_config.image_size)
     return config, pixels, checkpoint
 
 
