@@ -128,7 +128,7 @@ def event_student(folder: Path) -> Student:
         "tie_word_embeddings": False, "mm_visual_tower": "clip", "event_feature_adaptor": True,
         "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
         "tokenizer_model_max_length": LANGUAGE["max_position_embeddings"]})
-    settings = PixelSettings.read(clip / "preprocessor_config.json", size)
+    settings = PixelSettings.of_folder(clip, size)
     model = eventgpt.EventGPTModel(eventgpt.EventGPTConfig(text_config, EVENT_VISION))
     ids = eventgpt.prompt_ids(tokenizer, QUESTION)
     at = ids.index(eventgpt.EVENT_ID)
@@ -160,7 +160,7 @@ def video_student(folder: Path) -> Student:
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=(size // patch) ** 2,
         video_token_index=tokenizer.convert_tokens_to_ids(video_llava.VIDEO), video_seq_length=video_tokens,
         pad_token_id=tokenizer.pad_token_id))
-    settings = PixelSettings.read(folder / "preprocessor_config.json", size)
+    settings = PixelSettings.of_folder(folder, size)
     ids = video_llava.prompt_ids(tokenizer, QUESTION, video_tokens)
     at = ids.index(model.config.video_token_index)
 
