@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from base import UserError, first_line
-from machine.files import is_machine_trouble
+from machine.files import check_plain, is_machine_trouble
 
 # A file beyond these bounds is broken or hostile; DSEC has clips of 1440 x 1080 px.
 MAX_SIDE = 16384           # px
@@ -70,6 +70,13 @@ def check_bytes(path: Path, limit: int) -> int:
     if size > limit:
         raise MediaError(f"it has {size} bytes, wanted {limit} at most")
     return size
+
+
+def check_input(path: Path, limit: int) -> None:
+    """A UserError if a file that the user names has more than `limit` bytes, or is no file."""
+    check_plain(path)
+    if path.is_file() and (size := path.stat().st_size) > limit:
+        raise UserError(f"{path} has {size} bytes, wanted {limit} at most: is it the right file?")
 
 
 def check_size(width: int, height: int) -> None:

@@ -10,7 +10,6 @@ from base import UserError
 from clips.dataset import draft_pictures, read_ahead, read_dataset, target_pictures
 from clips.limits import MediaError
 from clips.pictures import write_png
-from clips.questions import read_questions
 from clips.videos import write_video
 
 FULL = {"id": "f835", "split": "s", "event_data": "town_00_a/000003.npy", "video_data": "town_00_a/000003",
@@ -109,11 +108,6 @@ def test_what_a_killed_writer_left_is_no_clip(folder):
     for kind, name in (("event_image", ".000009_0.17.tmp.png"), ("mp4", ".000009.17.tmp.mp4")):
         (folder / kind / name).write_bytes(b"half")
     assert read_dataset(folder) == wanted
-
-
-def test_a_mark_of_byte_order_is_no_part_of_a_question(tmp_path):
-    (tmp_path / "questions.txt").write_bytes("\ufeffWhy?\n".encode())
-    assert read_questions("x", tmp_path / "questions.txt", -1) == ["Why?"]
 
 
 def test_missing_empty_and_broken_data_sets_are_clear_errors(tmp_path):
