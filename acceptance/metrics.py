@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import drafting.simulated as drafting
 from base import log
-from pairs.formats import BLOCK, Pairs, numbered, numbered_drives
+from pairs.pairs import BLOCK, Pairs, numbered, numbered_drives
 from token_adapter import NOT_SCORED
 
 GAMMAS = range(1, 11)

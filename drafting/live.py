@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 import drafting.simulated as drafting
 from drafting.simulated import KEPT, NOTHING, NGrams, mixed, top_of
+from drafting.single_step import SingleStep
 from machine.graphs import capture
-from token_adapter import Cache, SingleStep, TokenAdapter
+from token_adapter import Cache, TokenAdapter
 
 
 def matching(ours: list[int], theirs: list[int]) -> int:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from base import UserError
 from machine.files import check_plain, write_whole
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from pairs.splits import clip_order
 from token_adapter import NOT_SCORED, TokenAdapter
 

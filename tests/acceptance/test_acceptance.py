@@ -11,7 +11,7 @@ from torch import nn
 import acceptance.metrics as acceptance
 import drafting.simulated as drafting
 from acceptance.metrics import TokenTensors, compare, measure
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from tests.conftest import flat
 from token_adapter import CONTRACTS, ORIGINAL_CONTRACT, AdapterConfig, TokenAdapter
 from training.loop import Trainer, train_epoch

@@ -14,7 +14,7 @@ from base import UserError
 from decoding.loop import Decoded, Sampling, decode, measure_drafter
 from drafting.live import AdapterSteps, Live, LiveAdapter, LiveHybrid, LiveLookup, LiveTable, matching
 from drafting.simulated import NGrams
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from tests.conftest import flat
 from token_adapter import AdapterConfig, TokenAdapter
 

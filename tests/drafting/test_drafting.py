@@ -18,7 +18,7 @@ from drafting.simulated import (
     commonest_tokens,
     remembered,
 )
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from tests.conftest import flat
 from token_adapter import AdapterConfig, TokenAdapter
 

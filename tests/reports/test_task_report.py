@@ -12,7 +12,8 @@ import reports.task_report as report
 from acceptance.metrics import compare, stream
 from base import UserError
 from drafting.simulated import Fixed, commonest_tokens
-from pairs.formats import Pairs, load_pairs
+from pairs.formats import load_pairs
+from pairs.pairs import Pairs
 
 HOSTILE = "a|b\n# <script>alert(1)</script> [x](http://evil) `y` $z$ ![w](v)"
 
