@@ -1,7 +1,7 @@
 """One loaded model at work on many clips: batches, read ahead by threads, smaller when memory is short.
 
     answering = Answering(model, job, size=64, results=ledger)
-    answering.run(samples)               # every clip ends in results.keep, results.lose or results.unreadable
+    answering.run(samples)               # every clip ends in results.keep or results.lose
     answering.unload()
 
 While the device answers one batch, the host hands over the batch before it. Whatever ends the run (a signal, a full
@@ -49,10 +49,7 @@ class Results(Protocol):
         """Clips with an answer to each question; when it returns, the answers outlive a crash."""
 
     def lose(self, sample: Sample, reason: str) -> None:
-        """A clip that the model can't answer."""
-
-    def unreadable(self, sample: Sample, error: Exception) -> None:
-        """A clip whose files can't be read; raises UserError where that is not the clip's fault."""
+        """A clip whose files can't be read, or that the model can't answer."""
 
 
 class Answering:
@@ -84,7 +81,7 @@ class Answering:
             if stopping():
                 return
             if isinstance(pixels, Exception):
-                self.results.unreadable(sample, pixels)
+                self.results.lose(sample, str(pixels))
                 continue
             if len(clips) >= self.size or (clips and clips[0][1].shape != pixels.shape):
                 yield clips
