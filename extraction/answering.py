@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from base import UserError, finishing, first_line, log
+from machine.files import is_machine_trouble
 
 if TYPE_CHECKING:                  # torch is imported when the first batch is answered
     import numpy as np
@@ -94,8 +95,17 @@ class Answering:
         """(sample, its prepared pixels or the MediaError) for each sample, `ahead` of them read in advance."""
         from clips.dataset import read_ahead
 
-        prepare, read = self.model.prepare, self.job.read
-        return read_ahead(lambda sample: prepare(read(sample)), samples, self.job.num_workers, ahead)
+        return read_ahead(self._prepare, samples, self.job.num_workers, ahead)
+
+    def _prepare(self, sample: Sample) -> torch.Tensor:
+        """A sample's prepared pixels (n, 3, S, S); a UserError where the machine lacks what that takes."""
+        try:
+            return self.model.prepare(self.job.read(sample))
+        except (OSError, MemoryError, RuntimeError) as error:
+            if not is_machine_trouble(error):
+                raise
+            raise UserError(f"clip {sample.key} can't be read: {first_line(error)}. This is no fault of the clip: "
+                            "put it right, then give the same command again") from error
 
     # ------------------------------------------------------------------------------------------ answering
     def _start(self, clips: list[Clip]) -> None:
