@@ -144,11 +144,11 @@ def resolve_settings(config: ExtractConfig, questions: list[str]) -> dict:
 
 def check_before_loading(config: ExtractConfig, questions: list[str]) -> None:
     """What would end the second model's pass is found before the first one's hours."""
-    from vlm import eventgpt, video_llava
+    from vlm.roles import DRAFT, TARGET, View
 
-    for question in questions:
-        eventgpt.prompt(question), video_llava.prompt(question)
-    video_llava.check_prompts(config.target_model, questions, config.num_frames, config.max_new_tokens)
+    view = View(config.num_frames, config.event_images)
+    DRAFT.check(config.draft_model, questions, view, config.max_new_tokens)
+    TARGET.check(config.target_model, questions, view, config.max_new_tokens)
 
 
 def fingerprint(content: Content) -> str:

@@ -187,7 +187,7 @@ def build_tokenizer():
 
 def write_tokenizer(folder: Path, added: list[str], pad: str):
     """The files of a LLaMA tokenizer with `added` as special tokens at its end; -> the tokenizer read from them."""
-    from vlm.loading import load_tokenizer
+    from vlm.tokenizers import load_tokenizer
 
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens(added)
@@ -199,7 +199,7 @@ def write_tokenizer(folder: Path, added: list[str], pad: str):
         "clean_up_tokenization_spaces": False, "model_max_length": LANGUAGE["max_position_embeddings"],
         "added_tokens_decoder": {str(tokenizer.token_to_id(token)): {"content": token, **how}
                                  for token in [*SPECIAL, *added]}})
-    return load_tokenizer(folder, local=True)
+    return load_tokenizer(folder)
 
 
 def write_json(path: Path, value: dict) -> None:

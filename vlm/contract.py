@@ -8,8 +8,9 @@ positions up to the end of the pictures, V vocabulary size.
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +33,8 @@ class Answer:
 class NotNumbers(Exception):
     """The logits that would decide a token of this answer are NaN or infinite: the answer has no tokens.
 
-    The clip failed, its neighbours did not. rows: which rows of the call, where one call answers several.
+    The clip failed, its neighbours did not. vlm.batches.Batches returns this in place of the clip's answers, all
+    others raise it. rows: which rows of the call, where one call answers several.
     """
 
     def __init__(self, dtype: torch.dtype | str, rows: tuple[int, ...] = ()):
@@ -41,6 +43,22 @@ class NotNumbers(Exception):
                   "bfloat16": "try --dtype float32, or check the weights and the pictures"}
         super().__init__(f"the model's logits in {name} are no numbers (NaN or infinite); "
                          f"{remedy.get(name, 'check the weights and the pictures')}")
+
+
+def same_weights(recorded: str | None, revision: str) -> bool | None:
+    """Whether a recorded revision is this one; None if that can't be told, which is never a yes.
+
+    It can't be told of "unknown", of "local ..." (files of earlier versions: names and sizes alone, no content), or of
+    a commit of the hub beside the content of a folder.
+    """
+    kinds = [_kind_of(recorded), _kind_of(revision)]
+    return recorded == revision if kinds[0] == kinds[1] != "unknown" else None
+
+
+def _kind_of(revision: str | None) -> Literal["commit", "content", "unknown"]:
+    if re.fullmatch("[0-9a-f]{40}", revision or ""):
+        return "commit"
+    return "content" if re.fullmatch("content [0-9a-f]{20}", revision or "") else "unknown"
 
 
 class VisionLanguageModel(Protocol):
@@ -55,7 +73,7 @@ class VisionLanguageModel(Protocol):
     tokenizer: object              # of transformers
     pixels: PixelSettings          # how pictures become input
     runtime: Runtime               # device, dtype, quantisation, as loaded
-    revision: str                  # "local <digest>", a hub's commit of 40 hex digits, or "unknown"
+    revision: str                  # a hub's commit of 40 hex digits, or "content <digest>" of a folder
 
     @property
     def vocab_size(self) -> int:

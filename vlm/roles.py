@@ -107,7 +107,8 @@ def _event_files(sample: Sample, view: View) -> list[Path | None]:
     return list(pictures) or [sample.events]
 
 
-def _most_event_pictures(samples: list[Sample], view: View) -> int:
+def most_event_pictures(samples: list[Sample], view: View) -> int:
+    """RAW_EVENT_PICTURES where no sample is known."""
     if view.event_images == "first":
         return 1
     return max((len(sample.event_images) or RAW_EVENT_PICTURES for sample in samples), default=RAW_EVENT_PICTURES)
@@ -119,7 +120,7 @@ def _video_frames(sample: Sample, view: View) -> list[np.ndarray]:
     return target_pictures(sample, view.num_frames)
 
 
-EVENTS = Pictures(_event_pictures, _event_files, _most_event_pictures)
+EVENTS = Pictures(_event_pictures, _event_files, most_event_pictures)
 VIDEO = Pictures(_video_frames, lambda sample, view: [sample.video], lambda samples, view: view.num_frames)
 
 # ------------------------------------------------------------------------------------------------------ the table

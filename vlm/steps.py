@@ -18,7 +18,7 @@ from torch import nn
 from base import log
 from machine.graphs import capture
 from vlm.attention import causal, masked
-from vlm.llama import SAME, Llama, Next, apart
+from vlm.llama import NO_NUMBER, SAME, Llama, Next, apart
 
 
 class Steps(Llama):
@@ -38,6 +38,9 @@ class Steps(Llama):
         self.slots = torch.arange(slots, device=self.device)
         self.ids, self.positions = torch.zeros_like(self.slots), self.slots.clone()      # what graphs read
         self.graphs: dict[int, tuple] = {}           # number of tokens -> (graph, the Next it writes)
+        # Whether logits since the prefill were no numbers: on the device, and where the host reads it without waiting.
+        self.spoilt = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.spoilt_seen = torch.zeros((), dtype=torch.bool, pin_memory=self.device.type == "cuda")
         assert self.may_be_captured or not graphs, f"no CUDA graphs of this model on {self.device}"
         if self.may_be_captured and graphs is not False:
             self.warm_up([k for k in sorted(set(sizes), reverse=True) if k <= room], must=graphs is True)
@@ -63,6 +66,7 @@ class Steps(Llama):
         assert rows == 1 and 1 <= kept <= length <= self.room, f"{rows} x {length}, kept {kept}, room {self.room}"
         self.cache[..., length:, :].zero_()          # a NaN that an earlier clip may have left would reach this one
         self.length = length
+        self.spoilt.zero_()
         places = self.slots[:length]
 
         def attend(number: int, queries: torch.Tensor) -> torch.Tensor:
@@ -70,7 +74,8 @@ class Steps(Llama):
             return causal(queries[None], keys, values)[0]
 
         with self.on_device():
-            return self.following(self.layers(embeds[0].to(self.dtype), places, self.cache, places, attend)[-kept:])
+            x = self.layers(embeds[0].to(self.dtype), places, self.cache, places, attend)
+            return self._noted(self.following(x[-kept:]))
 
     @torch.inference_mode()
     def verify(self, tokens: torch.Tensor | list[int]) -> Next:
@@ -89,9 +94,16 @@ class Steps(Llama):
         self.graphs[k][0].replay()
         return self.graphs[k][1]
 
+    @torch.inference_mode()
     def rollback(self, length: int) -> None:
-        """Forget every position from `length` on. What stays in their slots is masked until it is overwritten."""
+        """Forget every position from `length` on. Read `best` of the last pass first.
+
+        The contents of their slots are masked until they are overwritten. If logits were no numbers they are zeroed:
+        a masked slot has weight 0, but 0 * NaN is NaN.
+        """
         assert 0 <= length <= self.length, f"rollback to {length} from {self.length}"
+        if self.spoilt_seen and length < self.length:
+            self.cache[..., length:self.length, :].zero_()
         self.length = length
 
     # ---------------------------------------------------------------------------------------- forward
@@ -114,7 +126,13 @@ class Steps(Llama):
             (keys,), (values,) = self.cache[number]
             return masked(queries.transpose(0, 1), keys, values, mask).transpose(0, 1).reshape(k, -1)
 
-        return self.following(self.layers(x, positions, self.cache, positions, attend))
+        return self._noted(self.following(self.layers(x, positions, self.cache, positions, attend)))
+
+    def _noted(self, following: Next) -> Next:
+        """Note whether logits are no numbers. A graph holds this too; the host sees it once it has read `best`."""
+        self.spoilt |= (following.best == NO_NUMBER).any()
+        self.spoilt_seen.copy_(self.spoilt, non_blocking=True)
+        return following
 
     # ----------------------------------------------------------------------------------------- graphs
     @torch.inference_mode()
@@ -143,8 +161,8 @@ class Steps(Llama):
             if must:
                 raise
             log(f"steps | WARNING | no CUDA graphs, every step runs eagerly: {error}")
-        self.ids.zero_()
-        self.cache.zero_()
+        for buffer in (self.ids, self.cache, self.spoilt):
+            buffer.zero_()
 
 
 class Prompted:
@@ -166,5 +184,5 @@ class Prompted:
         return self.steps.verify(tokens)
 
     def keep(self, tokens: int) -> None:
-        """Forget all but the prompt and so many tokens of the answer."""
+        """Forget all but the prompt and so many tokens of the answer. Read `best` of the last pass first."""
         self.steps.rollback(self.embeds.shape[1] + tokens)

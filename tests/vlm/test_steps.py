@@ -16,7 +16,7 @@ from tests.vlm.test_eventgpt import FIXTURES
 from vlm import steps as steps_module
 from vlm.eventgpt import EventGPT
 from vlm.llama import Next
-from vlm.loading import generate_greedily
+from vlm.model import generate_greedily
 from vlm.steps import Prompted, Steps
 from vlm.video_llava import VideoLlava
 
@@ -97,7 +97,7 @@ def test_greedy_ids_equal_generate(llama):
     steps = steps_of(llama)
     prompts = [PROMPT, PROMPT[::-1], ANSWER, ANSWER[:7], [1, 64, 9]]
     references = [
-        generate_greedily(llama, Tokenizer(), 30, input_ids=torch.tensor([ids]),
+        generate_greedily(llama, Tokenizer(), [2], 30, input_ids=torch.tensor([ids]),
                           attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0].tokens for ids in prompts]
     assert len(set().union(*references)) > 5            # else the comparison would say little
     assert [greedy(steps, steps.embed(ids), 30, 2) for ids in prompts] == references

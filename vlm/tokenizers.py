@@ -1,0 +1,70 @@
+"""Tokenizers as their files describe them, and whether one fits the model that it lies beside."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+from base import UserError, log
+from vlm.errors import in_words
+
+WORD = "street"                    # any tokenizer must encode it, whatever else it knows
+
+
+def load_tokenizer(folder: str | Path):
+    """The tokenizer exactly as the files of a model folder describe it.
+
+    tokenizer.json is read verbatim: transformers' LlamaTokenizer class would rebuild it and drop its normaliser.
+    A folder with tokenizer.model alone (EventGPT's published form) goes through LlamaTokenizer.
+    """
+    # PreTrainedTokenizerFast must not see a folder without tokenizer.json: it would make one, and not LLaMA's.
+    kind = PreTrainedTokenizerFast if (Path(folder) / "tokenizer.json").is_file() else LlamaTokenizer
+    return guarded(f"can't load a tokenizer from {folder}", lambda: kind.from_pretrained(folder, local_files_only=True))
+
+
+def guarded(trouble: str, work: Callable):
+    """work(), which calls a tokenizer; a UserError that begins with `trouble` for whatever the tokenizer raises.
+
+    The tokenizers library panics over damaged files, and a panic is no Exception.
+    """
+    try:
+        return work()
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, UserError):
+        raise
+    except BaseException as error:       # the converters raise RuntimeError, TypeError, their own classes, panics, ...
+        raise UserError(f"{trouble}: {in_words(error)}") from error
+
+
+def check_tokenizer(tokenizer, name: str | Path, vocab_size: int) -> None:
+    """A UserError unless it has BOS and EOS and gives a word ids that a model of so many ids knows."""
+    for kind, token in (("BOS", tokenizer.bos_token_id), ("EOS", tokenizer.eos_token_id)):
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise UserError(f"the tokenizer of {name} has no {kind} that the model knows ({token!r}, wanted an id "
+                            f"below {vocab_size:,}): tokenizer_config.json or special_tokens_map.json is missing or "
+                            "belongs to another model")
+    ids = ids_of(tokenizer, name, WORD)
+    unknown = tokenizer.unk_token_id
+    if not [token for token in ids if token not in (tokenizer.bos_token_id, tokenizer.eos_token_id, unknown)]:
+        raise UserError(f"the tokenizer of {name} knows no words: {WORD!r} becomes {ids[:8]}; its files are damaged or "
+                        "of another model")
+    check_ids(ids, name, vocab_size)
+
+
+def ids_of(tokenizer, name: str | Path, text: str) -> list[int]:
+    return guarded(f"the tokenizer of {name} can't encode {text[:40]!r}", lambda: tokenizer(text).input_ids)
+
+
+def check_ids(ids: list[int], name: str | Path, vocab_size: int) -> None:
+    if ids and max(ids) >= vocab_size:
+        raise UserError(f"the tokenizer of {name} gives id {max(ids):,}, the model has {vocab_size:,} ids: its files "
+                        "belong to another model")
+
+
+def warn_of_special_tokens(tokenizer, name: str | Path, questions: list[str]) -> None:
+    """A WARNING for questions in which the tokenizer reads words as control tokens: </s> ends a text, say."""
+    special = set(tokenizer.all_special_tokens)
+    special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for question in questions:
+        if marks := sorted(mark for mark in special if mark and mark in question):
+            log(f"load | WARNING | the question {question[:60]!r} contains {', '.join(marks)}: {name} reads that as a "
+                "control token and not as text")
