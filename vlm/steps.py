@@ -18,6 +18,7 @@ from torch import nn
 from base import log
 from machine.graphs import capture
 from vlm.attention import causal, masked
+from vlm.contract import NotNumbers
 from vlm.llama import NO_NUMBER, SAME, Llama, Next, apart
 
 
@@ -186,3 +187,7 @@ class Prompted:
     def keep(self, tokens: int) -> None:
         """Forget all but the prompt and so many tokens of the answer. Read `best` of the last pass first."""
         self.steps.rollback(self.embeds.shape[1] + tokens)
+
+    def not_numbers(self) -> NotNumbers:
+        """The error for an answer that needs a token where the logits are none."""
+        return NotNumbers(self.steps.dtype)
