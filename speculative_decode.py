@@ -29,9 +29,9 @@ from drafting.table import LIVE, LIVE_NAMES
 from vlm.roles import DRAFT, TARGET, View
 
 if TYPE_CHECKING:                  # torch is imported only after the flags are read
+    from decoding.answers import Answering
     from decoding.clips import Clips
     from decoding.journal import DecodingJournal
-    from decoding.answers import Answering
     from decoding.task import Task
     from machine.device import Runtime
     from vlm.contract import VisionLanguageModel

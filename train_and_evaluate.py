@@ -194,7 +194,8 @@ def evaluate(adapter, trained: Trained | None, data: Data, config: TrainConfig, 
     On validation it is the selected adapter, which never trained on those pairs.
     """
     import acceptance.metrics as acceptance
-    from drafting.simulated import commonest_tokens
+    from drafting.baselines import commonest_tokens
+    from drafting.table import SimulationParts
 
     max_seq_len, samples = adapter.config.max_seq_len, samples_to_measure(adapter, config, device)
     metrics, test = {}, shortened(data.test, samples)
@@ -212,10 +213,10 @@ def evaluate(adapter, trained: Trained | None, data: Data, config: TrainConfig, 
             "--max_test_samples -1 measures all")
     online = config.online if config.online is not None else (
         device.type == "cuda" or adapter.num_parameters() < SMALL_ADAPTER)
-    metrics["test"].update(acceptance.measure_drafters(
-        adapter, test, data.all_train, trained and trained.prefix,
-        trained and (trained.selected, data.train, data.validation), config.stream, online and config.stream,
-        config.seed), whole_test=len(data.test))
+    parts = SimulationParts(adapter, test, data.all_train, prefix_adapter=trained and trained.prefix,
+                            streaming=config.stream, online=online and config.stream, seed=config.seed)
+    selected = trained and acceptance.Selected(trained.selected, data.train, data.validation)
+    metrics["test"].update(acceptance.measure_drafters(parts, selected), whole_test=len(data.test))
     return metrics
 
 
@@ -235,7 +236,7 @@ def main() -> None:
 
 def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.ExitStack) -> None:
     """Make the task folder, whose lock joins `locks`; going on, config.task_folder, whose lock is held already."""
-    from drafting.simulated import remembered, save_memory
+    from drafting.memory import remembered, save_memory
     from machine.device import choose_device, device_name
     from training.checkpoints import Resume, fingerprint  # bring torch: not before the flags are read
     from training.loop import make_adapter, train

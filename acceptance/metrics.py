@@ -7,7 +7,10 @@ The expected tokens for each target pass follow Leviathan et al. 2023, "Fast Inf
 Speculative Decoding", equation 1. It takes positions for independent; those of answers by template are not.
 """
 
+from __future__ import annotations
+
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 
@@ -15,14 +18,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import drafting.simulated as drafting
 from base import log
+from drafting.adapter import Adapter
+from drafting.baselines import direct_copy
+from drafting.contract import TOP
+from drafting.hybrid import MEMORY_SHARES, Hybrid
+from drafting.memory import MAX_TRAINING_ANSWERS, Memory, NGrams, remembered
+from drafting.table import SIMULATED, SimulationParts
 from pairs.formats import BLOCK, Pairs, numbered, numbered_drives
-from token_adapter import NOT_SCORED
+from token_adapter import NOT_SCORED, TokenAdapter
 
 GAMMAS = range(1, 11)
 SIMULATED_GAMMAS = (1, 2, 3, 5, 8, 12)
 PASSES_SHOWN = (5, 10, 15, 20, 30)
+COMPARED = ("copy of the draft", "n-gram", "prefix", "adapter, drafts shuffled")     # paired with the adapter
 MIN_SEQUENCES, CLIPS_TOGETHER, BOOTSTRAPS = 8, 20, 2000
 DRAWN_AT_A_TIME = 2**20        # group numbers of the bootstrap: all 2000 x 50,000 of a million clips are 800 MB
 GPU_LOGITS = 2**28             # at a time, 1 GiB: small batches on a GPU are launching and little else
@@ -170,60 +179,54 @@ def stream(drafter, pairs: Pairs) -> dict:
             "drives": by_drive(hits, lengths, pairs.sequence), "seconds_per_answer": seconds / len(pairs)}
 
 
-def measure_drafters(adapter, test: Pairs, known: Pairs | None, prefix, selected: tuple | None, streaming: bool,
-                     online: bool, seed: int) -> dict:
-    """Every drafter streams over the test answers in clip order: {"drafters": {name: ...}, "adapter_minus": ...}.
+def measure_drafters(parts: SimulationParts, selected: Selected | None) -> dict:
+    """Every drafter of the table streams over the answers in clip order: {"drafters": {name: ...}, ...}.
 
-    adapter: on its device, as are the others. known: the pairs that it was trained on; prefix: the ablation without
-    drafts; selected: (adapter, its training pairs, validation pairs) to choose the hybrid's share on. None of the
-    three for a checkpoint. streaming: drafters may learn from verified answers; online: by gradient steps too.
+    selected: what the memory's share in the hybrids is chosen on; None: there are no hybrids.
     """
-    found, hits, lengths = {}, {}, test.lengths("target")
-    width, parameters = int(lengths.max()), adapter.num_parameters()
-    sees_prefix, training = adapter.config.sees_prefix, known and drafting.NGrams(drafting.remembered(known))
-    if known and len(known) > drafting.MAX_REMEMBERED:
-        log(f"drafters | a memory begins with the last {drafting.MAX_REMEMBERED} of {len(known)} training answers")
-
-    def run(name: str, drafter, parameters: int = 0) -> None:
-        start = time.monotonic()
-        found[name] = {**stream(drafter, test), "parameters": parameters}
-        hits[name] = number_right(found[name].pop("top1"), lengths)
-        log(f"drafters | {name} | accepted {found[name]['alpha']:.1%} | tau "
-            f"{found[name]['simulated']['8']['tau']:.2f} at gamma 8 | {time.monotonic() - start:.1f} s")
-
-    run("copy of the draft", drafting.Copy(test))
-    if known:
-        run("constant string", drafting.Fixed(drafting.commonest_tokens(known, width), test))
-        run("n-gram", drafting.Memory(training, test, streaming=False))
-        run("memory", drafting.Memory(training, test, streaming))
-    if prefix is not None and adapter.config.conditioning == "prefix+draft":
-        run("prefix", drafting.Adapter(prefix, test), parameters)
-        run("adapter, drafts shuffled", drafting.Adapter(adapter, test, shuffled=seed), parameters)
-    kinds = {"hybrid": drafting.Adapter(adapter, test)}
-    run("adapter", kinds["hybrid"], parameters)
-    if online and sees_prefix:
-        kinds["hybrid, online"] = drafting.Adapter(adapter, test, online=True)
-        run("adapter, online", kinds["hybrid, online"], parameters)
-    shares = {}
-    if selected and sees_prefix:
-        chosen, chosen_on, validation = selected
-        before = drafting.NGrams(drafting.remembered(chosen_on))
-        for name, drafter in kinds.items():
-            shares[name] = choose_share(chosen, before, validation, drafter.online, streaming)
-            run(name, drafting.Hybrid(drafter, drafting.Memory(training, test, streaming), shares[name]), parameters)
-    return {"drafters": found, "memory_share": shares, "stream": streaming,
-            "adapter_minus": {name: interval(hits["adapter"], lengths, test.sequence, hits[name])
-                              for name in ("copy of the draft", "n-gram", "prefix", "adapter, drafts shuffled")
-                              if name in hits},
-            "step_ms": step_ms(adapter, test) if sees_prefix else None}
+    if selected and parts.adapter.config.sees_prefix:
+        names = ["hybrid", *["hybrid, online"] * parts.online]
+        parts.memory_share.update({name: choose_share(selected, parts, name) for name in names})
+    if parts.training and len(parts.training) > MAX_TRAINING_ANSWERS:
+        log(f"drafters | a memory begins with the last {MAX_TRAINING_ANSWERS} of {len(parts.training)} training "
+            "answers")
+    figures, hits, lengths = {}, {}, parts.pairs.lengths("target")
+    for name, entry in SIMULATED.items():
+        start, drafter = time.monotonic(), entry.make_simulated(parts)
+        if drafter is None:
+            continue
+        rows = stream(drafter, parts.pairs)
+        hits[name] = number_right(rows.pop("top1"), lengths)
+        figures[name] = {**rows, "parameters": parts.adapter.num_parameters() if entry.needs_adapter else 0}
+        log(f"drafters | {name} | accepted {rows['alpha']:.1%} | tau {rows['simulated']['8']['tau']:.2f} at gamma 8 "
+            f"| {time.monotonic() - start:.1f} s")
+    return {"drafters": figures, "memory_share": parts.memory_share, "stream": parts.streaming,
+            "adapter_minus": {name: interval(hits["adapter"], lengths, parts.pairs.sequence, hits[name])
+                              for name in COMPARED if name in hits},
+            "step_ms": step_ms(parts.adapter, parts.pairs) if parts.adapter.config.sees_prefix else None}
 
 
-def choose_share(adapter, training: drafting.NGrams, validation: Pairs, online: bool, streaming: bool) -> float:
-    """The memory's share in the hybrid that is best on validation pairs, which the adapter was not trained on."""
-    drafter = drafting.Adapter(adapter, validation, online)
-    alphas = {share: stream(drafting.Hybrid(drafter, drafting.Memory(training, validation, streaming), share),
-                            validation)["alpha"] for share in drafting.MEMORY_SHARES}
-    return max(alphas, key=alphas.get)
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """The adapter that was selected on validation pairs, which it was not trained on."""
+
+    adapter: TokenAdapter
+    training: Pairs
+    validation: Pairs
+
+    @functools.cached_property
+    def training_counts(self) -> NGrams:
+        return NGrams(remembered(self.training))
+
+
+def choose_share(selected: Selected, parts: SimulationParts, name: str) -> float:
+    """The memory's share in this hybrid with the best acceptance rate on the validation pairs."""
+    drafter = Adapter(selected.adapter, selected.validation, online=name == "hybrid, online")
+    alphas = {}
+    for share in MEMORY_SHARES:
+        memory = Memory(selected.training_counts, selected.validation, parts.streaming)
+        alphas[share] = stream(Hybrid(drafter, memory, share), selected.validation)["alpha"]
+    return max(alphas, key=alphas.__getitem__)
 
 
 @torch.inference_mode()
@@ -246,7 +249,7 @@ def compare(top1: np.ndarray, top5: np.ndarray, pairs: Pairs, commonest: np.ndar
     copied, constant1, constant5 = (np.zeros(top1.shape, bool) for _ in range(3))
     for rows, part in zip(blocks(len(pairs)), pairs.parts(BLOCK)):
         target = part.padded("target", width)
-        copied[rows] = drafting.direct_copy(part, width) == target
+        copied[rows] = direct_copy(part, width) == target
         if commonest is not None:
             right = commonest[:width] == target[:, :, None]
             constant1[rows], constant5[rows] = right[:, :, 0], right.any(-1)
@@ -280,7 +283,7 @@ class TokenTensors:
     draft_width: int                 # of the longest draft, cut; at least 1
 
     @classmethod
-    def of(cls, pairs: Pairs, max_seq_len: int, device: torch.device) -> "TokenTensors":
+    def of(cls, pairs: Pairs, max_seq_len: int, device: torch.device) -> TokenTensors:
         flat, start, cut = {}, {}, {}
         for which in ("draft", "target"):
             tokens = getattr(pairs, which)
@@ -363,7 +366,7 @@ def predict(adapter, tokens: TokenTensors, batch_size: int) -> tuple[np.ndarray,
             continue
         shown = torch.ones_like(rows, dtype=torch.bool) if adapter.config.conditioning == "prefix+draft" else None
         logits, labels = score(adapter, tokens, rows, width, first, shown)
-        best = logits.topk(min(drafting.TOP, logits.shape[-1])).indices == labels[:, :, None]
+        best = logits.topk(min(TOP, logits.shape[-1])).indices == labels[:, :, None]
         top1[rows, first:width], top5[rows, first:width] = best[:, :, 0], best.any(-1)
         loss += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         scored += (labels != NOT_SCORED).sum()

@@ -94,9 +94,9 @@ def random_pixels(model, pictures: int, clips: int) -> list:
 # ----------------------------------------------------------------------------------------------------- the ways
 def one_by_one(model, pixels: list, question: str, config: Config) -> dict:
     """transformers' generate, a clip at a time."""
-    import decoding.loop as decoding
+    from machine.timing import timed
 
-    seconds = [decoding.timed(lambda clip=clip: model.answer([clip], [question], config.max_new_tokens),
+    seconds = [timed(lambda clip=clip: model.answer([clip], [question], config.max_new_tokens),
                               model.runtime.device)[1] for clip in (pixels[0], *pixels[:config.plain_clips])]
     seconds = seconds[1:]                                    # the first warms up
     return {"clips": len(seconds), "samples_per_s": len(seconds) / sum(seconds), "s_min": min(seconds),
@@ -107,14 +107,14 @@ def in_batches(model, pixels: list, question: str, config: Config) -> dict:
     """transformers' generate in batches, fewer at a time if memory is short."""
     import torch
 
-    import decoding.loop as decoding
+    from machine.timing import timed
     from vlm.loading import free_memory
 
     size = min(config.plain_batch_size, len(pixels))
     while True:
         try:
             some, asked = pixels[:size], [question] * size
-            seconds = [decoding.timed(lambda some=some, asked=asked: model.answer(some, asked, config.max_new_tokens),
+            seconds = [timed(lambda some=some, asked=asked: model.answer(some, asked, config.max_new_tokens),
                                       model.runtime.device)[1] for _ in range(2)]       # the first warms up
             return {"batch_size": size, "samples_per_s": size / seconds[-1], "s": seconds[-1]}
         except torch.OutOfMemoryError:
@@ -126,9 +126,9 @@ def in_batches(model, pixels: list, question: str, config: Config) -> dict:
 
 def ours(model, which: str, questions: list[str], samples: list, read, config: Config, size: int) -> dict:
     """extract_tokens_train.Answering over all samples, timed as a whole, after one batch to warm up."""
-    import decoding.loop as decoding
     from benchmarks.limits import memory
     from extract_tokens_train import Answering
+    from machine.timing import timed
 
     before, failed = memory(model.runtime.device), []
 
@@ -137,7 +137,7 @@ def ours(model, which: str, questions: list[str], samples: list, read, config: C
 
     answering = Answering(which, model, read, questions, size, failed, config)
     answering.run(samples[:size], keep)
-    _, seconds = decoding.timed(lambda: answering.run(samples, keep), model.runtime.device)
+    _, seconds = timed(lambda: answering.run(samples, keep), model.runtime.device)
     assert not failed, failed[0]
     graph, answering.engine = bool(answering.engine.graph), None
     return {"batch_size": answering.size, "questions": len(questions), "answers": len(samples) * len(questions),

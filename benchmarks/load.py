@@ -124,7 +124,7 @@ def ours(path: Path, count: int, tokens: int, seed: int) -> dict:
 
     import pairs.splits as splits
     from acceptance.metrics import TokenTensors, compare, predict
-    from drafting.simulated import commonest_tokens
+    from drafting.baselines import commonest_tokens
     from token_adapter import AdapterConfig, TokenAdapter
 
     torch.set_num_threads(1)          # two that share a core with somebody else wait for each other

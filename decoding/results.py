@@ -13,7 +13,6 @@ from drafting.table import LIVE
 from machine.files import make_folder, new_task_folder, write_json
 from reports.decode_report import one_line, totals, write_decode_report
 
-
 FORMAT = 1                         # of decode.json; absent: of versions before formats were counted
 
 

@@ -114,11 +114,11 @@ class Readers:
         import pairs.splits as splits  # noqa: F401
         import report as program
         import reports.task_report as report
-        import speculative_decode
         import training.loop as training
         from clips import dataset
         from clips.pixels import PixelSettings, clip_pixels
-        from drafting.simulated import load_memory
+        from decoding.task import read_task
+        from drafting.memory import load_memory
         from machine.device import Runtime
         from pairs.formats import load_pairs
         from pairs.journal import Journal
@@ -131,7 +131,7 @@ class Readers:
         self.tower_reads = lambda images: clip_pixels(images, PixelSettings())
         self.load_pairs, self.pt, self.npz = load_pairs, load_adapter, load_memory
         self.Journal, self.Resume, self.training = Journal, Resume, training
-        self.report, self.program, self.read_task = report, program, speculative_decode.read_task
+        self.report, self.program, self.read_task = report, program, read_task
 
     def outcome(self, kind: str, content: bytes) -> str:
         from base import UserError

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import acceptance.metrics as acceptance
-import drafting.simulated as drafting
 from acceptance.metrics import TokenTensors, compare, measure
+from drafting.adapter import Adapter
+from drafting.baselines import Fixed, commonest_tokens, direct_copy
+from drafting.contract import NOTHING
 from pairs.formats import Pairs
 from tests.conftest import flat
 from token_adapter import CONTRACTS, ORIGINAL_CONTRACT, AdapterConfig, TokenAdapter
@@ -118,14 +120,14 @@ def test_expected_tokens_agree_with_drawing_independent_positions():
 
 def test_past_its_end_the_draft_proposes_nothing_not_even_a_0():
     pairs = pairs_of([[7, 0]], [[7, 0, 0, 0]])
-    assert drafting.direct_copy(pairs, 4).tolist() == [[7, 0, -1, -1]]
+    assert direct_copy(pairs, 4).tolist() == [[7, 0, -1, -1]]
     nothing = np.zeros((1, 4), bool)
     assert compare(nothing, nothing, pairs, None)["direct_copy"]["alpha"] == 0.5
 
 
 def test_the_constant_string_is_the_commonest_training_token_at_each_position():
     train = pairs_of([[1]] * 4, [[4, 5], [4, 6], [4, 6, 9], [3]])
-    commonest = drafting.commonest_tokens(train, 4)
+    commonest = commonest_tokens(train, 4)
     assert commonest[:, 0].tolist() == [4, 6, 9, -1]
     assert commonest[1].tolist() == [6, 5, -1, -1, -1]
     test = pairs_of([[1]], [[4, 5, 9, 9]])
@@ -163,7 +165,7 @@ def test_pairs_without_a_draft_token_are_tensors_too():
 def test_figures_do_not_depend_on_how_many_answers_are_reckoned_at_a_time(monkeypatch):
     pairs, random = random_pairs(CONTRACT), np.random.default_rng(0)
     top1, top5 = (random.random((30, 9)) < share for share in (0.5, 0.8))
-    commonest, names = drafting.commonest_tokens(pairs, 9), [f"town_{i // 3}_a" for i in range(30)]
+    commonest, names = commonest_tokens(pairs, 9), [f"town_{i // 3}_a" for i in range(30)]
     lengths = pairs.lengths("target")
 
     def figures() -> list:
@@ -183,7 +185,7 @@ def test_comparing_and_simulating_take_a_small_multiple_of_the_hits(monkeypatch)
     monkeypatch.setattr(acceptance, "DRAWN_AT_A_TIME", 2**13)
     answers = [[5] * 30] * 4000
     pairs, top1, lengths = pairs_of(answers, answers), np.ones((4000, 30), bool), np.full(4000, 30)
-    commonest = drafting.commonest_tokens(pairs, 30)
+    commonest = commonest_tokens(pairs, 30)
     tracemalloc.start()
     found = compare(top1, top1, pairs, commonest)
     acceptance.simulate(top1, lengths, 3)
@@ -233,7 +235,7 @@ def test_tau_of_a_drafter_that_streams_is_that_of_its_hits():
     pairs = random_pairs(CONTRACT)
     target = pairs.padded("target", 9)
     proposals = np.where(np.arange(9) % 3 < 2, target, -1)[:, :, None].repeat(5, 2)
-    found = acceptance.stream(drafting.Fixed(proposals, pairs), pairs)
+    found = acceptance.stream(Fixed(proposals, pairs), pairs)
     right = np.broadcast_to(np.arange(9) % 3 < 2, (30, 9))
     assert found["alpha"] == found["top5"] == measure(right, pairs.lengths("target"))["alpha"]
     assert found["simulated"]["12"]["tau"] == acceptance.simulate(found["top1"], pairs.lengths("target"), 12)["tau"]
@@ -265,5 +267,5 @@ def test_a_token_that_is_not_scored_is_a_miss_and_costs_no_loss():
     adapter = TokenAdapter(AdapterConfig(11, "prefix", 8, 1, 2, 16, 4, draft_vocab=3), torch.tensor([3, 5, 7]))
     top1, top5, loss = acceptance.predict(adapter, TokenTensors.of(pairs, 4, torch.device("cpu")), 2)
     assert top5.tolist() == [[True, True, True], [True, False, False]] and not top1[1, 1] and 0 < loss < 20
-    whole = drafting.Adapter(adapter, pairs)
-    assert set(np.concatenate([whole.predict(0), whole.predict(1)]).ravel()) <= {3, 5, 7, drafting.NOTHING}
+    whole = Adapter(adapter, pairs)
+    assert set(np.concatenate([whole.predict(0), whole.predict(1)]).ravel()) <= {3, 5, 7, NOTHING}

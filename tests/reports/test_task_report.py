@@ -11,7 +11,7 @@ import report as program
 import reports.task_report as report
 from acceptance.metrics import compare, stream
 from base import UserError
-from drafting.simulated import Fixed, commonest_tokens
+from drafting.baselines import Fixed, commonest_tokens
 from pairs.formats import Pairs, load_pairs
 
 HOSTILE = "a|b\n# <script>alert(1)</script> [x](http://evil) `y` $z$ ![w](v)"
