@@ -163,17 +163,16 @@ def main() -> None:
 
 # ------------------------------------------------------------------------------------------------- inputs
 def needs_draft_model(config: DecodeConfig, task: Task) -> bool:
-    """Whether EventGPT runs: a drafter reads its answers, or --parallel measures it. A UserError if it isn't named."""
+    """Whether EventGPT answers too. Raises UserError where a drafter reads its answers and no --draft_model is given."""
     readers = [name for name in config.drafters if LIVE[name].reads_draft(task.conditioning)]
-    if not readers and not config.parallel:
-        if config.draft_model:
-            log(f"decode | {config.drafter} reads nothing of EventGPT's answers: --draft_model is not loaded")
-        return False
-    if not config.draft_model:
+    if config.draft_model is None and (readers or config.parallel):
         reason = f"the drafters {', '.join(readers)} read" if readers else "--parallel measures"
         raise UserError(f"--draft_model is missing: {reason} EventGPT's answers; wanted the folder of the EventGPT "
                         "checkpoint, which is linked from https://github.com/XduSyL/EventGPT")
-    return True
+    if config.draft_model and not readers and not config.parallel:
+        log(f"decode | {config.drafter} reads nothing of EventGPT's answers: EventGPT runs only to be timed; leave out "
+            "--draft_model to save that")
+    return config.draft_model is not None
 
 
 def open_clips(config: DecodeConfig) -> Clips:

@@ -11,13 +11,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import decoding.loop as decoding
+import decoding.answers
+import decoding.parallel
+import decoding.rules
 import speculative_decode
 from base import UserError
-from decoding.loop import Pace, judge
+from decoding.clips import in_order
+from decoding.costs import Pace
+from decoding.loop import Decoded
+from decoding.task import Task, check_model, read_task
+from decoding.verdict import judge
+from drafting.table import LIVE_NAMES, LiveParts
 from machine.files import only_writer
-from speculative_decode import DRAFTERS, Task, check_model
 from token_adapter import AdapterConfig, TokenAdapter, save_adapter
+from vlm.roles import ROLES
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +50,8 @@ def compared(demo, task, tmp_path_factory) -> dict:
 
 
 def test_every_drafter_gives_the_answers_of_transformers_and_of_plain_decoding(compared):
-    assert set(compared["totals"]["runs"]) == set(DRAFTERS)
-    assert compared["totals"]["verdicts"] == {"exact": 4 * (len(DRAFTERS) + 1)}
+    assert set(compared["totals"]["runs"]) == set(LIVE_NAMES)
+    assert compared["totals"]["verdicts"] == {"exact": 4 * (len(LIVE_NAMES) + 1)}
     assert compared["totals"]["runs"]["none"]["tau"] == 1.0 < compared["totals"]["runs"]["hybrid"]["tau"]
     for answer in compared["answers"]:
         assert answer["generate"]["tokens"] == len(answer["tokens"])
@@ -62,7 +69,7 @@ def test_the_answers_are_those_that_extraction_wrote_for_these_clips(compared, d
 
 def test_costs_are_measured_for_every_length_and_every_drafter(compared):
     costs = compared["costs_ms"]
-    assert list(map(int, costs["verify"])) == list(range(1, 18)) and set(costs["proposal"]) == set(DRAFTERS)
+    assert list(map(int, costs["verify"])) == list(range(1, 18)) and set(costs["proposal"]) == set(LIVE_NAMES)
     assert all(cost > 0 for cost in (*costs["verify"].values(), costs["vision"], costs["prefill"],
                                      *costs["eventgpt"]["verify"].values(), costs["proposal"]["hybrid"]))
     assert 0 < compared["noise"] < 1e-3
@@ -72,11 +79,11 @@ def test_clips_of_a_sequence_come_in_order_unless_shuffled(monkeypatch, demo, ta
     from clips.dataset import read_dataset
 
     samples = read_dataset(demo.test_1s)
-    ordered = speculative_decode.in_order(samples[::-1], SimpleNamespace(shuffle=False))
+    ordered = in_order(samples[::-1])
     by_sequence = [sample.sequence for sample in ordered]
     assert sum(a != b for a, b in itertools.pairwise(by_sequence)) == len(set(by_sequence)) - 1
     assert all(a.clip < b.clip for a, b in itertools.pairwise(ordered) if a.sequence == b.sequence)
-    shuffled = speculative_decode.in_order(samples, SimpleNamespace(shuffle=True, seed=1))
+    shuffled = in_order(samples, shuffled_by=1)
     assert shuffled != ordered and sorted(map(id, shuffled)) == sorted(map(id, samples))
 
 
@@ -85,7 +92,7 @@ def test_several_questions_auto_gamma_and_shuffled_clips_are_lossless_too(monkey
     found = run_main(monkeypatch, demo, task, tmp_path / "out", "--compare", "--questions_file",
                      str(tmp_path / "questions.txt"), "--shuffle", "--max_samples", "3")
     assert found["gamma"] == "auto" and len(found["answers"]) == 6
-    assert found["totals"]["verdicts"] == {"exact": 6 * (len(DRAFTERS) + 1)}
+    assert found["totals"]["verdicts"] == {"exact": 6 * (len(LIVE_NAMES) + 1)}
 
 
 def test_what_one_decoding_verified_the_next_one_can_begin_with(monkeypatch, demo, task, tmp_path):
@@ -109,13 +116,13 @@ def test_a_temperature_samples_and_the_same_seed_samples_alike(monkeypatch, demo
 
 
 def test_a_wrong_answer_ends_with_exit_3_and_the_report_says_where(monkeypatch, demo, task, tmp_path):
-    right = decoding.greedy
+    right = decoding.rules.greedy
 
     def careless(answer, proposed, following):             # believes a first proposal without a look
         emitted = right(answer, proposed, following)
         return proposed[:1] or emitted if len(answer) > 3 else emitted
 
-    monkeypatch.setattr(decoding, "greedy", careless)
+    monkeypatch.setattr(decoding.answers, "rule_of", lambda *_: careless)
     with pytest.raises(SystemExit) as ended:
         run_main(monkeypatch, demo, task, tmp_path / "out", "--compare", "--max_samples", "1", "--gamma", "2")
     assert ended.value.code == 3
@@ -150,10 +157,15 @@ def test_a_difference_is_a_tie_only_within_the_noise():
     assert verdict([0], [0, 1], 9.0) == "WRONG"                     # ended too early
 
 
-def test_the_price_of_a_second_is_what_it_brought_so_far():
+def test_the_price_of_a_second_counts_all_passes_but_the_prefill():
+    """A prefill costs the same whatever is proposed: with its tokens and without its seconds drafting looks dear."""
     pace = Pace(0.01)
     assert pace.price() == pytest.approx(100)
-    pace.add(decoding.Decoded([1] * 9, draft_s=0.004, verify_s=0.006))      # 10 tokens in 0.02 s
+    # Prefill: 1 + 4 tokens. Then 9 tokens in 2 passes: 10 in 0.02 s with the plain step.
+    pace.add(Decoded([1] * 14, [4, 4, 4], [4, 4, 3], draft_s=0.007, opening_s=0.003, prefill_s=0.3, verify_s=0.006))
+    assert pace.price() == pytest.approx(500)
+    pace.add(Decoded([1] * 4 + [2], [8], [5], draft_s=0.002, opening_s=0.002, prefill_s=0.3))     # EOS was proposed
+    pace.add(Decoded([1], [0], [0], prefill_s=0.3))
     assert pace.price() == pytest.approx(500)
 
 
@@ -171,23 +183,38 @@ def test_a_folder_that_is_no_finished_task_is_refused(monkeypatch, demo, task, t
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("which", ["eventgpt", "videollava"])
-def test_a_task_of_other_models_is_refused_with_both_named(which, capsys):
-    def trained(**recorded) -> Task:
-        return Task(Path("task"), None, [], [], 0.5, {}, {which: {"name": "other", **recorded}})
+CONTENT, OTHER_CONTENT = f"content {'a' * 20}", f"content {'b' * 20}"
+COMMIT, OTHER_COMMIT = "1" * 40, "2" * 40
 
-    def check_target(task: Task, *facts) -> None:
-        check_model(task, which, *facts)
 
+def trained_on(role, *recorded: dict) -> Task:
+    return Task(Path("task"), LiveParts(), {}, {role.name: [{"name": "other", **facts} for facts in recorded]})
+
+
+@pytest.mark.parametrize("role", ROLES.values(), ids=ROLES)
+def test_a_task_of_other_models_is_refused_with_both_named(role):
+    facts = {"vocab_size": 691, "revision": CONTENT}
     with pytest.raises(UserError, match=r"answers of other \(vocab_size 32064\), but mine has vocab_size 691"):
-        check_target(trained(vocab_size=32064), "mine", "local abc", 691)
-    with pytest.raises(UserError, match=r"revision local abc.*has revision local def"):
-        check_target(trained(vocab_size=691, revision="local abc"), "mine", "local def", 691)
-    check_target(trained(vocab_size=691, revision="local"), "mine", "local def", 691)
+        check_model(trained_on(role, {"vocab_size": 32064}), role, "mine", facts)
+    with pytest.raises(UserError, match=f"revision {OTHER_CONTENT}.*has revision {CONTENT}"):
+        check_model(trained_on(role, {"vocab_size": 691, "revision": OTHER_CONTENT}), role, "mine", facts)
+    with pytest.raises(UserError, match=f"revision {OTHER_COMMIT}.*has revision {COMMIT}"):
+        check_model(trained_on(role, {"revision": OTHER_COMMIT}), role, "mine", {**facts, "revision": COMMIT})
+    with pytest.raises(UserError, match="revision"):                     # of two training files, one is of others
+        check_model(trained_on(role, {"revision": CONTENT}, {"revision": OTHER_CONTENT}), role, "mine", facts)
+
+
+@pytest.mark.parametrize("role", ROLES.values(), ids=ROLES)
+def test_the_models_of_the_task_are_taken_and_what_can_not_be_told_is_a_warning(role, capsys):
+    facts = {"vocab_size": 691, "revision": CONTENT}
+    check_model(trained_on(role, facts), role, "mine", facts)
+    check_model(trained_on(role), role, "mine", facts)
+    check_model(trained_on(role, {"vocab_size": 691}), role, "mine", facts)
     assert "WARNING" not in capsys.readouterr().out
-    check_target(trained(vocab_size=691, revision="4cf9d8"), "mine", "local def", 691)      # a download of the same?
-    assert "WARNING | mine: whether local def is 4cf9d8" in capsys.readouterr().out
-    check_target(Task(Path("task"), None, [], [], 0.5, {}, {}), "mine", "local def", 691)
+    for recorded, loaded in (("unknown", "unknown"), ("unknown", COMMIT), (COMMIT, "unknown"), (COMMIT, CONTENT),
+                             ("local", CONTENT), ("local 0123456789ab", CONTENT)):
+        check_model(trained_on(role, {"revision": recorded}), role, "mine", {**facts, "revision": loaded})
+        assert f"nothing tells whether its revision, {loaded}, is {recorded}" in capsys.readouterr().out
 
 
 def test_an_adapter_of_a_larger_vocabulary_still_decodes_losslessly(monkeypatch, demo, task, tmp_path):
@@ -197,7 +224,7 @@ def test_an_adapter_of_a_larger_vocabulary_still_decodes_losslessly(monkeypatch,
     torch.manual_seed(0)
     save_adapter(TokenAdapter(AdapterConfig(900, "prefix", 32, 1, 2, 64, 60)), other / "best_model.pt")
     found = run_main(monkeypatch, demo, other, tmp_path / "out", "--compare", "--max_samples", "2", "--gamma", "3")
-    assert found["totals"]["verdicts"] == {"exact": 2 * (len(DRAFTERS) + 1)}
+    assert found["totals"]["verdicts"] == {"exact": 2 * (len(LIVE_NAMES) + 1)}
 
 
 def test_an_adapter_that_does_not_know_all_ids_proposes_nothing_from_there_on(monkeypatch, demo, task, tmp_path):
@@ -209,13 +236,13 @@ def test_an_adapter_that_does_not_know_all_ids_proposes_nothing_from_there_on(mo
         adapter = TokenAdapter(AdapterConfig(120, conditioning, 32, 1, 2, 64, 60))
         save_adapter(adapter, other / "best_model.pt")
         found = run_main(monkeypatch, demo, other, tmp_path / conditioning, "--compare", "--max_samples", "1")
-        assert found["totals"]["verdicts"] == {"exact": len(DRAFTERS) + 1}
+        assert found["totals"]["verdicts"] == {"exact": len(LIVE_NAMES) + 1}
         assert max(found["answers"][0]["tokens"]) >= 120
         assert ("hybrid" in found["reads_draft"]) == (conditioning == "prefix+draft")
 
 
 def test_both_models_at_work_at_once_are_timed_over_the_clips_that_were_decoded(monkeypatch, demo, task, tmp_path):
-    monkeypatch.setattr(speculative_decode, "PARALLEL_CLIPS", 2)
+    monkeypatch.setattr(decoding.parallel, "PARALLEL_CLIPS", 2)
     data = tmp_path / "data"
     shutil.copytree(demo.test_1s, data)
     for broken in sorted(data.glob("mp4/*/*.mp4"))[:1]:
@@ -236,13 +263,13 @@ def test_a_task_file_that_is_damaged_or_old_is_one_clear_error_or_does_without(m
     for drafter in results["metrics"]["test"]["drafters"].values():
         del drafter["simulated"]
     (other / "results.json").write_text(json.dumps(results))
-    read = speculative_decode.read_task(other)
-    assert read.share == 0.5 and read.models == {} and not any(read.simulated.values())
+    read = read_task(other)
+    assert read.parts.memory_share == 0.5 and read.models == {} and not any(read.simulated.values())
     whole = (other / "memory.npz").read_bytes()
     for at in range(60, len(whole), 41):                                  # a flipped byte is seen or changes nothing
         (other / "memory.npz").write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1:])
         with contextlib.suppress(UserError):
-            speculative_decode.read_task(other)
+            read_task(other)
 
 
 def test_a_clip_that_is_listed_twice_is_decoded_once(monkeypatch, demo, task, tmp_path):
