@@ -11,9 +11,8 @@ from decoding.journal import DecodingJournal
 from decoding.task import MEMORY_FILE, Task
 from drafting.table import LIVE
 from machine.files import make_folder, new_task_folder, write_json
-from reports.decode_report import one_line, totals, write_decode_report
-
-FORMAT = 1                         # of decode.json; absent: of versions before formats were counted
+from reports.decode_figures import FORMAT, one_line, totals
+from reports.decode_report import write_decode_report
 
 
 def rows_in_order(clips: Clips, journal: DecodingJournal) -> list[dict]:
@@ -36,7 +35,7 @@ def results_of(task: Task, clips: Clips, journal: DecodingJournal, parallel: dic
         "reads_draft": [name for name, entry in LIVE.items() if entry.reads_draft(task.conditioning)],
         "simulated_tau": task.simulated, "target": journal.facts[TARGET.name], "models": journal.facts,
         "starts": [{"date": entry["start"], "answers": entry["answers"]} for entry in journal.starts],
-        "noise": journal.noise, "costs_ms": costs_ms, "answers": rows, "failed": clips.failed,
+        "interrupted": len(journal.starts) > 1, "noise": journal.noise, "costs_ms": costs_ms, "answers": rows, "failed": clips.failed,
         "totals": {**totals(rows), "parallel": parallel}, "provenance": provenance()})
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from base import UserError, log
 from drafting.table import LiveParts
-from machine.files import read_json, reading
-from reports.task_report import MEASURE
+from machine.files import check_format, read_json
+from reports.shapes import NUMBER, TEXT, check_shape, optional
+from reports.task_figures import FORMAT, REMEASURE
 from vlm.contract import same_weights
 
 if TYPE_CHECKING:
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 
 MEMORY_SHARE = 0.5                 # of the memory in a hybrid, where training chose none
 MEMORY_FILE = "memory.npz"
+
+# All that decoding reads of results.json.
+RESULTS = {
+    "files": optional({"train": optional([{"models": optional(dict)}])}),
+    "metrics": {"test": {"drafters": {str: {"simulated": optional(dict)}},
+                         "memory_share": optional({"hybrid": optional(NUMBER)})}}}
+MODEL = {"name": TEXT, "vocab_size": optional(int), "revision": optional(str)}
+SIMULATED = {"tau": optional(NUMBER)}
 
 
 @dataclasses.dataclass
@@ -49,6 +58,24 @@ def read_task(folder: Path, memories: Iterable[Path] = ()) -> Task:
         if not (folder / name).is_file():
             raise UserError(f"{folder} is no finished task: it has no {name}; wanted a folder that "
                             "train_and_evaluate.py wrote")
+    results, file = read_results(folder), folder / "results.json"
+    adapter = load_adapter(folder / "best_model.pt")
+    memory = folder / MEMORY_FILE
+    if not memory.exists():
+        log(f"decode | {folder} has no {MEMORY_FILE}: the memory begins without training answers")
+    training_answers = load_memory(memory) if memory.exists() else []
+    verified_answers = [answer for path in memories for answer in load_memory(path)]
+    test = results["metrics"]["test"]
+    share = (test.get("memory_share") or {}).get("hybrid")
+    parts = LiveParts(adapter, training_answers, verified_answers, MEMORY_SHARE if share is None else share)
+    simulated = {name: {gamma: row["tau"] for gamma, row in (drafter.get("simulated") or {}).items()}
+                 for name, drafter in test["drafters"].items()}
+    digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+    return Task(folder, parts, simulated, recorded_models(results), digest)
+
+
+def read_results(folder: Path) -> dict:
+    """results.json of a task, the shape of all that decoding reads of it checked."""
     file = folder / "results.json"
     results = read_json(file)
     if isinstance(results, dict) and results.get("unfinished"):
@@ -56,20 +83,13 @@ def read_task(folder: Path, memories: Iterable[Path] = ()) -> Task:
     test = (results.get("metrics") or {}).get("test") if isinstance(results, dict) else None
     if not isinstance(test, dict) or not isinstance(test.get("drafters"), dict):
         raise UserError(f"{file} is not the results.json of train_and_evaluate.py")
-    with reading(file, MEASURE):
-        models = recorded_models(results)
-        share = (test.get("memory_share") or {}).get("hybrid")
-        share = MEMORY_SHARE if share is None else float(share)
-        simulated = {name: {gamma: float(row["tau"]) for gamma, row in drafter.get("simulated", {}).items()}
-                     for name, drafter in test["drafters"].items()}
-    adapter = load_adapter(folder / "best_model.pt")
-    memory = folder / MEMORY_FILE
-    if not memory.exists():
-        log(f"decode | {folder} has no {MEMORY_FILE}: the memory begins without training answers")
-    training_answers = load_memory(memory) if memory.exists() else []
-    verified_answers = [answer for path in memories for answer in load_memory(path)]
-    parts = LiveParts(adapter, training_answers, verified_answers, share)
-    return Task(folder, parts, simulated, models, hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest())
+    check_format(file, results.get("format"), FORMAT)
+    check_shape(file, results, RESULTS, REMEASURE)
+    for facts in recorded_models(results).values():
+        check_shape(file, facts, [MODEL], REMEASURE)
+    for drafter in test["drafters"].values():
+        check_shape(file, list((drafter.get("simulated") or {}).values()), [SIMULATED], REMEASURE)
+    return results
 
 
 def recorded_models(results: dict) -> dict[str, list[dict]]:
@@ -77,8 +97,8 @@ def recorded_models(results: dict) -> dict[str, list[dict]]:
     models: dict[str, list[dict]] = {}
     for file in (results.get("files") or {}).get("train") or []:
         for name, facts in (file.get("models") or {}).items():
-            if dict(facts) not in models.setdefault(name, []):
-                models[name].append(dict(facts))
+            if facts not in models.setdefault(name, []):
+                models[name].append(facts)
     return models
 
 
