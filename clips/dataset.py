@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -79,6 +80,14 @@ def read_dataset(folder: Path) -> list[Sample]:
         seen.add(sample.key)
         samples.append(sample)
     return samples
+
+
+def index_row(set_name: str, clip_name: str, pictures: list[str]) -> dict:
+    """The fields of the published data sets. The id is the same whenever the set is made."""
+    return {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{set_name}/{clip_name}")), "split": set_name,
+            "event_data": f"{clip_name}.npy", "video_data": clip_name, "mp4_data": f"{clip_name}.mp4",
+            "event_image": pictures,
+            "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": ""}]}
 
 
 def rows_by_path(folder: Path) -> list[dict]:

@@ -11,8 +11,25 @@ Render = Literal["time", "blue_over_red"]            # how event pictures are pa
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
+def check_polarity(p: np.ndarray) -> np.ndarray:
+    """Polarities -> uint8, 1 brighter and 0 darker. Files hold 0 and 1, -1 and 1, or booleans.
+
+    Other values have no meaning here: a MediaError that names them. A column of ones alone may be either kind.
+    """
+    if p.dtype == bool:
+        return p.view(np.uint8)
+    low, high = (int(p.min()), int(p.max())) if p.size else (0, 0)
+    if low == -1 and high <= 1 and not (p == 0).any():
+        return (p > 0).astype(np.uint8)
+    if low >= 0 and high <= 1:
+        return p.astype(np.uint8, copy=False)
+    values = ", ".join(map(str, np.unique(p[:2**20])[:5].tolist()))
+    raise MediaError(f"column p (polarity) has values from {low} to {high} ({values}, ...); wanted 0 and 1, or -1 "
+                     "and 1")
+
+
 class EventPicture:
-    """A white picture that events are painted on, part by part in time order: p == 0 blue, else red.
+    """A white picture that events are painted on, part by part in time order: p == 0 blue, p == 1 red.
 
     time: the last event of a pixel wins, as in EventGPT's own inference. blue_over_red: a pixel that has any p == 0
     is blue, as in the pictures from which the published pairs were made.
@@ -29,7 +46,7 @@ class EventPicture:
         self.marks = np.zeros(height * width * (1 if render == "time" else 2), np.uint8)
 
     def paint(self, x: np.ndarray, y: np.ndarray, p: np.ndarray) -> None:
-        """x, y, p: 1-D whole numbers of one length, oldest first."""
+        """x, y, p: 1-D whole numbers of one length, oldest first; p 0 or 1 (check_polarity)."""
         if not len(x):
             return
         (left, top), (right, bottom) = ((int(end(x)), int(end(y))) for end in (np.min, np.max))
@@ -59,14 +76,14 @@ class EventPicture:
 
 def render_events(x: np.ndarray, y: np.ndarray, p: np.ndarray, canvas: tuple[int, int] | None = None,
                   render: Render = "time") -> np.ndarray:
-    """Events in time order -> (H, W, 3) uint8 RGB, as EventPicture paints them.
+    """Events in time order, p 0/1 or -1/1 -> (H, W, 3) uint8 RGB, as EventPicture paints them.
 
     canvas is (H, W); without one the picture ends at the largest coordinates, as in EventGPT's own inference.
     """
     if not len(x):
         raise MediaError("no events to draw")
     picture = EventPicture(*(canvas or (int(y.max()) + 1, int(x.max()) + 1)), render)
-    picture.paint(x, y, p)
+    picture.paint(x, y, check_polarity(p))
     return picture.image()
 
 
@@ -81,5 +98,6 @@ def equal_parts(total: int, count: int) -> list[tuple[int, int]]:
 def event_frames(events: dict[str, np.ndarray], count: int = 5,
                  canvas: tuple[int, int] | None = None) -> list[np.ndarray]:
     """Split by event COUNT into `count` parts (the last takes the remainder) and render each one."""
-    return [render_events(*(events[name][start:end] for name in "xyp"), canvas)
+    p = check_polarity(events["p"])           # of all parts: -1 may be missing from one of them
+    return [render_events(events["x"][start:end], events["y"][start:end], p[start:end], canvas)
             for start, end in equal_parts(len(events["x"]), count)]

@@ -1,4 +1,4 @@
-"""The pixels that a CLIP tower wants, and the settings of a model folder that say so."""
+"""The pixels that a CLIP tower wants, and the settings of a model folder that define them."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -9,6 +9,14 @@ from PIL import Image
 
 from base import UserError
 from machine.files import read_json
+
+# Where transformers looks for the settings, by what they are for: a key of processor_config.json, else a file.
+SOURCES = {"image": ("image_processor", ("preprocessor_config.json",)),
+           "video": ("video_processor", ("video_preprocessor_config.json", "preprocessor_config.json"))}
+PROCESSOR_FILE = "processor_config.json"
+FAMILIES = ("CLIP", "VideoLlava")                  # whose processors work as clip_pixels does
+SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")           # that must be on, or not be named
+OTHER_STEPS = ("do_pad", "do_flip_channel_order", "do_grayscale", "do_reduce_labels", "use_square_size", "offset")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,26 +30,75 @@ class PixelSettings:
     rescale: float = 1 / 255
 
     @staticmethod
-    def read(file: Path | None, image_size: int) -> "PixelSettings":
-        """From a preprocessor_config.json (old style: plain numbers; new: dicts); without one, CLIP's defaults."""
-        found = read_json(file) if file and file.is_file() else {}
-        found = found if isinstance(found, dict) else {}
-        size, crop = found.get("size", image_size), found.get("crop_size", image_size)
-        size = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
-        crop = crop.get("height") if isinstance(crop, dict) else crop
-        resample = found.get("resample", Image.Resampling.BICUBIC)
-        fits = type(crop) is type(size) is int and crop == image_size and crop <= size <= 8 * crop
-        if not fits or resample != Image.Resampling.BICUBIC:
-            raise UserError(f"{file}: size {size}, crop_size {crop} and resample {resample} can't be used: "
-                            f"wanted bicubic (3) and the vision tower's {image_size} px")
-        mean, std = found.get("image_mean", PixelSettings.mean), found.get("image_std", PixelSettings.std)
-        rescale = found.get("rescale_factor", 1 / 255)
-        numbers = all(isinstance(three, (list, tuple)) and len(three) == 3 and all(map(_is_number, three))
-                      for three in (mean, std))
-        if not numbers or 0 in std or not _is_number(rescale):
-            raise UserError(f"{file}: wanted three numbers as image_mean, three as image_std (none of them 0), "
-                            "and one as rescale_factor")
-        return PixelSettings(size, crop, tuple(mean), tuple(std), rescale)
+    def of_folder(folder: Path, image_size: int, kinds: tuple[str, ...] = ("video", "image")) -> "PixelSettings":
+        """The settings that transformers would use for the model in this folder; CLIP's where it has none.
+
+        image_size: of the vision tower, px. kinds: what the model's pictures may be prepared as. A UserError where the
+        settings of two kinds differ, because one tower reads both, and where they ask for something that clip_pixels
+        does not do.
+        """
+        settings = {}
+        for kind in kinds:
+            if found := _find(folder, *SOURCES[kind]):
+                where, values = found
+                settings[where] = _parse(where, values, image_size)
+        if len(set(settings.values())) > 1:
+            raise UserError(f"the pixel settings differ: {'; '.join(f'{w}: {s}' for w, s in settings.items())}; "
+                            "wanted the same for pictures and videos")
+        return next(iter(settings.values()), PixelSettings(image_size, image_size))
+
+
+def _find(folder: Path, key: str, names: tuple[str, ...]) -> tuple[str, object] | None:
+    """(where they stand, settings): the part of processor_config.json, as transformers 5 writes it, or a file."""
+    combined = folder / PROCESSOR_FILE
+    if combined.is_file():
+        values = read_json(combined)
+        if isinstance(values, dict) and key in values:
+            return f"{combined}, {key}", values[key]
+    for name in names:
+        if (folder / name).is_file():
+            return str(folder / name), read_json(folder / name)
+    return None
+
+
+def _parse(where: str, values, image_size: int) -> PixelSettings:
+    """The settings; a UserError for all that clip_pixels would do otherwise than transformers."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: wanted pixel settings, found {type(values).__name__}")
+    kinds = [values.get(key) for key in ("image_processor_type", "video_processor_type", "feature_extractor_type")]
+    if foreign := [kind for kind in kinds if kind is not None and not str(kind).startswith(FAMILIES)]:
+        raise UserError(f"{where} is for a {foreign[0]}, wanted one of CLIP or Video-LLaVA")
+    off = [name for name in SWITCHES if values.get(name, True) is not True]
+    more = [name for name in OTHER_STEPS if values.get(name)]
+    if off or more:
+        raise UserError(f"{where}: {', '.join(f'{name} is {values[name]!r}' for name in off + more)}; wanted pictures "
+                        "that are resized, cropped, rescaled and normalised, and nothing else")
+    size, crop = _side(values.get("size"), "shortest_edge"), _side(values.get("crop_size"), "height", "width")
+    resample = values.get("resample", int(Image.Resampling.BICUBIC))
+    fits = type(crop) is type(size) is int and crop == image_size and crop <= size <= 8 * crop
+    if not fits or type(resample) is not int or resample != Image.Resampling.BICUBIC:
+        raise UserError(f"{where}: size {values.get('size')}, crop_size {values.get('crop_size')} and resample "
+                        f"{resample} can't be used: wanted the shortest edge and a square, bicubic (3) and the "
+                        f"vision tower's {image_size} px")
+    mean = PixelSettings.mean if values.get("image_mean") is None else values["image_mean"]
+    std = PixelSettings.std if values.get("image_std") is None else values["image_std"]
+    rescale = values.get("rescale_factor", 1 / 255)
+    numbers = all(isinstance(three, (list, tuple)) and len(three) == 3 and all(map(_is_number, three))
+                  for three in (mean, std))
+    if not numbers or 0 in std or not _is_number(rescale):
+        raise UserError(f"{where}: wanted three numbers as image_mean, three as image_std (none of them 0), and one "
+                        "as rescale_factor")
+    return PixelSettings(size, crop, tuple(mean), tuple(std), rescale)
+
+
+def _side(value, *keys: str) -> int | None:
+    """px, of a number or of a dict with exactly these keys; transformers' 224 where there is none."""
+    if value is None:
+        return 224
+    if isinstance(value, dict):
+        sides = {value[key] for key in keys} if set(value) == set(keys) else set()
+        return sides.pop() if len(sides) == 1 else None
+    return value
 
 
 def _is_number(value) -> bool:

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
@@ -19,11 +18,12 @@ from PIL import Image
 
 import clips.dsec as dsec
 import extract_tokens_train
-import prepare_dsec
 from base import ROOT, UserError
+from clips import windows
 from clips.dataset import INDEX_FILE, read_dataset
+from clips.prepared import blocks_of
+from clips.windows import Recipe, clips_of, window_starts
 from machine.files import only_writer
-from prepare_dsec import PrepareConfig, window_starts
 from tests.conftest import wait_until_gone
 from tests.recordings import BAD, FIRST_US, GOOD, SIZE, SMALL, break_picture, number_of, painted, write_sequence
 
@@ -353,26 +353,20 @@ def test_a_full_disk_ends_the_run_at_once(prepare, one, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_dsec, "write_video", full)
+    monkeypatch.setattr(windows, "write_video", full)
     with pytest.raises(UserError, match=r"can't write to .*No space left on device"):
         prepare(*SMALL, "--sequences", GOOD, root=one[0])
 
 
-def test_a_worker_that_dies_is_an_error_and_not_a_wait(tmp_path):
-    with pytest.raises(UserError, match="a worker died"):
-        list(prepare_dsec.in_workers(os._exit, [1, 1, 1], 2))
-
-
 def test_blocks_are_neighbours_of_one_sequence_and_frames_are_decoded_once(prepare, one, monkeypatch):
     recording = dsec.find_recording(one[0], "test", GOOD)
-    config = PrepareConfig(one[0], "test", "500ms")
-    clips = prepare_dsec.clips_of(recording, config)
+    clips = clips_of(recording, Recipe("test", "500ms"))
     others = [dataclasses.replace(clip, sequence=BAD) for clip in clips]
-    blocks = prepare_dsec.blocks_of(clips + others, 1)
+    blocks = blocks_of(clips + others, 1)
     assert [len(block) for block in blocks] == [8, 8] and [*itertools.chain(*blocks)] == clips + others
-    assert [len(block) for block in prepare_dsec.blocks_of(clips, 4)] == [2] * 4
-    read, paths = prepare_dsec.read_event_image, []
-    monkeypatch.setattr(prepare_dsec, "read_event_image", lambda path: paths.append(path.name) or read(path))
+    assert [len(block) for block in blocks_of(clips, 4)] == [2] * 4
+    read, paths = windows.read_event_image, []
+    monkeypatch.setattr(windows, "read_event_image", lambda path: paths.append(path.name) or read(path))
     prepare(*SMALL, "--sequences", GOOD, root=one[0], duration="500ms")
     assert paths == [f"{number:06d}.png" for number in range(45)]
 

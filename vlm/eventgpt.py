@@ -181,7 +181,7 @@ def check(name: str | Path, questions: list[str], view: View, max_new_tokens: in
     config, _, checkpoint = read_config(name)
     tokenizer = read_tokenizer(checkpoint, config)
     for question in questions:
-        check_ids(ids_of(tokenizer, name, prompt(question)), name, len(tokenizer))
+        ids_of(tokenizer, name, prompt(question), len(tokenizer))
     warn_of_special_tokens(tokenizer, name, questions)
     parts = [split(tokenizer, question) for question in questions]
     events = picture_tokens(config, most_event_pictures([], view))
@@ -259,9 +259,9 @@ def _vision_settings(folder: Path, tower: str) -> tuple[dict, PixelSettings]:
             vision = read_model_config(place)
             vision = vision.get("vision_config") or vision      # a whole CLIP's config holds its tower's
             vision = {"hidden_act": "quick_gelu", **vision}
-            return vision, PixelSettings.read(place / "preprocessor_config.json", vision["image_size"])
+            return vision, PixelSettings.of_folder(place, vision["image_size"], kinds=("image",))
     log(f"load | {folder} | no folder {tower!r} for the CLIP tower's settings: taking those of CLIP ViT-L/14-336")
-    return dict(CLIP_L_336), PixelSettings.read(None, CLIP_L_336["image_size"])
+    return dict(CLIP_L_336), PixelSettings(CLIP_L_336["image_size"], CLIP_L_336["image_size"])
 
 
 load = EventGPT.load

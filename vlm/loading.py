@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from base import UserError, log
@@ -20,7 +20,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)    # 8bit says at ever
 
 BLOCK_4BIT = 64                                  # weights that share a scale
 BITS = {"4bit": 4.127, "8bit": 8}                # a weight of a quantised layer, with its share of the scales
-QUANTISED = {"Linear4bit": "4bit", "Linear8bitLt": "8bit"}     # classes of bitsandbytes
+QUANTISED = {"Linear4bit": "4bit", "NF4Linear": "4bit", "Linear8bitLt": "8bit"}     # bitsandbytes' and ours
 ATTENTION = "sdpa"                               # never the config's: it may name a kernel to fetch from the hub
 
 
@@ -45,6 +45,7 @@ def load_checked(model_class, checkpoint: Checkpoint, config, runtime: Runtime, 
             checkpoint.folder, config=config, dtype=runtime.dtype, device_map={"": runtime.device},
             output_loading_info=True, quantization_config=quantization, ignore_mismatched_sizes=True,
             trust_remote_code=False, local_files_only=True, attn_implementation=ATTENTION,
+            generation_config=GenerationConfig(),      # else generate() would follow the folder's
             **({"key_mapping": key_mapping} if key_mapping else {}))
     except Exception as error:        # damaged weights break in safetensors, torch and transformers in many ways
         if short_of_memory(error):
@@ -154,19 +155,22 @@ def scales_of(weight: torch.nn.Parameter) -> list[torch.Tensor]:
 
 
 # ------------------------------------------------------------------------------------------ positions
-def check_prompts(name: str | Path, parts: list[tuple[int, int]], max_new_tokens: int, limits: tuple[int, int]) -> None:
+def check_prompts(name: str | Path, parts: list[tuple[int, int]], max_new_tokens: int,
+                  limits: tuple[int, int]) -> None:
     """A UserError unless every prompt and its answer fit; a WARNING for prompts that are cut.
 
     parts: positions of each prompt up to the end of the pictures, and behind; limits: max_prompt and max_positions.
     """
     max_prompt, max_positions = limits
     before, longest = max(front for front, _ in parts), max(front + behind for front, behind in parts)
-    if before >= max_prompt:
-        raise UserError(f"{name} keeps {max_prompt:,} positions of a prompt, the pictures alone take {before:,}: show "
-                        "it fewer pictures")
-    if longest > max_prompt:
+    if max_prompt < max_positions and before >= max_prompt:
+        raise UserError(f"{name} keeps {max_prompt:,} positions of a prompt, the pictures alone take {before:,}: "
+                        "use fewer pictures")
+    if max_prompt < min(longest, max_positions):
         log(f"load | WARNING | {name} | a prompt has {longest:,} positions: its end is cut off after {max_prompt:,}")
-    check_positions(min(longest, max_prompt), max_new_tokens, max_positions)
+    if max_prompt < max_positions:
+        longest = min(longest, max_prompt)
+    check_positions(longest, max_new_tokens, max_positions)
 
 
 def check_positions(prompt: int, max_new_tokens: int, positions: int) -> None:

@@ -39,9 +39,9 @@ class Steps(Llama):
         self.slots = torch.arange(slots, device=self.device)
         self.ids, self.positions = torch.zeros_like(self.slots), self.slots.clone()      # what graphs read
         self.graphs: dict[int, tuple] = {}           # number of tokens -> (graph, the Next it writes)
-        # Whether logits since the prefill were no numbers: on the device, and where the host reads it without waiting.
-        self.spoilt = torch.zeros((), dtype=torch.bool, device=self.device)
-        self.spoilt_seen = torch.zeros((), dtype=torch.bool, pin_memory=self.device.type == "cuda")
+        # `best` of the last pass, where rollback() reads it without waiting: whoever rolls back has read it before.
+        self.last_best = torch.zeros(slots, dtype=torch.long, pin_memory=self.device.type == "cuda")
+        self.noted = self.last_best[:0]
         assert self.may_be_captured or not graphs, f"no CUDA graphs of this model on {self.device}"
         if self.may_be_captured and graphs is not False:
             self.warm_up([k for k in sorted(set(sizes), reverse=True) if k <= room], must=graphs is True)
@@ -67,7 +67,6 @@ class Steps(Llama):
         assert rows == 1 and 1 <= kept <= length <= self.room, f"{rows} x {length}, kept {kept}, room {self.room}"
         self.cache[..., length:, :].zero_()          # a NaN that an earlier clip may have left would reach this one
         self.length = length
-        self.spoilt.zero_()
         places = self.slots[:length]
 
         def attend(number: int, queries: torch.Tensor) -> torch.Tensor:
@@ -91,19 +90,19 @@ class Steps(Llama):
         self.length = start + k
         if k not in self.graphs:
             with self.on_device():
-                return self._forward(k)
+                return self._noted(self._forward(k))
         self.graphs[k][0].replay()
-        return self.graphs[k][1]
+        return self._noted(self.graphs[k][1])
 
     @torch.inference_mode()
     def rollback(self, length: int) -> None:
         """Forget every position from `length` on. Read `best` of the last pass first.
 
-        The contents of their slots are masked until they are overwritten. If logits were no numbers they are zeroed:
-        a masked slot has weight 0, but 0 * NaN is NaN.
+        The contents of their slots are masked until they are overwritten. Where the last pass gave logits that are no
+        numbers they are zeroed: a masked slot has weight 0, but 0 * NaN is NaN.
         """
         assert 0 <= length <= self.length, f"rollback to {length} from {self.length}"
-        if self.spoilt_seen and length < self.length:
+        if length < self.length and NO_NUMBER in self.noted.tolist():
             self.cache[..., length:self.length, :].zero_()
         self.length = length
 
@@ -127,12 +126,12 @@ class Steps(Llama):
             (keys,), (values,) = self.cache[number]
             return masked(queries.transpose(0, 1), keys, values, mask).transpose(0, 1).reshape(k, -1)
 
-        return self._noted(self.following(self.layers(x, positions, self.cache, positions, attend)))
+        return self.following(self.layers(x, positions, self.cache, positions, attend))
 
     def _noted(self, following: Next) -> Next:
-        """Note whether logits are no numbers. A graph holds this too; the host sees it once it has read `best`."""
-        self.spoilt |= (following.best == NO_NUMBER).any()
-        self.spoilt_seen.copy_(self.spoilt, non_blocking=True)
+        """Copy `best` to the host without waiting, for rollback()."""
+        self.noted = self.last_best[:len(following.best)]
+        self.noted.copy_(following.best, non_blocking=True)
         return following
 
     # ----------------------------------------------------------------------------------------- graphs
@@ -162,8 +161,8 @@ class Steps(Llama):
             if must:
                 raise
             log(f"steps | WARNING | no CUDA graphs, every step runs eagerly: {error}")
-        for buffer in (self.ids, self.cache, self.spoilt):
-            buffer.zero_()
+        self.ids.zero_()
+        self.cache.zero_()
 
 
 class Prompted:
@@ -183,6 +182,14 @@ class Prompted:
 
     def verify(self, tokens: list[int]) -> Next:
         return self.steps.verify(tokens)
+
+    def not_numbers(self) -> NotNumbers:
+        """The error for an answer that needs a token where `best` is NO_NUMBER.
+
+        Positions behind a token may have spoilt its logits, because masked NaN reach them: before this is raised for
+        a pass with proposals, keep() and ask again without them.
+        """
+        return NotNumbers(self.steps.dtype)
 
     def keep(self, tokens: int) -> None:
         """Forget all but the prompt and so many tokens of the answer. Read `best` of the last pass first."""

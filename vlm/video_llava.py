@@ -57,7 +57,7 @@ def read_config(name: str | Path) -> tuple[VideoLlavaConfig, PixelSettings, Chec
         raise UserError(f"can't load the config of {name}: {in_words(error)}") from error
     if reason:
         raise UserError(f"{name} can't run here: {reason}")
-    pixels = PixelSettings.read(checkpoint.folder / "preprocessor_config.json", config.vision_config.image_size)
+    pixels = PixelSettings.of_folder(checkpoint.folder, config.vision_config.image_size)
     return config, pixels, checkpoint
 
 
@@ -85,7 +85,7 @@ def check(name: str | Path, questions: list[str], view: View, max_new_tokens: in
     config, _, checkpoint = read_config(name)
     tokenizer = read_tokenizer(checkpoint, config)
     for question in questions:
-        check_ids(ids_of(tokenizer, name, prompt(question)), name, config.text_config.vocab_size)
+        ids_of(tokenizer, name, prompt(question), config.text_config.vocab_size)
     warn_of_special_tokens(tokenizer, name, questions)
     parts = [split(tokenizer, question, config.video_token_index) for question in questions]
     video, positions = view.num_frames * frame_tokens(config), config.text_config.max_position_embeddings

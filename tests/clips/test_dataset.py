@@ -74,7 +74,7 @@ def test_an_index_of_another_name_is_found_and_output_files_are_not(folder):
 
 def test_raw_events_serve_where_there_are_no_pictures(folder):
     (folder / "event_npy" / "town_00_a").mkdir(parents=True)
-    events = {name: np.arange(25, dtype=np.uint16) % 5 for name in "xytp"}
+    events = {name: np.arange(25, dtype=np.uint16) % {"p": 2, "t": 25}.get(name, 5) for name in "xytp"}
     np.save(folder / "event_npy" / "town_00_a" / "000009.npy", events, allow_pickle=True)
     sample, = read_dataset(with_index(folder, [{"event_data": "town_00_a/000009.npy"}]))
     assert len(draft_pictures(sample, "first")) == 1

@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def test_frames_that_turn_out_larger_than_announced_are_not_decoded(tmp_path, mo
     monkeypatch.setattr(limits, "MAX_PIXELS", 100 * 100)
     seen = set()
     with contextlib.suppress(av.error.FFmpegError):                    # some versions end here, some go on
-        for frame in videos._decode(path):
+        for frame in videos._decode(path, 0, time.monotonic() + 60):
             seen.add((frame.width, frame.height))
     assert seen == {(64, 48)}
     with pytest.raises(MediaError):
@@ -192,13 +193,14 @@ NESTED = b"K\x01" + b"\x940h\0h\0\x86" * 0 + b"".join(b"q%ch%ch%c\x86" % (k, k, 
     "an attribute of the unpickler's own": b"cnumpy\n_reconstruct.__init__\n)R",
     "a set": b"(K\x01\x91", "an object made by its class": b"cnumpy\nndarray\n)\x81"}.items())
 def test_pickles_that_cheat_are_refused(tmp_path, name, operations):
-    with pytest.raises(MediaError, match="can't read the events"):
+    with pytest.raises(MediaError, match="can't read the event file"):
         read_events(event_file(tmp_path / "e.npy", operations))
 
 
 @pytest.mark.parametrize("protocol", [3, 4])
 def test_event_files_of_every_age_are_read(tmp_path, protocol):
-    columns = {name: np.arange(9, dtype=kind) for name, kind in (("x", "u2"), ("y", "u2"), ("t", "i8"), ("p", "u1"))}
+    columns = {name: np.arange(9, dtype=kind) for name, kind in (("x", "u2"), ("y", "u2"), ("t", "i8"))}
+    columns["p"] = np.arange(9, dtype="u1") % 2
     more = {"time_start": np.int64(2**40), "duration_ms": 0.5, "indices": [1], "name": "é", "no": None, "yes": True}
     array = np.array({**columns, **more}, dtype=object)
     np.save(tmp_path / "e.npy", array, allow_pickle=True)
