@@ -209,7 +209,7 @@ def proposing(decoders: dict, draft: list[int], answer: list[int], question: lis
 
 def simulated(pairs: Pairs, task: Task) -> dict:
     """{drafter: (N, T) bool hits} of each drafter that has a simulated twin."""
-    from acceptance.metrics import stream
+    from acceptance.simulation import stream
 
     parts = SimulationParts(task.adapter, pairs, training_answers=task.answers, memory_share={"hybrid": task.share})
     drafters = {name: entry.make_simulated(parts) for name, entry in LIVE.items()}
@@ -241,7 +241,7 @@ def totals(rows: list[dict]) -> dict:
 
 def summarise(runs: dict, part: int, hits: dict, pairs: Pairs, task: Task, config: Config) -> None:
     """Add to each run its totals, on the part too, its simulated tau, and how much faster than its peers it is."""
-    from acceptance.metrics import simulate
+    from acceptance.simulation import simulate
 
     gamma = MAX_GAMMA if config.gamma == "auto" else int(config.gamma)
     lengths = pairs.lengths("target")
