@@ -193,21 +193,18 @@ def evaluate(adapter, trained: Trained | None, data: Data, config: TrainConfig, 
 
     On validation it is the selected adapter, which never trained on those pairs.
     """
-    import acceptance.metrics as acceptance
-    from drafting.baselines import commonest_tokens
+    from acceptance.comparison import measure_adapter
+    from acceptance.evaluation import Selected, measure_drafters
     from drafting.table import SimulationParts
 
-    max_seq_len, samples = adapter.config.max_seq_len, samples_to_measure(adapter, config, device)
+    samples = samples_to_measure(adapter, config, device)
     metrics, test = {}, shortened(data.test, samples)
     for name, pairs in (("train", data.train), ("validation", data.validation), ("test", test)):
         if pairs:
             pairs = pairs if name == "validation" else shortened(pairs, samples)
             model = (trained.selected if name == "validation" else adapter).to(device)
             known = data.all_train if name == "test" else data.train
-            commonest = commonest_tokens(known, max_seq_len) if known else None
-            top1, top5, loss = acceptance.predict(
-                model, acceptance.TokenTensors.of(pairs, max_seq_len, device), config.batch_size)
-            metrics[name] = {"loss": loss, **acceptance.compare(top1, top5, pairs, commonest)}
+            metrics[name] = measure_adapter(model, pairs, known, config.batch_size, name)
     if len(test) < len(data.test):
         log(f"drafters | on {len(test)} of {len(data.test)} test pairs, the first clips of every sequence; "
             "--max_test_samples -1 measures all")
@@ -215,8 +212,8 @@ def evaluate(adapter, trained: Trained | None, data: Data, config: TrainConfig, 
         device.type == "cuda" or adapter.num_parameters() < SMALL_ADAPTER)
     parts = SimulationParts(adapter, test, data.all_train, prefix_adapter=trained and trained.prefix,
                             streaming=config.stream, online=online and config.stream, seed=config.seed)
-    selected = trained and acceptance.Selected(trained.selected, data.train, data.validation)
-    metrics["test"].update(acceptance.measure_drafters(parts, selected), whole_test=len(data.test))
+    selected = trained and Selected(trained.selected, data.train, data.validation)
+    metrics["test"].update(measure_drafters(parts, selected), whole_test=len(data.test))
     return metrics
 
 

@@ -74,7 +74,7 @@ def read_answers(config: Config, task: Task) -> Pairs:
 
 def simulated_hits(pairs: Pairs, task: Task) -> dict:
     """{drafter: (N, T) bool, whether its first proposal is right} of each drafter that has a simulated twin."""
-    from acceptance.metrics import stream
+    from acceptance.simulation import stream
 
     live = task.parts
     parts = SimulationParts(live.adapter, pairs, training_answers=live.training_answers,

@@ -29,7 +29,7 @@ def summarise(results: dict, task: Task, hits: dict[str, np.ndarray], lengths: n
 
     hits: of the simulated drafters, (N, T) bool; lengths: (N,) tokens of the answers.
     """
-    from acceptance.metrics import simulate
+    from acceptance.simulation import simulate
 
     runs, part = results["runs"], results["peer_answers"]
     gamma = MAX_GAMMA if results["gamma"] == AUTO else int(results["gamma"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import acceptance.metrics as acceptance
+from acceptance.simulation import stream
 from base import UserError
 from decoding.contracts import NO_TOKEN
 from decoding.limits import Limits
@@ -242,7 +242,7 @@ def test_live_decoding_needs_the_passes_that_simulation_foretells(world, kind, g
     else:
         simulated = Adapter(adapter, test)
         drafter = LiveDraftAdapter(adapter) if kind == "draft" else LiveAdapter(adapter)
-    wanted = acceptance.stream(simulated, test)["simulated"]
+    wanted = stream(simulated, test)["simulated"]
     found = live(drafter, world, gamma)
     passes, tokens = sum(len(one.accepted) for one in found), sum(len(one.tokens) for one in found)
     assert tokens / passes == pytest.approx(wanted[str(gamma)]["tau"])
