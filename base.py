@@ -194,14 +194,17 @@ class Progress:
 
 
 # -------------------------------------------------------------------------------- config -> flags
-def option(default, help: str):
-    """A config field with its help text; the default is what the program does when you say nothing."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default, help: str, answers: str | None = None):
+    """A config field with its help text; the default is what the program does when you say nothing.
+
+    answers: whose answers depend on it: "draft", "target" or "both". What goes on with answers compares these fields.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "answers": answers})
 
 
-def required(help: str, positional: bool = False):
+def required(help: str, positional: bool = False, answers: str | None = None):
     """A config field that has no default: a flag that must be given, or a bare value if positional."""
-    return dataclasses.field(metadata={"help": help, "positional": positional})
+    return dataclasses.field(metadata={"help": help, "positional": positional, "answers": answers})
 
 
 # More than that is a slip of the hand, which would be found out only when the memory is full.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import secrets
@@ -25,12 +26,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from base import UserError, log
-from machine.files import check_plain, sync_folder, write_whole
+from machine.files import check_format, check_plain, write_whole
 
 FORMAT = 2                     # format 1 had neither a format number, nor "run", nor "of"
 CRC = b', "crc": '             # in front of each line's checksum, its last item
 BEGINNINGS = (b'{"format": ', b'{"settings": ')              # of a first line: now, and in format 1
-# Longer lines are damage. An answer of 2^15 tokens takes 3 MiB, a first line with digests of a million clips 100 MiB.
+# Longer lines are damage. An answer of 2^15 tokens takes 3 MiB, the digests of a million clips 100 MiB.
 MAX_LINE, MAX_FIRST_LINE = 2**24, 2**28
 START_AFRESH = "start afresh with --restart"
 
@@ -49,39 +50,42 @@ class Counts:
 class JournalFile:
     """One journal on the disk, written by one process at a time (machine.files.only_writer)."""
 
+    writer: io.FileIO              # both are opened by `begin`
+    reader: BinaryIO
+
     def __init__(self, path: Path, is_entry: Callable[[dict], bool]):
         """is_entry: whether a value is of a kind that this journal holds behind its first line."""
         check_plain(path, follow=False)
         self.path, self.is_entry = path, is_entry
-        self.head: dict | None = None              # the first line's value; None: there is none yet
+        self.head: dict = {}                       # the first line's value; empty: there is none yet
         self.checksum = 0                          # of the first line
         self.counts = Counts()
-        self.writer: BinaryIO | None = None
-        self.reader: BinaryIO | None = None
+        self.opened = contextlib.ExitStack()
 
     # ------------------------------------------------------------------------------------------- opening
     def lines(self) -> Iterator[tuple[int, dict]]:
-        """Read the first line into `head`, then yield (offset, value) of each good line. Changes nothing on the disk.
+        """Read the first line into `head`, then yield (offset, value) of each good line.
 
-        Raises UserError where nothing tells what the lines belong to.
+        Changes nothing on the disk. Raises UserError where nothing tells what the lines belong to.
         """
-        self.head, self.counts = None, Counts()
+        self.head, self.counts = {}, Counts()
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size                     # a file that grows is not followed for ever
+            size = os.fstat(file.fileno()).st_size                     # what is appended later is not read
             first = file.readline(min(size, MAX_FIRST_LINE))
             if not self._read_first(first, size):
                 return
             offset = self.counts.end = len(first)
             while offset < size:
-                line = file.readline(min(size - offset, MAX_LINE))     # an endless line comes in parts: all damaged
+                line = file.readline(min(size - offset, MAX_LINE))     # a longer line: in damaged parts
                 if (value := self._judge(line, offset)) is not None:
                     yield offset, value
                 offset += len(line)
         if self.counts.foreign and not self.counts.good:
-            raise UserError(f"{self.path}: none of its {self.counts.foreign} lines belongs to its first line, which is "
-                            f"of another run; put the right first line back, or {START_AFRESH}")
+            raise UserError(
+                f"{self.path}: none of its {self.counts.foreign} lines belongs to its first line, "
+                f"which is of another run; put the right first line back, or {START_AFRESH}")
 
     def _read_first(self, line: bytes, size: int) -> bool:
         """Take the first line; False for one that the machine did not finish."""
@@ -89,9 +93,9 @@ class JournalFile:
         if head is None or "of" in head:
             if len(line) == size and is_unfinished(line):
                 return False
-            raise UserError(f"{self.path}: the first line of this journal is damaged, so nobody knows what its lines "
-                            f"belong to; {START_AFRESH}")
-        check_format(self.path, head)
+            raise UserError(f"{self.path}: the first line of this journal is damaged, so nobody knows "
+                            f"what its lines belong to; {START_AFRESH}")
+        check_format(self.path, head.get("format"), FORMAT)
         self.head, self.checksum = head, checksum_of(line)
         return True
 
@@ -119,23 +123,23 @@ class JournalFile:
         return not self.counts.foreign and "of" not in value and "settings" not in value
 
     def begin(self, head: dict, values: Iterable[dict] = ()) -> bool:
-        """Give the file this first line, drop the bad lines, and open it. Call it after `lines` has come to its end.
+        """Give the file this first line, drop the bad lines, and open it; first read all `lines`.
 
-        values: what a file that did not exist begins with, written whole. True if the offsets that `lines` gave have
-        changed: read them again.
+        values: further lines, for a file that did not exist before; the file is written whole.
+        Returns whether the offsets that `lines` gave have changed and must be read again.
         """
         if bad := self.counts.damaged + self.counts.foreign:
-            log(f"journal | WARNING | {self.path} | {bad} lines are dropped, to be done again: {self.counts.damaged} "
-                f"torn or damaged, {self.counts.foreign} of another run")
-        there = {key: value for key, value in (self.head or {}).items() if key != "run"}
+            log(f"journal | WARNING | {self.path} | {bad} lines are dropped, to be done again: "
+                f"{self.counts.damaged} torn or damaged, {self.counts.foreign} of another run")
+        there = {key: value for key, value in self.head.items() if key != "run"}
         anew = there != {"format": FORMAT, **head} or self.counts.bad_inside
         if anew:
             self._write_anew(head, values)
         else:
             os.truncate(self.path, self.counts.end)
         # Without a buffer: what a full disk refuses must not be tried again, later, by close().
-        self.writer = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        self.reader = open(self.path, "rb")  # noqa: SIM115 - closed by close()
+        self.writer = self.opened.enter_context(open(self.path, "ab", buffering=0))  # noqa: SIM115
+        self.reader = self.opened.enter_context(open(self.path, "rb"))  # noqa: SIM115
         return anew
 
     def _write_anew(self, head: dict, values: Iterable[dict]) -> None:
@@ -152,20 +156,17 @@ class JournalFile:
                     file.write(line_of(value, checksum_of(first)))
 
         write_whole(self.path, write)
-        self.head, self.checksum = value_of(first), checksum_of(first)
+        self.head, self.checksum = value_of(first) or {}, checksum_of(first)
 
     # ------------------------------------------------------------------------------------------- open
     def append(self, values: list[dict]) -> list[int]:
-        """Put the values on the disk, all or none, and return the offset of each line.
-
-        Raises UserError, after writing, when the file is not in its place any more.
-        """
-        lines, offsets, offset = [line_of(value, self.checksum) for value in values], [], self.writer.tell()
+        """Put the values on the disk, all or none; returns the offset of each line. Call check_place after it."""
+        lines = [line_of(value, self.checksum) for value in values]
+        offsets, offset = [], self.writer.tell()
         self._write(b"".join(lines))
         for line in lines:
             offsets.append(offset)
             offset += len(line)
-        self.check_place()
         return offsets
 
     def _write(self, data: bytes) -> None:
@@ -176,35 +177,32 @@ class JournalFile:
                 left = left[self.writer.write(left):]
             os.fsync(self.writer.fileno())
         except BaseException as error:
-            failed = isinstance(error, OSError)
-            if failed or left:
-                with contextlib.suppress(OSError):               # if this fails too, the next start cuts it off
+            if left or isinstance(error, OSError):
+                with contextlib.suppress(OSError):       # if this fails too, the next start cuts it off
                     self.writer.truncate(end)
-            if failed:
-                error.filename = str(self.path)                  # a failed write doesn't say of which file
+            if isinstance(error, OSError):
+                error.filename = str(self.path)          # a failed write doesn't say of which file
             raise
 
     def check_place(self) -> None:
-        """A UserError when the path leads to another file or none: what is written would be lost, or not be found."""
+        """A UserError when another file or none is at the path: what is written would be lost or not be found."""
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(self.writer.fileno()), os.stat(self.path)):
                 return
-        raise UserError(f"{self.path} was removed or renamed while it is written: put it (or its folder) back and give "
-                        "the same command again; what is there then is kept")
+        raise UserError(f"{self.path} was removed or renamed while this run writes it: put it (or its folder) "
+                        "back and give the same command again, which goes on with what it finds there")
 
     def read(self, offset: int) -> dict:
         """The value of the line at this offset."""
         self.reader.seek(offset)
         value = value_of(self.reader.readline(MAX_LINE))
         if value is None or value.pop("of", None) != self.checksum:
-            raise UserError(f"{self.path}: a line has changed since it was written; the same command, given again, "
-                            "drops it")
+            raise UserError(f"{self.path}: a line has changed since it was written; "
+                            "the same command, given again, drops it")
         return value
 
     def close(self) -> None:
-        for file in (self.writer, self.reader):
-            if file:
-                file.close()
+        self.opened.close()
 
 
 # ------------------------------------------------------------------------------------------------- lines
@@ -241,10 +239,3 @@ def is_unfinished(line: bytes) -> bool:
     """Whether this is a first line that the machine did not finish: nothing was appended to it."""
     begun = any(line.startswith(beginning[:len(line)]) for beginning in BEGINNINGS)
     return not line.endswith(b"\n") and (begun or not line.strip(b"\0"))
-
-
-def check_format(path: Path, head: dict) -> None:
-    number = head.get("format", 1)
-    if type(number) is not int or not 1 <= number <= FORMAT:
-        raise UserError(f"{path} has format {number!r}, this version reads formats up to {FORMAT}: it was written by a "
-                        "newer version of the suite; use that one")

@@ -12,14 +12,14 @@ import collections
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from base import UserError, log
+from machine.files import check_plain
 from machine.journal import START_AFRESH, JournalFile
 
 Content = dict[str, dict[str, str]]              # model -> clip's key -> digest of the files that the model sees
-UNKNOWN = "unknown"                              # a revision that tells nothing; no two of them are equal
 FACTS = {"model": str, "vocab_size": int}        # a line with facts of a loaded model
 ANSWER = {"model": str, "key": str, "question_idx": int, "tokens": list, "text": str, "finished": bool}
 
@@ -70,6 +70,13 @@ class Journal:
     def path_of(output_file: Path) -> Path:
         return output_file.with_name(f".{output_file.name}.journal.jsonl")
 
+    @classmethod
+    def discard(cls, output_file: Path) -> None:
+        """Remove the journal of this output, if there is one."""
+        path = cls.path_of(output_file)
+        check_plain(path, follow=False)
+        path.unlink(missing_ok=True)
+
     def __len__(self) -> int:
         return sum(map(len, self.places.values()))
 
@@ -89,7 +96,7 @@ class Journal:
 
     def _check(self, settings: dict[str, Setting], content: Content) -> Content:
         """The digests in the first line; a UserError when answers there depend on what is different now."""
-        head = self.file.head or {}
+        head = self.file.head
         there, before = head.get("settings", {}), head.get("clips", {})
         if not isinstance(there, dict) or not is_content(before):
             raise UserError(f"{self.path} is no journal of an extraction; {START_AFRESH}")
@@ -103,7 +110,7 @@ class Journal:
 
     def _changed_clips(self, before: Content, content: Content) -> str:
         """Which answered clips had other files then, in words. What is known of one time only is not compared."""
-        changed = {}
+        changed: dict[str, None] = {}
         for (model, _), keys in self.places.items():
             then, now = before.get(model, {}), content.get(model, {})
             changed |= {f"{key} ({model})": None for key in keys
@@ -112,20 +119,16 @@ class Journal:
             return ""
         return f"the files of {len(changed)} answered clips have changed, the first: {next(iter(changed))}"
 
-    def check_model(self, facts: dict) -> None:
-        """A UserError when the model's answers so far are of other weights: a path can hold others by now."""
-        then, now = self.models.get(facts["model"], facts), facts
-        if not any(model == facts["model"] for model, _ in self.places):
-            return
-        if UNKNOWN in (then.get("revision"), now["revision"]) or then.get("revision") != now["revision"]:
-            raise UserError(f"{self.path} has answers of other weights of {facts['name']} ({then.get('revision')} there, "
-                            f"{now['revision']} now); choose another --output_file, or {START_AFRESH}")
-
     # ------------------------------------------------------------------------------------------ answers
     def append(self, entries: list[dict]) -> None:
         """Put entries on the disk, then note where they are."""
         for entry, offset in zip(entries, self.file.append(entries)):
             self._take(entry, offset)
+        self.file.check_place()
+
+    def has_any(self, model: str) -> bool:
+        """Whether this model has answered anything."""
+        return any(answering == model for answering, _ in self.places)
 
     def has(self, model: str, sample_key: str, question_number: int) -> bool:
         """Whether this model has answered this question about this sample."""

@@ -189,6 +189,17 @@ def check(name: str | Path, questions: list[str], view: View, max_new_tokens: in
                   (config.max_positions, config.text_config.max_position_embeddings))
 
 
+def revision(name: str | Path) -> str:
+    """See vlm.roles.Role.revision."""
+    return revision_of(*read_config(name))
+
+
+def revision_of(config: EventGPTConfig, pixels: PixelSettings, checkpoint: Checkpoint) -> str:
+    """The tower's settings may come from a folder beside the checkpoint's: what they say belongs to the content."""
+    tower = {key: getattr(config.vision_config, key) for key in (*CLIP_L_336, "layer_norm_eps")}
+    return checkpoint.revision(json.dumps([tower, dataclasses.asdict(pixels)], sort_keys=True, default=str))
+
+
 def split(tokenizer, query: str) -> tuple[list[int], list[int]]:
     """The prompt's ids before and after the pictures' tokens."""
     ids = prompt_ids(tokenizer, query)
@@ -215,10 +226,8 @@ class EventGPT(LoadedModel):
                 f"the tokenizer's {len(tokenizer)} ids")
             model.language_model.resize_token_embeddings(len(tokenizer))
         log(f"load | {name} | weights {weights_mib(model):,.1f} MiB")
-        # The tower's settings may come from a folder beside the checkpoint's: what they say belongs to the content.
-        tower = {key: getattr(config.vision_config, key) for key in (*CLIP_L_336, "layer_norm_eps")}
-        seen = json.dumps([tower, dataclasses.asdict(pixels)], sort_keys=True, default=str)
-        return EventGPT(model, tokenizer, pixels, runtime, checkpoint.revision(seen), tuple(checkpoint.eos_ids()))
+        revision = revision_of(config, pixels, checkpoint)
+        return EventGPT(model, tokenizer, pixels, runtime, revision, tuple(checkpoint.eos_ids()))
 
     def answer(self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int) -> list[Answer]:
         """One greedy answer per row; rows may differ in query, not in the number of pictures."""

@@ -93,6 +93,11 @@ def check(name: str | Path, questions: list[str], view: View, max_new_tokens: in
                   (positions, positions))
 
 
+def revision(name: str | Path) -> str:
+    """See vlm.roles.Role.revision."""
+    return read_config(name)[2].revision()
+
+
 def split(tokenizer, query: str, video_id: int) -> tuple[list[int], list[int]]:
     """The prompt's ids before and after the video's."""
     ids = prompt_ids(tokenizer, query, 1)
