@@ -139,8 +139,7 @@ def main() -> None:
     task = read_task(config.task, config.memory or [])
     roles = [DRAFT, TARGET] if needs_draft_model(config, task) else [TARGET]
     clips = open_clips(config)
-    for role in roles:
-        role.check(str(getattr(config, role.flag)), clips.questions, config.view, config.max_new_tokens)
+    revisions = {role: check_unloaded(role, config, task, clips.questions) for role in roles}
     runtime = Runtime.choose(config.device, config.dtype, config.quantization)
     beside = Runtime.choose(config.draft_device, config.dtype, config.quantization) if config.draft_device != "auto" \
         else runtime
@@ -149,6 +148,8 @@ def main() -> None:
     with open_journal(config.output_folder or hidden_folder(task.folder, settings), settings, clips.content,
                       config.restart) as journal:
         goes_on_with([word for word in sys.argv if word != "--restart"])
+        for role, revision in revisions.items():
+            journal.check_revision(role, str(getattr(config, role.flag)), revision)
         stages = Stages(task, clips, journal, DRAFT in roles, runtime, beside)
         parallel = decode_all(config, stages, draft_all(config, stages))
         folder = results_folder(task, journal, config.output_folder)
@@ -173,6 +174,17 @@ def needs_draft_model(config: DecodeConfig, task: Task) -> bool:
         log(f"decode | {config.drafter} reads nothing of EventGPT's answers: EventGPT runs only to be timed; leave out "
             "--draft_model to save that")
     return config.draft_model is not None
+
+
+def check_unloaded(role: Role, config: DecodeConfig, task: Task, questions: list[str]) -> str:
+    """Check all of a role's model that can be known before it is loaded; its revision."""
+    from decoding.task import check_model
+
+    name = str(getattr(config, role.flag))
+    role.check(name, questions, config.view, config.max_new_tokens)
+    revision = role.revision(name)
+    check_model(task, role, name, {"revision": revision})
+    return revision
 
 
 def open_clips(config: DecodeConfig) -> Clips:
@@ -213,14 +225,14 @@ def facts_of(config: DecodeConfig, settings: dict) -> dict:
 # ------------------------------------------------------------------------------------------------- stages
 @contextlib.contextmanager
 def loaded(role: Role, config: DecodeConfig, stages: Stages, runtime: Runtime) -> Iterator[VisionLanguageModel]:
-    """A role's model, which must be that of the task and of the journal; unloaded at the end."""
+    """A role's model, of the vocabulary that the task was trained for; unloaded at the end."""
     from decoding.task import check_model
 
     name = str(getattr(config, role.flag))
     model = role.load(name, runtime)
-    facts = {"name": name, "revision": model.revision, "vocab_size": model.vocab_size}
-    check_model(stages.task, role, name, facts)
-    stages.journal.check_model(role, facts)
+    check_model(stages.task, role, name, {"vocab_size": model.vocab_size})
+    stages.journal.check_revision(role, name, model.revision)
+    stages.journal.add({"model": role.name, "facts": model.facts(name)})
     try:
         yield model
     finally:

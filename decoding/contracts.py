@@ -50,4 +50,7 @@ class Target(Protocol):
         """
 
     def not_numbers(self) -> Exception:
-        """The error for an answer that needs a token where the logits are not finite; it names the dtype."""
+        """The error for an answer that needs a token where the logits are not finite; it names the dtype.
+
+        Proposals of the same pass may have spoilt them: weight 0 times NaN is NaN. Ask again without them first.
+        """

@@ -152,15 +152,13 @@ class DecodingJournal:
             raise UserError(f"{self.path} is the journal of another decoding ({differs}); give that command again, "
                             f"choose another --output_folder, or {START_AFRESH}")
 
-    def check_model(self, role: Role, facts: dict) -> None:
-        """Note the facts of a loaded model; a UserError where answers are there that another one gave."""
-        there = self.facts.get(role.name, facts)
-        done = self.drafts if role.role == "draft" else self.answers
-        if done and not same_weights(there.get("revision"), facts["revision"]):
-            raise UserError(f"{self.path} has answers of other weights of {facts['name']} ({there.get('revision')} "
-                            f"there, {facts['revision']} now); put the former model back, or {START_AFRESH}")
-        if role.name not in self.facts or not done:
-            self.add({"model": role.name, "facts": facts})
+    def check_revision(self, role: Role, name: str, revision: str) -> None:
+        """A UserError where answers are there that a model of another revision gave."""
+        recorded = self.facts.get(role.name, {}).get("revision")
+        answered = self.drafts if role.role == "draft" else self.answers
+        if answered and not same_weights(recorded, revision):
+            raise UserError(f"{self.path} has answers of other weights of {name} ({recorded} there, {revision} now); "
+                            f"put the former model back, or {START_AFRESH}")
 
     # ------------------------------------------------------------------------------------------- entries
     def add(self, entry: dict) -> None:

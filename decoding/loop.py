@@ -73,8 +73,11 @@ def decode(target: Target, drafter: Drafter, limits: Limits, price: Callable[[],
         start = time.perf_counter()
         proposed = proposals(drafter, decoded.tokens, limits, price(), target.vocab_size)
         drafted = time.perf_counter()
-        following = next_pass(target, decoded.tokens, proposed)
-        emitted = limits.cut(rule(decoded.tokens, proposed, following))
+        emitted = limits.cut(rule(decoded.tokens, proposed, next_pass(target, decoded.tokens, proposed)))
+        if NO_TOKEN in emitted and proposed:
+            # Logits that are no numbers behind one proposal can spoil those before it in the same pass.
+            proposed = []
+            emitted = limits.cut(rule(decoded.tokens, proposed, next_pass(target, decoded.tokens, proposed)))
         if NO_TOKEN in emitted:
             raise target.not_numbers()
         decoded.add_pass(proposed, emitted, drafted - start, time.perf_counter() - drafted)

@@ -37,16 +37,18 @@ class Sampling:
         self.temperature, self.generator = temperature, torch.Generator().manual_seed(seed)
         self.noise: dict[int, torch.Tensor] = {}         # position -> (V,) float64
         self.positions = 0                               # positions of this answer that have been given noise
+        self.is_begun = False                            # whether this answer has a token
 
     def __call__(self, answer: list[int], proposed: list[int], following: Following) -> list[int]:
-        if not answer:
-            self.noise, self.positions = {}, 0
+        if not answer and self.is_begun:                 # a new answer
+            self.noise, self.positions, self.is_begun = {}, 0, False
+        self.noise = {position: row for position, row in self.noise.items() if position >= len(answer)}
         logits = following.logits.double().cpu()
         noise = torch.stack([self._noise_at(len(answer) + k, logits.shape[-1]) for k in range(len(logits))])
         is_number = logits.amax(-1).isfinite()           # the largest of logits with a NaN is NaN
         drawn = (logits / self.temperature + noise).argmax(-1).where(is_number, NO_TOKEN).tolist()
         emitted = drawn[:matching(proposed, drawn) + 1]
-        self.noise = {at: row for at, row in self.noise.items() if at >= len(answer) + len(emitted)}
+        self.is_begun = self.is_begun or NO_TOKEN not in emitted
         return emitted
 
     def _noise_at(self, position: int, vocab_size: int) -> torch.Tensor:

@@ -105,10 +105,10 @@ def recorded_models(results: dict) -> dict[str, list[dict]]:
 def check_model(task: Task, role: Role, name: str, facts: dict) -> None:
     """A UserError unless the adapter was trained on answers of this model, as far as its pair files tell.
 
-    facts: vocab_size and revision, as the loaded model has them.
+    facts: vocab_size and revision of the model, or one of both.
     """
     for recorded in task.models.get(role.name, ()):
-        for key in ("vocab_size", "revision"):
+        for key in [key for key in ("vocab_size", "revision") if key in facts]:
             trained, loaded = recorded.get(key), facts[key]
             if trained is None:                                        # of a version that did not record it
                 continue

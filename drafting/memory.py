@@ -16,10 +16,11 @@ import numpy as np
 from base import UserError
 from drafting.contract import NOTHING, TOP, NoDrafts
 from drafting.table import LiveParts, SimulationParts
-from machine.files import check_plain, write_whole
+from machine.files import check_format, check_plain, write_whole
 from pairs.formats import Pairs
 from pairs.splits import clip_order
 
+FORMAT = 1                           # of memory.npz; absent: of versions before formats were counted
 # Chosen on the training drives of 1,100 real 1s pairs, leaving one drive out at a time (WORKFLOW.md, section 6).
 MAX_ORDER = 12                       # tokens of the longest context
 TRAINING_WEIGHT = 0.05               # a training answer counts 1/20 of an answer verified in this stream
@@ -149,7 +150,7 @@ def save_memory(answers: Iterable[list[int]], path: Path) -> None:
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, target=target, target_start=start)
+            np.savez_compressed(file, target=target, target_start=start, format=np.int32(FORMAT))
 
     write_whole(path, write)
 
@@ -163,10 +164,12 @@ def load_memory(path: Path) -> list[list[int]]:
                 raise ValueError(f"it unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
             flat, start = arrays["target"], arrays["target_start"]
+            number = int(arrays["format"]) if "format" in arrays else None
         if (flat.dtype != np.int32 or start.dtype.kind != "i" or start.ndim != 1 or (np.diff(start) < 0).any()
                 or flat.ndim != 1 or start[0] != 0 or start[-1] != len(flat) or flat.min(initial=0) < 0):
             raise ValueError("its arrays don't fit together")
     except Exception as error:      # a torn or hostile archive can raise nearly anything
         raise UserError(f"{path} is not the memory of a task: {error}; wanted a memory.npz of training or decoding, "
                         "or leave it out") from error
+    check_format(path, number, FORMAT)
     return [flat[a:b].tolist() for a, b in itertools.pairwise(start)]

@@ -194,7 +194,3 @@ class Prompted:
     def keep(self, tokens: int) -> None:
         """Forget all but the prompt and so many tokens of the answer. Read `best` of the last pass first."""
         self.steps.rollback(self.embeds.shape[1] + tokens)
-
-    def not_numbers(self) -> NotNumbers:
-        """The error for an answer that needs a token where the logits are none."""
-        return NotNumbers(self.steps.dtype)
