@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from base import log, option, parse_config, required, run
-from drafting.table import STYLES
+from drafting.table import styles
 from reports.blocks import number, percent
 from reports.charts import CURVES, DECODE_CHARTS, DRAFTER_CURVES
 from reports.decode_figures import REDO, one_line, read_decoding
@@ -83,7 +83,7 @@ def main() -> None:
             if (folder / "decode.json").exists():
                 write_decode_report(folder)
             else:
-                write_report(folder, STYLES)
+                write_report(folder, styles())
     elif wrong := summary(config.tasks):
         log(f"ERROR | {wrong} decoded answers are not the target's own: see WRONG in DECODE.md")
         sys.exit(3)

@@ -39,7 +39,9 @@ from base import (
 )
 from machine.files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
 from pairs.splits import MAX_VOCAB_SIZE, Data, load_data, shortened
-from reports.task_report import MEASURE, one_line, write_report
+from drafting.table import styles
+from reports.task_figures import REMEASURE, one_line
+from reports.task_report import write_report
 
 if TYPE_CHECKING:          # torch is imported only after the flags are read
     from training.loop import Trained
@@ -143,10 +145,10 @@ def resumed(config: TrainConfig) -> TrainConfig | None:
         raise UserError(f"{path} is not the results.json of train_and_evaluate.py")
     if not found.get("unfinished"):
         if not (config.resume / "RESULTS.md").exists():              # it was stopped while the page was made
-            with reading(path, MEASURE):
-                write_report(config.resume, plots=config.plots)
+            with reading(path, REMEASURE):
+                write_report(config.resume, styles(), plots=config.plots)
         (config.resume / "resume.pt").unlink(missing_ok=True)
-        with reading(path, MEASURE):
+        with reading(path, REMEASURE):
             log(f"RESULT | {config.resume} | finished before: {one_line(found)}")
         return None
     given = {"device": config.device} if config.device != "auto" else {}
@@ -281,7 +283,7 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
         "seconds": {"until_trained": trained_s, "all": time.monotonic() - start},
     }
     write_json(task / "results.json", results)
-    write_report(task, plots=config.plots)
+    write_report(task, styles(), plots=config.plots)
     resume.remove()
     goes_on_with([])
     log(f"RESULT | {task} | {one_line(results)}")
