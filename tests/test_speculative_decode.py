@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -10,21 +11,25 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import decoding.answers
 import decoding.parallel
 import decoding.rules
 import speculative_decode
+import vlm.roles
 from base import UserError
 from decoding.clips import in_order
 from decoding.costs import Pace
 from decoding.loop import Decoded
+from decoding.results import without_nan
 from decoding.task import Task, check_model, read_task
 from decoding.verdict import judge
 from drafting.table import LIVE_NAMES, LiveParts
 from machine.files import only_writer
 from token_adapter import AdapterConfig, TokenAdapter, save_adapter
 from vlm.roles import ROLES
+from vlm.video_llava import VideoLlava
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +38,15 @@ def task(demo) -> Path:
     return next(folder for folder in demo.tasks.glob("1s_2*"))
 
 
-def run_main(monkeypatch, demo, task: Path, out: Path, *flags: str) -> dict:
+def run_main(monkeypatch, demo, task: Path, out: Path, *flags: str, without: tuple[str, ...] = ()) -> dict:
+    """without: flags that are left out, with their values."""
     arguments = ["--task", str(task), "--dataset_dir", str(demo.test_1s), "--output_folder", str(out),
                  "--draft_model", str(demo.models / "eventgpt"), "--target_model", str(demo.models / "video_llava"),
                  "--max_samples", "4", "--max_new_tokens", "80", "--num_workers", "1", "--device", "cpu",
                  "--no-plots", *flags]
+    for flag in without:
+        at = arguments.index(flag)
+        del arguments[at:at + 2]
     monkeypatch.setattr(sys, "argv", ["speculative_decode.py", *arguments])
     speculative_decode.main()
     return json.loads((out / "decode.json").read_text())
@@ -167,6 +176,148 @@ def test_the_price_of_a_second_counts_all_passes_but_the_prefill():
     pace.add(Decoded([1] * 4 + [2], [8], [5], draft_s=0.002, opening_s=0.002, prefill_s=0.3))     # EOS was proposed
     pace.add(Decoded([1], [0], [0], prefill_s=0.3))
     assert pace.price() == pytest.approx(500)
+
+
+# ------------------------------------------------------------------------------------------------ no numbers
+@pytest.fixture(scope="module")
+def unnamed_task(task, tmp_path_factory) -> Path:
+    """The task without a record of the models that it was trained for."""
+    other = tmp_path_factory.mktemp("unnamed") / "task"
+    shutil.copytree(task, other, ignore=shutil.ignore_patterns("decode_*"))
+    results = json.loads((other / "results.json").read_text())
+    for file in results["files"]["train"]:
+        file.pop("models", None)
+    (other / "results.json").write_text(json.dumps(results))
+    return other
+
+
+def overflowing(folder: Path, source: Path, value: float = 6e4) -> Path:
+    """A copy of a model whose first block scales up so far that float16 overflows; or holds this value."""
+    shutil.copytree(source, folder)
+    for file in folder.glob("*.safetensors"):
+        state = load_file(file)
+        for name in [name for name in state if name.endswith("layers.0.mlp.down_proj.weight")]:
+            weight = state[name].float()
+            state[name] = (weight * (value / weight.abs().max())).to(state[name].dtype).contiguous()
+        save_file(state, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("flags", [[], ["--compare"], ["--temperature", "1"], ["--gamma", "3"]], ids=" ".join)
+@pytest.mark.parametrize("model", ["video_llava", "eventgpt"])
+def test_when_no_answer_has_numbers_one_error_names_the_dtype(monkeypatch, demo, unnamed_task, tmp_path, flags, model):
+    folder = overflowing(tmp_path / model, demo.models / model)
+    flag = {"video_llava": "--target_model", "eventgpt": "--draft_model"}[model]
+    with pytest.raises(UserError, match=r"none of 4 clips .* in float16 are no numbers .*--dtype bfloat16 or float32"):
+        run_main(monkeypatch, demo, unnamed_task, tmp_path / "out", flag, str(folder), "--dtype", "float16", *flags)
+    assert not (tmp_path / "out" / "decode.json").exists() and not (tmp_path / "out" / "DECODE.md").exists()
+    if not flags:
+        run_main(monkeypatch, demo, unnamed_task, tmp_path / "out", flag, str(folder), "--max_samples", "1", "--restart")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_an_answer_without_numbers_fails_and_the_others_are_those_of_a_run_without_it(
+        monkeypatch, demo, task, tmp_path, dtype):
+    """NaN from the vision tower, in the middle of the run and at its first clip."""
+    wanted = run_main(monkeypatch, demo, task, tmp_path / "whole", "--compare", "--dtype", dtype)["answers"]
+    features, seen = VideoLlava.visual_features, []
+
+    def spoilt(self, pixels):
+        if (digest := float(pixels.double().sum())) not in seen:
+            seen.append(digest)
+        return features(self, pixels) * (torch.nan if seen.index(digest) in (0, 2) else 1)
+
+    monkeypatch.setattr(VideoLlava, "visual_features", spoilt)
+    results = run_main(monkeypatch, demo, task, tmp_path / "out", "--compare", "--dtype", dtype)
+    assert [row["tokens"] for row in results["answers"]] == [wanted[1]["tokens"], wanted[3]["tokens"]]
+    assert [(row["clip"], row["model"], row["question_idx"]) for row in results["failed"]] == [
+        (wanted[0]["clip"], "videollava", 0), (wanted[2]["clip"], "videollava", 0)]
+    assert all(f"in {dtype} are no numbers" in row["reason"] for row in results["failed"])
+    assert sum(results["totals"]["verdicts"].values()) == 2 * (len(LIVE_NAMES) + 1)
+
+
+def test_a_nan_figure_is_null_in_decode_json():
+    value = {"a": [1.0, math.nan, (math.inf, -math.inf)], "b": {"c": 0, "d": "nan"}}
+    assert without_nan(value) == {"a": [1.0, None, [None, None]], "b": {"c": 0, "d": "nan"}}
+
+
+def test_one_token_each_shows_no_speed_up(monkeypatch, demo, task, tmp_path):
+    results = run_main(monkeypatch, demo, task, tmp_path / "out", "--compare", "--max_new_tokens", "1")
+    page = (tmp_path / "out" / "DECODE.md").read_text()
+    assert results["totals"]["verdicts"] == {"exact": 4 * (len(LIVE_NAMES) + 1)}
+    assert "the speed of our own loop" not in page and "pays most" not in page and "no drafter pays" not in page
+
+
+# ------------------------------------------------------------------------------------------- without EventGPT
+@pytest.mark.parametrize("drafter", ["memory", "lookup", "none"])
+def test_a_drafter_that_reads_no_draft_needs_no_draft_model_and_no_event_pictures(
+        monkeypatch, demo, task, tmp_path, drafter):
+    data = tmp_path / "data"
+    shutil.copytree(demo.test_1s, data, ignore=shutil.ignore_patterns("event_image", "event_npy"))
+    flags = ["--drafter", drafter, "--gamma", "3", "--max_samples", "2"]
+    with_draft = run_main(monkeypatch, demo, task, tmp_path / "with", *flags)
+    without = run_main(monkeypatch, demo, task, tmp_path / "without", *flags, "--dataset_dir", str(data),
+                       without=("--draft_model",))
+    assert [row["tokens"] for row in without["answers"]] == [row["tokens"] for row in with_draft["answers"]]
+    assert without["totals"]["runs"][drafter]["passes"] == with_draft["totals"]["runs"][drafter]["passes"]
+    assert without["totals"]["eventgpt_s"] == 0 < with_draft["totals"]["eventgpt_s"]
+    assert "eventgpt" not in without["costs_ms"] and "eventgpt" not in without["models"]
+
+
+@pytest.mark.parametrize(("flags", "reason"), [(["--drafter", "copy"], "the drafters copy read"),
+                                               (["--compare"], "read EventGPT's answers"),
+                                               (["--drafter", "none", "--parallel"], "--parallel measures")])
+def test_without_a_draft_model_a_drafter_that_reads_drafts_is_refused(
+        monkeypatch, demo, task, tmp_path, flags, reason):
+    with pytest.raises(UserError, match=f"--draft_model is missing: .*{reason}"):
+        run_main(monkeypatch, demo, task, tmp_path / "out", *flags, without=("--draft_model",))
+
+
+# --------------------------------------------------------------------------------------- before any model loads
+@pytest.fixture
+def never_loaded(monkeypatch):
+    """Loading a model fails the test."""
+    def load(*_):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(vlm.roles.Role, "load", load)
+
+
+def half_of(source: Path, folder: Path, lacking: str) -> Path:
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(lacking))
+    return folder
+
+
+@pytest.mark.parametrize(("model", "lacking", "words"), [
+    ("video_llava", "*.safetensors", "has no weights"), ("video_llava", "tokenizer*", "has no tokenizer"),
+    ("eventgpt", "*.safetensors", "has no weights"), ("eventgpt", "tokenizer*", "has no tokenizer"),
+    ("video_llava", "config.json", "no config.json")])
+def test_half_a_download_is_said_before_any_model_is_loaded(
+        monkeypatch, demo, task, tmp_path, never_loaded, model, lacking, words):
+    flag = {"video_llava": "--target_model", "eventgpt": "--draft_model"}[model]
+    with pytest.raises(UserError, match=words):
+        run_main(monkeypatch, demo, task, tmp_path / "out", flag,
+                 str(half_of(demo.models / model, tmp_path / model, lacking)))
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--target_model", "demo/models/nope"], "no such model folder"),
+    (["--query", "What is <image> here?"], "<image>"), (["--query", "Where is <event>?"], "<event>"),
+    (["--max_new_tokens", "100000"], "positions"), (["--num_frames", "900"], "positions"),
+    (["--memory", "none.npz"], "not the memory of a task")])
+def test_mistakes_are_said_before_any_model_is_loaded(monkeypatch, demo, task, tmp_path, never_loaded, flags, words):
+    with pytest.raises(UserError, match=words):
+        run_main(monkeypatch, demo, task, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", ["video_llava", "eventgpt"])
+def test_other_weights_of_the_same_names_and_sizes_are_refused_before_any_model_is_loaded(
+        monkeypatch, demo, task, tmp_path, never_loaded, model):
+    flag = {"video_llava": "--target_model", "eventgpt": "--draft_model"}[model]
+    folder = overflowing(tmp_path / model, demo.models / model, 1.0)
+    with pytest.raises(UserError, match=r"was trained on answers of .* \(revision content .*has revision content"):
+        run_main(monkeypatch, demo, task, tmp_path / "out", flag, str(folder))
 
 
 # ----------------------------------------------------------------------------------------------- mistakes
