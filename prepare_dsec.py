@@ -37,7 +37,18 @@ import numpy as np
 from PIL import Image
 
 import clips.dsec as dsec
-from base import Progress, UserError, as_json, check_counts, log, now, option, parse_config, provenance, required, run
+from base import (
+    Progress,
+    UserError,
+    as_json,
+    check_counts,
+    log,
+    now,
+    option,
+    parse_config,
+    provenance,
+    required,
+)
 from clips.dataset import INDEX_FILE
 from clips.media import (
     MAX_SIDE,
@@ -50,6 +61,7 @@ from clips.media import (
     write_video,
 )
 from machine.files import make_folder, only_writer, read_json, write_json, write_text
+from machine.running import run
 
 MADE_FILE = "prepare_dsec.json"
 # What the files depend on: a folder that was begun with other values of these is not continued.

@@ -9,8 +9,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from base import log, option, parse_config, required, run
+from base import log, option, parse_config, required
 from machine.files import reading
+from machine.running import run
 from reports import decode_report
 from reports.task_report import (
     DRAFTER_PICTURES,

@@ -24,8 +24,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from base import Progress, UserError, as_json, check_counts, log, now, option, parse_config, provenance, required, run
+from base import (
+    Progress,
+    UserError,
+    as_json,
+    check_counts,
+    log,
+    now,
+    option,
+    parse_config,
+    provenance,
+    required,
+)
 from machine.files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
+from machine.running import run
 from pairs.splits import clip_order
 from reports.decode_report import one_line, totals, write_decode_report
 from reports.task_report import MEASURE

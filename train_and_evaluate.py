@@ -29,15 +29,14 @@ from base import (
     check_counts,
     duration_of,
     from_json,
-    goes_on_with,
     log,
     now,
     option,
     parse_config,
     provenance,
-    run,
 )
 from machine.files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
+from machine.running import goes_on_with, run
 from pairs.splits import MAX_VOCAB_SIZE, Data, load_data, shortened
 from reports.task_report import MEASURE, one_line, write_report
 
