@@ -121,7 +121,7 @@ def test_a_kill_stops_the_step_and_the_same_command_goes_on(demo, tmp_path):
     with pytest.raises(ProcessLookupError):                     # the whole group is gone: no orphan
         os.killpg(process.pid, signal.SIGKILL)
     kept = journal.read_bytes().count(b"\n")
-    assert kept > 5 and "the same command goes on" in log.read_text()
+    assert kept > 5 and "] RESUME | cd " in log.read_text().splitlines()[-1]
 
 
 def test_missing_data_sets_are_made_from_raw_recordings_and_others_are_left_alone(tmp_path):
@@ -159,7 +159,7 @@ def test_a_kill_stops_preparing_too(tmp_path):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.terminate()
-    assert process.wait(30) == 143 and "the same command goes on" in process.stdout.read()
+    assert process.wait(30) == 143 and "] RESUME | cd " in process.stdout.read()
     wait_until_gone(process.pid)
     assert not list((tmp_path / "data_root").rglob(".*.tmp.*")) and list((tmp_path / "data_root").rglob("0*.mp4"))
 
@@ -243,7 +243,7 @@ def test_two_workflows_in_one_folder_do_not_trample_each_other(tmp_path):
     stubbed.wait_until_begun(2, first)
     second = stubbed.start(LOCK_WAIT_S="0")                      # does not wait, and says who is there
     assert second.wait(60) == 2 and first.poll() is None
-    words = rf"ERROR \| another workflow is at work in .*/task \(process {first.pid} since 20\d\d-.*: wait for it"
+    words = rf"ERROR \| another workflow is at work in .*/task \(process {first.pid} on .* since 20\d\d-.*: wait for it"
     assert re.search(words, stubbed.log.read_text())
     third = stubbed.start(LOCK_WAIT_S="60")                      # waits, and finds everything done
     assert [first.wait(60), third.wait(60)] == [0, 0]
@@ -301,7 +301,7 @@ def test_the_end_of_the_terminal_is_survived_under_nohup_and_stops_it_otherwise(
     assert shell.wait(60) != 0
     wait_until_gone(shell.pid)
     assert len(stubbed.said("end")) == (STEPS if nohup else 1)
-    assert stubbed.log.read_text().count("stopping; the same command goes on") == (not nohup)
+    assert stubbed.log.read_text().count("RESUME | cd ") == (not nohup)
 
 
 @pytest.mark.faults
