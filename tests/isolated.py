@@ -113,7 +113,6 @@ class Readers:
     def __init__(self, folder: Path):
         import pairs.splits as splits  # noqa: F401
         import report as program
-        from reports import task_report as report
         import speculative_decode
         import training.loop as training
         from clips import dataset, media
@@ -121,6 +120,7 @@ class Readers:
         from machine.device import Runtime
         from pairs.formats import load_pairs
         from pairs.journal import Journal
+        from reports import task_report as report
         from token_adapter import load_adapter
         from training.checkpoints import Resume
         from vlm import video_llava
