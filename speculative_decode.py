@@ -22,10 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from base import UserError, as_json, check_counts, first_line, goes_on_with, log, option, parse_config, required, run
+from base import UserError, as_json, check_counts, first_line, log, option, parse_config, required
 from decoding.journal import hidden_folder, journal_of, open_journal
 from decoding.limits import PLAIN, check_gamma, limits_of
 from drafting.table import LIVE, LIVE_NAMES
+from machine.running import goes_on_with, run
 from vlm.roles import DRAFT, TARGET, View
 
 if TYPE_CHECKING:                  # torch is imported only after the flags are read

@@ -29,17 +29,16 @@ from base import (
     check_counts,
     duration_of,
     from_json,
-    goes_on_with,
     log,
     now,
     option,
     parse_config,
     provenance,
-    run,
 )
-from machine.files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
-from pairs.splits import MAX_VOCAB_SIZE, Data, load_data, shortened
 from drafting.table import styles
+from machine.files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
+from machine.running import goes_on_with, run
+from pairs.splits import MAX_VOCAB_SIZE, Data, load_data, shortened
 from reports.task_figures import REMEASURE, one_line
 from reports.task_report import write_report
 

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from base import ROOT, UserError, check_counts, log, option, run
+from base import ROOT, UserError, check_counts, log, option
 from machine.files import write_json
+from machine.running import run
 from pairs.formats import CHUNK, load_pairs, write_rows
 
 IDS, ANSWERS = 633, 997              # distinct ids, as in 1,100 real pairs; distinct answers, which come in turn

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from base import Progress, finishing, log
+from base import Progress, log
 from decoding.clips import Clips
 from decoding.costs import NOISE_OVER_ROUNDING, ModelCosts, Pace, measure_costs, rounding
 from decoding.decoder import Asked, Decoder, open_target
@@ -16,6 +16,7 @@ from decoding.loop import Decoded
 from decoding.rules import rule_of
 from decoding.verdict import judge
 from drafting.contract import Drafter, NoDrafts
+from machine.running import finishing
 from machine.timing import timed
 
 if TYPE_CHECKING:

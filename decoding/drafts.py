@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from base import Progress, finishing
+from base import Progress
 from decoding.clips import Clips
 from decoding.costs import measure_costs
 from decoding.decoder import Asked, Decoder, open_target
@@ -12,6 +12,7 @@ from decoding.journal import DecodingJournal
 from decoding.limits import Limits
 from decoding.loop import Decoded
 from drafting.contract import NoDrafts
+from machine.running import finishing
 from machine.timing import timed
 
 if TYPE_CHECKING:

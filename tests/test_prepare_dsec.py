@@ -25,7 +25,17 @@ from clips.prepared import blocks_of
 from clips.windows import Recipe, clips_of, window_starts
 from machine.files import only_writer
 from tests.conftest import wait_until_gone
-from tests.recordings import BAD, FIRST_US, GOOD, SIZE, SMALL, break_picture, number_of, painted, write_sequence
+from tests.recordings import (
+    BAD,
+    FIRST_US,
+    GOOD,
+    SIZE,
+    SMALL,
+    break_picture,
+    number_of,
+    painted,
+    write_sequence,
+)
 
 # Seconds from the first picture to the last of DSEC's test sequences, and their windows of 500ms, 1s, 2s and 4s. The
 # seconds are known to a tenth; zurich_city_14_c's published counts say that it is a hair shorter than its 59.5.
@@ -376,7 +386,7 @@ def test_blocks_are_neighbours_of_one_sequence_and_frames_are_decoded_once(prepa
 def test_a_missing_package_is_one_clear_line(one, package, tmp_path):
     code = (f"import sys; sys.modules[{package!r}] = None; import base, prepare_dsec\n"
             f"sys.argv = ['prepare_dsec.py', '--dsec_root', {str(one[0])!r}, '--split', 'test', '--duration', '1s', "
-            f"'--output_root', {str(tmp_path / 'data')!r}]\nbase.run(prepare_dsec.main)")
+            f"'--output_root', {str(tmp_path / 'data')!r}]\nmachine.running.run(prepare_dsec.main)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 2 and not done.stderr
     line, = done.stdout.splitlines()
