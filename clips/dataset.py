@@ -27,7 +27,7 @@ import numpy as np
 from base import UserError, log
 from clips.event_files import read_events
 from clips.events import event_frames
-from clips.limits import MediaError, check_input, gone, machine_trouble
+from clips.limits import MediaError, check_input, machine_trouble, still_there
 from clips.pictures import read_event_image
 from clips.places import MAX_DIGITS, Places, natural_key
 from clips.videos import read_video
@@ -197,12 +197,8 @@ def target_pictures(sample: Sample, num_frames: int) -> list[np.ndarray]:
 
 
 def _read_file(sample: Sample, path: Path, read: Callable[[Path], Read]) -> Read:
-    try:
+    with still_there(path, path in sample.present):
         return read(path)
-    except MediaError:
-        if path in sample.present and not path.exists():
-            raise gone(path) from None
-        raise
 
 
 def read_ahead(prepare: Callable, samples: Iterable[Sample], workers: int, ahead: int) -> Iterator[tuple]:

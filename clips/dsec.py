@@ -8,12 +8,15 @@
                               <sequence>_image_timestamps.txt
 
 The folder <split> may be missing, and flat files may lie in the sequence's folder itself or, with the sequence in
-their name, beside it. Recordings are downloads: nothing in them is trusted, and MediaError says what can't be used.
+their name, beside it. Recordings are downloads: nothing in them is trusted. MediaError says that a recording can't be
+used, MachineTrouble that the machine can't read it.
 """
 
 import bisect
 import dataclasses
 import itertools
+import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from base import UserError
-from clips.limits import MediaError
+from clips.events import check_polarity
+from clips.limits import MachineTrouble, MediaError, gone, machine_trouble
+from machine.files import is_machine_trouble
 
 SLICE = 2**20                      # events read at a time: 9 bytes each
 MAX_CHUNK = 2**28                  # bytes; HDF5 unpacks a chunk in one piece, so a hostile size would be allocated
@@ -31,6 +36,7 @@ MAX_TIMES = 2**24                  # bytes of a timestamps file: a million pictu
 MAX_SPAN = 6 * 3600 * 10**6        # us from the first picture to the last: a wrong time would make endless windows
 BLOSC = 32001                      # the number of its filter in HDF5
 HDF5_ERRORS = (OSError, KeyError, RuntimeError, TypeError, ValueError)     # what h5py makes of a broken file
+SYSTEM_ERROR = re.compile(r"errno = (\d+)")         # HDF5 names the system's error in its message alone
 
 
 def _sequences(text: str) -> tuple[str, ...]:
@@ -88,28 +94,28 @@ def find_recording(root: Path, split: str, sequence: str) -> Recording:
     folders = [folder for folder in (root / split / sequence, root / sequence) if folder.is_dir()]
     beside = [folder for folder in (root / split, root) if folder.is_dir()]
 
-    def first(names: tuple[str, ...], fits) -> Path | None:
+    def first_fit(names: tuple[str, ...], fits) -> Path | None:
         inside = [folder / name.format(sequence) for folder in folders for name in names]
         outside = [folder / name.format(sequence) for folder in beside for name in names if name.startswith("{0}")]
         return next((path for path in inside + outside if fits(path)), None)
 
-    events, times = first(EVENTS, Path.is_file), first(TIMES, Path.is_file)
-    pictures = first(PICTURES, lambda folder: any(folder.glob("[0-9]" * 6 + ".png")))
-    if not (events or times or pictures) and not folders:
+    events, times = first_fit(EVENTS, Path.is_file), first_fit(TIMES, Path.is_file)
+    folder = first_fit(PICTURES, lambda folder: any(folder.glob("[0-9]" * 6 + ".png")))
+    if not (events or times or folder) and not folders:
         raise MediaError("not there")
-    missing = [what for what, found in (("events/left/events.h5", events), ("images/left/rectified/*.png", pictures),
-                                        ("images/timestamps.txt", times)) if not found]
+    parts = {"events/left/events.h5": events, "images/left/rectified/*.png": folder, "images/timestamps.txt": times}
+    missing = [name for name, path in parts.items() if not path]
     if missing:
         zips = sorted(path.name for folder in folders + beside for path in folder.glob(f"{sequence}_*_left.zip"))
         raise MediaError(f"half downloaded: no {', no '.join(missing)}"
                          + (f"; unpack {', '.join(zips)}" if zips else ""))
-    found, taken = list_pictures(pictures), read_times(times)
-    if len(found) != len(taken):
-        raise MediaError(f"{len(found)} pictures in {pictures}, but {len(taken)} timestamps in {times}: which belong "
-                         "together is not known; download both again")
-    if taken[-1] - taken[0] > MAX_SPAN:
-        raise MediaError(f"{times} goes from {taken[0]} to {taken[-1]} us, over {MAX_SPAN / 3.6e9:g} hours")
-    return Recording(sequence, events, found, taken)
+    pictures, times_us = list_pictures(folder), read_times(times)
+    if len(pictures) != len(times_us):
+        raise MediaError(f"{len(pictures)} pictures in {folder}, but {len(times_us)} timestamps in {times}: which "
+                         "belong together is not known; download both again")
+    if times_us[-1] - times_us[0] > MAX_SPAN:
+        raise MediaError(f"{times} goes from {times_us[0]} to {times_us[-1]} us, over {MAX_SPAN / 3.6e9:g} hours")
+    return Recording(sequence, events, pictures, times_us)
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -128,6 +134,8 @@ def read_times(path: Path) -> list[int]:
             raise MediaError(f"{path} has more than {MAX_TIMES} bytes: that is no list of timestamps")
         lines = path.read_text("ascii").split()
     except (OSError, UnicodeDecodeError) as error:
+        if is_machine_trouble(error):
+            raise machine_trouble(path, error) from error
         raise MediaError(f"can't read {path}: {error}") from error
     for number, line in enumerate(lines, start=1):
         if not re.fullmatch(r"[0-9]{1,18}", line):
@@ -140,6 +148,17 @@ def read_times(path: Path) -> list[int]:
 
 
 # --------------------------------------------------------------------------------------------------------- events
+def broken(path: Path, what: str, error: Exception) -> MediaError | MachineTrouble:
+    """What to raise of an error of HDF5: its file is broken, or the machine can't read it."""
+    named = SYSTEM_ERROR.search(str(error))
+    cause = OSError(int(named[1]), os.strerror(int(named[1]))) if named else error
+    if is_machine_trouble(cause):
+        return machine_trouble(path, cause)
+    if not path.exists():
+        return gone(path)
+    return MediaError(f"{what}: {error}")
+
+
 def check_reader() -> None:
     """Both packages are there and HDF5 can unpack Blosc; otherwise ModuleNotFoundError or UserError."""
     import h5py
@@ -162,11 +181,12 @@ class EventFile:
         import hdf5plugin  # noqa: F401  (it registers Blosc with HDF5)
 
         self.path = path
+        self.lowest = 1                  # polarity so far: -1 or 0 stands for darker
         try:
             # No lock: recordings may lie on a read-only or a network disk.
             self.file = h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE, locking=False)
         except OSError as error:
-            raise MediaError(f"{path} is cut short or no HDF5 file: {error}") from error
+            raise broken(path, f"{path} is cut short or no HDF5 file", error) from error
         try:
             self.columns = {name: self._column(f"events/{name}") for name in "xypt"}
             self.ms_to_idx = self._column("ms_to_idx")
@@ -174,12 +194,12 @@ class EventFile:
             self.count = len(self.columns["t"])
             if len({len(column) for column in self.columns.values()}) != 1:
                 raise MediaError(f"{path}: events/x, y, p and t have different lengths")
-        except MediaError:
+        except (MediaError, MachineTrouble):
             self.file.close()
             raise
         except HDF5_ERRORS as error:
             self.file.close()
-            raise MediaError(f"can't read {path}: {error}") from error
+            raise broken(path, f"can't read {path}", error) from error
 
     def __enter__(self) -> "EventFile":
         return self
@@ -194,10 +214,8 @@ class EventFile:
         column = self._dataset(name)
         if column.ndim != 1 or column.dtype.kind not in "iu":
             raise MediaError(f"{self.path}: {name} is {column.dtype} {column.shape}, wanted whole numbers in a row")
-        if column.chunks and column.chunks[0] * column.dtype.itemsize > MAX_CHUNK:
-            raise MediaError(f"{self.path}: {name} has chunks of {column.chunks[0]} numbers: refused")
-        how = column.id.get_create_plist()
-        for number in (how.get_filter(k)[0] for k in range(how.get_nfilters())):
+        filters = column.id.get_create_plist()
+        for number in (filters.get_filter(k)[0] for k in range(filters.get_nfilters())):
             if not h5py.h5z.filter_avail(number):
                 raise MediaError(f"{self.path}: {name} is packed with HDF5's filter {number}, which is not there")
         return column
@@ -205,13 +223,15 @@ class EventFile:
     def _dataset(self, name: str):
         import h5py
 
-        found = self.file.get(name)
-        if not isinstance(found, h5py.Dataset):
+        dataset = self.file.get(name)
+        if not isinstance(dataset, h5py.Dataset):
             raise MediaError(f"{self.path}: {name} is missing")
         # HDF5 lets a file point at others; nothing but this one is to be read.
-        if found.file.id != self.file.id or found.external or found.is_virtual:
+        if dataset.file.id != self.file.id or dataset.external or dataset.is_virtual:
             raise MediaError(f"{self.path}: {name} points at another file: refused")
-        return found
+        if dataset.chunks and (numbers := math.prod(dataset.chunks)) * dataset.dtype.itemsize > MAX_CHUNK:
+            raise MediaError(f"{self.path}: {name} has chunks of {numbers} numbers: refused")
+        return dataset
 
     def _t_offset(self) -> int:
         """As a Python number: a time in uint32 plus a number of this size overflows."""
@@ -227,7 +247,8 @@ class EventFile:
         try:
             return column[start:end]
         except HDF5_ERRORS as error:
-            raise MediaError(f"{self.path}: can't read {column.name} from {start} to {end}: {error}") from error
+            what = f"{self.path}: can't read {column.name} from {start} to {end}"
+            raise broken(self.path, what, error) from error
 
     def between(self, start_us: int, end_us: int) -> tuple[int, int]:
         """The events with start <= time < end, on the pictures' clock: the first, and the one after the last."""
@@ -254,11 +275,26 @@ class EventFile:
         return place
 
     def slices(self, first: int, last: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield x, y, p of at most SLICE events each, oldest first; that their times never fall is checked."""
+        """Yield x, y, p of at most SLICE events each, oldest first; p is 0 or 1.
+
+        That times never fall and what polarities there are is checked.
+        """
         for start in range(first, last, SLICE):
             end, begin = min(start + SLICE, last), max(start - 1, 0)
             times = self._read(self.columns["t"], begin, end)
             if (falls := times[1:] < times[:-1]).any():
                 at = begin + 1 + int(falls.argmax())
                 raise MediaError(f"{self.path}: timestamps are not sorted at event {at} (or they passed 2^32 us)")
-            yield tuple(self._read(self.columns[name], start, end) for name in "xyp")
+            x, y, p = (self._read(self.columns[name], start, end) for name in "xyp")
+            yield x, y, self._polarity(p)
+
+    def _polarity(self, p: np.ndarray) -> np.ndarray:
+        """p as 0 and 1; the same two values must stand for them in all parts of the file."""
+        low = int(p.min()) if len(p) else 1
+        self.lowest = min(self.lowest, low)
+        if low == 0 and self.lowest < 0:
+            raise MediaError(f"{self.path}: events/p has -1 and 0, wanted 0 and 1 or -1 and 1")
+        try:
+            return check_polarity(p)
+        except MediaError as error:
+            raise MediaError(f"{self.path}: events/p: {error}") from error

@@ -28,6 +28,17 @@ class MachineTrouble(UserError):
     """A file can't be read for a reason that lies in the machine, not in the file."""
 
 
+@contextlib.contextmanager
+def still_there(path: Path, listed: bool = True) -> Iterator[None]:
+    """Inside, a file is read that was there when the run began (listed): that it is gone is no fault of its own."""
+    try:
+        yield
+    except MediaError:
+        if listed and not path.exists():
+            raise gone(path) from None
+        raise
+
+
 def gone(path: Path) -> MachineTrouble:
     return MachineTrouble(f"{path} was there when this run began and is gone: is its disk still mounted? Bring it "
                           "back, then give the same command again")

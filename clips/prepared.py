@@ -19,9 +19,9 @@ from pathlib import Path
 from base import Progress, UserError, log, now, provenance
 from clips.dataset import INDEX_FILE, index_row
 from clips.dsec import SEQUENCES, EventFile, Recording, find_recording, other_sequences
-from clips.limits import MediaError
+from clips.limits import MediaError, machine_trouble
 from clips.windows import Clip, Recipe, make_block
-from machine.files import make_folder, read_json, write_json, write_text
+from machine.files import is_machine_trouble, make_folder, read_json, write_json, write_text
 from machine.workers import in_workers
 
 SETTINGS_FILE = "prepare_dsec.json"
@@ -76,6 +76,8 @@ def find_recordings(root: Path, split: str, sequences: list[str] | None, left_ou
         except MediaError as error:
             left_out.add(sequence, None, str(error))
         except OSError as error:
+            if is_machine_trouble(error):
+                raise machine_trouble(Path(error.filename or root), error) from error
             left_out.add(sequence, None, f"can't be read: {error}")
     if not recordings:
         raise UserError(f"none of {len(wanted)} {split} sequences can be used; wanted in {root}: "

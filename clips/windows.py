@@ -20,7 +20,7 @@ from PIL import Image
 from base import UserError, log
 from clips.dsec import EventFile, Recording
 from clips.events import EventPicture, Render, equal_parts
-from clips.limits import MAX_SIDE, MediaError
+from clips.limits import MAX_SIDE, MediaError, still_there
 from clips.pictures import read_event_image, write_png
 from clips.videos import write_video
 
@@ -124,7 +124,8 @@ def draw_events(events: EventFile, clip: Clip, recipe: Recipe) -> list[np.ndarra
 
 def read_frame(path: Path, size: tuple[int, int]) -> np.ndarray:
     """A camera picture -> (H, W, 3) uint8 RGB of this width and height."""
-    frame = read_event_image(path)
+    with still_there(path):
+        frame = read_event_image(path)
     if frame.shape[1::-1] != size:
         frame = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
     return frame

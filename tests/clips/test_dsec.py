@@ -11,6 +11,7 @@ import pytest
 import clips.dsec as dsec
 from base import UserError
 from clips.dataset import INDEX_FILE
+from clips.limits import MachineTrouble, MediaError
 from tests.recordings import BAD, FIRST_US, GOOD, SMALL, T_OFFSET, break_picture
 
 
@@ -119,6 +120,14 @@ def huge_chunk(made):
         file.create_dataset("events/x", (2**33,), np.uint16, chunks=(2**30,), compression="gzip")
 
 
+def far_offset(made):
+    """One number in a chunk of 3.7 GiB: a few bytes in the file, all of it in memory."""
+    with h5py.File(made.events, "r+") as file:
+        del file["t_offset"]
+        file.create_dataset("t_offset", (1,), np.int64, maxshape=(None,), chunks=(2**29 - 2**25,), compression="gzip",
+                            fillvalue=0)
+
+
 def times(change):
     return lambda made: made.times.write_text(change(made.times.read_text().splitlines()))
 
@@ -136,6 +145,10 @@ BAD_INPUT = [
     (unknown_filter, WHOLE + r".*events/p is packed with HDF5's filter 36559, which is not there"),
     (points_elsewhere, WHOLE + r".*events/x points at another file: refused"),
     (huge_chunk, WHOLE + r".*events/x has chunks of 1073741824 numbers: refused"),
+    (far_offset, WHOLE + r".*t_offset has chunks of 503316480 numbers: refused"),
+    (replaced("events/p", lambda p: p + np.uint8(1)), CLIP + r".*events/p: column p \(polarity\) has values from 1"),
+    (replaced("events/p", lambda p: np.where(np.arange(len(p)) % 9, 2 * p.astype(np.int8) - 1, 0)),
+     CLIP + r".*events/p has values from -1 to 1|.*events/p: column p \(polarity\) has values from -1 to 1"),
     (without("t_offset"), WHOLE + r".*t_offset is missing, so the times .* can't be joined"),
     (without("ms_to_idx"), WHOLE + r".*ms_to_idx is missing"),
     (without("events"), WHOLE + r".*events/x is missing"),
@@ -194,3 +207,53 @@ def test_a_gap_in_the_recording_leaves_out_the_windows_within_it(prepare, two):
         assert f"LEFT OUT | {BAD}/{clip:06d} | {reason}" in said
     assert [row["clip"] for row in json.loads((folder / INDEX_FILE).read_text())] == [0, 0]
     assert f"missing | {BAD} | 10 clips: 000001, 000002, " in said and ", 000010 | the first: no pictures" in said
+
+
+# ------------------------------------------------------------------------------------------ polarity, the machine
+@pytest.mark.parametrize("kind", [np.int8, np.int16])
+def test_polarity_of_minus_one_and_one_paints_the_same_pictures(prepare, two, tmp_path, kind):
+    root, good, _ = two
+    flags = (*SMALL, "--sequences", GOOD)
+    folder, _ = prepare(*flags, root=root)
+    wanted = {path.name: path.read_bytes() for path in (folder / "event_image" / GOOD).iterdir()}
+    replaced("events/p", lambda p: 2 * p.astype(kind) - 1)(good)
+    other, _ = prepare(*flags, root=root, output=tmp_path / "other")
+    assert {path.name: path.read_bytes() for path in (other / "event_image" / GOOD).iterdir()} == wanted
+
+
+def test_a_file_of_minus_one_and_zero_is_refused_even_where_no_slice_has_both(two, monkeypatch):
+    good = two[1]
+    monkeypatch.setattr(dsec, "SLICE", 1000)
+    replaced("events/p", lambda p: np.where(np.arange(len(p)) < 1000, -1, 0).astype(np.int8))(good)
+    with dsec.EventFile(good.events) as events, pytest.raises(MediaError, match="events/p has -1 and 0"):
+        list(events.slices(0, 3000))
+
+
+def test_an_error_of_the_system_is_no_fault_of_the_recording(two, monkeypatch):
+    good = two[1]
+
+    def fail(*_, **__):
+        raise OSError("Can't synchronously read data (file read failed: errno = 5, error message = 'Input/output error')")
+
+    with dsec.EventFile(good.events) as events:
+        monkeypatch.setattr(h5py.Dataset, "__getitem__", fail)
+        with pytest.raises(MachineTrouble, match=r"events\.h5: Input/output error"):
+            list(events.slices(0, 10))
+    monkeypatch.setattr(h5py, "File", fail)
+    with pytest.raises(MachineTrouble, match=r"events\.h5: Input/output error"):
+        dsec.EventFile(good.events)
+
+
+def test_pictures_that_go_away_on_the_way_end_the_run(prepare, two, monkeypatch):
+    from clips import windows
+
+    root, good, _ = two
+    draw = windows.draw_events
+
+    def draw_and_unmount(*arguments):
+        shutil.rmtree(good.pictures, ignore_errors=True)
+        return draw(*arguments)
+
+    monkeypatch.setattr(windows, "draw_events", draw_and_unmount)
+    with pytest.raises(MachineTrouble, match=r"000000\.png was there when this run began and is gone"):
+        prepare(*SMALL, "--sequences", GOOD, "--allow_missing", root=root)

@@ -9,6 +9,7 @@ import time
 import zlib
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import ImageFile
@@ -18,6 +19,7 @@ from clips.event_files import read_events
 from clips.limits import MediaError
 from clips.pictures import read_event_image, write_png
 from clips.videos import read_video, write_video
+from tests.clips.test_videos import make_video
 
 
 @pytest.fixture(autouse=True)
@@ -102,8 +104,6 @@ def video(tmp_path) -> Path:
     ("MAX_FRAMES", 9, "10 frames, wanted 1 to 9"), ("MAX_PIXELS", 64 * 48 - 1, "64 x 48 px, wanted"),
     ("MAX_SIDE", 63, "64 x 48 px, wanted")])
 def test_what_a_video_announces_is_bounded_before_it_is_decoded(video, monkeypatch, limit, value, words):
-    import av
-
     def decode(*_):
         raise AssertionError("decoded")
 
@@ -116,8 +116,6 @@ def test_what_a_video_announces_is_bounded_before_it_is_decoded(video, monkeypat
 
 def stream(path: Path, frames: list[np.ndarray]) -> bytes:
     """Frames as H.264 in no container."""
-    import av
-
     with av.open(str(path), "w", format="h264") as file:
         out = file.add_stream("libx264", rate=20)
         out.height, out.width = frames[0].shape[:2]
@@ -137,8 +135,6 @@ def test_a_video_that_announces_nothing_is_counted_only_so_far(tmp_path, monkeyp
 
 
 def test_frames_that_turn_out_larger_than_announced_are_not_decoded(tmp_path, monkeypatch):
-    import av
-
     path = tmp_path / "a.h264"
     small, large = (stream(path, [np.zeros((48 * k, 64 * k, 3), np.uint8)] * 9) for k in (1, 4))
     path.write_bytes(small + large)
@@ -212,3 +208,34 @@ def test_event_files_of_every_age_are_read(tmp_path, protocol):
     if protocol == 3:                              # names in lines, not behind their length
         (tmp_path / "e.npy").write_bytes(older)
         assert np.array_equal(read_events(tmp_path / "e.npy")["t"], columns["t"])
+
+
+def test_an_event_file_without_an_end_is_not_read(tmp_path):
+    np.save(tmp_path / "e.npy", {"x": 1}, allow_pickle=True)
+    with open(tmp_path / "e.npy", "r+b") as file:
+        file.truncate(20 * 2**30)
+    with pytest.raises(MediaError, match="has 21474836480 bytes, wanted"):
+        read_events(tmp_path / "e.npy")
+
+
+@pytest.mark.parametrize("operations", [b"]\x94" * 2**20, b"(" * 2**21], ids=["lists", "marks"])
+def test_a_pickle_of_very_many_objects_is_refused(tmp_path, operations):
+    with pytest.raises(MediaError, match="far more objects"):
+        read_events(event_file(tmp_path / "e.npy", operations))
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.avi", "a.ts", "a.mp4"])
+def test_a_video_that_goes_on_with_nothing_ends_in_time(tmp_path, monkeypatch, name):
+    """20 GiB of zeros, for which no disk is needed, behind a video or behind the first bytes of one."""
+    monkeypatch.setattr(videos, "MAX_WAIT_S", 0.5)
+    heads = {"a.mkv": b"\x1a\x45\xdf\xa3\x93\x42\x82\x88matroska", "a.avi": b"RIFF\0\0\0\0AVI LIST\0\0\0\x7fmovi",
+             "a.ts": b"\x47\x40\0\x10" + bytes(184), "a.mp4": b"\0\0\0\x18ftypisom\0\0\0\0isommp42"}
+    make_video(tmp_path / f"whole_{name}", 10)
+    for head in (heads[name], (tmp_path / f"whole_{name}").read_bytes()):
+        with open(tmp_path / name, "wb") as file:
+            file.write(head)
+            file.truncate(20 * 2**30)
+        start = time.monotonic()
+        with contextlib.suppress(MediaError):               # or the frames in front of the zeros
+            assert len(read_video(tmp_path / name)) == 8
+        assert time.monotonic() - start < 20
