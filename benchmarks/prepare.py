@@ -1,8 +1,8 @@
 """From a raw recording to a data set folder: `python benchmark.py prepare`.
 
-Times how fast events are painted, beside a plain loop over them and beside a copy of their bytes; then makes up a
-recording in DSEC's layout and lets prepare_dsec.py make its data set folder, while the memory of all its processes is
-watched.
+Times how fast events are painted, beside a plain loop over them and beside a copy of their bytes;
+then makes up a recording in DSEC's layout and lets prepare_dsec.py make its data set folder, while
+the memory of all its processes is watched.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Config:
             raise UserError(f"--seed must be 0 or more, got {self.seed}")
 
 
-# ----------------------------------------------------------------------------------------------- a recording
+# -------------------------------------------------------------------------------------- a recording
 def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int = 2**16) -> None:
     """events.h5 as DSEC's: columns packed with Blosc/ZSTD, t relative to t_offset in uint32, and ms_to_idx.
 
@@ -86,7 +86,7 @@ def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int =
                 columns[name].resize((count + len(values),))
                 columns[name][count:] = values
             times = np.asarray(part[3])
-            starts = 1000 * np.arange(len(table), int(times[-1]) // 1000 + 1)      # of each millisecond begun so far
+            starts = 1000 * np.arange(len(table), int(times[-1]) // 1000 + 1)  # of each millisecond begun so far
             table += (count + np.searchsorted(times, starts)).tolist()
             count += len(times)
         file.create_dataset("ms_to_idx", data=np.array(table, np.uint64), **packed)
@@ -128,7 +128,7 @@ def write_recording(root: Path, config: Config) -> None:
     (folder / "images" / "timestamps.txt").write_text("".join(f"{time}\n" for time in times))
 
 
-# --------------------------------------------------------------------------------------------------- measure
+# ------------------------------------------------------------------------------------------ measure
 def median_s(work) -> float:
     work()
     seconds = []

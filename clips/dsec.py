@@ -1,15 +1,15 @@
-"""Raw DSEC recordings: where their files lie, when their pictures were taken, and their events, read in slices.
+"""Raw DSEC recordings: where their files lie, the times of their pictures, their events in slices.
 
-    <root>/<split>/<sequence>/events/left/events.h5          the tree of DSEC's own guide, or, as the files of its
-                              images/left/rectified/*.png    single zips unpack:
-                              images/timestamps.txt
+    <root>/<split>/<sequence>/events/left/events.h5          the tree of DSEC's own guide, or,
+                              images/left/rectified/*.png    as the files of its single zips
+                              images/timestamps.txt          unpack:
     <root>/<split>/<sequence>/<sequence>_events_left/events.h5
                               <sequence>_images_rectified_left/*.png
                               <sequence>_image_timestamps.txt
 
-The folder <split> may be missing, and flat files may lie in the sequence's folder itself or, with the sequence in
-their name, beside it. Recordings are downloads: nothing in them is trusted. MediaError says that a recording can't be
-used, MachineTrouble that the machine can't read it.
+The folder <split> may be missing, and flat files may lie in the sequence's folder itself or, with
+the sequence in their name, beside it. Recordings are downloads: nothing in them is trusted.
+MediaError says that a recording can't be used, MachineTrouble that the machine can't read it.
 """
 
 import bisect
@@ -29,11 +29,11 @@ from clips.limits import MachineTrouble, MediaError, gone, machine_trouble
 from machine.files import is_machine_trouble
 
 SLICE = 2**20                      # events read at a time: 9 bytes each
-MAX_CHUNK = 2**28                  # bytes; HDF5 unpacks a chunk in one piece, so a hostile size would be allocated
+MAX_CHUNK = 2**28  # bytes; HDF5 unpacks a chunk in one piece, of whatever size the file names
 MAX_RATE = 2**28                   # events a second: ten times what DSEC's cameras can send
 CHUNK_CACHE = 2**25                # bytes of unpacked chunks that HDF5 keeps for each column
 MAX_TIMES = 2**24                  # bytes of a timestamps file: a million pictures, 14 hours
-MAX_SPAN = 6 * 3600 * 10**6        # us from the first picture to the last: a wrong time would make endless windows
+MAX_SPAN = 6 * 3600 * 10**6  # us from the first picture to the last: a wrong time would make too many windows
 BLOSC = 32001                      # the number of its filter in HDF5
 HDF5_ERRORS = (OSError, KeyError, RuntimeError, TypeError, ValueError)     # what h5py makes of a broken file
 SYSTEM_ERROR = re.compile(r"errno = (\d+)")         # HDF5 names the system's error in its message alone
@@ -61,10 +61,10 @@ PICTURES = ("images/left/rectified", "{0}_images_rectified_left", "images_rectif
 TIMES = ("images/timestamps.txt", "{0}_image_timestamps.txt", "image_timestamps.txt", "timestamps.txt")
 
 
-# -------------------------------------------------------------------------------------------------------- finding
+# ------------------------------------------------------------------------------------------ finding
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """One sequence: its event file, and its pictures with the times (us, ascending) at which they were taken."""
+    """One sequence: its event file, its pictures, and when they were taken (us, ascending)."""
 
     sequence: str
     events: Path
@@ -82,7 +82,7 @@ def is_name(text: str) -> bool:
 
 
 def other_sequences(root: Path, split: str) -> list[str]:
-    """Folders that DSEC's lists don't name, in the split's folder or, where there is none, in the root itself."""
+    """Folders that DSEC's lists don't name, in the split's folder or else in the root itself."""
     folder = root / split if (root / split).is_dir() else root
     known = "|".join(itertools.chain(*SEQUENCES.values()))
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and is_name(path.name)
@@ -96,25 +96,29 @@ def find_recording(root: Path, split: str, sequence: str) -> Recording:
 
     def first_fit(names: tuple[str, ...], fits) -> Path | None:
         inside = [folder / name.format(sequence) for folder in folders for name in names]
-        outside = [folder / name.format(sequence) for folder in beside for name in names if name.startswith("{0}")]
+        full = [name.format(sequence) for name in names if name.startswith("{0}")]
+        outside = [folder / name for folder in beside for name in full]
         return next((path for path in inside + outside if fits(path)), None)
 
     events, times = first_fit(EVENTS, Path.is_file), first_fit(TIMES, Path.is_file)
     folder = first_fit(PICTURES, lambda folder: any(folder.glob("[0-9]" * 6 + ".png")))
     if not (events or times or folder) and not folders:
         raise MediaError("not there")
-    parts = {"events/left/events.h5": events, "images/left/rectified/*.png": folder, "images/timestamps.txt": times}
+    parts = {"events/left/events.h5": events, "images/left/rectified/*.png": folder,
+             "images/timestamps.txt": times}
     missing = [name for name, path in parts.items() if not path]
     if missing:
-        zips = sorted(path.name for folder in folders + beside for path in folder.glob(f"{sequence}_*_left.zip"))
+        archives = itertools.chain(*(place.glob(f"{sequence}_*_left.zip") for place in folders + beside))
+        zips = sorted(path.name for path in archives)
         raise MediaError(f"half downloaded: no {', no '.join(missing)}"
                          + (f"; unpack {', '.join(zips)}" if zips else ""))
     pictures, times_us = list_pictures(folder), read_times(times)
     if len(pictures) != len(times_us):
-        raise MediaError(f"{len(pictures)} pictures in {folder}, but {len(times_us)} timestamps in {times}: which "
-                         "belong together is not known; download both again")
+        raise MediaError(f"{len(pictures)} pictures in {folder}, but {len(times_us)} timestamps in {times}: "
+                         "which belong together is not known; download both again")
     if times_us[-1] - times_us[0] > MAX_SPAN:
-        raise MediaError(f"{times} goes from {times_us[0]} to {times_us[-1]} us, over {MAX_SPAN / 3.6e9:g} hours")
+        raise MediaError(f"{times} goes from {times_us[0]} to {times_us[-1]} us, over "
+                         f"{MAX_SPAN / 3.6e9:g} hours")
     return Recording(sequence, events, pictures, times_us)
 
 
@@ -147,7 +151,7 @@ def read_times(path: Path) -> list[int]:
     return times
 
 
-# --------------------------------------------------------------------------------------------------------- events
+# ------------------------------------------------------------------------------------------- events
 def broken(path: Path, what: str, error: Exception) -> MediaError | MachineTrouble:
     """What to raise of an error of HDF5: its file is broken, or the machine can't read it."""
     named = SYSTEM_ERROR.search(str(error))
@@ -170,7 +174,7 @@ def check_reader() -> None:
 
 
 class EventFile:
-    """events.h5, open: finds the events of a time and reads them in slices, so that memory does not grow with it.
+    """events.h5, open: finds the events of a time and reads them in slices of bounded size.
 
     with EventFile(path) as events:
         for x, y, p in events.slices(*events.between(start_us, end_us)): ...
@@ -208,16 +212,18 @@ class EventFile:
         self.file.close()
 
     def _column(self, name: str):
-        """A dataset of whole numbers in one dimension, in this very file, that can be unpacked piece by piece."""
+        """A one-dimensional dataset of whole numbers in this very file, packed with known filters."""
         import h5py
 
         column = self._dataset(name)
         if column.ndim != 1 or column.dtype.kind not in "iu":
-            raise MediaError(f"{self.path}: {name} is {column.dtype} {column.shape}, wanted whole numbers in a row")
+            raise MediaError(f"{self.path}: {name} is {column.dtype} {column.shape}, wanted whole numbers in "
+                             "one dimension")
         filters = column.id.get_create_plist()
         for number in (filters.get_filter(k)[0] for k in range(filters.get_nfilters())):
             if not h5py.h5z.filter_avail(number):
-                raise MediaError(f"{self.path}: {name} is packed with HDF5's filter {number}, which is not there")
+                raise MediaError(f"{self.path}: {name} is packed with HDF5's filter {number}, which is not "
+                                 "there")
         return column
 
     def _dataset(self, name: str):
@@ -251,10 +257,11 @@ class EventFile:
             raise broken(self.path, what, error) from error
 
     def between(self, start_us: int, end_us: int) -> tuple[int, int]:
-        """The events with start <= time < end, on the pictures' clock: the first, and the one after the last."""
+        """(first, last + 1) of the events with start <= time < end, on the pictures' clock."""
         first, last = self.place_of(start_us), self.place_of(end_us)
         if last - first > MAX_RATE * (end_us - start_us) / 1e6:
-            raise MediaError(f"{self.path}: {last - first} events in {(end_us - start_us) / 1e6:g} s: refused")
+            raise MediaError(f"{self.path}: {last - first} events in {(end_us - start_us) / 1e6:g} s: "
+                             "refused")
         return first, last
 
     def place_of(self, time_us: int) -> int:
@@ -284,7 +291,8 @@ class EventFile:
             times = self._read(self.columns["t"], begin, end)
             if (falls := times[1:] < times[:-1]).any():
                 at = begin + 1 + int(falls.argmax())
-                raise MediaError(f"{self.path}: timestamps are not sorted at event {at} (or they passed 2^32 us)")
+                raise MediaError(f"{self.path}: timestamps are not sorted at event {at} (or they passed "
+                                 "2^32 us)")
             x, y, p = (self._read(self.columns[name], start, end) for name in "xyp")
             yield x, y, self._polarity(p)
 

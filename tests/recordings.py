@@ -70,7 +70,8 @@ def write_sequence(root: Path, sequence: str, split: str = "test", frames: int =
 
     random, length_us = np.random.default_rng(seed), 50_000 * (frames - 1) + 10_280
     count = rate * length_us // 1_000_000
-    # Whole 250 ms steps from the first picture are borders of windows: an event lies on each of them.
+    # Whole 250 ms steps from the first picture are borders of windows: an event lies on each of
+    # them.
     borders = np.arange(280, length_us, 250_000)
     t = np.sort(np.concatenate([random.integers(0, length_us, count - len(borders)), borders]))
     x, y = (random.integers(0, side, count) for side in corner)

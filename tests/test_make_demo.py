@@ -44,7 +44,7 @@ def data_set(tmp_path_factory):
     return folder, render_data_set(folder, sequences_of("test"), 10, 20)
 
 
-# ------------------------------------------------------------------------------------------------ world
+# -------------------------------------------------------------------------------------------- world
 def test_the_same_seed_films_the_same_pixels_and_another_does_not():
     frames = filming.frames_of(SCENE, SEED, 10)
     assert frames.shape == (10, 96, 96, 3) and frames.dtype == np.uint8
@@ -100,7 +100,7 @@ def test_a_shorter_sequence_is_the_beginning_of_a_longer_one():
     assert scenes_of("demotown_10_a", 3) == scenes_of("demotown_10_a", 9)[:3]
 
 
-# ------------------------------------------------------------------------------------------------ texts
+# -------------------------------------------------------------------------------------------- texts
 def test_a_target_text_reads_back_as_its_scene_and_is_written_the_same_again():
     for scene in some_scenes(300):
         read = texts.read_text(texts.target_text(scene), TARGET_PHRASES)
@@ -122,7 +122,7 @@ def test_a_text_that_names_nothing_or_two_things_reads_as_none():
     assert texts.read_text("", TARGET_PHRASES) == dict.fromkeys(TARGET_PHRASES)
 
 
-# -------------------------------------------------------------------------------------------- data sets
+# ---------------------------------------------------------------------------------------- data sets
 def test_train_and_test_share_no_drive_and_names_are_none_of_dsec():
     train, test = ({drive_of(sequence) for sequence in sequences_of(split)} for split in ("train", "test"))
     assert not train & test
@@ -190,7 +190,7 @@ def test_what_is_there_is_skipped_and_bad_counts_are_refused(tmp_path, monkeypat
         make_demo.main()
 
 
-# ----------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 @pytest.fixture(scope="module")
 def models():
     from machine.device import Runtime

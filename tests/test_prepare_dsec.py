@@ -27,8 +27,9 @@ from machine.files import only_writer
 from tests.conftest import wait_until_gone
 from tests.recordings import BAD, FIRST_US, GOOD, SIZE, SMALL, break_picture, number_of, painted, write_sequence
 
-# Seconds from the first picture to the last of DSEC's test sequences, and their windows of 500ms, 1s, 2s and 4s. The
-# seconds are known to a tenth; zurich_city_14_c's published counts say that it is a hair shorter than its 59.5.
+# Seconds from the first picture to the last of DSEC's test sequences, and their windows of 500ms,
+# 1s, 2s and 4s. The seconds are known to a tenth; zurich_city_14_c's published counts say that it
+# is a hair shorter than its 59.5.
 TEST_SEQUENCES = {
     "interlaken_00_a": (57.1, 227, 113, 56, 27), "interlaken_00_b": (80.8, 322, 160, 79, 39),
     "interlaken_01_a": (113.1, 451, 225, 112, 55), "thun_01_a": (9.8, 38, 18, 8, 3),
@@ -51,7 +52,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-# ---------------------------------------------------------------------------------------------------------- windows
+# ------------------------------------------------------------------------------------------ windows
 def test_windows_of_the_test_sequences_are_counted_as_published():
     for sequence, (seconds, *wanted) in TEST_SEQUENCES.items():
         last_us = FIRST_US + round(seconds * 1e6)
@@ -74,12 +75,13 @@ def test_windows_follow_the_rule_for_any_length():
             assert all(start >= FIRST_US and start + duration <= FIRST_US + length for start in starts)
 
 
-# ---------------------------------------------------------------------------------------------------------- content
+# ------------------------------------------------------------------------------------------ content
 @pytest.mark.parametrize("render", ["time", "blue_over_red"])
 @pytest.mark.parametrize("duration, count", [("500ms", 8), ("1s", 3)])
 def test_every_pixel_of_every_event_picture_is_as_painted_by_hand(prepare, one, duration, count, render):
     root, made = one
-    # The small pictures with --canvas, the large ones without: the canvas is fixed, whatever the events fill.
+    # The small pictures with --canvas, the large ones without: the canvas is fixed, whatever the
+    # events fill.
     canvas, length_us = {"500ms": ((64, 48), 500_000), "1s": ((640, 480), 1_000_000)}[duration]
     small = ["--canvas", "64x48"] if duration == "500ms" else []
     folder, said = prepare("--render", render, "--video_size", "64x48", "--workers", "1", "--sequences", GOOD, *small,
@@ -189,7 +191,7 @@ def test_the_folder_goes_straight_through_extraction(prepare, one, tmp_path, mon
     assert all(row["egpt_tokens"] and row["vl_tokens"] for row in found["results"])
 
 
-# ---------------------------------------------------------------------------------------------------- what is missing
+# ---------------------------------------------------------------------------------- what is missing
 def test_what_was_mended_is_made_and_the_index_written(prepare, two):
     root, _, bad = two
     picture = (bad.pictures / "000007.png").read_bytes()
@@ -243,7 +245,7 @@ def test_a_sequence_shorter_than_the_window_is_no_fault(prepare, two, one):
     assert f"{GOOD} is shorter than 2s: no clips" in said and len(read_rows(folder)) == 1
 
 
-# -------------------------------------------------------------------------------------------------- extras and names
+# --------------------------------------------------------------------------------- extras and names
 def test_folders_beyond_the_list_are_named_and_used_only_when_asked_for(prepare, two):
     root, good, _ = two
     for name in ("test", "thun_02_a", "zurich_city_16_a"):
@@ -283,7 +285,7 @@ def test_a_link_that_leads_out_of_the_folder_is_not_written_through(prepare, two
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-# ---------------------------------------------------------------------------------------- going on, other folders
+# -------------------------------------------------------------------------- going on, other folders
 def test_running_again_changes_nothing_and_says_so(prepare, one):
     folder, _ = prepare(*SMALL, "--sequences", GOOD, root=one[0])
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*.*")}
@@ -329,7 +331,7 @@ def test_the_same_command_goes_on_after_a_kill(prepare, tmp_path, how):
     assert len(contents(folder)) == 79 * 6 + 1 and not list(folder.rglob("*.tmp.*"))
     done = sorted(name for name, path in ((name, folder / name) for name in whole)
                   if path.stat().st_mtime_ns == whole[name])
-    assert len(done) >= len(whole) - 2                                      # but for those that lacked a picture
+    assert len(done) >= len(whole) - 2  # but for those that lacked a picture
 
 
 def test_a_folder_of_other_settings_or_another_program_is_left_alone(prepare, one, tmp_path):
@@ -371,7 +373,7 @@ def test_blocks_are_neighbours_of_one_sequence_and_frames_are_decoded_once(prepa
     assert paths == [f"{number:06d}.png" for number in range(45)]
 
 
-# --------------------------------------------------------------------------------------------------------- packages
+# ----------------------------------------------------------------------------------------- packages
 @pytest.mark.parametrize("package", ["h5py", "hdf5plugin"])
 def test_a_missing_package_is_one_clear_line(one, package, tmp_path):
     code = (f"import sys; sys.modules[{package!r}] = None; import base, prepare_dsec\n"

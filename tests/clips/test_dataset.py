@@ -41,10 +41,10 @@ def with_index(folder: Path, rows, name: str = "EventGPT_Instruction_Subset.json
 
 @pytest.mark.parametrize("row", [
     FULL,
-    {key: FULL[key] for key in ("event_data", "event_image")},                     # made while rendering pictures
+    {key: FULL[key] for key in ("event_data", "event_image")},  # made while rendering pictures
     {key: FULL[key] for key in ("id", "event_data", "conversations")},             # EventGPT's own release
-    {**FULL, "event_image": []},                                                   # index older than the pictures
-    {**FULL, "video_data": "town_00_a"},                                           # older: no clip in video_data
+    {**FULL, "event_image": []},  # index older than the pictures
+    {**FULL, "video_data": "town_00_a"},  # older: no clip in video_data
     {key: value for key, value in FULL.items() if key not in ("video_data", "mp4_data")},
     {key: value for key, value in FULL.items() if key not in ("event_data", "id")},
     {"event_image": FULL["event_image"]},
@@ -138,7 +138,7 @@ def test_a_bug_while_reading_ahead_is_not_swallowed():
         list(read_ahead(lambda number: 1 // number, range(3), workers=2, ahead=2))
 
 
-# --------------------------------------------------------------------- links, order, what is gone, the machine
+# ---------------------------------------------------------- links, order, what is gone, the machine
 def moved_out(folder: Path, elsewhere: Path, kind: str) -> None:
     """As sets on clusters are: the sequence lies on another disk, a link leads there."""
     elsewhere.mkdir(exist_ok=True)

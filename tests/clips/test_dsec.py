@@ -48,7 +48,7 @@ def test_a_missing_blosc_filter_is_one_clear_line(prepare, one, monkeypatch):
         prepare(root=one[0])
 
 
-# -------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 def cut_events(made):
     made.events.write_bytes(made.events.read_bytes()[:-5000])
 
@@ -101,7 +101,7 @@ def unknown_filter(made):
         del file["events/p"]
         how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         how.set_chunk((1000,))
-        how.set_filter(0x8ECF, h5py.h5z.FLAG_OPTIONAL, ())                  # Prophesee's own, which DSEC doesn't use
+        how.set_filter(0x8ECF, h5py.h5z.FLAG_OPTIONAL, ())  # Prophesee's own, which DSEC doesn't use
         space = h5py.h5s.create_simple((len(values),))
         h5py.h5d.create(file["events"].id, b"p", h5py.h5t.NATIVE_UINT8, space, how)
 
@@ -209,7 +209,7 @@ def test_a_gap_in_the_recording_leaves_out_the_windows_within_it(prepare, two):
     assert f"missing | {BAD} | 10 clips: 000001, 000002, " in said and ", 000010 | the first: no pictures" in said
 
 
-# ------------------------------------------------------------------------------------------ polarity, the machine
+# ---------------------------------------------------------------------------- polarity, the machine
 @pytest.mark.parametrize("kind", [np.int8, np.int16])
 def test_polarity_of_minus_one_and_one_paints_the_same_pictures(prepare, two, tmp_path, kind):
     root, good, _ = two

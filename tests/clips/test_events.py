@@ -93,7 +93,7 @@ def test_odd_event_files_are_named(tmp_path):
         read_events(tmp_path / "none.npy")
 
 
-# ---------------------------------------------------------------------------------- columns and their values
+# ------------------------------------------------------------------------- columns and their values
 def columns(seed: int = 0, count: int = 2000) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     return {"x": random.integers(0, 64, count).astype(np.uint16), "y": random.integers(0, 48, count).astype(np.uint16),

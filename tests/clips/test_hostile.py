@@ -45,7 +45,7 @@ class Runs:
         return Path.touch, (self.path,)
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 def chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -93,7 +93,7 @@ def test_a_pipe_is_not_waited_for(tmp_path, read):
         read(tmp_path / "pipe")
 
 
-# ------------------------------------------------------------------------------------------------------ videos
+# ------------------------------------------------------------------------------------------- videos
 @pytest.fixture
 def video(tmp_path) -> Path:
     write_video(tmp_path / "a.mp4", [np.full((48, 64, 3), 20 * k, np.uint8) for k in range(10)])
@@ -164,7 +164,7 @@ def test_a_play_list_that_names_other_files_is_no_video(video, tmp_path, text):
         read_video(tmp_path / "list.mp4")
 
 
-# ------------------------------------------------------------------------------------------------- raw events
+# --------------------------------------------------------------------------------------- raw events
 def event_file(path: Path, operations: bytes) -> Path:
     """As np.save makes one, with these operations of a pickle in it."""
     np.save(path, {"x": 1}, allow_pickle=True)

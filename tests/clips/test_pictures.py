@@ -55,7 +55,7 @@ def test_a_picture_of_absurd_size_is_refused_before_it_is_decoded(tmp_path):
         read_event_image(tmp_path / "wide.png")
 
 
-# ------------------------------------------------------------------------- more than 8 bits, transparency, turns
+# ------------------------------------------------------------ more than 8 bits, transparency, turns
 STEPS = np.linspace(0, 65535, 8).astype(np.uint16)
 
 
@@ -133,7 +133,7 @@ def test_a_picture_is_turned_as_its_metadata_says(tmp_path):
     assert np.array_equal(read_event_image(tmp_path / "a.png"), np.rot90(np.asarray(picture), -1))
 
 
-# ------------------------------------------------------------------------------------------ bounds, trouble
+# ---------------------------------------------------------------------------------- bounds, trouble
 def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(tmp_path):
     Image.new("L", (64, 64), 128).save(tmp_path / "a.jpg", progressive=True)
     data = (tmp_path / "a.jpg").read_bytes()

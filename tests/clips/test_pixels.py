@@ -68,7 +68,7 @@ def test_pixels_are_those_of_the_folders_own_processor(tmp_path, files):
 
 @pytest.mark.parametrize(("files", "words"), [
     ({"preprocessor_config": {"size": 56, "crop_size": 60}}, "crop_size 60"),
-    ({"preprocessor_config": {}}, "vision tower's 48 px"),                         # transformers would take 224
+    ({"preprocessor_config": {}}, "vision tower's 48 px"),  # transformers would take 224
     ({"preprocessor_config": {**SETTINGS, "size": {"height": 48, "width": 48}}}, "wanted the shortest edge"),
     ({"preprocessor_config": {**SETTINGS, "size": {"shortest_edge": 48, "longest_edge": 60}}}, "the shortest edge"),
     ({"preprocessor_config": {**SETTINGS, "crop_size": {"height": 48, "width": 40}}}, "and a square"),

@@ -127,7 +127,7 @@ def test_a_file_without_a_video_stream_is_named(tmp_path):
         read_video(tmp_path / "sound.mp4")
 
 
-# ----------------------------------------------------- announced and shown: edit lists, fragments, gaps
+# ------------------------------------------------- announced and shown: edit lists, fragments, gaps
 def remux(source: Path, target: Path, first: int, end: int) -> None:
     """Trim without encoding, as `ffmpeg -ss -t -c copy` does: frames before `first` stay in the file, not shown."""
     import av
@@ -205,7 +205,7 @@ def test_an_mp4_is_cut_where_its_index_names_frames_beyond_the_end(tmp_path):
         read_video(tmp_path / "a.mp4")
 
 
-# --------------------------------------------------------- how a stream wants to be shown, and which stream
+# ------------------------------------------------- how a stream wants to be shown, and which stream
 MATRICES = [(a, b, c, d) for a, b, c, d in itertools.product((-1, 0, 1), repeat=4)
             if abs(a) == abs(d) and abs(b) == abs(c) and abs(a) + abs(b) == 1]
 
@@ -238,7 +238,7 @@ def test_frames_are_turned_and_mirrored_as_the_metadata_says(tmp_path, matrix):
     with_matrix(path, matrix)
     for turned, picture in zip(read_video(path, 3), plain):
         assert np.array_equal(turned, turned_by_hand(picture, *matrix))
-    if matrix == (0, -1, 1, 0):                          # a quarter turn to the left, as FFmpeg writes it for 90
+    if matrix == (0, -1, 1, 0):  # a quarter turn to the left, as FFmpeg writes it for 90
         assert np.array_equal(turned, np.rot90(picture))
 
 
@@ -265,7 +265,7 @@ def two_streams(path: Path, first: list[np.ndarray], second: list[np.ndarray], c
 
 def test_a_cover_picture_is_no_video(tmp_path):
     cover = [np.full((48, 64, 3), 250, np.uint8)]
-    two_streams(tmp_path / "a.mkv", cover, grey_frames(12), "mjpeg")        # Matroska doesn't mark it as a cover
+    two_streams(tmp_path / "a.mkv", cover, grey_frames(12), "mjpeg")  # Matroska doesn't mark it as a cover
     assert greys(read_video(tmp_path / "a.mkv", 4)) == [0, 3, 7, 11]
     two_streams(tmp_path / "a.mp4", cover, grey_frames(12), "mjpeg")        # MP4 does, in udta
     data = (tmp_path / "a.mp4").read_bytes()
@@ -275,7 +275,7 @@ def test_a_cover_picture_is_no_video(tmp_path):
         length = int.from_bytes(data[place:place + 4], "big")
         boxes.append(data[place:place + length])
         place += length
-    boxes.sort(key=lambda box: {b"mvhd": 0, b"udta": 1}.get(box[4:8], 2))   # then it is the first video stream
+    boxes.sort(key=lambda box: {b"mvhd": 0, b"udta": 1}.get(box[4:8], 2))  # then it is the first video stream
     (tmp_path / "a.mp4").write_bytes(data[:start] + b"".join(boxes))
     assert greys(read_video(tmp_path / "a.mp4", 4)) == [0, 3, 7, 11]
 
@@ -286,7 +286,7 @@ def test_of_two_videos_the_first_is_taken(tmp_path, name):
     assert greys(read_video(tmp_path / name, 4)) == [0, 3, 7, 11]
 
 
-# ---------------------------------------------------------------------------------- trouble of the machine
+# --------------------------------------------------------------------------- trouble of the machine
 def test_an_error_of_the_system_is_no_fault_of_the_video(tmp_path, monkeypatch):
     import av
 
