@@ -85,7 +85,8 @@ def read_dataset(folder: Path, allow_links: Iterable[Path] = ()) -> list[Sample]
     for number, row in enumerate(rows):
         sample = read_row(places, number, row)
         if sample.key in keys and not sample.trouble:
-            sample = dataclasses.replace(sample, trouble=f"{index or folder} lists the clip twice")
+            place = index.name if index else folder
+            sample = dataclasses.replace(sample, trouble=f"{place} lists the clip twice")
         keys.add(sample.key)
         samples.append(sample)
     return samples

@@ -130,7 +130,8 @@ def test_reading_ahead_keeps_the_order_and_hands_bad_samples_over():
 
     out = list(read_ahead(prepare, range(20), workers=4, ahead=6))
     assert [number for number, _ in out] == list(range(20))
-    assert [str(result) for _, result in out] == [f"bad {n}" if n % 3 == 0 else str(n * 10) for n in range(20)]
+    assert [str(result) for _, result in out] == [f"bad {n}" if n % 3 == 0 else str(n * 10)
+                                                  for n in range(20)]
 
 
 def test_a_bug_while_reading_ahead_is_not_swallowed():
@@ -255,7 +256,8 @@ def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch, index, error
 
 def test_a_folder_that_may_be_entered_and_not_listed_is_read(folder, monkeypatch):
     with_index(folder, [FULL])
-    monkeypatch.setattr(os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(os, "scandir",
+                        lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     sample, = read_dataset(folder)
     assert len(draft_pictures(sample, "all")) == 5 and len(target_pictures(sample, 8)) == 8
 

@@ -96,7 +96,8 @@ def test_odd_event_files_are_named(tmp_path):
 # ------------------------------------------------------------------------- columns and their values
 def columns(seed: int = 0, count: int = 2000) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
-    return {"x": random.integers(0, 64, count).astype(np.uint16), "y": random.integers(0, 48, count).astype(np.uint16),
+    return {"x": random.integers(0, 64, count).astype(np.uint16),
+            "y": random.integers(0, 48, count).astype(np.uint16),
             "t": 25 * np.arange(count), "p": random.integers(0, 2, count).astype(np.uint8)}
 
 
@@ -122,7 +123,8 @@ FILES = ("e.npy", "e.npz", "e.fields.npy")
 def test_every_spelling_of_polarity_paints_the_same_pictures(tmp_path, name, polarity):
     found = columns()
     wanted = event_frames(found)
-    signs = {**found, "p": found["p"].astype(bool) if polarity is bool else 2 * found["p"].astype(polarity) - 1}
+    p = found["p"].astype(polarity)
+    signs = {**found, "p": p if polarity is bool else 2 * p - 1}
     if polarity is np.float32:
         with pytest.raises(MediaError, match="p float32"):
             read_events(save(tmp_path / name, signs))
@@ -166,7 +168,8 @@ def test_an_archive_that_cheats_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "e.npz", "w") as archive:
         for name in "xytp":
             head = io.BytesIO()
-            np.lib.format.write_array_header_1_0(head, {"descr": "<i8", "fortran_order": False, "shape": (2**50,)})
+            header = {"descr": "<i8", "fortran_order": False, "shape": (2**50,)}
+            np.lib.format.write_array_header_1_0(head, header)
             archive.writestr(f"{name}.npy", head.getvalue() + bytes(800))
     with pytest.raises(MediaError, match=r"e\.npz"):
         read_events(tmp_path / "e.npz")

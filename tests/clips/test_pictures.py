@@ -91,19 +91,21 @@ def test_a_tiff_whose_zero_is_white_is_inverted(tmp_path):
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_grey_whose_white_is_not_known_is_refused(tmp_path, kind):
-    Image.fromarray((STEPS[None] / 65535 * (1 if kind is np.float32 else 255)).astype(kind)).save(tmp_path / "a.tif")
+    values = STEPS[None] / 65535 * (1 if kind is np.float32 else 255)
+    Image.fromarray(values.astype(kind)).save(tmp_path / "a.tif")
     with pytest.raises(MediaError, match="whose white is not known"):
         read_event_image(tmp_path / "a.tif")
 
 
 def small_png(path: Path, bits: int, transparent: int | None, colour: int = 0) -> None:
-    """One row with all values that so many bits have, written by hand: Pillow writes no PNG of 2 or 4 bits."""
+    """One row with all values that so many bits have; Pillow writes no PNG of 2 or 4 bits."""
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     values = [value % 2**bits for value in range(16)]
     row = int("".join(format(value, f"0{bits}b") for value in values), 2).to_bytes(2 * bits, "big")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 1, bits, colour, 0, 0, 0))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 1, bits, colour, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head
                      + (chunk(b"tRNS", struct.pack(">H", transparent)) if transparent is not None else b"")
                      + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b""))
 
@@ -157,7 +159,8 @@ def test_a_picture_without_an_end_is_read_only_so_long(tmp_path, monkeypatch, he
 
 def test_an_error_of_the_system_is_no_fault_of_the_picture(tmp_path, monkeypatch):
     write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
-    for error in (OSError(24, "Too many open files"), OSError(13, "Permission denied"), OSError(116, "Stale file handle"),
+    for error in (OSError(24, "Too many open files"), OSError(13, "Permission denied"),
+                  OSError(116, "Stale file handle"),
                   MemoryError()):
         def fail(*_, error=error, **__):
             raise error

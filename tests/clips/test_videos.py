@@ -24,7 +24,8 @@ def greys(frames: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize("total, indices", [
-    (10, [0, 1, 2, 3, 5, 6, 7, 9]), (20, [0, 2, 5, 8, 10, 13, 16, 19]), (3, [0, 0, 0, 0, 1, 1, 1, 2]), (1, [0] * 8)])
+    (10, [0, 1, 2, 3, 5, 6, 7, 9]), (20, [0, 2, 5, 8, 10, 13, 16, 19]), (3, [0, 0, 0, 0, 1, 1, 1, 2]),
+    (1, [0] * 8)])
 def test_eight_frames_are_sampled_uniformly(tmp_path, total, indices):
     write_video(tmp_path / "a.mp4", grey_frames(total))
     frames = np.stack(read_video(tmp_path / "a.mp4", 8))
@@ -129,7 +130,7 @@ def test_a_file_without_a_video_stream_is_named(tmp_path):
 
 # ------------------------------------------------- announced and shown: edit lists, fragments, gaps
 def remux(source: Path, target: Path, first: int, end: int) -> None:
-    """Trim without encoding, as `ffmpeg -ss -t -c copy` does: frames before `first` stay in the file, not shown."""
+    """Trim as `ffmpeg -ss -t -c copy` does: frames before `first` stay in the file and are not shown."""
     import av
 
     with av.open(str(source)) as file, av.open(str(target), "w") as out:
@@ -154,7 +155,8 @@ def test_a_clip_trimmed_without_encoding_shows_its_frames_alone(tmp_path, name, 
     assert greys(read_video(tmp_path / name, 4)) == indices
 
 
-@pytest.mark.parametrize("flags", ["frag_keyframe", "frag_keyframe+empty_moov", "frag_keyframe+default_base_moof"])
+@pytest.mark.parametrize("flags",
+                         ["frag_keyframe", "frag_keyframe+empty_moov", "frag_keyframe+default_base_moof"])
 def test_all_fragments_are_read_whatever_the_head_announces(tmp_path, flags):
     make_video(tmp_path / "a.mp4", 40, options={"movflags": flags}, codec_options={"g": "8"})
     assert greys(read_video(tmp_path / "a.mp4", 4)) == [0, 13, 26, 39]
@@ -249,7 +251,8 @@ def test_a_turn_that_is_no_quarter_is_refused(tmp_path):
         read_video(tmp_path / "a.mp4")
 
 
-def two_streams(path: Path, first: list[np.ndarray], second: list[np.ndarray], codec: str = "libx264") -> None:
+def two_streams(path: Path, first: list[np.ndarray], second: list[np.ndarray],
+                codec: str = "libx264") -> None:
     import av
 
     with av.open(str(path), "w") as file:
