@@ -1,7 +1,7 @@
-"""The demo: data sets of a made-up world in the real folder layout, and two tiny models trained to describe it.
+"""The demo: data sets of a made-up world in the real layout, and two tiny models that describe it.
 
-    python make_demo.py                    renders the four data sets into demo/data (existing ones are skipped)
-    python make_demo.py --check_models     and tells how often the models in demo/models describe test clips right
+    python make_demo.py                    renders the four data sets into demo/data, unless they exist
+    python make_demo.py --check_models     and tells how often the models describe test clips right
     python make_demo.py --train_models     makes those models again from nothing, then checks them
 
     demo/data/my_egpt_dsec_train/my_egpt_dsec_train_{1s,500ms}    index file, event_image/, mp4/
@@ -22,7 +22,7 @@ from machine.running import run
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
-    """Render the demo's data sets; with --check_models or --train_models also check or make its two tiny models."""
+    """Render the demo's data sets; also check its two models, or train them again, where asked to."""
 
     output_dir: Path = option(ROOT / "demo" / "data", "where the four data sets go")
     models_dir: Path = option(ROOT / "demo" / "models", "holds the two models, eventgpt and video_llava")

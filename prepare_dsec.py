@@ -6,11 +6,11 @@
       event_image/<sequence>/<clip>_<k>.png           pictures of the clip's events, equally many in each
       mp4/<sequence>/<clip>.mp4                       its camera pictures as H.264, 20 a second
       prepare_dsec.json                               how it was made, and what was left out
-      EventGPT_Instruction_Subset.json                one row a clip; written last: with it the folder is whole
+      EventGPT_Instruction_Subset.json                one row a clip; written last, when all is there
 
-Windows start at a sequence's first picture and then every half window, as long as they end by its last picture.
-Unusable sequences and clips are named and the rest goes on; the same command makes what is missing. A folder that
-lacks something is called whole only with --allow_missing.
+Windows start at a sequence's first picture and then every half window, as long as they end by its
+last picture. Unusable sequences and clips are named and the rest goes on; the same command makes
+what is missing. A folder that lacks something is called whole only with --allow_missing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PrepareConfig:
     split: Literal["train", "test"] = required("which of DSEC's lists of sequences")
     duration: str = required("window length: 500ms, 1s, 2s, 4s, ...")
     output_root: Path = option(Path("data"), "where the data set folder goes")
-    sequences: list[str] | None = option(None, "only these, also ones that DSEC doesn't list; default: its list")
+    sequences: list[str] | None = option(None, "only these, also unlisted ones; default: DSEC's list")
     stride: str = option("half", "from window to window: half of one, none (no overlap), or milliseconds")
     event_images: int = option(5, "event pictures a clip, 1 to 10, with equally many events")
     render: Render = option("time", "a pixel shows its last event (time), or blue if any was (blue_over_red)")
@@ -53,8 +53,8 @@ class PrepareConfig:
             object.__setattr__(self, "workers", min(16, cores()))
         check_counts(self, ("workers",))
         if not self.dsec_root.is_dir():
-            raise UserError(f"--dsec_root {self.dsec_root}: no such folder; wanted the one that holds train/ and "
-                            "test/")
+            raise UserError(f"--dsec_root {self.dsec_root}: no such folder; wanted the one that holds train/ "
+                            "and test/")
         other = "test" if self.split == "train" else "train"
         for name in self.sequences or ():
             if not dsec.is_name(name):

@@ -28,7 +28,7 @@ TARGET = Lesson(texts.target_text, texts.TARGET_PHRASES)
 
 
 def check_models(models_dir: Path, data_dir: Path) -> None:
-    """Let both models answer about the test clips, read from the rendered files, and log how often they are right."""
+    """Let both models answer about the rendered test clips, and log how often they are right."""
     import torch
 
     from machine.device import Runtime

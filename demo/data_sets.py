@@ -43,7 +43,7 @@ def scenes_of(sequence: str, count: int) -> list[Scene]:
 
 
 def make_data_sets(output_dir: Path, clips: dict[str, int]) -> None:
-    """Render every data set that isn't there; the index file is written last, so a folder that has it is whole.
+    """Render every data set that isn't there; a folder is whole with its index file, written last.
 
     clips: split -> clips of each of its data sets.
     """
@@ -61,7 +61,8 @@ def clips_per_sequence(clips: int, sequences: int) -> list[int]:
     return [max(1, (clips + number) // sequences) for number in range(sequences)]
 
 
-def render_data_set(folder: Path, sequences: list[str], clips: int, num_frames: int, workers: int = 1) -> list[dict]:
+def render_data_set(folder: Path, sequences: list[str], clips: int, num_frames: int,
+                    workers: int = 1) -> list[dict]:
     """Render `clips` clips, spread over the sequences, and write the index file; -> its rows."""
     scenes = {}
     for sequence, count in zip(sequences, clips_per_sequence(clips, len(sequences))):
@@ -80,7 +81,7 @@ def render_data_set(folder: Path, sequences: list[str], clips: int, num_frames: 
 
 
 def render_clip(clip: tuple[str, Scene], folder: Path, num_frames: int) -> dict:
-    """Write the video and the event pictures of one clip (its name and scene); -> its row of the index file."""
+    """Write the video and the event pictures of one clip (name, scene); -> its row of the index file."""
     from clips.events import event_frames
     from clips.pictures import write_png
     from clips.videos import write_video

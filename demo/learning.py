@@ -1,4 +1,4 @@
-"""How the demo's two models are trained: first to see, then to speak. Seeded: the same weights on the same CPU."""
+"""How the demo's two models are trained: to see, then to speak. Seeded: one CPU, the same weights."""
 
 import dataclasses
 import functools
@@ -22,12 +22,13 @@ STUDENTS = {"eventgpt": event_student, "video_llava": video_student}
 
 
 def train_models(models_dir: Path) -> None:
-    """Train both models side by side, a process and a thread each: two threads on two cores hinder each other.
+    """Train both models side by side, a process and a thread each, because two threads hinder each other.
 
     The folders in models_dir are replaced when both new ones are whole.
     """
     with tempfile.TemporaryDirectory(dir=models_dir, prefix=".", suffix=".tmp") as unfinished:
-        for _ in in_workers(functools.partial(train_model, models_dir=Path(unfinished)), list(STUDENTS), workers=2):
+        work = functools.partial(train_model, models_dir=Path(unfinished))
+        for _ in in_workers(work, list(STUDENTS), workers=2):
             pass
         for name in STUDENTS:
             shutil.rmtree(models_dir / name, ignore_errors=True)
@@ -77,15 +78,16 @@ def render_training_clips(student: Student) -> TrainingClips:
 
 
 def learn_to_see(student: Student, clips: TrainingClips) -> nn.Module:
-    """Train the vision part to tell the attributes from single pictures; -> the head that reads their mean token.
+    """Train the vision part to tell the attributes from single pictures; -> the head on their mean token.
 
-    Two linear heads guess the attributes. One reads all visual tokens side by side and is nearly always right after
-    200 steps. The other reads the tokens' mean, so that each token has to say where it is and what it saw, as the
-    language model needs it; without the first, sides were still guessed at random after 600 steps.
+    Two linear heads guess the attributes. One reads all visual tokens side by side and is nearly
+    always right after 200 steps. The other reads the tokens' mean, so that each token has to say
+    where it is and what it saw, as the language model needs it; without the first, sides were still
+    guessed at random after 600 steps.
     """
     for name, parameter in student.vision[0].named_parameters():
         if "position_embedding" in name:
-            nn.init.normal_(parameter, std=0.4)         # CLIP's 0.02 drowns in the patches: sides get confused
+            nn.init.normal_(parameter, std=0.4)      # CLIP's 0.02 drowns in the patches: sides get mixed up
     with torch.no_grad():
         tokens, width = student.features(clips.pixels[:1, :1].float()).shape[1:]
     from_all, from_mean = (nn.Linear(inputs, sum(clips.num_phrases)) for inputs in (tokens * width, width))
@@ -131,7 +133,7 @@ def attribute_loss(logits: torch.Tensor, clips: TrainingClips, rows: torch.Tenso
 
 
 def descend(step: str, loss_of: Callable, groups: list[dict], num_steps: int, batch_size: int) -> None:
-    """AdamW on loss_of(rows): 30 steps of warm-up, then the learning rate falls in a line to 2 % of its peak."""
+    """AdamW on loss_of(rows): 30 steps of warm-up, then the rate falls linearly to 2 % of its peak."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: min(1, (done + 1) / 30) * max(0.02, 1 - done / num_steps))
@@ -161,7 +163,7 @@ def save_weights(student: Student, folder: Path) -> None:
 
 
 def published_name(name: str) -> str:
-    """Our names of EventGPT's weights -> those of its published checkpoint; vlm/eventgpt.py reads them back."""
+    """Our names of EventGPT's weights -> those of its published checkpoint (see vlm/eventgpt.py)."""
     if name.startswith("language_model."):
         return name.removeprefix("language_model.")
     return "model." + name.replace("visual_tower.", "visual_tower.visual_tower.vision_model.")

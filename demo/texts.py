@@ -4,7 +4,8 @@ import re
 
 from demo.world import CHOICES, Scene
 
-# attribute -> value -> the words that say so; each set of words occurs in a text for one value only.
+# attribute -> value -> the words that say so; each set of words occurs in a text for one value
+# only.
 DRAFT_PHRASES = {
     "vehicle": {name: name for name in CHOICES["vehicle"]},
     "motion": {"parked": "parked", "driving": "moving ahead"},
@@ -16,8 +17,8 @@ DRAFT_PHRASES = {
     "traffic_light": {"none": "no traffic light can be seen", "red": "a traffic light hangs above the road",
                       "green": "a traffic light hangs above the road"},
 }
-DRAFT_TEXT = ("In the scene, there is a {vehicle} {motion} {side} of the street. The {vehicle} has a visible license "
-              "plate, and {person}. There are {background}, and {traffic_light}.")
+DRAFT_TEXT = ("In the scene, there is a {vehicle} {motion} {side} of the street. The {vehicle} has a visible "
+              "license plate, and {person}. There are {background}, and {traffic_light}.")
 
 TARGET_PHRASES = {
     "colour": {name: f"include a {name}" for name in CHOICES["colour"]},
@@ -50,7 +51,8 @@ def target_text(scene: Scene) -> str:
 def read_text(text: str, phrases: dict) -> dict[str, str | None]:
     """attribute -> the value that the text names, None where it names none or several.
 
-    Values with the same words (a red and a green light in a draft) are read as the first of them, as in neutral().
+    Values with the same words (a red and a green light in a draft) are read as the first of them,
+    as in neutral().
     """
     found = {}
     for name, words in phrases.items():
