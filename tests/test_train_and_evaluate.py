@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import reports.task_report as report
+from reports import task_figures as report
 import speculative_decode
 import train_and_evaluate
 import training.loop as training
