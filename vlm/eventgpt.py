@@ -24,7 +24,8 @@ from transformers.modeling_utils import PreTrainedModel
 from base import UserError, log
 from clips.pixels import PixelSettings
 from machine.device import Runtime
-from vlm.checkpoints import Checkpoint, open_checkpoint, read_model_config
+from vlm import hub
+from vlm.checkpoints import Checkpoint, open_checkpoint, read_model_config, too_large
 from vlm.contract import Answer
 from vlm.errors import in_words
 from vlm.fits import why_not
@@ -266,6 +267,9 @@ def _vision_settings(folder: Path, tower: str) -> tuple[dict, PixelSettings]:
     for place in (folder / tower, folder.parent / tower, Path(tower)):
         if (place / "config.json").is_file():
             vision = read_model_config(place)
+            for file in (place / name for name in hub.PIXEL_SETTINGS):
+                if file.is_file() and (reason := too_large(file)):
+                    raise UserError(f"can't use the CLIP tower's settings in {place}: {reason}")
             vision = vision.get("vision_config") or vision      # a whole CLIP's config holds its tower's
             vision = {"hidden_act": "quick_gelu", **vision}
             return vision, PixelSettings.of_folder(place, vision["image_size"], kinds=("image",))

@@ -10,7 +10,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from base import UserError, log
 from vlm.errors import in_words
 
-WORD = "street"                    # any tokenizer must encode it, whatever else it knows
+WORDS = "street", "vehicle"        # any tokenizer must tell them apart
 
 
 def load_tokenizer(folder: str | Path):
@@ -55,17 +55,16 @@ def silent_panics() -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------------- does it fit
 def check_tokenizer(tokenizer, name: str | Path, vocab_size: int) -> None:
-    """A UserError unless it has BOS and EOS, encodes a word into ids that the model knows, and decodes all ids."""
+    """A UserError unless it has BOS and EOS, encodes words into ids that the model knows, and decodes all ids."""
     for kind, token in (("BOS", tokenizer.bos_token_id), ("EOS", tokenizer.eos_token_id)):
         if type(token) is not int or not 0 <= token < vocab_size:
             raise UserError(f"the tokenizer of {name} has no {kind} that the model knows ({token!r}, wanted an id "
                             f"below {vocab_size:,}): tokenizer_config.json or special_tokens_map.json is missing or "
                             "belongs to another model")
-    ids = ids_of(tokenizer, name, WORD, vocab_size)
-    control = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
-    if all(token in control for token in ids):
-        raise UserError(f"the tokenizer of {name} knows no words: {WORD!r} becomes {ids[:8]}; its files are damaged "
-                        "or of another model")
+    first, second = (ids_of(tokenizer, name, word, vocab_size) for word in WORDS)
+    if first == second:
+        raise UserError(f"the tokenizer of {name} knows no words: {' and '.join(WORDS)} both become {first[:8]}; its "
+                        "files are damaged or of another model")
     with silent_panics():
         guarded(f"the tokenizer of {name} can't decode its own ids",
                 lambda: tokenizer.decode(list(range(vocab_size)), skip_special_tokens=True))
