@@ -20,11 +20,12 @@ from base import ROOT, UserError
 from machine.device import choose_device
 from machine.files import only_writer
 from pairs.formats import load_pairs
+from pairs.splits import ValidationSplit, load_data
 from tests.conftest import names_of, write_pairs
 from tests.vlm.test_steps import needs_gpu
 from token_adapter import load_adapter
 from train_and_evaluate import TrainConfig
-from training.checkpoints import Resume
+from training.checkpoints import Fingerprint, Resume
 
 SMALL = ["--embed_dim", "32", "--num_layers", "1", "--num_heads", "2", "--num_epochs", "8", "--batch_size", "8",
          "--learning_rate", "1e-2", "--max_seq_len", "9", "--device", "cpu", "--no-plots",
@@ -213,6 +214,72 @@ def test_what_cannot_be_resumed_is_refused(monkeypatch, tmp_path, files):
     assert len(resume(monkeypatch, task)["history"]) == 6       # killed before it was written: from the beginning
 
 
+def changed_rows(path: Path, change) -> None:
+    pairs = json.loads(path.read_text())
+    for number, row in enumerate(pairs["results"]):
+        change(number, row)
+    path.write_text(json.dumps(pairs))
+
+
+TURNED = dict(zip(["zurich_00_a", "zurich_00_b", "thun_01_a", "bern_02_a"],
+                  ["thun_01_a", "bern_02_a", "zurich_00_a", "zurich_00_b"]))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda number, row: row.update(sequence=TURNED[row["sequence"]]), "split, train sequence names"),
+    (lambda number, row: row.update(clip=row["clip"] + 1), "train clip names"),
+    (lambda number, row: row.update(sample_idx=number + 1), "train questions"),
+    (lambda number, row: row.update(query="Is it dark?"), "train questions"),
+    (lambda number, row: row.update(egpt_tokens=row["egpt_tokens"][:-1]), "train rows, train tokens")])
+def test_pairs_of_the_same_tokens_with_other_names_are_not_resumed_with(monkeypatch, tmp_path, files, change, words):
+    """With the sequences renamed, other drives are validated on: those that were trained on."""
+    local = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}
+    task = stopped(monkeypatch, tmp_path / "task", local, 2)
+    changed_rows(local["train"], change)
+    with pytest.raises(UserError, match=rf"are not those that .* began with \(other .*{words}"):
+        resume(monkeypatch, task)
+    shutil.copy(files["train"], local["train"])
+    assert len(resume(monkeypatch, task)["history"]) == 6
+
+
+def test_a_training_begun_by_an_older_version_goes_on_to_the_same_numbers(straight, monkeypatch, tmp_path, files):
+    """No file had a format number then, results.json no bos_id, and resume.pt another fingerprint."""
+    task = stopped(monkeypatch, tmp_path / "task", files, 2)
+    results = json.loads((task / "results.json").read_text())
+    del results["format"], results["config"]["bos_id"]
+    (task / "results.json").write_text(json.dumps(results))
+    state = torch.load(task / "resume.pt", weights_only=True)
+    data = load_data([files["train"]], [files["test"]], ValidationSplit(0.15, 42))
+    del state["format"]
+    torch.save({**state, "data": Fingerprint.of(data).format_0}, task / "resume.pt")
+    resumed = resume(monkeypatch, task)
+    for ours, theirs in zip(resumed["history"], straight[1]["history"], strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    assert resumed["metrics"]["test"]["adapter"] == straight[1]["metrics"]["test"]["adapter"]
+
+
+@pytest.mark.parametrize("name", ["results.json", "resume.pt", "pairs"])
+def test_a_file_of_a_newer_version_is_refused_in_one_line(monkeypatch, tmp_path, files, name):
+    local = {kind: Path(shutil.copy(path, tmp_path)) for kind, path in files.items()}
+    task = stopped(monkeypatch, tmp_path / "task", local, 2)
+    path = local["train"] if name == "pairs" else task / name
+    if name == "resume.pt":
+        torch.save({**torch.load(path, weights_only=True), "format": 99}, path)
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    with pytest.raises(UserError, match="has format 99, this version reads formats up to 1") as raised:
+        resume(monkeypatch, task)
+    assert path.name in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_resume_file_larger_than_its_training_can_write_is_not_read(monkeypatch, tmp_path, files):
+    task = stopped(monkeypatch, tmp_path / "task", files, 2)
+    with open(task / "resume.pt", "r+b") as file:
+        file.truncate(20 * 2**30)
+    with pytest.raises(UserError, match=r"resume\.pt can't be used: it has 20480 MiB, wanted at most \d+;"):
+        resume(monkeypatch, task)
+
+
 @pytest.mark.parametrize("change", [
     lambda found: found.pop("history"), lambda found: found.update(phase="nope"), lambda found: found.update(best=5),
     lambda found: found["adapter"].popitem(), lambda found: found.update(order=torch.zeros(3)),
@@ -261,6 +328,34 @@ def test_a_checkpoint_of_another_conditioning_or_without_drafts_is_refused(train
         run_main(monkeypatch, tmp_path, None, tmp_path / "no_drafts.json", *flags)
 
 
+def test_a_checkpoint_whose_logits_overflow_is_a_user_error(trained, monkeypatch, tmp_path, files):
+    checkpoint = torch.load(trained[0] / "best_model.pt", weights_only=True)
+    checkpoint["model_state_dict"]["output_proj.1.weight"] *= 1e38
+    checkpoint["model_state_dict"]["output_proj.0.weight"] *= 1e10
+    torch.save(checkpoint, tmp_path / "huge.pt")
+    with pytest.raises(UserError, match="logits are not finite numbers on the test pairs"):
+        run_main(monkeypatch, tmp_path, None, files["test"], "--checkpoint", str(tmp_path / "huge.pt"))
+
+
+def test_a_figure_that_is_no_number_is_written_as_null_and_named(monkeypatch, tmp_path, files, capsys):
+    import acceptance.metrics as acceptance
+
+    monkeypatch.setattr(acceptance, "step_ms", lambda adapter, pairs: float("nan"))
+    _, results = run_main(monkeypatch, tmp_path, files["train"], files["test"], "--conditioning", "prefix",
+                          "--num_epochs", "1", "--no-refit", "--no-online")
+    assert results["metrics"]["test"]["step_ms"] is None
+    assert "WARNING | results.metrics.test.step_ms is nan: no finite number, written as null" in capsys.readouterr().out
+    odd = train_and_evaluate.finite({"a": [1.5, float("inf"), {"b": (float("nan"), 2, None, "x", True)}]})
+    assert odd == {"a": [1.5, None, {"b": [None, 2, None, "x", True]}]}
+
+
+def test_the_smallest_width_trains_and_is_measured(monkeypatch, tmp_path, files):
+    for conditioning in ("prefix+draft", "draft"):
+        _, results = run_main(monkeypatch, tmp_path / conditioning, files["train"], files["test"], "--max_seq_len", "2",
+                              "--conditioning", conditioning, "--num_epochs", "1")
+        assert results["metrics"]["test"]["adapter"]["alpha"] >= 0
+
+
 def test_an_original_checkpoint_is_measured_by_its_own_contract(trained, monkeypatch, tmp_path, files):
     checkpoint = torch.load(trained[0] / "best_model.pt", weights_only=True)
     torch.save({**checkpoint, "config": {"num_heads": 2}}, tmp_path / "old.pt")
@@ -294,6 +389,7 @@ def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_pat
 
 
 @pytest.mark.parametrize(("flags", "words"), [
+    ({"max_seq_len": 1}, "--max_seq_len must be 2 or more"), ({"bos_id": -1}, "--bos_id must be 0 or more"),
     ({"num_epochs": 0}, "--num_epochs must be 1 or more, got 0"), ({"num_heads": 7}, "--num_heads must divide"),
     ({"val_fraction": 1.0}, "--val_fraction"), ({"learning_rate": float("nan")}, "--learning_rate"),
     ({"max_train_samples": 1}, "--max_train_samples"), ({"device": "gpu"}, "--device"), ({"seed": -1}, "--seed"),

@@ -91,7 +91,8 @@ class Fingerprint:
                       f"{which} clip names": _checksum(pairs.clip),
                       f"{which} questions": _checksum([file["identity"] for file in pairs.files])}
             format_0 += [zlib.crc32(part) for part in (pairs.draft, pairs.target, *starts)]
-        parts |= {"split": _checksum(data.split), "vocabulary size": _checksum(data.vocab_size)}
+        split = [data.split, zlib.crc32(data.validation.target_start)]
+        parts |= {"split": _checksum(split), "vocabulary size": _checksum(data.vocab_size)}
         return cls(parts, format_0)
 
     def differences(self, before: dict | list) -> list[str]:

@@ -1,5 +1,7 @@
 """A training step learns from exactly the loss that is meant, from a CUDA graph as well; what is best is kept."""
 
+import copy
+import dataclasses
 import math
 import os
 import subprocess
@@ -14,10 +16,12 @@ import training.checkpoints as checkpoints
 import training.loop as loop
 import training.loss as loss_module
 from acceptance.metrics import TokenTensors
-from base import ROOT
+from base import ROOT, UserError
+from pairs.splits import Data
 from tests.acceptance.test_acceptance import pairs_of
 from token_adapter import NOT_SCORED, AdapterConfig, TokenAdapter, load_adapter
-from training.checkpoints import SAVING_SHARE, Checkpoint
+from training.adapters import new_adapter
+from training.checkpoints import SAVING_SHARE, Checkpoint, Fingerprint
 from training.loop import Trainer, train_epoch
 from training.loss import LinearCrossEntropy, loss_of
 from training.phases import Best
@@ -196,6 +200,65 @@ def test_a_checkpoint_is_written_at_once_then_when_it_is_due_and_in_the_end(tmp_
     checkpoint.write()
     checkpoint.write()                                            # once is enough
     assert epoch() == 3 and clock[0] == 3 + wait
+
+
+# ---------------------------------------------------------------------------------------------------- resuming
+@pytest.mark.parametrize("settings", [
+    {"capturable": True, "lr": torch.tensor(0.7)}, {"fused": None, "foreach": True}, {"amsgrad": True, "maximize": True},
+    {"betas": (0.5, 0.5), "eps": 1.0, "weight_decay": 9.0}, {"differentiable": True}])
+def test_a_resumed_optimizer_keeps_the_settings_of_this_machine(settings):
+    """A state that was written on a GPU says capturable, and its learning rate is a tensor; on a CPU neither."""
+    def trainer() -> Trainer:
+        return Trainer(small_adapter("prefix"), batch_size=4, rate=1e-3, steps=9)
+
+    tokens, writer, reader, unchanged = answers(8), trainer(), trainer(), trainer()
+    rows = torch.arange(4)
+    writer.step(tokens, rows, tokens.width)
+    state = writer.optimizer.state_dict()
+    odd = {**state, "param_groups": [{**group, **settings} for group in state["param_groups"]]}
+    for other, saved in ((reader, odd), (unchanged, state)):
+        before = [{**group, "params": None} for group in other.optimizer.param_groups]
+        other.adapter.load_state_dict(writer.adapter.state_dict())
+        other.take_up(copy.deepcopy(saved), 1)           # whose tensors it goes on with
+        assert [{**group, "params": None} for group in other.optimizer.param_groups] == before
+        torch.manual_seed(3)
+        other.step(tokens, rows, tokens.width)
+    assert all(torch.equal(one, two) for one, two in zip(reader.weights, unchanged.weights))
+
+
+def data_of(train, test, **facts) -> Data:
+    facts = {"split": {"by": "drive"}, "vocab_size": 40, **facts}
+    return Data(train, train, train, test, files={}, warnings=[], largest_ids=[], **facts)
+
+
+def test_a_fingerprint_tells_everything_that_training_depends_on():
+    train = pairs_of([[5, 6], [7], []], [[1, 2, 3], [4], [5, 6]])
+    train = dataclasses.replace(train, files=[{"identity": 1}])
+    test = dataclasses.replace(pairs_of([[5]], [[6]]), files=[{"identity": 2}])
+    data = data_of(train, test)
+    ours = Fingerprint.of(data)
+
+    def differences(**changes) -> list[str]:
+        pairs = {"train": train, "test": test, **changes}
+        return Fingerprint.of(data_of(**pairs)).differences(ours.parts)
+
+    assert differences() == [] and ours.differences(ours.format_0) == []
+    assert differences(train=dataclasses.replace(train, sequence=["b"] * 3)) == ["train sequence names"]
+    assert differences(test=dataclasses.replace(test, clip=["0"])) == ["test clip names"]
+    assert differences(train=dataclasses.replace(train, files=[{"identity": 3}])) == ["train questions"]
+    assert differences(train=train.select([1, 0, 2])) == ["split", "train clip names", "train rows"]
+    shorter = dataclasses.replace(train, draft_length=train.draft_length * 0)
+    assert differences(train=shorter) == ["train rows"]
+    assert differences(split={"by": "sequence"}) == ["split"]
+    assert differences(vocab_size=41) == ["vocabulary size"]
+    changed = dataclasses.replace(train, target=train.target + 1)
+    assert differences(train=changed) == ["train tokens"]
+    assert Fingerprint.of(data_of(changed, test)).differences(ours.format_0) == ["tokens or rows"]
+
+
+def test_an_adapter_that_no_checkpoint_could_hold_is_refused_before_it_takes_memory():
+    with pytest.raises(UserError, match=r"has \d+\.\d GiB, wanted at most 3; choose a smaller --embed_dim"):
+        new_adapter(AdapterConfig(2**20, embed_dim=16384, num_heads=8), seed=1)
 
 
 # ------------------------------------------------------------------------------------------------------ graphs
