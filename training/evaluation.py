@@ -29,8 +29,8 @@ class Measuring:
 def evaluate(adapter: TokenAdapter, trained: Trained | None, data: Data, how: Measuring) -> dict:
     """Metrics on each set of pairs: {"train": ..., "test": ...}; on test all drafters side by side.
 
-    adapter: on its device. trained: None for a checkpoint. On validation the selected adapter is measured,
-    which never trained on those pairs.
+    adapter: on its device. trained: None for a checkpoint. On validation the selected adapter is
+    measured, which never trained on those pairs.
     """
     device = next(adapter.parameters()).device
     limit = how.max_pairs if how.max_pairs != -1 else sys.maxsize
@@ -44,20 +44,20 @@ def evaluate(adapter: TokenAdapter, trained: Trained | None, data: Data, how: Me
     metrics["test"] = _metrics_on(test, adapter, data.all_train, how)
     for name, figures in metrics.items():
         if not trained and not math.isfinite(figures["loss"]):
-            raise UserError(f"the checkpoint's logits are not finite numbers on the {name} pairs: its weights are "
-                            "too large; train again")
+            raise UserError(f"the checkpoint's logits are not finite numbers on the {name} pairs: its "
+                            "weights are too large; train again")
     if len(test) < len(data.test):
-        log(f"drafters | on {len(test)} of {len(data.test)} test pairs, the first clips of every sequence; "
-            "--max_test_samples -1 measures all")
+        log(f"drafters | on {len(test)} of {len(data.test)} test pairs, the first clips of every "
+            "sequence; --max_test_samples -1 measures all")
     metrics["test"].update(acceptance.measure_drafters(
         adapter, test, data.all_train, trained and trained.prefix,
-        trained and (trained.selected, data.train, data.validation), how.stream, how.online and how.stream,
-        how.seed), whole_test=len(data.test))
+        trained and (trained.selected, data.train, data.validation), how.stream,
+        how.online and how.stream, how.seed), whole_test=len(data.test))
     return metrics
 
 
 def _metrics_on(pairs: Pairs, adapter: TokenAdapter, known: Pairs | None, how: Measuring) -> dict:
-    """Metrics of the adapter on these pairs; known: those that the constant string is taken from."""
+    """Metrics of the adapter on these pairs; known: those that give the constant string."""
     max_seq_len = adapter.config.max_seq_len
     commonest = commonest_tokens(known, max_seq_len) if known else None
     tokens = acceptance.TokenTensors.of(pairs, max_seq_len, next(adapter.parameters()).device)
