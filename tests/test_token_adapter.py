@@ -1,4 +1,6 @@
-"""The TokenAdapter is the original architecture, and a checkpoint file is either understood or refused."""
+"""The TokenAdapter is the original architecture, and a checkpoint file is either understood or
+refused.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -27,7 +29,8 @@ PREFIX = ("prefix", "prefix+draft")
 def tiny_adapter(conditioning: str = "draft") -> TokenAdapter:
     torch.manual_seed(0)
     adapter = TokenAdapter(dataclasses.replace(TINY, conditioning=conditioning, contract="")).eval()
-    for parameter in adapter.parameters():      # biases start at 0, norms at 1: that could hide a mix-up
+    # biases start at 0, norms at 1: that could hide a mix-up
+    for parameter in adapter.parameters():
         nn.init.normal_(parameter, std=0.2)
     return adapter
 
@@ -80,7 +83,7 @@ def test_a_checkpoint_of_the_original_suite_loads_and_is_marked_with_its_own_con
     assert load_adapter(tmp_path / "bare.pt").config.num_heads == 8
 
 
-# ------------------------------------------------------------------------------------------ prefix conditioning
+# ------------------------------------------------------------------------------ prefix conditioning
 DRAFT_LENGTHS = torch.tensor([12, 0, 5])
 
 
@@ -184,7 +187,7 @@ def test_the_budget_of_the_original_is_kept():
         assert TokenAdapter(AdapterConfig(vocab_size=32000)).num_parameters() < 45.5e6
 
 
-# ------------------------------------------------------------------------------------------------ formats
+# ------------------------------------------------------------------------------------------ formats
 def saved(folder: Path, state: dict | None = None, **facts) -> Path:
     config = dataclasses.asdict(TINY)
     torch.save({"model_state_dict": state or tiny_adapter().state_dict(), "config": config, **facts}, folder / "a.pt")

@@ -1,4 +1,5 @@
-"""Training learns what the draft tells, chooses by validation alone, and leaves whole files always."""
+"""Training learns what the draft tells, chooses by validation alone, and leaves whole files always.
+"""
 
 import json
 import shutil
@@ -48,7 +49,7 @@ def trained(files, tmp_path_factory) -> tuple[Path, dict]:
         return run_main(monkeypatch, tmp_path_factory.mktemp("task"), files["train"], files["test"])
 
 
-# --------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 def test_the_adapter_learns_what_the_draft_tells_and_no_constant_string_could(trained):
     task, results = trained
     test = results["metrics"]["test"]
@@ -118,7 +119,7 @@ def test_a_kill_leaves_a_best_model_that_loads_and_no_temporary(tmp_path, files)
             program(task)
 
 
-# ----------------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------- resume
 PHASES = ["--conditioning", "prefix+draft", "--num_epochs", "4", "--early_stopping", "0", "--dropout", "0.2",
           "--draft_text", "0.5", "--no-online"]
 
@@ -130,7 +131,9 @@ def straight(files, tmp_path_factory) -> tuple[Path, dict]:
 
 
 def stopped(monkeypatch, folder: Path, files: dict, after: int, *flags: str) -> Path:
-    """The task folder of the same training, stopped as by a kill when resume.pt was written so often."""
+    """The task folder of the same training, stopped as by a kill when resume.pt was written so
+    often.
+    """
     write, times = Resume.write, []
 
     def write_and_die(self, **state):
@@ -152,7 +155,8 @@ def resume(monkeypatch, task: Path, *flags: str) -> dict:
     return json.loads((task / "results.json").read_text())
 
 
-@pytest.mark.parametrize("after", [1, 3, 4, 5, 6])        # 4 epochs without drafts, 2 with; then all again, refitted
+# 4 epochs without drafts, 2 with; then all again, refitted
+@pytest.mark.parametrize("after", [1, 3, 4, 5, 6])
 def test_a_resumed_training_gives_the_same_numbers_bit_for_bit(straight, monkeypatch, tmp_path, files, after):
     task, before = stopped(monkeypatch, tmp_path / "task", files, after), Path.cwd()
     assert json.loads((task / "results.json").read_text())["unfinished"] and len(load_adapter(
@@ -211,7 +215,8 @@ def test_what_cannot_be_resumed_is_refused(monkeypatch, tmp_path, files):
     with pytest.raises(UserError, match=r"resume\.pt can't be used: .*; delete it to begin this training anew"):
         resume(monkeypatch, task)
     (task / "resume.pt").unlink()
-    assert len(resume(monkeypatch, task)["history"]) == 6       # killed before it was written: from the beginning
+    # killed before it was written: from the beginning
+    assert len(resume(monkeypatch, task)["history"]) == 6
 
 
 def changed_rows(path: Path, change) -> None:
@@ -243,7 +248,8 @@ def test_pairs_of_the_same_tokens_with_other_names_are_not_resumed_with(monkeypa
 
 
 def test_a_training_begun_by_an_older_version_goes_on_to_the_same_numbers(straight, monkeypatch, tmp_path, files):
-    """No file had a format number then, results.json no bos_id, and resume.pt another fingerprint."""
+    """No file had a format number then, results.json no bos_id, and resume.pt another fingerprint.
+    """
     task = stopped(monkeypatch, tmp_path / "task", files, 2)
     results = json.loads((task / "results.json").read_text())
     del results["format"], results["config"]["bos_id"]
@@ -284,7 +290,8 @@ def test_a_resume_file_larger_than_its_training_can_write_is_not_read(monkeypatc
     lambda found: found.pop("history"), lambda found: found.update(phase="nope"), lambda found: found.update(best=5),
     lambda found: found["adapter"].popitem(), lambda found: found.update(order=torch.zeros(3)),
     lambda found: found["best"]["prefix"].pop("adapter"), lambda found: found["optimizer"]["state"][1].pop("step"),
-    lambda found: found["optimizer"]["state"][1].update(exp_avg=torch.zeros(3))])    # read beyond its end, if used
+    # read beyond its end, if used
+    lambda found: found["optimizer"]["state"][1].update(exp_avg=torch.zeros(3))])
 def test_a_state_that_does_not_fit_is_refused(monkeypatch, tmp_path, files, change):
     task = stopped(monkeypatch, tmp_path / "task", files, 2)
     found = torch.load(task / "resume.pt", weights_only=True)
@@ -308,7 +315,7 @@ def test_nobody_else_writes_into_a_task_and_no_unfinished_one_is_begun_anew(monk
         run_main(monkeypatch, tmp_path / "other", files["train"], files["test"], "--task_folder", str(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 def test_a_measured_checkpoint_gives_the_numbers_of_its_training(trained, monkeypatch, tmp_path, files):
     task, results = trained
     flags = ["--checkpoint", str(task / "best_model.pt")]
@@ -367,7 +374,7 @@ def test_an_original_checkpoint_is_measured_by_its_own_contract(trained, monkeyp
     assert results["metrics"]["train"]["pairs"] == 80
 
 
-# ------------------------------------------------------------------------------------------- vocabulary, flags
+# -------------------------------------------------------------------------------- vocabulary, flags
 @pytest.mark.parametrize(("recorded", "flag", "wanted"), [({}, 0, 64), ({"vocab_size": 70}, 0, 70), ({}, 45, 45)])
 def test_the_vocabulary_is_the_flag_else_recorded_else_from_the_ids(tmp_path, recorded, flag, wanted):
     path = write_pairs(tmp_path / "pairs.json", ["a_a", "b_b"], **recorded)
@@ -416,10 +423,12 @@ def test_a_finished_task_folder_is_not_touched(monkeypatch, tmp_path, trained, f
     assert {path: path.read_bytes() for path in trained[0].glob("[!.]*")} == before
 
 
-# --------------------------------------------------------------------------------------- prefix conditioning
+# ------------------------------------------------------------------------------ prefix conditioning
 @pytest.fixture(scope="module")
 def by_conditioning(files, tmp_path_factory) -> dict:
-    """results.json and folder of one small run each; online steps and a second training on all pairs included."""
+    """results.json and folder of one small run each; online steps and a second training on all
+    pairs included.
+    """
     runs = {}
     for name, flags in (("prefix", ["--no-refit"]), ("prefix+draft", []),
                         ("no stream", ["--no-refit", "--no-stream"]), ("draft_vocab", ["--draft_vocab"])):

@@ -1,4 +1,6 @@
-"""A .pt file is read only if it holds no more than it has bytes, and no advice to run it is passed on."""
+"""A .pt file is read only if it holds no more than it has bytes, and no advice to run it is passed
+on.
+"""
 
 import io
 import pickle

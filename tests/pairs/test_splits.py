@@ -1,4 +1,5 @@
-"""Validation is whole drives, an overlap of train and test is said, and streams keep their order."""
+"""Validation is whole drives, an overlap of train and test is said, and streams keep their order.
+"""
 
 import json
 
