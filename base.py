@@ -31,15 +31,23 @@ ROOT = Path(__file__).resolve().parent
 
 # Distributions whose import name differs from the name that pip knows.
 IMPORT_NAMES = {"pillow": "PIL", "protobuf": "google.protobuf"}
-# What a disk can do to a program, and what its user can do about it.
-DISK_TROUBLE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the limit (ulimit -f)",
-                errno.EROFS: "choose another folder", errno.ENAMETOOLONG: "choose a shorter name",
-                errno.EACCES: "mend its rights", errno.EPERM: "mend its rights", errno.EIO: "look after the disk"}
+# Errors of the machine, not of one file's content, and what the user can do about each.
+MACHINE_TROUBLE = {
+    errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "raise the limit (ulimit -f)",
+    errno.EROFS: "choose another folder",
+    errno.EACCES: "correct its permissions", errno.EPERM: "correct its permissions",
+    errno.EMFILE: "raise the limit (ulimit -n)", errno.ENFILE: "close other programs",
+    errno.ENOMEM: "free some memory", errno.EAGAIN: "raise the limit of processes (ulimit -u)",
+    errno.ENOLCK: "choose a folder on another disk",
+    **dict.fromkeys((errno.EIO, errno.EREMOTEIO, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN,
+                     errno.ECONNRESET, errno.ECONNABORTED, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.EHOSTDOWN,
+                     errno.EHOSTUNREACH), "check the disk or its network connection")}
+ADVICE = {**MACHINE_TROUBLE, errno.ENAMETOOLONG: "choose a shorter name"}
 # Control characters (a terminal obeys them), ends of lines, turns of the writing direction, halves of characters.
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-# ----------------------------------------------------------------------------------- log and errors
+# --------------------------------------------------------------------------------- log and errors
 class UserError(Exception):
     """What the user can put right: the message says what was found, what was wanted and what to do."""
 
@@ -107,11 +115,11 @@ def run(main: Callable[[], None]) -> None:
             raise  # a file of ours: a bug
         end(f"ERROR | the package {error.name!r} is not installed: {install_command('requirements.txt')}", 2)
     except OSError as error:
-        if error.errno not in DISK_TROUBLE and (not error.errno or not error.filename):
+        if error.errno not in ADVICE and (not error.errno or not error.filename):
             raise  # not about a file
         where = f"{error.filename}: " if error.filename else ""
         then = f"then go on with: {going_on()}" if _goes_on else "then give the same command again"
-        end(f"ERROR | {where}{error.strerror}; {DISK_TROUBLE.get(error.errno, 'look after it')}, {then}", 2)
+        end(f"ERROR | {where}{error.strerror}; {ADVICE.get(error.errno, 'correct that')}, {then}", 2)
     except KeyboardInterrupt:
         end(f"RESUME | {going_on()}" if _goes_on else "ERROR | interrupted", 130)
     except Stopped as stopped:
@@ -185,7 +193,7 @@ class Progress:
         log(" | ".join(part for part in parts if part))
 
 
-# ---------------------------------------------------------------------------------- config -> flags
+# -------------------------------------------------------------------------------- config -> flags
 def option(default, help: str):
     """A config field with its help text; the default is what the program does when you say nothing."""
     return dataclasses.field(default=default, metadata={"help": help})
@@ -263,7 +271,7 @@ def from_json(cls, values: dict, folder: Path):
     return cls(**{name: back(kind, values.get(name)) for name, kind in typing.get_type_hints(cls).items()})
 
 
-# ------------------------------------------------------------------------------------------------ runs
+# ------------------------------------------------------------------------------------------- runs
 def provenance() -> dict:
     """What a result must say about how it was made: command, git commit, versions."""
     commit = None
@@ -277,7 +285,7 @@ def provenance() -> dict:
     return {"argv": sys.argv, "git_commit": commit, "versions": versions}
 
 
-# -------------------------------------------------------------------------------------------- names
+# ------------------------------------------------------------------------------------------ names
 def drive_of(sequence: str) -> str:
     """zurich_city_14_a, _b and _c are segments of one drive, zurich_city_14: they may not be split apart."""
     return re.sub(r"_[a-z]$", "", sequence)
@@ -292,7 +300,7 @@ def duration_of(*texts: str) -> str | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------- packages
+# --------------------------------------------------------------------------------------- packages
 def install_command(requirements: str) -> str:
     return f"{sys.executable} -m pip install -r {ROOT / requirements}"
 

@@ -38,8 +38,8 @@ from base import (
     run,
 )
 from machine.files import check_plain, make_folder, only_writer
-from pairs.formats import JsonRows, write_rows
 from pairs.journal import Content, Journal, differences
+from pairs.rows import JsonRows, write_rows
 
 if TYPE_CHECKING:                  # vlm is imported only after the flags are read
     from clips.dataset import Sample

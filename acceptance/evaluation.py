@@ -17,7 +17,7 @@ from drafting.adapter import Adapter
 from drafting.hybrid import MEMORY_SHARES, Hybrid
 from drafting.memory import MAX_TRAINING_ANSWERS, Memory, NGrams, remembered
 from drafting.table import SIMULATED, SimulationParts
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from token_adapter import TokenAdapter
 
 COMPARED = ("copy of the draft", "n-gram", "prefix", "adapter, drafts shuffled")     # paired with the adapter

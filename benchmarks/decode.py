@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Literal
 
 from base import Progress, check_counts, log, option, required
 from drafting.table import LIVE, SimulationParts
-from pairs.formats import Pairs, load_pairs
+from pairs.formats import load_pairs
+from pairs.pairs import Pairs
 from pairs.splits import check_ids, in_clip_order
 from reports.decode_report import SIMULATED
 from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, check_gamma, read_task, reads_draft

@@ -24,7 +24,8 @@ import numpy as np
 
 from base import ROOT, UserError, check_counts, log, option, run
 from machine.files import write_json
-from pairs.formats import CHUNK, load_pairs, write_rows
+from pairs.formats import load_pairs
+from pairs.rows import write_rows
 
 IDS, ANSWERS = 633, 997              # distinct ids, as in 1,100 real pairs; distinct answers, which come in turn
 CLIPS, SEGMENTS = 100, 3             # clips of a sequence, sequences of a drive
@@ -168,7 +169,7 @@ def read_alone(path: Path) -> float:
     """Seconds of reading the file's bytes and nothing else; just written, they come from the page cache."""
     start = time.monotonic()
     with open(path, "rb", buffering=0) as file:
-        while file.read(CHUNK):
+        while file.read(2**20):
             pass
     return time.monotonic() - start
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from base import Progress, UserError, check_counts, log, option
-from pairs.formats import Pairs, load_pairs
+from pairs.formats import load_pairs
+from pairs.pairs import Pairs
 from pairs.splits import check_ids
 
 if TYPE_CHECKING:                    # torch is imported only after the flags are read
@@ -121,14 +122,13 @@ def read_or_make(config: Config) -> tuple[Pairs, Pairs]:
 
 # ------------------------------------------------------------------------------------------------------ loops
 def new_adapter(name: str, config: Config, device: torch.device) -> TokenAdapter:
-    import torch
+    from token_adapter import AdapterConfig
+    from training.adapters import new_adapter as random_adapter
 
-    from token_adapter import AdapterConfig, TokenAdapter
-
-    torch.manual_seed(config.seed)
-    return TokenAdapter(AdapterConfig(
-        config.vocab_size, name, config.embed_dim, config.num_layers, config.num_heads, 4 * config.embed_dim,
-        config.max_seq_len, dropout=0.1 if name == "draft" else 0.3)).to(device)
+    sizes = AdapterConfig(
+        config.vocab_size, name, config.embed_dim, config.num_layers, config.num_heads,
+        4 * config.embed_dim, config.max_seq_len, dropout=0.1 if name == "draft" else 0.3)
+    return random_adapter(sizes, config.seed).to(device)
 
 
 def peak_rate(name: str) -> float:
@@ -141,7 +141,8 @@ def train_plainly(adapter: TokenAdapter, pairs: Pairs, config: Config, device: t
     import torch.nn.functional as F
 
     from token_adapter import NOT_SCORED
-    from training.loop import DRAFT_DROPOUT, MAX_GRADIENT_NORM, learning_rate_factor
+    from training.loop import MAX_GRADIENT_NORM, check_finite, learning_rate_factor
+    from training.loss import DRAFT_DROPOUT
 
     width, sees_prefix = config.max_seq_len, adapter.config.sees_prefix
     inside = np.arange(width) < pairs.lengths("target")[:, None]
@@ -157,7 +158,7 @@ def train_plainly(adapter: TokenAdapter, pairs: Pairs, config: Config, device: t
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     for _ in range(config.num_epochs):
         adapter.train()
-        total = 0.0
+        losses = []
         for batch in loader:
             draft, length, target = (batch[key].to(device) for key in ("draft", "length", "target"))
             if sees_prefix:
@@ -175,8 +176,9 @@ def train_plainly(adapter: TokenAdapter, pairs: Pairs, config: Config, device: t
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            total += loss.item()
-        yield total / len(loader)
+            losses.append(loss.item())
+        check_finite(losses)
+        yield sum(losses) / len(losses)
 
 
 def train_ours(adapter: TokenAdapter, tokens: TokenTensors, config: Config):

@@ -14,7 +14,7 @@ from drafting.contract import NOTHING, TOP, Costs, NoDrafts, Timer, seconds_per_
 from drafting.steps import TOP_K, AdapterSteps, for_proposing, on_host
 from drafting.table import LiveParts, SimulationParts
 from machine.graphs import capture
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from token_adapter import NOT_SCORED, TokenAdapter
 
 MAX_LOGITS = {"cpu": 2**23, "cuda": 2**28}     # held at a time: 262 or 8,388 positions of 32,000 ids

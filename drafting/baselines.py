@@ -13,7 +13,7 @@ import numpy as np
 
 from drafting.contract import NOTHING, TOP, NoDrafts
 from drafting.table import LiveParts, SimulationParts
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 
 
 # ------------------------------------------------------------------------------------------------------- copy

@@ -17,7 +17,7 @@ from base import UserError
 from drafting.contract import NOTHING, TOP, NoDrafts
 from drafting.table import LiveParts, SimulationParts
 from machine.files import check_plain, write_whole
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from pairs.splits import clip_order
 
 # Chosen on the training drives of 1,100 real 1s pairs, leaving one drive out at a time (WORKFLOW.md, section 6).

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from drafting.adapter import Adapter
     from drafting.contract import Drafter, SimulatedDrafter
     from drafting.memory import NGrams
-    from pairs.formats import Pairs
+    from pairs.pairs import Pairs
     from token_adapter import TokenAdapter
 
 # Okabe and Ito 2008, "Color Universal Design": distinct for colour-blind readers too.

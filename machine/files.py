@@ -12,7 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from base import UserError, log, now, plain
+from base import MACHINE_TROUBLE, UserError, log, now, plain
+
+# What a RuntimeError says where Python has no thread, or PyTorch no memory, left.
+OUT_OF_RESOURCES = re.compile("can't start new thread|DefaultCPUAllocator")
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -98,6 +101,37 @@ def read_json(path: Path):
         raise UserError(f"can't read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise not_json(path, error) from error
+
+
+def check_format(path: Path, number, known: int) -> int:
+    """The format number of a file, 0 where it has none. Raises UserError for a number above `known`."""
+    if number is None:
+        return 0
+    if type(number) is not int or number < 0:
+        raise UserError(f"{path} has format {number!r}, wanted a whole number from 0 to {known}")
+    if number > known:
+        raise UserError(f"{path} has format {number}, this version reads formats up to {known}: "
+                        "it was written by a newer version of the suite; use that version or a later one")
+    return number
+
+
+def is_machine_trouble(error: BaseException) -> bool:
+    """Whether the machine is in trouble (no memory, no descriptors, a disk that is gone, no permission).
+
+    Such an error says nothing about the clip that was being read: the run should stop, and the same command go on
+    once the machine is well. The causes of the error count too, so a reader may wrap it (`raise MediaError from
+    error`). Running out of memory is the machine's trouble, so readers must bound what a file can ask for.
+    """
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return any(
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno in MACHINE_TROUBLE)
+        or (isinstance(error, RuntimeError) and OUT_OF_RESOURCES.search(str(error)))
+        for error in chain)
 
 
 def not_json(path: Path, error: Exception) -> UserError:

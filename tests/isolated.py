@@ -67,7 +67,7 @@ class Isolated:
         self.close()
 
 
-# ------------------------------------------------------------------------------------------- in that process
+# -------------------------------------------------------------------------------- in that process
 def serve(pipe, folder: Path) -> None:
     import torch
 
@@ -115,20 +115,21 @@ class Readers:
         import report as program
         import reports.task_report as report
         import speculative_decode
-        import training.loop as training
+        import training.phases as training
         from clips import dataset, media
         from drafting.memory import load_memory
         from machine.device import Runtime
         from pairs.formats import load_pairs
         from pairs.journal import Journal
         from token_adapter import load_adapter
-        from training.checkpoints import Resume
+        from training.checkpoints import Fingerprint, Resume
         from vlm import video_llava
 
         self.folder, self.set, self.model = folder, folder / "set", folder / "model"
         self.cpu, self.media, self.dataset, self.video_llava = Runtime.choose("cpu"), media, dataset, video_llava
         self.load_pairs, self.pt, self.npz = load_pairs, load_adapter, load_memory
         self.Journal, self.Resume, self.training = Journal, Resume, training
+        self.Fingerprint = Fingerprint
         self.report, self.program, self.read_task = report, program, speculative_decode.read_task
 
     def outcome(self, kind: str, content: bytes) -> str:
@@ -204,11 +205,12 @@ class Readers:
 
         from machine.files import reading
 
-        resume, best, adapter = self.Resume(path, [1, 2]), {"prefix": self.training.Best()}, small_adapter()
+        adapter = small_adapter()
+        resume = self.Resume(path, self.Fingerprint({"train tokens": 1}, [1, 2]), adapter.num_parameters())
         resume.read()
         trainer = self.training.Trainer(adapter, 4, 1e-3, 9)
         with reading(path, "as training has it"):
-            self.training.take_up(resume.found, {"prefix": 3}, adapter, best, [])
+            self.training.take_up(resume.found, [self.training.Phase("prefix", 0, 3)], adapter)
             self.training.restore(resume.found, trainer, torch.Generator())
         for weight in trainer.weights:
             weight.grad = torch.ones_like(weight)

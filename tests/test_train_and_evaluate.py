@@ -15,12 +15,11 @@ import torch
 import reports.task_report as report
 import speculative_decode
 import train_and_evaluate
-import training.loop as training
+import training.loop as loop
 from base import ROOT, UserError
 from machine.device import choose_device
 from machine.files import only_writer
 from pairs.formats import load_pairs
-from pairs.splits import load_data
 from tests.conftest import names_of, write_pairs
 from tests.vlm.test_steps import needs_gpu
 from token_adapter import load_adapter
@@ -76,19 +75,19 @@ def test_the_same_seed_gives_the_same_numbers_whatever_is_tested_on(trained, mon
 
 
 def test_training_stops_early_without_better_validation(monkeypatch, tmp_path, files):
-    monkeypatch.setattr(training, "learning_rate_factor", lambda step, total: 0.0)
+    monkeypatch.setattr(loop, "learning_rate_factor", lambda step, total: 0.0)
     _, results = run_main(monkeypatch, tmp_path, files["train"], files["test"], "--early_stopping", "2")
     assert len(results["history"]) == 3 and results["best_epoch"] == 1
 
 
 def test_the_learning_rate_rises_and_then_falls_to_nothing():
-    rates = [training.learning_rate_factor(step, 100) for step in range(101)]
+    rates = [loop.learning_rate_factor(step, 100) for step in range(101)]
     assert rates.index(max(rates)) in (4, 5) and max(rates) == 1 and rates[-1] == 0
     assert rates[:5] == sorted(rates[:5]) and rates[5:] == sorted(rates[5:], reverse=True)
 
 
 def test_a_loss_that_is_no_number_names_epoch_and_step_and_keeps_the_best_model(monkeypatch, tmp_path, files):
-    monkeypatch.setattr(training, "learning_rate_factor", lambda step, _: 1.0 if step < 10 else 1e35)
+    monkeypatch.setattr(loop, "learning_rate_factor", lambda step, _: 1.0 if step < 10 else 1e35)
     words = r"epoch 2: the loss became \w+ in step \d of 8; .*best_model.pt"
     with pytest.raises(UserError, match=words):
         run_main(monkeypatch, tmp_path, files["train"], files["test"])
@@ -278,8 +277,9 @@ def test_an_original_checkpoint_is_measured_by_its_own_contract(trained, monkeyp
 def test_the_vocabulary_is_the_flag_else_recorded_else_from_the_ids(tmp_path, recorded, flag, wanted):
     path = write_pairs(tmp_path / "pairs.json", ["a_a", "b_b"], **recorded)
     config = TrainConfig(test_benchmark=[path], train_benchmark=[path], vocab_size=flag, embed_dim=8)
-    data = load_data(config)
-    assert training.make_adapter(config, data, data.train).config.vocab_size == wanted
+    data = train_and_evaluate.open_data(config)
+    make = train_and_evaluate.adapter_maker(config, data, torch.device("cpu"))
+    assert make(data.train).config.vocab_size == wanted
 
 
 def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_path, files):
@@ -289,8 +289,8 @@ def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_pat
         config = TrainConfig(test_benchmark=[files["test"], odd], train_benchmark=[files["train"]],
                              vocab_size=vocab_size)
         with pytest.raises(UserError, match=rf"odd\.json holds the token id 2000000, .* size {size};"):
-            data = load_data(config)
-            training.make_adapter(config, data, data.train)
+            data = train_and_evaluate.open_data(config)
+            train_and_evaluate.adapter_maker(config, data, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("flags", "words"), [

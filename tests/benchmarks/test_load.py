@@ -12,7 +12,8 @@ import benchmark
 from base import ROOT, UserError
 from benchmarks import load
 from benchmarks.load import Config
-from pairs.formats import JsonRows, load_pairs
+from pairs.formats import load_pairs
+from pairs.rows import JsonRows
 from tests.test_extract_tokens_train import ROW_KEYS
 
 SIZES = (120, 480)

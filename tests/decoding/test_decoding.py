@@ -17,7 +17,7 @@ from drafting.contract import Costs, NoDrafts, matching
 from drafting.hybrid import Hybrid, LiveHybrid
 from drafting.memory import LiveMemory, Memory, NGrams, load_memory, save_memory
 from drafting.steps import AdapterSteps
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from tests.conftest import flat
 from token_adapter import AdapterConfig, TokenAdapter
 

@@ -15,7 +15,7 @@ from machine.files import only_writer
 from tests.test_base import ran
 
 
-# ------------------------------------------------------------------------------------------------------- written
+# ---------------------------------------------------------------------------------------- written
 def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
     path = tmp_path / "results.json"
     files.write_whole(path, lambda temporary: temporary.write_text("old"))
@@ -79,7 +79,41 @@ def test_what_is_not_json_is_named(tmp_path, content, words):
         files.read_json(tmp_path / "a.json")
 
 
-# ------------------------------------------------------------------------------------------------------- the lock
+@pytest.mark.parametrize(("number", "read"), [(None, 0), (0, 0), (1, 1), (2, 2)])
+def test_the_formats_up_to_the_known_one_are_read_and_a_file_without_a_number_is_the_oldest(number, read):
+    assert files.check_format(Path("a.json"), number, 2) == read
+
+
+@pytest.mark.parametrize(("number", "words"), [
+    (3, "format 3, this version reads formats up to 2.*newer version"), ("2", "wanted a whole number"),
+    (True, "wanted a whole number"), (-1, "wanted a whole number"), (1.0, "wanted a whole number")])
+def test_an_unknown_format_is_one_clear_line_that_names_the_file(number, words):
+    with pytest.raises(UserError, match=f"a.json has format.*{words}|a.json has {words}"):
+        files.check_format(Path("a.json"), number, 2)
+
+
+@pytest.mark.parametrize("name", ["ENFILE", "EMFILE", "ENOMEM", "EIO", "ESTALE", "EACCES", "EPERM", "ENOTCONN",
+                                  "EHOSTDOWN", "ENOSPC", "EROFS", "EREMOTEIO", "ENODEV", "ETIMEDOUT"])
+def test_trouble_of_the_machine_is_told_from_that_of_a_file_however_it_is_wrapped(name):
+    trouble = OSError(getattr(errno, name), os.strerror(getattr(errno, name)), "clip.mp4")
+    assert files.is_machine_trouble(trouble)
+    for wrap in (ValueError, OSError):
+        try:
+            raise wrap("can't read the clip") from trouble
+        except wrap as error:
+            assert files.is_machine_trouble(error)
+
+
+@pytest.mark.parametrize(("error", "of_the_machine"), [
+    (MemoryError(), True), (RuntimeError("can't start new thread"), True), (RuntimeError("shape"), False),
+    (FileNotFoundError(errno.ENOENT, "no such file"), False), (OSError(errno.ENAMETOOLONG, "x"), False),
+    (IsADirectoryError(errno.EISDIR, "a folder"), False),
+    (OSError("image file is truncated"), False), (ValueError("not a PNG"), False)])
+def test_other_errors_are_trouble_of_the_machine_only_when_it_has_run_out_of_something(error, of_the_machine):
+    assert files.is_machine_trouble(error) == of_the_machine
+
+
+# --------------------------------------------------------------------------------------- the lock
 def test_the_second_writer_is_told_who_holds_the_lock_and_since_when(tmp_path):
     with only_writer(tmp_path / "out.json", wait=False), \
             pytest.raises(UserError, match=rf"is being written by process {os.getpid()} since 20\d\d-.*--wait"), \

@@ -7,9 +7,8 @@ import pytest
 
 from base import drive_of
 from pairs.formats import load_pairs
-from pairs.splits import clip_order, load_data, shortened, split_validation
+from pairs.splits import ValidationSplit, clip_order, load_data, shortened, split_validation
 from tests.conftest import write_pairs
-from train_and_evaluate import TrainConfig
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -44,8 +43,7 @@ def test_neither_side_of_the_split_is_ever_empty(files, tmp_path, fraction):
     ("thun_01_c", ["share 1 drives: thun_01"]), ("", ["can't be seen"]), ("basel_03_a", [])])
 def test_an_overlap_of_train_and_test_is_said_in_log_and_results(files, tmp_path, capsys, test_sequence, words):
     test = write_pairs(tmp_path / "test.json", [test_sequence])
-    config = TrainConfig(test_benchmark=[test], train_benchmark=[files["train"]])
-    warnings = load_data(config).warnings
+    warnings = load_data([files["train"]], [test], ValidationSplit(0.15, 42)).warnings
     assert len(warnings) == len(words) and all(word in warning for word, warning in zip(words, warnings))
     assert capsys.readouterr().out.count("WARNING") == len(words)
 
@@ -60,9 +58,8 @@ def test_without_sequence_names_a_random_split_is_seen_by_the_answers_it_repeats
     order = rng.permutation(120) if random_split else np.arange(120)
     for name, part in (("train", order[:90]), ("test", order[90:])):
         (tmp_path / name).write_text(json.dumps({"results": [rows[i] for i in part]}))
-    config = TrainConfig(test_benchmark=[tmp_path / "test"], train_benchmark=[tmp_path / "train"])
-    found = [warning for warning in load_data(config).warnings if "word for word" in warning]
-    assert len(found) == random_split
+    data = load_data([tmp_path / "train"], [tmp_path / "test"], ValidationSplit(0.15, 42))
+    assert sum("word for word" in warning for warning in data.warnings) == random_split
 
 
 def test_what_is_shortened_keeps_the_first_clips_of_every_sequence(tmp_path):

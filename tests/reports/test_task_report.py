@@ -13,7 +13,8 @@ from acceptance.comparison import compare
 from acceptance.simulation import stream
 from base import UserError
 from drafting.baselines import Fixed
-from pairs.formats import Pairs, load_pairs
+from pairs.formats import load_pairs
+from pairs.pairs import Pairs
 
 HOSTILE = "a|b\n# <script>alert(1)</script> [x](http://evil) `y` $z$ ![w](v)"
 

@@ -11,13 +11,16 @@ import torch
 import torch.nn.functional as F
 
 import training.checkpoints as checkpoints
-import training.loop as training
+import training.loop as loop
+import training.loss as loss_module
 from acceptance.tensors import TokenTensors
 from base import ROOT
 from tests.acceptance.builders import pairs_of
 from token_adapter import NOT_SCORED, AdapterConfig, TokenAdapter, load_adapter
 from training.checkpoints import SAVING_SHARE, Checkpoint
-from training.loop import Best, LinearCrossEntropy, Trainer, loss_of, train_epoch
+from training.loop import Trainer, train_epoch
+from training.loss import LinearCrossEntropy, loss_of
+from training.phases import Best
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CONDITIONINGS = ("prefix", "prefix+draft", "draft")
@@ -48,7 +51,7 @@ def batch_of(tokens: TokenTensors, rows: torch.Tensor) -> tuple:
 @pytest.mark.parametrize(("kind", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("chunk", [1, 7 * 11, 2**20])
 def test_the_fused_loss_and_its_gradients_are_those_of_cross_entropy(monkeypatch, kind, tolerance, chunk):
-    monkeypatch.setitem(training.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(loss_module.LOGITS_AT_A_TIME, "cpu", chunk)
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (3 * torch.randn(*size, generator=generator, dtype=kind) for size in ((23, 5), (11, 5), (11,)))
     labels = torch.randint(0, 11, (23,), generator=generator)
@@ -96,7 +99,7 @@ def plain_loss(adapter, target, draft, lengths, draft_text: float) -> tuple:
 @pytest.mark.parametrize("draft_text", [0.0, 0.5])
 @pytest.mark.parametrize("conditioning", [*CONDITIONINGS, "draft_vocab"])
 def test_one_pass_over_answers_and_drafts_learns_what_two_passes_would(monkeypatch, conditioning, draft_text):
-    monkeypatch.setattr(training, "DRAFT_DROPOUT", 0.0)
+    monkeypatch.setattr(loss_module, "DRAFT_DROPOUT", 0.0)
     vocab = conditioning == "draft_vocab"
     adapter = small_adapter("prefix+draft" if vocab else conditioning, draft_vocab=vocab)
     tokens = answers(9)
@@ -119,7 +122,7 @@ def test_one_pass_over_answers_and_drafts_learns_what_two_passes_would(monkeypat
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_a_batch_that_was_filled_up_for_a_graph_gives_the_numbers_of_its_own_rows(monkeypatch, conditioning):
-    monkeypatch.setattr(training, "DRAFT_DROPOUT", 0.0)
+    monkeypatch.setattr(loss_module, "DRAFT_DROPOUT", 0.0)
     adapter, tokens, rows = small_adapter(conditioning), answers(9), torch.tensor([3, 8, 1])
     trainer = Trainer(adapter, batch_size=5, rate=1e-3, steps=3, draft_text=0.5)
     width = int(tokens.lengths[rows].max())
@@ -136,7 +139,7 @@ def test_a_batch_that_was_filled_up_for_a_graph_gives_the_numbers_of_its_own_row
 @pytest.mark.parametrize(("width", "longest", "most", "wanted"), [
     (1, 50, 128, 16), (17, 50, 128, 32), (50, 50, 128, 56), (97, 98, 100, 100), (5, 5, 128, 8)])
 def test_widths_are_few_and_never_beyond_what_the_adapter_holds(width, longest, most, wanted):
-    assert training.rounded(width, longest, most) == wanted
+    assert loop.rounded(width, longest, most) == wanted
 
 
 def test_half_of_the_drafts_are_hidden_in_training_alone():
@@ -225,7 +228,7 @@ def run(conditioning: str, graphs: bool, dropout: float = 0.0, epochs: int = 4) 
 @needs_gpu
 @pytest.mark.parametrize("conditioning", [*CONDITIONINGS, "draft_vocab"])
 def test_cuda_graphs_learn_what_eager_steps_learn(monkeypatch, conditioning):
-    monkeypatch.setattr(training, "DRAFT_DROPOUT", 0.0)
+    monkeypatch.setattr(loss_module, "DRAFT_DROPOUT", 0.0)
     (graphed, ours), (eager, theirs) = (run(conditioning, graphs) for graphs in (True, False))
     assert len(graphed.graphs) >= 2 and all(graphed.graphs.values()) and eager.graphs is None
     assert np.allclose(ours, theirs, rtol=0.005, atol=0.02) and ours[-1][0] < ours[0][0] - 0.1
@@ -235,7 +238,7 @@ def test_cuda_graphs_learn_what_eager_steps_learn(monkeypatch, conditioning):
 
 @needs_gpu
 def test_cuda_steps_learn_what_cpu_steps_learn(monkeypatch):
-    monkeypatch.setattr(training, "DRAFT_DROPOUT", 0.0)
+    monkeypatch.setattr(loss_module, "DRAFT_DROPOUT", 0.0)
     _, ours = run("prefix+draft", graphs=True)
     tokens, adapter = answers(43), small_adapter("prefix+draft")
     trainer, generator = Trainer(adapter, 8, 3e-3, 24, 0.5), torch.Generator().manual_seed(1)
@@ -259,7 +262,7 @@ def test_cuda_graphs_draw_new_random_numbers_each_time_and_follow_the_rate(condi
 
 def train_where_captures_fail() -> None:
     """Run by the test below in a process of its own: PyTorch's allocator may not get over a capture that failed."""
-    training.DRAFT_DROPOUT, whole = 0.0, training.loss_of
+    loss_module.DRAFT_DROPOUT, whole = 0.0, loop.loss_of
     _, wanted = run("prefix", graphs=False)
 
     def waiting(*arguments) -> tuple:
@@ -268,7 +271,7 @@ def train_where_captures_fail() -> None:
             found.tolist()                                        # waits for the device: no capture allows it
         return loss, found
 
-    training.loss_of = waiting
+    loop.loss_of = waiting
     trainer, found = run("prefix", graphs=True)
     assert trainer.graphs is None and np.allclose(found, wanted, rtol=0.005, atol=0.02), (found, wanted)
     run("prefix", graphs=True, dropout=0.3)                       # random numbers are still to be had
@@ -276,7 +279,7 @@ def train_where_captures_fail() -> None:
 
 @needs_gpu
 def test_cuda_capture_that_fails_leaves_training_eager_and_right():
-    code = "import tests.test_training as test; test.train_where_captures_fail()"
+    code = "import tests.training.test_training as test; test.train_where_captures_fail()"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=300)
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stdout.count("WARNING | no CUDA graphs, every step runs eagerly") == 2
