@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from drafting.contract import NOTHING, TOP, NoDrafts
-from drafting.table import LiveParts, SimulationParts
+from drafting.parts import LiveParts, SimulationParts
 from pairs.pairs import Pairs
 
 
