@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from base import Progress, UserError, as_json, check_counts, log, now, option, parse_config, provenance, required, run
+from drafting.table import LIVE, LIVE_NAMES, LiveParts
 from machine.files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
 from pairs.splits import clip_order
 from reports.decode_report import one_line, totals, write_decode_report
@@ -34,7 +35,7 @@ if TYPE_CHECKING:                  # torch and vlm are imported only after the f
     from clips.dataset import Sample
     from decoding.loop import Decoded
 
-DRAFTERS = ("hybrid", "memory", "adapter", "lookup", "copy", "none")
+DRAFTERS = LIVE_NAMES
 MAX_GAMMA = 16                     # proposals a pass with --gamma auto: verifying 17 costs little more than one
 SLACK = 8                          # positions by which a clip's prompt may be longer than the first clip's
 PARALLEL_CLIPS = 32                # clips that --parallel reads beforehand and decodes
@@ -48,7 +49,7 @@ class DecodeConfig:
     dataset_dir: Path = required("data set folder, with event_image/ and mp4/")
     draft_model: Path = required("folder of the EventGPT checkpoint")
     target_model: str = option("LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA")
-    drafter: Literal["hybrid", "memory", "adapter", "lookup", "copy", "none"] = option(
+    drafter: Literal[LIVE_NAMES] = option(
         "hybrid", "adapter and memory together, either alone, prompt lookup, EventGPT's own tokens, or nothing")
     memory: list[Path] | None = option(None, "memory.npz of earlier decodings, known from the start")
     gamma: str = option("auto", "tokens proposed for each pass, 1 to 16; auto: while they are worth their cost")
@@ -118,7 +119,7 @@ class Task:
 
 
 def read_task(folder: Path, memories: list[Path] = ()) -> Task:
-    from drafting.simulated import load_memory
+    from drafting.memory import load_memory
     from token_adapter import load_adapter
 
     for name in ("best_model.pt", "results.json"):
@@ -163,29 +164,12 @@ def check_model(task: Task, which: Literal["eventgpt", "videollava"], name: str,
 
 
 def make_drafter(name: str, task: Task):
-    """A live drafter; an adapter in draft conditioning knows nothing of the prefix and joins no hybrid."""
-    from drafting import live
-    from drafting.simulated import NGrams
-
-    prefix = task.adapter.config.sees_prefix
-    if name == "adapter":
-        return live.LiveAdapter(task.adapter) if prefix else live.LiveTable(task.adapter)
-    if name in ("memory", "hybrid"):
-        mixed = name == "hybrid" and prefix
-        if name == "hybrid" and not prefix:
-            log("decode | hybrid | an adapter in draft conditioning knows nothing of the prefix: memory alone")
-        drafter = live.LiveHybrid(NGrams(task.answers), *((task.adapter, task.share) if mixed else ()))
-        for answer in task.verified:
-            drafter.learn(answer)
-        return drafter
-    return {"lookup": live.LiveLookup, "copy": live.LiveTable, "none": live.Live}[name]()
+    return LIVE[name].make_live(LiveParts(task.adapter, task.answers, task.verified, task.share))
 
 
 def reads_draft(name: str, task: Task) -> bool:
     """Whether this drafter needs EventGPT's answer at all."""
-    conditioning = task.adapter.config.conditioning
-    return name == "copy" or (name == "adapter" and conditioning != "prefix") or (
-        name == "hybrid" and conditioning == "prefix+draft")
+    return LIVE[name].reads_draft(task.adapter.config.conditioning)
 
 
 # ------------------------------------------------------------------------------------------------ both models
@@ -224,7 +208,7 @@ def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], t
 
     import decoding.loop as decoding
     from clips.dataset import draft_pictures
-    from drafting import live
+    from drafting.contract import NoDrafts
     from vlm.eventgpt import EventGPT
 
     model = EventGPT.load(config.draft_model, runtime)
@@ -239,7 +223,7 @@ def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], t
         for number, question in enumerate(questions):
             def answer(target=target, pixels=pixels, question=question) -> Decoded:
                 target.ask(model.prompt_embeds(pixels, question))
-                return decoding.decode(target, live.Live(), config.max_new_tokens, eos, 1)
+                return decoding.decode(target, NoDrafts(), config.max_new_tokens, eos, 1)
 
             found, seconds = decoding.timed(answer, runtime.device)
             drafts[sample.key, number] = found.tokens, seconds
@@ -270,10 +254,10 @@ class Decoder:
 
         verify = self.costs["verify"]
         slope_s = max(0.0, (verify[max(verify)] - verify[1]) / (max(verify) - 1))
-        found = decoding.measure_drafter(self.drafter, draft, question, answer, slope_s, device)
-        self.costs.setdefault("proposal", {})[self.name] = found["proposal"]
-        if found["asking"]:
-            self.costs["adapter_step"] = found["asking"]
+        found = self.drafter.measure(draft, question, answer, lambda work: decoding.median_s(work, device), slope_s)
+        self.costs.setdefault("proposal", {})[self.name] = found.proposal_s
+        if found.adapter_step_s:
+            self.costs["adapter_step"] = found.adapter_step_s
         if self.config.gamma == "auto":
             self.pace = decoding.Pace(verify[1])
 
@@ -365,7 +349,7 @@ def in_parallel(samples: list[Sample], question: str, model, target, task: Task,
 
     import decoding.loop as decoding
     from clips.dataset import draft_pictures, target_pictures
-    from drafting import live
+    from drafting.contract import NoDrafts
     from machine.device import Runtime
     from vlm.eventgpt import EventGPT
 
@@ -383,7 +367,7 @@ def in_parallel(samples: list[Sample], question: str, model, target, task: Task,
         with torch.cuda.stream(stream) if gpu else contextlib.nullcontext():
             short.ask(eventgpt.prompt_embeds(both[number][0], question))
             eos = eventgpt.tokenizer.eos_token_id
-            return decoding.decode(short, live.Live(), config.max_new_tokens, eos, 1).tokens
+            return decoding.decode(short, NoDrafts(), config.max_new_tokens, eos, 1).tokens
 
     def speculative(decoder: Decoder) -> None:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -453,7 +437,7 @@ def decode_and_measure(task: Task, config: DecodeConfig) -> None:
 
     import decoding.loop as decoding
     from clips.dataset import read_dataset, read_questions
-    from drafting.simulated import save_memory
+    from drafting.memory import save_memory
     from machine.device import Runtime, device_name
 
     questions = read_questions(config.query, config.questions_file, config.num_questions)

@@ -337,7 +337,7 @@ def main() -> None:
 def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.ExitStack) -> None:
     """going_on: in config.task_folder, whose lock is held; else in a new one, locked by `locks`."""
     # these bring torch: not before the flags are read
-    from drafting.simulated import remembered, save_memory
+    from drafting.memory import remembered, save_memory
     from machine.device import choose_device, device_name
     from training.adapters import open_checkpoint
     from training.checkpoints import Fingerprint, Resume

@@ -132,8 +132,8 @@ def ours(path: Path, count: int, tokens: int, seed: int) -> dict:
     import torch
 
     import pairs.splits as splits
-    from acceptance.metrics import TokenTensors, compare, predict
-    from drafting.simulated import commonest_tokens
+    from acceptance.comparison import compare
+    from acceptance.tensors import TokenTensors, predict
     from token_adapter import AdapterConfig, TokenAdapter
 
     torch.set_num_threads(1)          # two that share a core with somebody else wait for each other
@@ -153,7 +153,7 @@ def ours(path: Path, count: int, tokens: int, seed: int) -> dict:
         outputs = torch.from_numpy(pairs.ids("target")).long()[:SCORED]
         config = AdapterConfig(32_064, "prefix+draft", 16, 1, 2, 32, MAX_SEQ_LEN, draft_vocab=len(outputs))
         top1, top5, _ = predict(TokenAdapter(config, outputs), batched, PREDICTED_AT_A_TIME)
-        return compare(top1, top5, pairs, commonest_tokens(pairs, MAX_SEQ_LEN))
+        return compare(top1, top5, pairs, pairs)
 
     def all_of(path, run_part):
         pairs = run_part("load", lambda: load_pairs([path]))

@@ -26,7 +26,7 @@ from pairs.splits import check_ids
 if TYPE_CHECKING:                    # torch is imported only after the flags are read
     import torch
 
-    from acceptance.metrics import TokenTensors
+    from acceptance.tensors import TokenTensors
     from token_adapter import TokenAdapter
 
 CONDITIONINGS = ("prefix+draft", "prefix", "draft")
@@ -203,7 +203,8 @@ def run_one(epochs, what: str, adapter: TokenAdapter, steps: int, validation: To
     an epoch.
     """
     import decoding.loop as decoding
-    from acceptance.metrics import measure, predict
+    from acceptance.metrics import measure
+    from acceptance.tensors import predict
     from benchmarks.limits import memory
 
     device, seconds, losses = validation.device, [], []
@@ -292,7 +293,7 @@ def measure(config: Config) -> dict:
 
     import torch
 
-    from acceptance.metrics import TokenTensors
+    from acceptance.tensors import TokenTensors
     from benchmarks.limits import copy_rate, matmul_rate
     from machine.device import choose_device, device_name
 

@@ -117,7 +117,7 @@ class Readers:
         import speculative_decode
         import training.phases as training
         from clips import dataset, media
-        from drafting.simulated import load_memory
+        from drafting.memory import load_memory
         from machine.device import Runtime
         from pairs.formats import load_pairs
         from pairs.journal import Journal

@@ -18,7 +18,7 @@ SERVER = """
 import gc, json, os, sys
 import torch
 import base, extract_tokens_train, matplotlib.pyplot, train_and_evaluate
-import acceptance.metrics, drafting.simulated, reports.task_report, training.loop, training.phases
+import acceptance.evaluation, drafting.hybrid, reports.task_report, training.loop, training.phases
 from clips import dataset
 from vlm import batches, eventgpt, video_llava
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from acceptance.metrics import TokenTensors
+from acceptance.tensors import TokenTensors
 from base import UserError, log
 from machine.graphs import side_stream
 from token_adapter import NOT_SCORED, TokenAdapter

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from acceptance.metrics import TokenTensors, measure, predict
+from acceptance.metrics import measure
+from acceptance.tensors import TokenTensors, predict
 from base import Progress, UserError, log
 from machine.files import reading
 from pairs.pairs import Pairs

@@ -9,9 +9,10 @@ from PIL import Image
 
 import report as program
 import reports.task_report as report
-from acceptance.metrics import compare, stream
+from acceptance.comparison import compare
+from acceptance.simulation import stream
 from base import UserError
-from drafting.simulated import Fixed, commonest_tokens
+from drafting.baselines import Fixed
 from pairs.formats import load_pairs
 from pairs.pairs import Pairs
 
@@ -26,9 +27,8 @@ def measured(share: float, num_pairs: int = 10, length: int = 6, constant: bool 
     names = [""] * num_pairs
     pairs = Pairs(target + 1, *places, target, *places, names, names, [])
     hits = np.arange(length * num_pairs).reshape(num_pairs, length) < share * length * num_pairs
-    commonest = commonest_tokens(pairs, length) if constant else None
-    found = {"loss": 1.5, **compare(hits, hits, pairs, commonest), "memory_share": {}, "stream": True,
-             "step_ms": None, "adapter_minus": {}, "drafters": {}, "whole_test": num_pairs}
+    found = {"loss": 1.5, **compare(hits, hits, pairs, pairs if constant else None), "memory_share": {},
+             "stream": True, "step_ms": None, "adapter_minus": {}, "drafters": {}, "whole_test": num_pairs}
     proposals = np.where(hits, pairs.padded("target", length), -1)[:, :, None].repeat(5, 2)
     for name, drafter in (("adapter", Fixed(proposals, pairs)), ("copy of the draft", Fixed(proposals * 0, pairs))):
         found["drafters"][name] = {**stream(drafter, pairs), "parameters": 0}

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 import training.checkpoints as checkpoints
 import training.loop as loop
 import training.loss as loss_module
-from acceptance.metrics import TokenTensors
+from acceptance.tensors import TokenTensors
 from base import ROOT, UserError
 from pairs.splits import Data
-from tests.acceptance.test_acceptance import pairs_of
+from tests.acceptance.builders import pairs_of
 from token_adapter import NOT_SCORED, AdapterConfig, TokenAdapter, load_adapter
 from training.adapters import new_adapter
 from training.checkpoints import SAVING_SHARE, Checkpoint, Fingerprint
