@@ -37,7 +37,19 @@ import numpy as np
 from PIL import Image
 
 import clips.dsec as dsec
-from base import Progress, UserError, as_json, check_counts, log, now, option, parse_config, provenance, required, run
+from base import (
+    Progress,
+    UserError,
+    as_json,
+    check_counts,
+    log,
+    now,
+    option,
+    parse_config,
+    provenance,
+    required,
+    run,
+)
 from clips.dataset import INDEX_FILE
 from clips.media import (
     MAX_SIDE,

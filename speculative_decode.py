@@ -24,12 +24,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from base import Progress, UserError, as_json, check_counts, log, now, option, parse_config, provenance, required, run
+from base import (
+    Progress,
+    UserError,
+    as_json,
+    check_counts,
+    log,
+    now,
+    option,
+    parse_config,
+    provenance,
+    required,
+    run,
+)
 from drafting.table import LIVE, LIVE_NAMES, LiveParts
 from machine.files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
 from pairs.splits import clip_order
-from reports.decode_report import one_line, totals, write_decode_report
-from reports.task_report import MEASURE
+from reports.decode_figures import one_line, totals
+from reports.decode_report import write_decode_report
+from reports.task_figures import REMEASURE
 
 if TYPE_CHECKING:                  # torch and vlm are imported only after the flags are read
     from clips.dataset import Sample
@@ -137,7 +150,7 @@ def read_task(folder: Path, memories: list[Path] = ()) -> Task:
     if not memory.exists():
         log(f"decode | {folder} has no memory.npz: the memory begins without training answers")
     verified = [answer for path in memories for answer in load_memory(path)]
-    with reading(folder / "results.json", MEASURE):
+    with reading(folder / "results.json", REMEASURE):
         trained_on = [file.get("models") or {} for file in (results.get("files") or {}).get("train") or []]
         models = {which: dict(facts) for which, facts in next(filter(None, trained_on), {}).items()}
         share = (test.get("memory_share") or {}).get("hybrid")

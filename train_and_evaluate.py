@@ -38,10 +38,20 @@ from base import (
     provenance,
     run,
 )
-from machine.files import check_format, make_folder, new_task_folder, only_writer, read_json, reading, write_json
+from drafting.table import styles
+from machine.files import (
+    check_format,
+    make_folder,
+    new_task_folder,
+    only_writer,
+    read_json,
+    reading,
+    write_json,
+)
 from pairs.pairs import Pairs
 from pairs.splits import MAX_VOCAB_SIZE, Data, ValidationSplit, check_drafts, load_data
-from reports.task_report import MEASURE, one_line, write_report
+from reports.task_figures import FORMAT, REMEASURE, one_line
+from reports.task_report import write_report
 
 if TYPE_CHECKING:          # torch is imported only after the flags are read
     import torch
@@ -51,7 +61,6 @@ if TYPE_CHECKING:          # torch is imported only after the flags are read
     from training.evaluation import Measuring
     from training.phases import Settings, Trained
 
-FORMAT = 1                 # of results.json; one without the number counts as 0
 SMALL_ADAPTER = 2_000_000  # parameters up to which a CPU measures everything, online steps too
 # pairs of a set that a larger adapter is measured on there, unless told otherwise
 CPU_SAMPLES = 200
@@ -195,10 +204,10 @@ def resumed(folder: Path, device: str, plots: bool) -> TrainConfig | None:
     check_format(path, results.get("format"), FORMAT)
     if not results.get("unfinished"):
         if not (folder / "RESULTS.md").exists():              # stopped while the page was made
-            with reading(path, MEASURE):
-                write_report(folder, plots=plots)
+            with reading(path, REMEASURE):
+                write_report(folder, styles(), plots=plots)
         (folder / "resume.pt").unlink(missing_ok=True)
-        with reading(path, MEASURE):
+        with reading(path, REMEASURE):
             log(f"RESULT | {folder} | finished before: {one_line(results)}")
         return None
     given = {"device": device} if device != "auto" else {}
@@ -384,7 +393,7 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
         "seconds": {"until_trained": trained_s, "all": time.monotonic() - start},
     })
     write_json(task / "results.json", results)
-    write_report(task, plots=config.plots)
+    write_report(task, styles(), plots=config.plots)
     (task / "resume.pt").unlink(missing_ok=True)
     goes_on_with([])
     log(f"RESULT | {task} | {one_line(results)}")

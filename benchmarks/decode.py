@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from base import Progress, check_counts, log, option, required
-from drafting.table import LIVE, SimulationParts
+from drafting.table import LIVE, SimulationParts, results_names
 from pairs.formats import load_pairs
 from pairs.pairs import Pairs
 from pairs.splits import check_ids, in_clip_order
-from reports.decode_report import SIMULATED
 from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, check_gamma, read_task, reads_draft
 
 if TYPE_CHECKING:                    # torch and vlm are imported only after the flags are read
@@ -254,7 +253,7 @@ def summarise(runs: dict, part: int, hits: dict, pairs: Pairs, task: Task, confi
             found["simulated_gamma"] = gamma             # with auto nothing stops it: more than can be reached
             found["tau_simulated"] = 1.0 if name == "none" else None if name not in hits else simulate(
                 hits[name][:count], lengths[:count], gamma)["tau"]
-            found["tau_of_training"] = task.simulated.get(SIMULATED.get(name), {}).get(str(gamma))
+            found["tau_of_training"] = task.simulated.get(results_names().get(name), {}).get(str(gamma))
     theirs = [name for name in runs if name not in DRAFTERS]
     for name in DRAFTERS:
         ours, found = runs[name]["part"], {}

@@ -25,7 +25,17 @@ from clips.dataset import INDEX_FILE, read_dataset
 from machine.files import only_writer
 from prepare_dsec import PrepareConfig, window_starts
 from tests.conftest import wait_until_gone
-from tests.recordings import BAD, FIRST_US, GOOD, SIZE, SMALL, break_picture, number_of, painted, write_sequence
+from tests.recordings import (
+    BAD,
+    FIRST_US,
+    GOOD,
+    SIZE,
+    SMALL,
+    break_picture,
+    number_of,
+    painted,
+    write_sequence,
+)
 
 # Seconds from the first picture to the last of DSEC's test sequences, and their windows of 500ms, 1s, 2s and 4s. The
 # seconds are known to a tenth; zurich_city_14_c's published counts say that it is a hair shorter than its 59.5.

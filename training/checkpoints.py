@@ -143,10 +143,6 @@ class Resume(Writing):
         with self.timed():
             write_tensors(self.path, {"format": FORMAT, "data": self.data.parts, **state})
 
-    def remove(self) -> None:
-        """The task is whole."""
-        self.path.unlink(missing_ok=True)
-
 
 @dataclasses.dataclass(frozen=True)
 class TaskFiles:
