@@ -15,8 +15,10 @@ from base import check_counts, log, option, required
 from benchmarks.decode_table import one_line, show, summarise, wanted
 from decoding.limits import check_gamma
 from decoding.task import Task, read_task
-from drafting.table import LIVE, SimulationParts
-from pairs.formats import Pairs, load_pairs
+from drafting.parts import SimulationParts
+from drafting.table import LIVE
+from pairs.formats import load_pairs
+from pairs.pairs import Pairs
 from pairs.splits import check_ids, in_clip_order
 
 if TYPE_CHECKING:                    # torch and vlm are imported only after the flags are read

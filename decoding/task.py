@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base import UserError, log
-from drafting.table import LiveParts
+from drafting.parts import LiveParts
 from machine.files import check_format, read_json
 from reports.shapes import NUMBER, TEXT, check_shape, optional
 from reports.task_figures import FORMAT, REMEASURE

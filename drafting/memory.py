@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import itertools
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from base import UserError
 from drafting.contract import NOTHING, TOP, NoDrafts
-from drafting.table import LiveParts, SimulationParts
+from drafting.parts import LiveParts, SimulationParts
 from machine.files import check_format, check_plain, write_whole
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from pairs.splits import clip_order
 
 FORMAT = 1                           # of memory.npz; absent: of versions before formats were counted
@@ -123,22 +123,34 @@ class LiveMemory(NoDrafts):
         self.ngrams.add(answer)
 
 
-def learned(ngrams: NGrams, answers: Sequence[list[int]]) -> NGrams:
-    for answer in answers:
-        ngrams.add(answer)
-    return ngrams
+# --------------------------------------------------------------------------------------------------- factories
+def training_counts(parts: SimulationParts) -> NGrams | None:
+    """Counts of the training answers, which every memory begins with; None without training pairs."""
+    if parts.training_answers is not None:
+        return parts.once("training counts", lambda: NGrams(parts.training_answers))
+    return parts.training and parts.once("training counts", lambda: NGrams(remembered(parts.training)))
 
 
 def simulated_ngram(parts: SimulationParts) -> Memory | None:
-    return Memory(parts.training_counts, parts.pairs, streaming=False) if parts.training_counts else None
+    counts = training_counts(parts)
+    return counts and Memory(counts, parts.pairs, streaming=False)
 
 
 def simulated_memory(parts: SimulationParts) -> Memory | None:
-    return Memory(parts.training_counts, parts.pairs, parts.streaming) if parts.training_counts else None
+    counts = training_counts(parts)
+    return counts and Memory(counts, parts.pairs, parts.streaming)
+
+
+def live_counts(parts: LiveParts) -> NGrams:
+    """A drafter's own counts: of the training answers, which all drafters share, and of earlier decodings."""
+    counts = NGrams(before=parts.once("training counts", lambda: NGrams(parts.training_answers)))
+    for answer in parts.verified_answers:
+        counts.add(answer)
+    return counts
 
 
 def live_memory(parts: LiveParts) -> LiveMemory:
-    return LiveMemory(learned(NGrams(before=parts.training_counts), parts.verified_answers))
+    return LiveMemory(live_counts(parts))
 
 
 # ------------------------------------------------------------------------------------------------------- file

@@ -99,8 +99,9 @@ def state() -> dict:
     trainer.optimizer.step()
     weights = trainer.adapter.state_dict()
     best = {"alpha": 0.5, "epoch": 1, "number": 1, "adapter": weights}
-    return {"data": [1, 2], "history": [{"epoch": 1}], "best": {"prefix": best}, "phase": "prefix", "epoch": 1,
-            "over": False, "done": 1, "adapter": weights, "optimizer": trainer.optimizer.state_dict(),
+    return {"format": 1, "data": {"train tokens": 1}, "history": [{"epoch": 1}],
+            "best": {"prefix": best}, "phase": "prefix", "epoch": 1, "over": False,
+            "done": 1, "adapter": weights, "optimizer": trainer.optimizer.state_dict(),
             "order": torch.Generator().get_state(), "random": random_state()}
 
 

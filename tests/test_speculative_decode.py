@@ -25,7 +25,8 @@ from decoding.loop import Decoded
 from decoding.results import without_nan
 from decoding.task import Task, check_model, read_task
 from decoding.verdict import judge
-from drafting.table import LIVE_NAMES, LiveParts
+from drafting.parts import LiveParts
+from drafting.table import LIVE_NAMES
 from machine.files import only_writer
 from token_adapter import AdapterConfig, TokenAdapter, save_adapter
 from vlm.roles import ROLES

@@ -10,17 +10,16 @@ import torch
 
 from acceptance.simulation import stream
 from base import UserError
-from decoding.contracts import NO_TOKEN
 from decoding.limits import Limits
 from decoding.loop import Decoded, decode
-from decoding.rules import Sampling, rule_of
+from decoding.rules import Sampling
 from drafting.adapter import Adapter, LiveAdapter, LiveDraftAdapter
 from drafting.baselines import Copy, LiveCopy, LiveLookup
 from drafting.contract import Costs, NoDrafts, matching
 from drafting.hybrid import Hybrid, LiveHybrid
 from drafting.memory import LiveMemory, Memory, NGrams, load_memory, save_memory
 from drafting.steps import AdapterSteps
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from tests.conftest import flat
 from token_adapter import AdapterConfig, TokenAdapter
 
