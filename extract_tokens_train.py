@@ -42,6 +42,8 @@ class ExtractConfig:
 
     dataset_dir: Path = required("data set folder, with event_image/ and mp4/", answers="both")
     output_file: Path = required("the JSON file to write")
+    allow_links: list[Path] | None = option(
+        None, "folders outside dataset_dir that links in it may lead to; default: none")
     max_samples: int = option(-1, "use only the first so many clips; -1: all")
     max_new_tokens: int = option(50, "longest answer, in tokens", answers="both")
     query: str = option("What are the key elements in this scene?", "the question asked about every clip")
@@ -125,7 +127,8 @@ def main():
     questions = read_questions(config.query, config.questions_file, config.num_questions)
     make_folder(config.output_file.absolute().parent)
     with only_writer(config.output_file, config.wait):
-        samples = read_dataset(config.dataset_dir)[:config.max_samples if config.max_samples > 0 else None]
+        samples = read_dataset(config.dataset_dir, config.allow_links or ())
+        samples = samples[:config.max_samples if config.max_samples > 0 else None]
         survey = Survey(samples, questions, config.view, content_of(samples, config.view))
         earlier = None
         if not config.restart:

@@ -1,7 +1,7 @@
 """One loaded model at work on many clips: batches, read ahead by threads, smaller when memory is short.
 
     answering = Answering(model, job, size=64, results=ledger)
-    answering.run(samples)               # every clip ends in results.keep, results.lose or results.unreadable
+    answering.run(samples)               # every clip ends in results.keep or results.lose
     answering.unload()
 
 While the device answers one batch, the host hands over the batch before it. Whatever ends the run (a signal, a full
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from base import UserError, first_line, log
+from machine.files import is_machine_trouble
 from machine.running import finishing
 
 if TYPE_CHECKING:                  # torch is imported when the first batch is answered
@@ -50,10 +51,7 @@ class Results(Protocol):
         """Clips with an answer to each question; when it returns, the answers outlive a crash."""
 
     def lose(self, sample: Sample, reason: str) -> None:
-        """A clip that the model can't answer."""
-
-    def unreadable(self, sample: Sample, error: Exception) -> None:
-        """A clip whose files can't be read; raises UserError where that is not the clip's fault."""
+        """A clip whose files can't be read, or that the model can't answer."""
 
 
 class Answering:
@@ -85,7 +83,7 @@ class Answering:
             if stopping():
                 return
             if isinstance(pixels, Exception):
-                self.results.unreadable(sample, pixels)
+                self.results.lose(sample, str(pixels))
                 continue
             if len(clips) >= self.size or (clips and clips[0][1].shape != pixels.shape):
                 yield clips
@@ -98,8 +96,17 @@ class Answering:
         """(sample, its prepared pixels or the MediaError) for each sample, `ahead` of them read in advance."""
         from clips.dataset import read_ahead
 
-        prepare, read = self.model.prepare, self.job.read
-        return read_ahead(lambda sample: prepare(read(sample)), samples, self.job.num_workers, ahead)
+        return read_ahead(self._prepare, samples, self.job.num_workers, ahead)
+
+    def _prepare(self, sample: Sample) -> torch.Tensor:
+        """A sample's prepared pixels (n, 3, S, S); a UserError where the machine lacks what that takes."""
+        try:
+            return self.model.prepare(self.job.read(sample))
+        except (OSError, MemoryError, RuntimeError) as error:
+            if not is_machine_trouble(error):
+                raise
+            raise UserError(f"clip {sample.key} can't be read: {first_line(error)}. This is no fault of the clip: "
+                            "put it right, then give the same command again") from error
 
     # ------------------------------------------------------------------------------------------ answering
     def _start(self, clips: list[Clip]) -> None:

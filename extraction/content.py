@@ -10,25 +10,18 @@ import json
 from typing import TYPE_CHECKING
 
 from pairs.journal import Content
+from vlm.roles import ROLES, View
 
 if TYPE_CHECKING:
     from clips.dataset import Sample
-    from vlm.roles import Role, View
-
-
-def digest_of_files(role: Role, sample: Sample, view: View) -> str:
-    """The digest of the files that a role's model sees of a sample, as they are now."""
-    from clips.dataset import digest_of
-
-    return digest_of(role.files(sample, view))
 
 
 def content_of(samples: list[Sample], view: View) -> Content:
     """Model -> clip's key -> digest of the files that the model sees of the clip; unusable rows are left out."""
-    from vlm.roles import ROLES
+    from clips.dataset import digest_of
 
     usable = [sample for sample in samples if not sample.trouble]
-    return {role.name: {sample.key: digest_of_files(role, sample, view) for sample in usable}
+    return {role.name: {sample.key: digest_of(role.files(sample, view)) for sample in usable}
             for role in ROLES.values()}
 
 

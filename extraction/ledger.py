@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base import Progress, UserError, log
-from extraction.content import digest_of_files, digests_of
-from machine.files import is_machine_trouble
+from extraction.content import digests_of
 from pairs.journal import Content, Journal
 
 if TYPE_CHECKING:
@@ -76,7 +75,8 @@ class Ledger:
         rows = [{"model": self.role.name, "key": sample.key, "question_idx": number,
                  **dataclasses.asdict(answers[number])}
                 for sample, answers in answered for number in self.missing(sample)]
-        self.journal.append(rows)
+        if rows:
+            self.journal.append(rows)
         self.done += len(rows)
         self.progress.update(self.done, f"{len(self.failed)} clips failed" if self.failed else "")
 
@@ -84,17 +84,6 @@ class Ledger:
         """Put a clip on the list of those that failed."""
         self.failed.append(self._failure(sample, reason))
         log(f"extract | {self.role.name} | WARNING | clip {sample.key} failed: {reason}")
-
-    def unreadable(self, sample: Sample, error: Exception) -> None:
-        """A clip whose files can't be read has failed, unless the machine is in trouble or the files went away."""
-        then = self.survey.content[self.role.name][sample.key]
-        if then != digest_of_files(self.role, sample, self.survey.view):
-            raise UserError(f"clip {sample.key}: {error}; its files have changed or gone since this run began: "
-                            "put them back and give the same command again") from error
-        if is_machine_trouble(error):
-            raise UserError(f"clip {sample.key}: {error}; that is the machine's trouble and not the clip's: "
-                            "put it right and give the same command again") from error
-        self.lose(sample, str(error))
 
     def _failure(self, sample: Sample, reason: str) -> dict:
         return {"sample_idx": sample.index, "sample_id": sample.id, "sequence": sample.sequence,

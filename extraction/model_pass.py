@@ -67,8 +67,9 @@ def answer(ledger: Ledger, model: VisionLanguageModel, facts: dict, todo: list[S
     if answering.size < at_once:              # memory was short
         size = answering.size
     facts = {**facts, "batch_size": size}
-    if pace.parity_check:
-        facts["parity"] = answering.parity(ledger.answered()[:pace.parity_check], ledger.tokens_of)
+    answered = ledger.answered()[:pace.parity_check]
+    if answered:
+        facts["parity"] = answering.parity(answered, ledger.tokens_of)
     if facts != ledger.facts:
         ledger.record(facts)
     answering.unload()

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from base import UserError, log, now, provenance
 from extraction.content import as_of, fingerprint, key_of
 from extraction.ledger import Ledger, Survey
-from pairs.rows import JsonRows, write_rows
 from pairs.journal import Journal, differences, is_entry
+from pairs.rows import JsonRows, write_rows
 from vlm.roles import BY_NAME, DRAFT, ROLES, TARGET, Role, View
 
 if TYPE_CHECKING:                                # clips.dataset imports numpy

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -71,7 +72,7 @@ class JournalFile:
         self.head, self.counts = {}, Counts()
         if not self.path.exists():
             return
-        with open(self.path, "rb") as file:
+        with open(self.path, "rb", buffering=2**16) as file:
             size = os.fstat(file.fileno()).st_size                     # what is appended later is not read
             first = file.readline(min(size, MAX_FIRST_LINE))
             if not self._read_first(first, size):
@@ -82,6 +83,8 @@ class JournalFile:
                 if (value := self._judge(line, offset)) is not None:
                     yield offset, value
                 offset += len(line)
+                if len(line) == MAX_LINE:
+                    offset = file.seek(next_data(file, offset, size))
         if self.counts.foreign and not self.counts.good:
             raise UserError(
                 f"{self.path}: none of its {self.counts.foreign} lines belongs to its first line, "
@@ -205,6 +208,17 @@ class JournalFile:
         self.opened.close()
 
 
+def next_data(file: BinaryIO, offset: int, size: int) -> int:
+    """The first offset from here on that is in no hole: a sparse file can have any size, and its holes no lines."""
+    position = os.lseek(file.fileno(), 0, os.SEEK_CUR)             # the buffered reader counts on it
+    try:
+        return os.lseek(file.fileno(), offset, os.SEEK_DATA)
+    except OSError as error:
+        return size if error.errno == errno.ENXIO else offset      # nothing but a hole; or no such call here
+    finally:
+        os.lseek(file.fileno(), position, os.SEEK_SET)
+
+
 # ------------------------------------------------------------------------------------------------- lines
 def line_of(value: dict, of: int | None = None) -> bytes:
     """A line with its checksum. of: the checksum of the first line; None: this is a first line."""
@@ -217,6 +231,8 @@ def value_of(line: bytes) -> dict | None:
 
     No text can hold CRC: JSON writes its quotes with a backslash.
     """
+    if not line.endswith(b"}\n"):             # quick, where a damaged line has gigabytes
+        return None
     text, _, checksum = line.rpartition(CRC)
     if checksum != b"%d}\n" % zlib.crc32(text):
         return None

@@ -97,7 +97,9 @@ class Journal:
     def _check(self, settings: dict[str, Setting], content: Content) -> Content:
         """The digests in the first line; a UserError when answers there depend on what is different now."""
         head = self.file.head
-        there, before = head.get("settings", {}), head.get("clips", {})
+        if not head:
+            return {}
+        there, before = head.get("settings"), head.get("clips", {})
         if not isinstance(there, dict) or not is_content(before):
             raise UserError(f"{self.path} is no journal of an extraction; {START_AFRESH}")
         answered = {model for model, _ in self.places}

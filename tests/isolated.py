@@ -186,7 +186,7 @@ class Readers:
 
     def journal(self, path: Path) -> None:
         content = {"eventgpt": {"town/1": "a"}, "videollava": {}}
-        with self.Journal(self.folder / "out.json", {}, False, content) as journal:
+        with self.Journal(self.folder / "out.json", {}, content) as journal:
             for (model, number), keys in journal.places.items():
                 assert all(isinstance(journal.read(model, key, number)["tokens"], list) for key in keys)
 
