@@ -15,8 +15,9 @@ Everything is seeded: the same pictures and, on the same kind of CPU, the same w
 import dataclasses
 from pathlib import Path
 
-from base import ROOT, check_counts, option, parse_config, run
+from base import ROOT, check_counts, option, parse_config
 from machine.files import make_folder, only_writer
+from machine.running import run
 
 
 @dataclasses.dataclass(frozen=True)

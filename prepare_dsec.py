@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Literal
 
 import clips.dsec as dsec
-from base import UserError, as_json, check_counts, option, parse_config, required, run
+from base import UserError, as_json, check_counts, option, parse_config, required
 from clips.events import Render
 from clips.prepared import LeftOut, PreparedFolder, find_recordings
 from clips.windows import Recipe, clips_of
 from machine.files import make_folder, only_writer
+from machine.running import run
 from machine.workers import cores
 
 

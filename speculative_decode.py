@@ -454,7 +454,7 @@ def decode_and_measure(task: Task, config: DecodeConfig) -> None:
     import decoding.loop as decoding
     from clips.dataset import read_dataset
     from clips.questions import read_questions
-    from drafting.simulated import save_memory
+    from drafting.memory import save_memory
     from machine.device import Runtime, device_name
 
     questions = read_questions(config.query, config.questions_file, config.num_questions)

@@ -29,17 +29,18 @@ from base import (
     check_counts,
     duration_of,
     from_json,
-    goes_on_with,
     log,
     now,
     option,
     parse_config,
     provenance,
-    run,
 )
+from drafting.table import styles
 from machine.files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
+from machine.running import goes_on_with, run
 from pairs.splits import MAX_VOCAB_SIZE, Data, load_data, shortened
-from reports.task_report import MEASURE, one_line, write_report
+from reports.task_figures import REMEASURE, one_line
+from reports.task_report import write_report
 
 if TYPE_CHECKING:          # torch is imported only after the flags are read
     from training.loop import Trained
@@ -143,10 +144,10 @@ def resumed(config: TrainConfig) -> TrainConfig | None:
         raise UserError(f"{path} is not the results.json of train_and_evaluate.py")
     if not found.get("unfinished"):
         if not (config.resume / "RESULTS.md").exists():              # it was stopped while the page was made
-            with reading(path, MEASURE):
-                write_report(config.resume, plots=config.plots)
+            with reading(path, REMEASURE):
+                write_report(config.resume, styles(), plots=config.plots)
         (config.resume / "resume.pt").unlink(missing_ok=True)
-        with reading(path, MEASURE):
+        with reading(path, REMEASURE):
             log(f"RESULT | {config.resume} | finished before: {one_line(found)}")
         return None
     given = {"device": config.device} if config.device != "auto" else {}
@@ -193,29 +194,27 @@ def evaluate(adapter, trained: Trained | None, data: Data, config: TrainConfig, 
 
     On validation it is the selected adapter, which never trained on those pairs.
     """
-    import acceptance.metrics as acceptance
-    from drafting.simulated import commonest_tokens
+    from acceptance.comparison import measure_adapter
+    from acceptance.evaluation import Selected, measure_drafters
+    from drafting.table import SimulationParts
 
-    max_seq_len, samples = adapter.config.max_seq_len, samples_to_measure(adapter, config, device)
+    samples = samples_to_measure(adapter, config, device)
     metrics, test = {}, shortened(data.test, samples)
     for name, pairs in (("train", data.train), ("validation", data.validation), ("test", test)):
         if pairs:
             pairs = pairs if name == "validation" else shortened(pairs, samples)
             model = (trained.selected if name == "validation" else adapter).to(device)
             known = data.all_train if name == "test" else data.train
-            commonest = commonest_tokens(known, max_seq_len) if known else None
-            top1, top5, loss = acceptance.predict(
-                model, acceptance.TokenTensors.of(pairs, max_seq_len, device), config.batch_size)
-            metrics[name] = {"loss": loss, **acceptance.compare(top1, top5, pairs, commonest)}
+            metrics[name] = measure_adapter(model, pairs, known, config.batch_size, name)
     if len(test) < len(data.test):
         log(f"drafters | on {len(test)} of {len(data.test)} test pairs, the first clips of every sequence; "
             "--max_test_samples -1 measures all")
     online = config.online if config.online is not None else (
         device.type == "cuda" or adapter.num_parameters() < SMALL_ADAPTER)
-    metrics["test"].update(acceptance.measure_drafters(
-        adapter, test, data.all_train, trained and trained.prefix,
-        trained and (trained.selected, data.train, data.validation), config.stream, online and config.stream,
-        config.seed), whole_test=len(data.test))
+    parts = SimulationParts(adapter, test, data.all_train, prefix_adapter=trained and trained.prefix,
+                            streaming=config.stream, online=online and config.stream, seed=config.seed)
+    selected = trained and Selected(trained.selected, data.train, data.validation)
+    metrics["test"].update(measure_drafters(parts, selected), whole_test=len(data.test))
     return metrics
 
 
@@ -235,7 +234,7 @@ def main() -> None:
 
 def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.ExitStack) -> None:
     """Make the task folder, whose lock joins `locks`; going on, config.task_folder, whose lock is held already."""
-    from drafting.simulated import remembered, save_memory
+    from drafting.memory import remembered, save_memory
     from machine.device import choose_device, device_name
     from training.checkpoints import Resume, fingerprint  # bring torch: not before the flags are read
     from training.loop import make_adapter, train
@@ -283,7 +282,7 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
         "seconds": {"until_trained": trained_s, "all": time.monotonic() - start},
     }
     write_json(task / "results.json", results)
-    write_report(task, plots=config.plots)
+    write_report(task, styles(), plots=config.plots)
     resume.remove()
     goes_on_with([])
     log(f"RESULT | {task} | {one_line(results)}")

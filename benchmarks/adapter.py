@@ -121,9 +121,9 @@ class Plain:
 
 class Ours:
     def __init__(self, adapter: TokenAdapter):
-        from drafting.live import AdapterSteps
+        from drafting.steps import AdapterSteps
 
-        self.steps = AdapterSteps(adapter, kept=1)
+        self.steps = AdapterSteps(adapter, top_k=1)
 
     def begin(self, draft: list[int]) -> None:
         self.steps.begin(draft)
@@ -155,9 +155,9 @@ def time_table(adapter: TokenAdapter, draft: list[int], device: torch.device) ->
     """Milliseconds of a pass in draft conditioning: {"plain", "ours"}."""
     import torch
 
-    from drafting.live import LiveTable
+    from drafting.adapter import LiveDraftAdapter
 
-    table, width = LiveTable(adapter), adapter.config.max_seq_len
+    table, width = LiveDraftAdapter(adapter), adapter.config.max_seq_len
 
     def plainly() -> list[int]:
         with torch.no_grad():

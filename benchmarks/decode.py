@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from base import Progress, check_counts, log, option, required
+from drafting.table import LIVE, SimulationParts, results_names
 from pairs.formats import Pairs, load_pairs
 from pairs.splits import check_ids, in_clip_order
-from reports.decode_report import SIMULATED
 from speculative_decode import DRAFTERS, MAX_GAMMA, Decoder, Task, check_gamma, read_task, reads_draft
 
 if TYPE_CHECKING:                    # torch and vlm are imported only after the flags are read
@@ -129,7 +129,7 @@ def run_mode(name: str, mode: dict, model: VideoLlava, pixels, answers: list[lis
 # ----------------------------------------------------------------------------------------------------- our way
 def replay(recorded: list[int]):
     """A rule for decoding.decode: waits for the target's choice as `greedy` does, then takes the recorded tokens."""
-    from drafting.live import matching
+    from drafting.contract import matching
 
     def rule(answer: list[int], proposed: list[int], following) -> list[int]:
         following.best.tolist()
@@ -207,17 +207,12 @@ def proposing(decoders: dict, draft: list[int], answer: list[int], question: lis
 
 
 def simulated(pairs: Pairs, task: Task) -> dict:
-    """{drafter: (N, T) bool hits} of what drafting.py says that each of them proposes for these answers."""
-    import drafting.simulated as drafting
-    from acceptance.metrics import stream
+    """{drafter: (N, T) bool hits} of each drafter that has a simulated twin."""
+    from acceptance.simulation import stream
 
-    known = drafting.NGrams(task.answers)
-    memory, another = (drafting.Memory(known, pairs) for _ in range(2))
-    drafters = {"memory": memory, "adapter": drafting.Adapter(task.adapter, pairs), "hybrid": another,
-                "copy": drafting.Copy(pairs)}
-    if task.adapter.config.sees_prefix:
-        drafters["hybrid"] = drafting.Hybrid(drafters["adapter"], another, task.share)
-    return {name: stream(drafter, pairs)["top1"] for name, drafter in drafters.items()}
+    parts = SimulationParts(task.adapter, pairs, training_answers=task.answers, memory_share={"hybrid": task.share})
+    drafters = {name: entry.make_simulated(parts) for name, entry in LIVE.items()}
+    return {name: stream(drafter, pairs)["top1"] for name, drafter in drafters.items() if drafter}
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -245,7 +240,7 @@ def totals(rows: list[dict]) -> dict:
 
 def summarise(runs: dict, part: int, hits: dict, pairs: Pairs, task: Task, config: Config) -> None:
     """Add to each run its totals, on the part too, its simulated tau, and how much faster than its peers it is."""
-    from acceptance.metrics import simulate
+    from acceptance.simulation import simulate
 
     gamma = MAX_GAMMA if config.gamma == "auto" else int(config.gamma)
     lengths = pairs.lengths("target")
@@ -257,7 +252,7 @@ def summarise(runs: dict, part: int, hits: dict, pairs: Pairs, task: Task, confi
             found["simulated_gamma"] = gamma             # with auto nothing stops it: more than can be reached
             found["tau_simulated"] = 1.0 if name == "none" else None if name not in hits else simulate(
                 hits[name][:count], lengths[:count], gamma)["tau"]
-            found["tau_of_training"] = task.simulated.get(SIMULATED.get(name), {}).get(str(gamma))
+            found["tau_of_training"] = task.simulated.get(results_names().get(name), {}).get(str(gamma))
     theirs = [name for name in runs if name not in DRAFTERS]
     for name in DRAFTERS:
         ours, found = runs[name]["part"], {}

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from base import ROOT, UserError, check_counts, log, option, run
+from base import ROOT, UserError, check_counts, log, option
 from machine.files import write_json
+from machine.running import run
 from pairs.formats import CHUNK, load_pairs, write_rows
 
 IDS, ANSWERS = 633, 997              # distinct ids, as in 1,100 real pairs; distinct answers, which come in turn
@@ -123,8 +124,8 @@ def ours(path: Path, count: int, tokens: int, seed: int) -> dict:
     import torch
 
     import pairs.splits as splits
-    from acceptance.metrics import TokenTensors, compare, predict
-    from drafting.simulated import commonest_tokens
+    from acceptance.comparison import compare
+    from acceptance.tensors import TokenTensors, predict
     from token_adapter import AdapterConfig, TokenAdapter
 
     torch.set_num_threads(1)          # two that share a core with somebody else wait for each other
@@ -144,7 +145,7 @@ def ours(path: Path, count: int, tokens: int, seed: int) -> dict:
         outputs = torch.from_numpy(pairs.ids("target")).long()[:SCORED]
         config = AdapterConfig(32_064, "prefix+draft", 16, 1, 2, 32, MAX_SEQ_LEN, draft_vocab=len(outputs))
         top1, top5, _ = predict(TokenAdapter(config, outputs), batched, PREDICTED_AT_A_TIME)
-        return compare(top1, top5, pairs, commonest_tokens(pairs, MAX_SEQ_LEN))
+        return compare(top1, top5, pairs, pairs)
 
     def all_of(path, run_part):
         pairs = run_part("load", lambda: load_pairs([path]))

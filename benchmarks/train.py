@@ -24,7 +24,7 @@ from pairs.splits import check_ids
 if TYPE_CHECKING:                    # torch is imported only after the flags are read
     import torch
 
-    from acceptance.metrics import TokenTensors
+    from acceptance.tensors import TokenTensors
     from token_adapter import TokenAdapter
 
 CONDITIONINGS = ("prefix+draft", "prefix", "draft")
@@ -195,7 +195,8 @@ def train_ours(adapter: TokenAdapter, tokens: TokenTensors, config: Config):
 def run_one(epochs, what: str, adapter: TokenAdapter, steps: int, validation: TokenTensors, config: Config) -> dict:
     """epochs: a generator that trains one epoch each time -> everything measured of it; steps: of an epoch."""
     import decoding.loop as decoding
-    from acceptance.metrics import measure, predict
+    from acceptance.metrics import measure
+    from acceptance.tensors import predict
     from benchmarks.limits import memory
 
     device, seconds, losses = validation.device, [], []
@@ -284,7 +285,7 @@ def measure(config: Config) -> dict:
 
     import torch
 
-    from acceptance.metrics import TokenTensors
+    from acceptance.tensors import TokenTensors
     from benchmarks.limits import copy_rate, matmul_rate
     from machine.device import choose_device, device_name
 

@@ -1,6 +1,6 @@
 """Speculative decoding of one answer: the rules that verify proposals, the decode loop, and what its parts cost.
 
-Whatever a drafter (drafting/live.py) proposes, the answer is the target's own.
+Whatever a drafter (drafting/contract.py) proposes, the answer is the target's own.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from drafting.live import Live, LiveHybrid, matching
+from drafting.contract import Drafter, matching
 
 REPEATS = 7                        # a cost is the median of so many
 
@@ -62,8 +62,8 @@ class Sampling:
         raise AssertionError("the last row always ends the loop")
 
 
-def decode(target, drafter: Live, max_new_tokens: int, eos: int, gamma: int, price: Callable[[], float] = lambda: 0.0,
-           rule: Callable = greedy) -> Decoded:
+def decode(target, drafter: Drafter, max_new_tokens: int, eos: int, gamma: int,
+           price: Callable[[], float] = lambda: 0.0, rule: Callable = greedy) -> Decoded:
     """One answer by speculative decoding: the target's own, whatever the drafter proposes.
 
     target: prefill(proposed) and verify(tokens) -> what follows the last known token and each proposal (`best`
@@ -178,36 +178,6 @@ def rounding(target, model, embeds, tokens: list[int]) -> float:
         whole = torch.cat([embeds, target.steps.embed(tokens)], 1)
         others.append(head(decoder(inputs_embeds=whole).last_hidden_state[0, -len(tokens):]).float())
     return float(max((one_by_one - other).abs().max() for other in others))
-
-
-def measure_drafter(drafter: Live, draft: list[int], question: list[int], answer: list[int], slope_s: float,
-                    device) -> dict:
-    """Set what a drafter costs, measured on the beginning of a first answer; nothing is learnt from it.
-
-    slope_s: seconds of verifying one token more. Returns seconds: "proposal" of one token, all in all, and "asking".
-    """
-    def propose() -> int:
-        drafter.begin(draft, question)
-        return len(drafter.propose(answer, 8))
-
-    def cost_s() -> float:
-        begin_s, count = median_s(lambda: drafter.begin(draft, question), device), max(1, propose())
-        return max(0.0, median_s(propose, device) - begin_s) / count
-
-    found = {"proposal": cost_s(), "asking": 0.0}
-    steps = getattr(drafter, "steps", None)
-    if steps and steps.config.max_seq_len > len(answer) + 1 and steps.knows(answer):
-        drafter.begin(draft, question)
-        turn = itertools.cycle([[0], [1]])                      # another token each time, so that none is remembered
-        found["asking"] = median_s(lambda: steps.after(answer + next(turn)), device)
-    if isinstance(drafter, LiveHybrid) and steps:
-        drafter.steps = None
-        drafter.proposal_s = cost_s() + slope_s
-        drafter.steps = steps
-    else:
-        drafter.proposal_s = found["proposal"] + slope_s
-    drafter.asking_s = found["asking"]
-    return found
 
 
 @dataclasses.dataclass

@@ -119,10 +119,10 @@ def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so(monkeypatch,
 
 def test_warming_up_teaches_nothing(trained, monkeypatch):
     """Else tau would be better than in real life: the first answers would be known."""
-    from drafting.live import LiveHybrid
+    from drafting.memory import LiveMemory
 
     learnt = []
-    monkeypatch.setattr(LiveHybrid, "learn", lambda self, answer: learnt.append(answer))
+    monkeypatch.setattr(LiveMemory, "learn", lambda self, answer: learnt.append(answer))
     config = settings(trained, max_answers=3)
     task = read_task(trained[1])
     pairs = read_answers(config, task)

@@ -413,7 +413,7 @@ def test_a_missing_package_is_one_clear_line(one, package, tmp_path):
     code = (f"import sys; sys.modules[{package!r}] = None; import base, prepare_dsec\n"
             f"sys.argv = ['prepare_dsec.py', '--dsec_root', {str(one[0])!r}, '--split', 'test', "
             f"'--duration', '1s', "
-            f"'--output_root', {str(tmp_path / 'data')!r}]\nbase.run(prepare_dsec.main)")
+            f"'--output_root', {str(tmp_path / 'data')!r}]\nmachine.running.run(prepare_dsec.main)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 2 and not done.stderr
     line, = done.stdout.splitlines()

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-import reports.task_report as report
 import speculative_decode
 import train_and_evaluate
 import training.loop as training
@@ -21,6 +20,7 @@ from machine.device import choose_device
 from machine.files import only_writer
 from pairs.formats import load_pairs
 from pairs.splits import load_data
+from reports import task_figures as report
 from tests.conftest import names_of, write_pairs
 from tests.vlm.test_steps import needs_gpu
 from token_adapter import load_adapter

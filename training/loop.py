@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from acceptance.metrics import TokenTensors, measure, predict
+from acceptance.metrics import measure
+from acceptance.tensors import TokenTensors, predict
 from base import Progress, UserError, first_line, log
 from machine.files import reading
 from machine.graphs import side_stream

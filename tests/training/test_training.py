@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 import training.checkpoints as checkpoints
 import training.loop as training
-from acceptance.metrics import TokenTensors
+from acceptance.tensors import TokenTensors
 from base import ROOT
-from tests.acceptance.test_acceptance import pairs_of
+from tests.acceptance.builders import pairs_of
 from token_adapter import NOT_SCORED, AdapterConfig, TokenAdapter, load_adapter
 from training.checkpoints import SAVING_SHARE, Checkpoint
 from training.loop import Best, LinearCrossEntropy, Trainer, loss_of, train_epoch
