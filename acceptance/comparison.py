@@ -8,7 +8,7 @@ from acceptance.metrics import Tally, blocks, measure, rows_of_block
 from acceptance.tensors import TokenTensors, predict
 from base import UserError, log
 from drafting.baselines import commonest_tokens, direct_copy
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from token_adapter import TokenAdapter
 
 

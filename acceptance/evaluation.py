@@ -16,8 +16,9 @@ from base import log
 from drafting.adapter import Adapter
 from drafting.hybrid import MEMORY_SHARES, Hybrid
 from drafting.memory import MAX_TRAINING_ANSWERS, Memory, NGrams, remembered
-from drafting.table import SIMULATED, SimulationParts
-from pairs.formats import Pairs
+from drafting.parts import SimulationParts
+from drafting.table import SIMULATED
+from pairs.pairs import Pairs
 from token_adapter import TokenAdapter
 
 COMPARED = ("copy of the draft", "n-gram", "prefix", "adapter, drafts shuffled")     # paired with the adapter

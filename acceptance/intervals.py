@@ -5,7 +5,7 @@ Clips of one drive resemble each other: intervals over single answers would be f
 
 import numpy as np
 
-from pairs.formats import numbered, numbered_drives
+from pairs.pairs import numbered, numbered_drives
 
 MIN_SEQUENCES = 8              # fewer say too little about their spread
 CLIPS_TOGETHER = 20            # clips of a block, the unit then

@@ -7,7 +7,7 @@ import numpy as np
 from acceptance.intervals import by_drive, interval
 from acceptance.metrics import blocks, expected_tokens, measure, number_right
 from drafting.contract import SimulatedDrafter
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 
 SIMULATED_GAMMAS = (1, 2, 3, 5, 8, 12)
 PASSES_SHOWN = (5, 10, 15, 20, 30)

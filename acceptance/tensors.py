@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from drafting.adapter import logit_chunks
 from drafting.contract import TOP
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from token_adapter import NOT_SCORED, TokenAdapter
 
 GPU_LOGITS = 2**28             # of one batch, 1 GiB: small batches on a GPU are launching and little else

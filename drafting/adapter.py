@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from drafting.baselines import LiveCopy
 from drafting.contract import NOTHING, TOP, Costs, NoDrafts, Timer, seconds_per_token
+from drafting.parts import LiveParts, SimulationParts
 from drafting.steps import TOP_K, AdapterSteps, for_proposing, on_host
-from drafting.table import LiveParts, SimulationParts
 from machine.graphs import capture
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from token_adapter import NOT_SCORED, TokenAdapter
 
 MAX_LOGITS = {"cpu": 2**23, "cuda": 2**28}     # held at a time: 262 or 8,388 positions of 32,000 ids
@@ -185,8 +185,13 @@ class LiveDraftAdapter(LiveCopy):
 
 
 # --------------------------------------------------------------------------------------------------- factories
+def adapter_passes(parts: SimulationParts, online: bool = False) -> Adapter:
+    """The simulated adapter: its passes over the answers are computed once, for the hybrid too."""
+    return parts.once(f"adapter, online={online}", lambda: Adapter(parts.adapter, parts.pairs, online))
+
+
 def simulated_adapter(parts: SimulationParts) -> Adapter:
-    return parts.adapter_passes
+    return adapter_passes(parts)
 
 
 def simulated_prefix(parts: SimulationParts) -> Adapter | None:
@@ -198,7 +203,7 @@ def simulated_shuffled(parts: SimulationParts) -> Adapter | None:
 
 
 def simulated_online(parts: SimulationParts) -> Adapter | None:
-    return parts.online_adapter_passes if parts.online and parts.adapter.config.sees_prefix else None
+    return adapter_passes(parts, online=True) if parts.online and parts.adapter.config.sees_prefix else None
 
 
 def _has_ablation(parts: SimulationParts) -> bool:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from drafting.contract import NOTHING, TOP, NoDrafts
-from drafting.table import LiveParts, SimulationParts
-from pairs.formats import Pairs
+from drafting.parts import LiveParts, SimulationParts
+from pairs.pairs import Pairs
 
 
 # ------------------------------------------------------------------------------------------------------- copy

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from base import log
-from drafting.adapter import Adapter
+from drafting.adapter import Adapter, adapter_passes
 from drafting.contract import NOTHING, TOP, Costs, Timer, seconds_per_token
-from drafting.memory import LiveMemory, Memory, NGrams, learned, live_memory, simulated_memory, top_of
+from drafting.memory import LiveMemory, Memory, NGrams, live_counts, live_memory, simulated_memory, top_of
+from drafting.parts import LiveParts, SimulationParts
 from drafting.steps import AdapterSteps
-from drafting.table import LiveParts, SimulationParts
 from token_adapter import TokenAdapter
 
 MEMORY_SHARES = (0.3, 0.5, 0.7)      # candidates for the memory's share; the run's own validation chooses
@@ -84,11 +84,11 @@ def simulated_hybrid(parts: SimulationParts) -> Hybrid | Memory | None:
     """Where a share was chosen. With an adapter in draft conditioning the memory alone, as live."""
     if "hybrid" in parts.memory_share and not parts.adapter.config.sees_prefix:
         return simulated_memory(parts)
-    return _simulated(parts, "hybrid", parts.adapter_passes)
+    return _simulated(parts, "hybrid", adapter_passes(parts))
 
 
 def simulated_online(parts: SimulationParts) -> Hybrid | None:
-    return _simulated(parts, "hybrid, online", parts.online_adapter_passes) if parts.online else None
+    return _simulated(parts, "hybrid, online", adapter_passes(parts, online=True)) if parts.online else None
 
 
 def _simulated(parts: SimulationParts, name: str, adapter: Adapter) -> Hybrid | None:
@@ -104,5 +104,4 @@ def live_hybrid(parts: LiveParts) -> LiveMemory:
     if not parts.adapter.config.sees_prefix:
         log("decode | hybrid | an adapter in draft conditioning knows nothing of the prefix: memory alone")
         return live_memory(parts)
-    ngrams = learned(NGrams(before=parts.training_counts), parts.verified_answers)
-    return LiveHybrid(ngrams, parts.adapter, parts.memory_share)
+    return LiveHybrid(live_counts(parts), parts.adapter, parts.memory_share)

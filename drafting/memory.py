@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import itertools
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from base import UserError
 from drafting.contract import NOTHING, TOP, NoDrafts
-from drafting.table import LiveParts, SimulationParts
-from machine.files import check_plain, write_whole
-from pairs.formats import Pairs
+from drafting.parts import LiveParts, SimulationParts
+from machine.files import check_format, check_plain, write_whole
+from pairs.pairs import Pairs
 from pairs.splits import clip_order
 
+FORMAT = 1                           # of memory.npz; absent: of versions before formats were counted
 # Chosen on the training drives of 1,100 real 1s pairs, leaving one drive out at a time (WORKFLOW.md, section 6).
 MAX_ORDER = 12                       # tokens of the longest context
 TRAINING_WEIGHT = 0.05               # a training answer counts 1/20 of an answer verified in this stream
@@ -122,22 +123,34 @@ class LiveMemory(NoDrafts):
         self.ngrams.add(answer)
 
 
-def learned(ngrams: NGrams, answers: Sequence[list[int]]) -> NGrams:
-    for answer in answers:
-        ngrams.add(answer)
-    return ngrams
+# --------------------------------------------------------------------------------------------------- factories
+def training_counts(parts: SimulationParts) -> NGrams | None:
+    """Counts of the training answers, which every memory begins with; None without training pairs."""
+    if parts.training_answers is not None:
+        return parts.once("training counts", lambda: NGrams(parts.training_answers))
+    return parts.training and parts.once("training counts", lambda: NGrams(remembered(parts.training)))
 
 
 def simulated_ngram(parts: SimulationParts) -> Memory | None:
-    return Memory(parts.training_counts, parts.pairs, streaming=False) if parts.training_counts else None
+    counts = training_counts(parts)
+    return counts and Memory(counts, parts.pairs, streaming=False)
 
 
 def simulated_memory(parts: SimulationParts) -> Memory | None:
-    return Memory(parts.training_counts, parts.pairs, parts.streaming) if parts.training_counts else None
+    counts = training_counts(parts)
+    return counts and Memory(counts, parts.pairs, parts.streaming)
+
+
+def live_counts(parts: LiveParts) -> NGrams:
+    """A drafter's own counts: of the training answers, which all drafters share, and of earlier decodings."""
+    counts = NGrams(before=parts.once("training counts", lambda: NGrams(parts.training_answers)))
+    for answer in parts.verified_answers:
+        counts.add(answer)
+    return counts
 
 
 def live_memory(parts: LiveParts) -> LiveMemory:
-    return LiveMemory(learned(NGrams(before=parts.training_counts), parts.verified_answers))
+    return LiveMemory(live_counts(parts))
 
 
 # ------------------------------------------------------------------------------------------------------- file
@@ -149,7 +162,7 @@ def save_memory(answers: Iterable[list[int]], path: Path) -> None:
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, target=target, target_start=start)
+            np.savez_compressed(file, target=target, target_start=start, format=np.int32(FORMAT))
 
     write_whole(path, write)
 
@@ -163,10 +176,12 @@ def load_memory(path: Path) -> list[list[int]]:
                 raise ValueError(f"it unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
             flat, start = arrays["target"], arrays["target_start"]
+            number = int(arrays["format"]) if "format" in arrays else None
         if (flat.dtype != np.int32 or start.dtype.kind != "i" or start.ndim != 1 or (np.diff(start) < 0).any()
                 or flat.ndim != 1 or start[0] != 0 or start[-1] != len(flat) or flat.min(initial=0) < 0):
             raise ValueError("its arrays don't fit together")
     except Exception as error:      # a torn or hostile archive can raise nearly anything
         raise UserError(f"{path} is not the memory of a task: {error}; wanted a memory.npz of training or decoding, "
                         "or leave it out") from error
+    check_format(path, number, FORMAT)
     return [flat[a:b].tolist() for a, b in itertools.pairwise(start)]

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from drafting.contract import Timer, matching
+from drafting.single_step import SingleStep
 from machine.graphs import capture
-from token_adapter import Cache, SingleStep, TokenAdapter
+from token_adapter import Cache, TokenAdapter
 
 TOP_K = 24                     # of the adapter's distribution, what the hybrid mixes: the rest holds no winner
 

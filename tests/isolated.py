@@ -113,17 +113,17 @@ class Readers:
     def __init__(self, folder: Path):
         import pairs.splits as splits  # noqa: F401
         import report as program
-        import speculative_decode
-        import training.loop as training
+        import training.phases as training
         from clips import dataset
         from clips.pixels import PixelSettings, clip_pixels
+        from decoding.task import read_task
         from drafting.memory import load_memory
         from machine.device import Runtime
         from pairs.formats import load_pairs
         from pairs.journal import Journal
         from reports import task_report as report
         from token_adapter import load_adapter
-        from training.checkpoints import Resume
+        from training.checkpoints import Fingerprint, Resume
         from vlm import video_llava
 
         self.folder, self.set, self.model = folder, folder / "set", folder / "model"
@@ -131,7 +131,8 @@ class Readers:
         self.tower_reads = lambda images: clip_pixels(images, PixelSettings())
         self.load_pairs, self.pt, self.npz = load_pairs, load_adapter, load_memory
         self.Journal, self.Resume, self.training = Journal, Resume, training
-        self.report, self.program, self.read_task = report, program, speculative_decode.read_task
+        self.Fingerprint = Fingerprint
+        self.report, self.program, self.read_task = report, program, read_task
 
     def outcome(self, kind: str, content: bytes) -> str:
         from base import UserError
@@ -185,7 +186,7 @@ class Readers:
 
     def journal(self, path: Path) -> None:
         content = {"eventgpt": {"town/1": "a"}, "videollava": {}}
-        with self.Journal(self.folder / "out.json", {}, False, content) as journal:
+        with self.Journal(self.folder / "out.json", {}, content) as journal:
             for (model, number), keys in journal.places.items():
                 assert all(isinstance(journal.read(model, key, number)["tokens"], list) for key in keys)
 
@@ -206,11 +207,12 @@ class Readers:
 
         from machine.files import reading
 
-        resume, best, adapter = self.Resume(path, [1, 2]), {"prefix": self.training.Best()}, small_adapter()
+        adapter = small_adapter()
+        resume = self.Resume(path, self.Fingerprint({"train tokens": 1}, [1, 2]), adapter.num_parameters())
         resume.read()
         trainer = self.training.Trainer(adapter, 4, 1e-3, 9)
         with reading(path, "as training has it"):
-            self.training.take_up(resume.found, {"prefix": 3}, adapter, best, [])
+            self.training.take_up(resume.found, [self.training.Phase("prefix", 0, 3)], adapter)
             self.training.restore(resume.found, trainer, torch.Generator())
         for weight in trainer.weights:
             weight.grad = torch.ones_like(weight)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import os
 import re
+import zipfile
 from pathlib import Path
 
 from base import UserError
@@ -31,8 +32,8 @@ LARGEST_PARSED = 64 * 2**20
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # Read whole into the digest, where they exist: they decide what the same weights answer.
-DIGESTED = ("config.json", "generation_config.json", *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json",
-            "added_tokens.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+DIGESTED = ("config.json", "generation_config.json", *TOKENIZERS, "tokenizer_config.json",
+            "special_tokens_map.json", "added_tokens.json", *hub.PIXEL_SETTINGS)
 # Keys by which a config names code: of the folder itself, or an attention kernel to be fetched from the hub.
 NAMES_CODE = {"auto_map", "custom_generate", "attn_implementation", "_attn_implementation",
               "_attn_implementation_internal", "experts_implementation", "_experts_implementation"}
@@ -164,7 +165,9 @@ def pointer(file: Path) -> str | None:
     """Git without LFS leaves a note in place of each large file: the commonest half of a download."""
     with open(file, "rb") as opened:
         is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
-    return f"{file.name} is a Git LFS pointer and not the file; run git lfs pull in its folder" if is_pointer else None
+    if not is_pointer:
+        return None
+    return f"{file.name} is a Git LFS pointer and not the file; run git lfs pull in its folder"
 
 
 def incomplete(file: Path) -> str | None:
@@ -176,14 +179,19 @@ def incomplete(file: Path) -> str | None:
     if file.stat().st_size == 0:
         return f"the weight file {file.name} is empty; download it again"
     if file.suffix != ".safetensors":
+        with open(file, "rb") as opened:
+            is_zip = opened.read(2) == b"PK"
+        if is_zip and not zipfile.is_zipfile(file):            # its directory stands at the end
+            return f"the weight file {file.name} is cut short; download it again"
         return None
     try:
         tensors, begin = read_header(file)
     except ValueError as error:
         return f"the weight file {file.name} is damaged: {error}; download it again"
     size = begin + max((end for _, end in tensors.values()), default=0)
-    if file.stat().st_size < size:
-        return f"the weight file {file.name} is cut short: {file.stat().st_size:,} of {size:,} bytes; download it again"
+    if file.stat().st_size != size:
+        return (f"the weight file {file.name} has {file.stat().st_size:,} bytes, its header says {size:,}: it is cut "
+                "short or damaged; download it again")
     return None
 
 

@@ -24,7 +24,8 @@ from transformers.modeling_utils import PreTrainedModel
 from base import UserError, log
 from clips.pixels import PixelSettings
 from machine.device import Runtime
-from vlm.checkpoints import Checkpoint, open_checkpoint, read_model_config
+from vlm import hub
+from vlm.checkpoints import Checkpoint, open_checkpoint, read_model_config, too_large
 from vlm.contract import Answer
 from vlm.errors import in_words
 from vlm.fits import why_not
@@ -181,12 +182,23 @@ def check(name: str | Path, questions: list[str], view: View, max_new_tokens: in
     config, _, checkpoint = read_config(name)
     tokenizer = read_tokenizer(checkpoint, config)
     for question in questions:
-        check_ids(ids_of(tokenizer, name, prompt(question)), name, len(tokenizer))
+        ids_of(tokenizer, name, prompt(question), len(tokenizer))
     warn_of_special_tokens(tokenizer, name, questions)
     parts = [split(tokenizer, question) for question in questions]
     events = picture_tokens(config, most_event_pictures([], view))
     check_prompts(name, [(len(before) + events, len(after)) for before, after in parts], max_new_tokens,
                   (config.max_positions, config.text_config.max_position_embeddings))
+
+
+def revision(name: str | Path) -> str:
+    """See vlm.roles.Role.revision."""
+    return revision_of(*read_config(name))
+
+
+def revision_of(config: EventGPTConfig, pixels: PixelSettings, checkpoint: Checkpoint) -> str:
+    """The tower's settings may come from a folder beside the checkpoint's: what they say belongs to the content."""
+    tower = {key: getattr(config.vision_config, key) for key in (*CLIP_L_336, "layer_norm_eps")}
+    return checkpoint.revision(json.dumps([tower, dataclasses.asdict(pixels)], sort_keys=True, default=str))
 
 
 def split(tokenizer, query: str) -> tuple[list[int], list[int]]:
@@ -215,10 +227,8 @@ class EventGPT(LoadedModel):
                 f"the tokenizer's {len(tokenizer)} ids")
             model.language_model.resize_token_embeddings(len(tokenizer))
         log(f"load | {name} | weights {weights_mib(model):,.1f} MiB")
-        # The tower's settings may come from a folder beside the checkpoint's: what they say belongs to the content.
-        tower = {key: getattr(config.vision_config, key) for key in (*CLIP_L_336, "layer_norm_eps")}
-        seen = json.dumps([tower, dataclasses.asdict(pixels)], sort_keys=True, default=str)
-        return EventGPT(model, tokenizer, pixels, runtime, checkpoint.revision(seen), tuple(checkpoint.eos_ids()))
+        revision = revision_of(config, pixels, checkpoint)
+        return EventGPT(model, tokenizer, pixels, runtime, revision, tuple(checkpoint.eos_ids()))
 
     def answer(self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int) -> list[Answer]:
         """One greedy answer per row; rows may differ in query, not in the number of pictures."""
@@ -257,6 +267,9 @@ def _vision_settings(folder: Path, tower: str) -> tuple[dict, PixelSettings]:
     for place in (folder / tower, folder.parent / tower, Path(tower)):
         if (place / "config.json").is_file():
             vision = read_model_config(place)
+            for file in (place / name for name in hub.PIXEL_SETTINGS):
+                if file.is_file() and (reason := too_large(file)):
+                    raise UserError(f"can't use the CLIP tower's settings in {place}: {reason}")
             vision = vision.get("vision_config") or vision      # a whole CLIP's config holds its tower's
             vision = {"hidden_act": "quick_gelu", **vision}
             return vision, PixelSettings.of_folder(place, vision["image_size"], kinds=("image",))

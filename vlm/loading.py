@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from base import UserError, log
@@ -45,6 +45,7 @@ def load_checked(model_class, checkpoint: Checkpoint, config, runtime: Runtime, 
             checkpoint.folder, config=config, dtype=runtime.dtype, device_map={"": runtime.device},
             output_loading_info=True, quantization_config=quantization, ignore_mismatched_sizes=True,
             trust_remote_code=False, local_files_only=True, attn_implementation=ATTENTION,
+            generation_config=GenerationConfig(),      # else generate() would follow the folder's
             **({"key_mapping": key_mapping} if key_mapping else {}))
     except Exception as error:        # damaged weights break in safetensors, torch and transformers in many ways
         if short_of_memory(error):

@@ -69,20 +69,16 @@ class LoadedModel:
 
 # ----------------------------------------------------------------------------------------- answering
 class Checked(LogitsProcessor):
-    """Notes in which steps of generate() a row's logits are no numbers, and ends that row there with EOS.
+    """Notes in which steps of generate() a row's logits are no numbers; the tokens taken there mean nothing.
 
-    Without it the largest of NaN logits is token 0. Nothing here waits for the device.
+    Without it the largest of NaN logits is token 0. Nothing here waits for the device or changes a logit.
     """
 
-    def __init__(self, eos: int):
-        self.eos = eos
+    def __init__(self):
         self.steps: list[torch.Tensor] = []              # (B,) bool of each step
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        bad = ~scores.amax(-1).isfinite()                # the largest of a row with a NaN is NaN
-        self.steps.append(bad)
-        scores = scores.masked_fill(bad[:, None], -torch.inf)
-        scores[:, self.eos] = scores[:, self.eos].masked_fill(bad, 0.0)
+        self.steps.append(~scores.amax(-1).isfinite())   # the largest of a row with a NaN is NaN
         return scores
 
     def rows(self, lengths: list[int]) -> list[int]:
@@ -101,7 +97,7 @@ def generate_greedily(model, tokenizer, eos_ids: Iterable[int], max_new_tokens: 
     pad = tokenizer.pad_token_id
     settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_ids, use_cache=True,
                                 bos_token_id=tokenizer.bos_token_id, pad_token_id=eos_ids[0] if pad is None else pad)
-    checked = Checked(eos_ids[0])
+    checked = Checked()
     with torch.inference_mode():
         ids = model.generate(**inputs, generation_config=settings, logits_processor=LogitsProcessorList([checked]))
     if "input_ids" in inputs:                                  # then the prompt stands in front; else it does not

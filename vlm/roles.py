@@ -52,7 +52,7 @@ class Role:
     row: str                              # begins the keys of a pair row: egpt_tokens, egpt_text, egpt_finished
     title: str                            # the model's name in sentences and reports
     flag: str                             # --flag that names the folder (or hub id)
-    module: str                           # holds load(name, runtime), check(...) and prompt(query)
+    module: str                           # holds load(name, runtime), check(...), revision(name), prompt(query)
     sees: Pictures
 
     @property
@@ -74,6 +74,10 @@ class Role:
         marks in a question, a prompt and answer longer than the model's positions. Takes about a second.
         """
         self._module.check(name, questions, view, max_new_tokens)
+
+    def revision(self, name: str | Path) -> str:
+        """What tells these weights from others, as the loaded model records it; see vlm.contract.same_weights."""
+        return self._module.revision(name)
 
     def prompt(self, query: str) -> str:
         """The prompt as text, with a mark where the pictures go; a UserError if the query holds such a mark."""

@@ -85,12 +85,17 @@ def check(name: str | Path, questions: list[str], view: View, max_new_tokens: in
     config, _, checkpoint = read_config(name)
     tokenizer = read_tokenizer(checkpoint, config)
     for question in questions:
-        check_ids(ids_of(tokenizer, name, prompt(question)), name, config.text_config.vocab_size)
+        ids_of(tokenizer, name, prompt(question), config.text_config.vocab_size)
     warn_of_special_tokens(tokenizer, name, questions)
     parts = [split(tokenizer, question, config.video_token_index) for question in questions]
     video, positions = view.num_frames * frame_tokens(config), config.text_config.max_position_embeddings
     check_prompts(name, [(len(before) + video, len(after)) for before, after in parts], max_new_tokens,
                   (positions, positions))
+
+
+def revision(name: str | Path) -> str:
+    """See vlm.roles.Role.revision."""
+    return read_config(name)[2].revision()
 
 
 def split(tokenizer, query: str, video_id: int) -> tuple[list[int], list[int]]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from tests.conftest import flat
 from token_adapter import CONTRACTS, ORIGINAL_CONTRACT
 

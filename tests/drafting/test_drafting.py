@@ -13,7 +13,7 @@ from drafting.contract import NOTHING
 from drafting.hybrid import Hybrid
 from drafting.memory import Memory, NGrams, remembered
 from drafting.steps import TOP_K
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from tests.conftest import flat
 from token_adapter import AdapterConfig, TokenAdapter
 

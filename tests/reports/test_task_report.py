@@ -19,7 +19,8 @@ from acceptance.comparison import compare
 from acceptance.simulation import stream
 from base import ROOT, UserError
 from drafting.baselines import Fixed
-from pairs.formats import Pairs, load_pairs
+from pairs.formats import load_pairs
+from pairs.pairs import Pairs
 from reports import charts
 from reports import task_report as report
 from reports.charts import CURVES, DRAFTER_CURVES
