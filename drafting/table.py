@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 from typing import TYPE_CHECKING
 
-from drafting.parts import LiveParts, SimulationParts  # noqa: TC001 - who imports the table imports these from it
+from drafting.parts import LiveParts, SimulationParts
 
 if TYPE_CHECKING:
     from drafting.contract import Drafter, SimulatedDrafter
