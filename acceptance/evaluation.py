@@ -15,7 +15,7 @@ from acceptance.simulation import stream
 from base import log
 from drafting.adapter import Adapter
 from drafting.hybrid import MEMORY_SHARES, Hybrid
-from drafting.memory import MAX_TRAINING_ANSWERS, Memory, NGrams, remembered
+from drafting.memory import Memory, NGrams, number_remembered, remembered
 from drafting.parts import SimulationParts
 from drafting.table import SIMULATED
 from pairs.pairs import Pairs
@@ -33,9 +33,8 @@ def measure_drafters(parts: SimulationParts, selected: Selected | None) -> dict:
     if selected and parts.adapter.config.sees_prefix:
         names = ["hybrid", *["hybrid, online"] * parts.online]
         parts.memory_share.update({name: choose_share(selected, parts, name) for name in names})
-    if parts.training and len(parts.training) > MAX_TRAINING_ANSWERS:
-        log(f"drafters | a memory begins with the last {MAX_TRAINING_ANSWERS} of {len(parts.training)} training "
-            "answers")
+    if parts.training and (count := number_remembered(parts.training.lengths("target"))) < len(parts.training):
+        log(f"drafters | a memory begins with the last {count} of {len(parts.training)} training answers")
     figures, hits, lengths = {}, {}, parts.pairs.lengths("target")
     for name, entry in SIMULATED.items():
         start, drafter = time.monotonic(), entry.make_simulated(parts)

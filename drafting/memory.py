@@ -13,20 +13,23 @@ from pathlib import Path
 
 import numpy as np
 
-from base import UserError
+from base import UserError, log
 from drafting.contract import NOTHING, TOP, NoDrafts
 from drafting.parts import LiveParts, SimulationParts
 from machine.files import check_format, check_plain, write_whole
+from pairs.formats import MAX_ANSWER
 from pairs.pairs import Pairs
-from pairs.splits import clip_order
+from pairs.splits import MAX_VOCAB_SIZE, clip_order
 
 FORMAT = 1                           # of memory.npz; absent: of versions before formats were counted
 # Chosen on the training drives of 1,100 real 1s pairs, leaving one drive out at a time (WORKFLOW.md, section 6).
 MAX_ORDER = 12                       # tokens of the longest context
 TRAINING_WEIGHT = 0.05               # a training answer counts 1/20 of an answer verified in this stream
 BACK_OFF = 0.3                       # share of the Witten-Bell weight that goes to shorter contexts
-MAX_TRAINING_ANSWERS = 20_000        # training answers that a memory begins with: 1,403 real ones take 38 MiB
-MAX_UNPACKED_BYTES = 2**31           # of memory.npz: a million answers take 0.2 GB
+MAX_TRAINING_ANSWERS = 20_000        # answers that a memory begins with: 1,403 real ones take 38 MiB
+MAX_TRAINING_TOKENS = 2**20          # in all of them: 20,000 real ones have 50 tokens each
+MAX_FILE_BYTES = 2**26               # of memory.npz
+MAX_UNPACKED_BYTES = 2**27           # of memory.npz: half a million answers of 50 tokens
 
 
 def top_of(distribution: dict[int, float]) -> list[int]:
@@ -36,11 +39,17 @@ def top_of(distribution: dict[int, float]) -> list[int]:
 
 
 # ----------------------------------------------------------------------------------------------------- counts
+def number_remembered(lengths: np.ndarray) -> int:
+    """How many of the last answers a memory begins with; lengths (N,): their tokens. 1 at least, of at least 1."""
+    last = lengths[::-1][:MAX_TRAINING_ANSWERS]
+    return max(int((np.cumsum(last, dtype=np.int64) <= MAX_TRAINING_TOKENS).sum()), min(1, len(last)))
+
+
 def remembered(training: Pairs) -> Iterator[list[int]]:
-    """The target answers that a memory begins with: all, or the last MAX_TRAINING_ANSWERS in clip order."""
-    if len(training) > MAX_TRAINING_ANSWERS:
-        training = training.select(clip_order(training.sequence, training.clip)[-MAX_TRAINING_ANSWERS:])
-    return training.answers("target")
+    """The target answers that a memory begins with: all, or the last in clip order that the limits allow."""
+    order = clip_order(training.sequence, training.clip)
+    count = number_remembered(training.lengths("target")[order])
+    return (training if count == len(training) else training.select(order[-count:])).answers("target")
 
 
 class NGrams:
@@ -168,20 +177,35 @@ def save_memory(answers: Iterable[list[int]], path: Path) -> None:
 
 
 def load_memory(path: Path) -> list[list[int]]:
-    """The answers of save_memory, as token lists."""
+    """The answers of save_memory as token lists: all, or the last that the limits of a memory allow."""
     check_plain(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(part.file_size for part in archive.infolist()) > MAX_UNPACKED_BYTES:
-                raise ValueError(f"it unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
-        with np.load(path, allow_pickle=False) as arrays:
-            flat, start = arrays["target"], arrays["target_start"]
-            number = int(arrays["format"]) if "format" in arrays else None
-        if (flat.dtype != np.int32 or start.dtype.kind != "i" or start.ndim != 1 or (np.diff(start) < 0).any()
-                or flat.ndim != 1 or start[0] != 0 or start[-1] != len(flat) or flat.min(initial=0) < 0):
-            raise ValueError("its arrays don't fit together")
+        flat, start, number = _arrays(path)
     except Exception as error:      # a torn or hostile archive can raise nearly anything
         raise UserError(f"{path} is not the memory of a task: {error}; wanted a memory.npz of training or decoding, "
                         "or leave it out") from error
     check_format(path, number, FORMAT)
-    return [flat[a:b].tolist() for a, b in itertools.pairwise(start)]
+    count = number_remembered(np.diff(start))
+    if count < len(start) - 1:
+        log(f"memory | WARNING | {path} | the last {count} of {len(start) - 1} answers are used")
+    return [flat[first:end].tolist() for first, end in itertools.pairwise(start[-count - 1:])]
+
+
+def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray, int | None]:
+    """(all tokens int32, start of each answer and the end, format): checked before they are unpacked, and after."""
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"it has more than {MAX_FILE_BYTES:,} bytes")
+    with zipfile.ZipFile(path) as archive:
+        if sum(part.file_size for part in archive.infolist()) > MAX_UNPACKED_BYTES:
+            raise ValueError(f"it unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
+    with np.load(path, allow_pickle=False) as arrays:
+        flat, start = arrays["target"], arrays["target_start"]
+        number = int(arrays["format"]) if "format" in arrays else None
+    if (flat.dtype != np.int32 or start.dtype.kind != "i" or start.ndim != 1 or (np.diff(start) < 0).any()
+            or flat.ndim != 1 or start[0] != 0 or start[-1] != len(flat) or flat.min(initial=0) < 0):
+        raise ValueError("its arrays don't fit together")
+    if (longest := np.diff(start).max(initial=0)) > MAX_ANSWER:
+        raise ValueError(f"it holds an answer of {longest:,} tokens, more than {MAX_ANSWER:,}")
+    if (largest := flat.max(initial=0)) >= MAX_VOCAB_SIZE:
+        raise ValueError(f"it holds the token id {largest}, wanted ids below {MAX_VOCAB_SIZE}")
+    return flat, start, number

@@ -65,10 +65,10 @@ class AdapterSteps:
         draft = [token for token in draft if self.knows([token])][:self.config.max_seq_len]
         self.draft[0, :len(draft)].copy_(on_host(draft, self.draft), non_blocking=True)
         self.draft_length.fill_(len(draft))
-        self._forget_nan(0)
+        if self.holds_nan:
+            self._forget_answer()
         self._run("start")
-        self.fed = []
-        self.known = {}
+        self.fed, self.known = [], {}
 
     @torch.inference_mode()
     def after(self, prefix: list[int], further: int = 0) -> list[tuple[list[int], list[float]]]:
@@ -81,7 +81,9 @@ class AdapterSteps:
         if further == 0 and len(prefix) in self.known:
             self.fed = self.fed[:same]
             return [self.known[len(prefix)]]
-        self._forget_nan(same)
+        if self.holds_nan:
+            self._forget_answer()
+            same = 0
         for at in range(same, len(prefix), self.SIZES[-1]):
             self._feed(prefix[at:at + self.SIZES[-1]], at)
         last = self.first + len(prefix)
@@ -97,11 +99,11 @@ class AdapterSteps:
         self.known.update({len(prefix) + k: row for k, row in enumerate(rows)})
         return rows
 
-    def _forget_nan(self, tokens: int) -> None:
-        """Clear the slots after so many tokens of the answer: hidden NaNs still count, since 0 * NaN is NaN."""
-        if self.holds_nan:
-            self.cache.values[..., self.first + 1 + tokens:, :] = 0
-            self.holds_nan = tokens > 0
+    def _forget_answer(self) -> None:
+        """Clear all slots of the answer: a NaN that no position sees still counts in sums, since 0 * NaN is NaN, and
+        makes NaNs of what is computed in the same step."""
+        self.cache.values[..., self.first + 1:, :] = 0
+        self.fed, self.known, self.holds_nan = [], {}, False
 
     def can_follow(self, prefix: list[int]) -> bool:
         """Whether there is a position for one more token, and the adapter knows all tokens before it."""
@@ -120,8 +122,11 @@ class AdapterSteps:
         return all(0 <= token < self.config.vocab_size for token in tokens)
 
     def _feed(self, tokens: list[int], at: int) -> None:
+        """Read these tokens of the answer, from position `at` on."""
         size = next(size for size in self.SIZES if size >= len(tokens))
-        self.tokens[0, :len(tokens)].copy_(on_host(tokens, self.tokens), non_blocking=True)
+        # Filled up with a token of its own: any other might be one that makes NaNs.
+        filled = tokens + tokens[:1] * (size - len(tokens))
+        self.tokens[0, :size].copy_(on_host(filled, self.tokens), non_blocking=True)
         start = self.first + 1 + at
         self.slots[:size].copy_(self.cache.slots[start:start + size])
         self._run(size)

@@ -72,9 +72,9 @@ def test_a_checkpoint_with_an_odd_config_is_a_clear_error(tmp_path, config):
 
 
 def test_a_memory_is_unpacked_only_so_far_and_runs_nothing(tmp_path, monkeypatch):
-    np.savez_compressed(tmp_path / "m.npz", target=np.zeros(2**20, np.int32), target_start=np.array([0, 2**20]))
-    assert (tmp_path / "m.npz").stat().st_size < 2**14 and len(load_memory(tmp_path / "m.npz")) == 1
-    monkeypatch.setattr("drafting.memory.MAX_UNPACKED_BYTES", 2**20)
+    np.savez_compressed(tmp_path / "m.npz", target=np.zeros(2**15, np.int32), target_start=np.array([0, 2**15]))
+    assert (tmp_path / "m.npz").stat().st_size < 2**10 and len(load_memory(tmp_path / "m.npz")) == 1
+    monkeypatch.setattr("drafting.memory.MAX_UNPACKED_BYTES", 2**15)
     with pytest.raises(UserError, match="unpacks to more than"):
         load_memory(tmp_path / "m.npz")
     np.savez(tmp_path / "m.npz", target=np.array([Runs(tmp_path / "executed")]), target_start=np.array([0, 1]))
