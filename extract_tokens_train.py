@@ -21,14 +21,13 @@ from base import (
     UserError,
     as_json,
     check_counts,
-    goes_on_with,
     log,
     option,
     parse_config,
     required,
-    run,
 )
 from machine.files import check_plain, make_folder, only_writer
+from machine.running import goes_on_with, run
 from pairs.journal import Journal, Setting
 from vlm.roles import ROLES, Role, View
 

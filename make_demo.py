@@ -1,7 +1,7 @@
-"""The demo: data sets of a made-up world in the real folder layout, and two tiny models trained to describe it.
+"""The demo: data sets of a made-up world in the real layout, and two tiny models that describe it.
 
-    python make_demo.py                    renders the four data sets into demo/data (existing ones are skipped)
-    python make_demo.py --check_models     and tells how often the models in demo/models describe test clips right
+    python make_demo.py                    renders the four data sets into demo/data, unless they exist
+    python make_demo.py --check_models     and tells how often the models describe test clips right
     python make_demo.py --train_models     makes those models again from nothing, then checks them
 
     demo/data/my_egpt_dsec_train/my_egpt_dsec_train_{1s,500ms}    index file, event_image/, mp4/
@@ -15,16 +15,18 @@ Everything is seeded: the same pictures and, on the same kind of CPU, the same w
 import dataclasses
 from pathlib import Path
 
-from base import ROOT, check_counts, option, parse_config, run
+from base import ROOT, check_counts, option, parse_config
 from machine.files import make_folder, only_writer
+from machine.running import run
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
-    """Render the demo's data sets; with --check_models or --train_models also check or make its two tiny models."""
+    """Render the demo's data sets; also check its two models, or train them again, where asked to."""
 
     output_dir: Path = option(ROOT / "demo" / "data", "where the four data sets go")
-    models_dir: Path = option(ROOT / "demo" / "models", "holds the two models, eventgpt and video_llava")
+    models_dir: Path = option(ROOT / "demo" / "models",
+                              "holds the two models, eventgpt and video_llava")
     train_clips: int = option(312, "clips of each training set, at least one for each of its 24 sequences")
     test_clips: int = option(100, "clips of each test set, at least one for each of its 10 sequences")
     check_models: bool = option(False, "report how often the models describe the test clips right")

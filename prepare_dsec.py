@@ -6,11 +6,11 @@
       event_image/<sequence>/<clip>_<k>.png           pictures of the clip's events, equally many in each
       mp4/<sequence>/<clip>.mp4                       its camera pictures as H.264, 20 a second
       prepare_dsec.json                               how it was made, and what was left out
-      EventGPT_Instruction_Subset.json                one row a clip; written last: with it the folder is whole
+      EventGPT_Instruction_Subset.json                one row a clip; written last, when all is there
 
-Windows start at a sequence's first picture and then every half window, as long as they end by its last picture.
-Unusable sequences and clips are named and the rest goes on; the same command makes what is missing. A folder that
-lacks something is called whole only with --allow_missing.
+Windows start at a sequence's first picture and then every half window, as long as they end by its
+last picture. Unusable sequences and clips are named and the rest goes on; the same command makes
+what is missing. A folder that lacks something is called whole only with --allow_missing.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Literal
 
 import clips.dsec as dsec
-from base import UserError, as_json, check_counts, option, parse_config, required, run
+from base import UserError, as_json, check_counts, option, parse_config, required
 from clips.events import Render
 from clips.prepared import LeftOut, PreparedFolder, find_recordings
 from clips.windows import Recipe, clips_of
 from machine.files import make_folder, only_writer
+from machine.running import run
 from machine.workers import cores
 
 
@@ -36,14 +37,17 @@ class PrepareConfig:
     split: Literal["train", "test"] = required("which of DSEC's lists of sequences")
     duration: str = required("window length: 500ms, 1s, 2s, 4s, ...")
     output_root: Path = option(Path("data"), "where the data set folder goes")
-    sequences: list[str] | None = option(None, "only these, also ones that DSEC doesn't list; default: its list")
+    sequences: list[str] | None = option(None,
+                                         "only these, also unlisted ones; default: DSEC's list")
     stride: str = option("half", "from window to window: half of one, none (no overlap), or milliseconds")
     event_images: int = option(5, "event pictures a clip, 1 to 10, with equally many events")
     render: Render = option("time", "a pixel shows its last event (time), or blue if any was (blue_over_red)")
     canvas: str = option("640x480", "width x height of event pictures")
-    video_size: str = option("1440x1080", "width x height of videos; frames of another size are resized")
+    video_size: str = option("1440x1080",
+                             "width x height of videos; frames of another size are resized")
     workers: int | None = option(None, "processes that make clips; default: one a core, 16 at most")
-    allow_missing: bool = option(False, "write the index and exit 0 although something had to be left out")
+    allow_missing: bool = option(False,
+                                 "write the index and exit 0 although something had to be left out")
     wait: bool = option(False, "wait when another process is making this folder, instead of ending")
 
     def __post_init__(self):
@@ -52,8 +56,8 @@ class PrepareConfig:
             object.__setattr__(self, "workers", min(16, cores()))
         check_counts(self, ("workers",))
         if not self.dsec_root.is_dir():
-            raise UserError(f"--dsec_root {self.dsec_root}: no such folder; wanted the one that holds train/ and "
-                            "test/")
+            raise UserError(f"--dsec_root {self.dsec_root}: no such folder; wanted the one that holds train/ "
+                            "and test/")
         other = "test" if self.split == "train" else "train"
         for name in self.sequences or ():
             if not dsec.is_name(name):
@@ -63,7 +67,8 @@ class PrepareConfig:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)})
+        return Recipe(**{field.name: getattr(self, field.name)
+                         for field in dataclasses.fields(Recipe)})
 
     @property
     def folder(self) -> Path:

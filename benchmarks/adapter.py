@@ -69,12 +69,12 @@ def new_adapter(name: str, config: Config, device: torch.device) -> TokenAdapter
 
 def median_ms(work, device: torch.device, before=lambda: None) -> float:
     """Milliseconds of work(), the median; before(): what is not timed, each time."""
-    import decoding.loop as decoding
+    from machine.timing import timed
 
     times = []
     for _ in range(REPEATS):
         before()
-        times.append(1000 * decoding.timed(work, device)[1])
+        times.append(1000 * timed(work, device)[1])
     return statistics.median(times[REPEATS // 5:])               # the first ones warm up
 
 
@@ -121,9 +121,9 @@ class Plain:
 
 class Ours:
     def __init__(self, adapter: TokenAdapter):
-        from drafting.live import AdapterSteps
+        from drafting.steps import AdapterSteps
 
-        self.steps = AdapterSteps(adapter, kept=1)
+        self.steps = AdapterSteps(adapter, top_k=1)
 
     def begin(self, draft: list[int]) -> None:
         self.steps.begin(draft)
@@ -155,9 +155,9 @@ def time_table(adapter: TokenAdapter, draft: list[int], device: torch.device) ->
     """Milliseconds of a pass in draft conditioning: {"plain", "ours"}."""
     import torch
 
-    from drafting.live import LiveTable
+    from drafting.adapter import LiveDraftAdapter
 
-    table, width = LiveTable(adapter), adapter.config.max_seq_len
+    table, width = LiveDraftAdapter(adapter), adapter.config.max_seq_len
 
     def plainly() -> list[int]:
         with torch.no_grad():

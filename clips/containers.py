@@ -1,7 +1,8 @@
-"""Whether the end of a video file is gone, read off the sizes that its container writes in front of its parts.
+"""Whether the end of a video file is gone, by the sizes that its container names in front of each part.
 
-Frame counts don't tell: MP4s with edit lists show fewer frames than they announce, fragmented ones announce the first
-fragment alone. Containers that write no sizes (.ts, .h264, recordings whose sizes were never filled in) can't tell.
+Frame counts don't tell: MP4s with edit lists show fewer frames than they announce, fragmented ones
+announce the first fragment alone. Containers that write no sizes (.ts, .h264, recordings whose
+sizes were never filled in) can't tell.
 """
 
 import io
@@ -11,8 +12,9 @@ from pathlib import Path
 from clips.limits import MediaError
 
 MAX_PARTS = 10**6                  # looked at in one file: more are no video, and reading them takes long
-MP4_BOXES = {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"udta", b"uuid", b"meta",
-             b"mfra", b"sidx", b"ssix", b"prft", b"emsg", b"pnot", b"pdin"}
+MP4_BOXES = {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide",
+             b"udta", b"uuid",
+             b"meta", b"mfra", b"sidx", b"ssix", b"prft", b"emsg", b"pnot", b"pdin"}
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"      # the two elements of a Matroska or WebM file
 
 
@@ -51,7 +53,7 @@ def mp4_ends(file, size: int) -> Iterator[int]:
 
 
 def riff_ends(file, size: int) -> Iterator[int]:
-    """Where each RIFF chunk ends; an AVI of more than 1 GiB has several. Unknown sizes are 0 or nearly 2^32."""
+    """Where each RIFF chunk ends (a large AVI has several). Unknown sizes are 0 or nearly 2^32."""
     place = 0
     while place + 12 <= size:
         file.seek(place)
@@ -73,7 +75,7 @@ def matroska_ends(file) -> Iterator[int]:
         first = file.read(1)
         if not first or not first[0]:
             return
-        extra = 8 - first[0].bit_length()                # the number of zeros in front is that of further bytes
+        extra = 8 - first[0].bit_length()        # as many zeros in front as bytes that follow
         value_bits = 7 * (extra + 1)
         length = int.from_bytes(first + file.read(extra), "big") & (2**value_bits - 1)
         if length == 2**value_bits - 1:                  # unknown

@@ -7,8 +7,9 @@
 
 Every path that an index file names must stay inside the folder (places.py).
 
-A file that is missing, damaged or not listed is the fault of one clip: MediaError. A file that was there when the
-folder was read and is gone, and an error of the machine, is none: MachineTrouble, a UserError that ends the run.
+A file that is missing, damaged or not listed is the fault of one clip: MediaError. A file that was
+there when the folder was read and is gone, and an error of the machine, is none: MachineTrouble, a
+UserError that ends the run.
 """
 
 import collections
@@ -27,7 +28,7 @@ import numpy as np
 from base import UserError, log
 from clips.event_files import read_events
 from clips.events import event_frames
-from clips.limits import MediaError, check_input, gone, machine_trouble
+from clips.limits import MediaError, check_input, machine_trouble, still_there
 from clips.pictures import read_event_image
 from clips.places import MAX_DIGITS, Places, natural_key
 from clips.videos import read_video
@@ -40,7 +41,7 @@ Read = TypeVar("Read")
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One clip: where its pictures, raw events and video should be; `trouble` when the row itself is unusable."""
+    """One clip: where its files should be; `trouble` says why, where the row itself is unusable."""
 
     index: int
     id: str
@@ -50,14 +51,14 @@ class Sample:
     events: Path | None = None
     video: Path | None = None
     trouble: str | None = None
-    present: frozenset[Path] = frozenset()      # those of the files that were there when the data set was read
+    present: frozenset[Path] = frozenset()      # of these files, when the data set was read
 
     @property
     def key(self) -> str:
         return f"{self.sequence}/{self.clip}" if self.sequence else str(self.clip) or self.id
 
 
-# ---------------------------------------------------------------------------------------------- the index
+# ---------------------------------------------------------------------------------------- the index
 def read_dataset(folder: Path, allow_links: Iterable[Path] = ()) -> list[Sample]:
     """The clips of a data set folder in the order of its index file, or of their paths where there is none.
 
@@ -76,14 +77,16 @@ def read_dataset(folder: Path, allow_links: Iterable[Path] = ()) -> list[Sample]
     else:
         rows = rows_by_path(places)
         if not rows:
-            raise UserError(f"{folder} holds no data set: found neither {INDEX_FILE} nor pictures in event_image/ "
-                            "nor videos in mp4/")
-    log(f"data | {folder} | {len(rows)} clips from {index.name if index else 'the paths in event_image/ and mp4/'}")
+            raise UserError(f"{folder} holds no data set: found neither {INDEX_FILE} nor pictures in "
+                            "event_image/ nor videos in mp4/")
+    source = index.name if index else "the paths in event_image/ and mp4/"
+    log(f"data | {folder} | {len(rows)} clips from {source}")
     samples, keys = [], set()
     for number, row in enumerate(rows):
         sample = read_row(places, number, row)
         if sample.key in keys and not sample.trouble:
-            sample = dataclasses.replace(sample, trouble=f"{index.name if index else folder} lists the clip twice")
+            place = index.name if index else folder
+            sample = dataclasses.replace(sample, trouble=f"{place} lists the clip twice")
         keys.add(sample.key)
         samples.append(sample)
     return samples
@@ -100,7 +103,8 @@ def find_index(folder: Path) -> Path | None:
 def index_row(set_name: str, clip_name: str, pictures: list[str]) -> dict:
     """The fields of the published data sets. The id is the same whenever the set is made."""
     return {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{set_name}/{clip_name}")), "split": set_name,
-            "event_data": f"{clip_name}.npy", "video_data": clip_name, "mp4_data": f"{clip_name}.mp4",
+            "event_data": f"{clip_name}.npy", "video_data": clip_name,
+            "mp4_data": f"{clip_name}.mp4",
             "event_image": pictures,
             "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": ""}]}
 
@@ -115,22 +119,27 @@ def rows_by_path(places: Places) -> list[dict]:
     for _, *parts in places.walk("mp4"):
         if parts[-1].endswith(".mp4"):
             clips["/".join(parts).removesuffix(".mp4")] += []
-    return [{"video_data": clip, "event_image": clips[clip]} for clip in sorted(clips, key=natural_key)]
+    return [{"video_data": clip, "event_image": clips[clip]}
+            for clip in sorted(clips, key=natural_key)]
 
 
 def read_row(places: Places, number: int, row) -> Sample:
     """One row of the index file -> Sample. The forms met in the wild differ in which fields they have."""
     row = row if isinstance(row, dict) else {}
-    names = {name: row[name] for name in ("event_data", "video_data", "mp4_data") if isinstance(row.get(name), str)}
+    fields = ("event_data", "video_data", "mp4_data")
+    names = {name: row[name] for name in fields if isinstance(row.get(name), str)}
     pictures = row.get("event_image")
     pictures = [pictures] if isinstance(pictures, str) else pictures if isinstance(pictures, list) else []
     pictures = [name for name in pictures if isinstance(name, str)]
     # event_data names the clip; older rows have no clip in video_data ("interlaken_00_a").
     stems = [re.sub(r"\.(npy|npz|mp4)$", "", name) for name in names.values()]
     stems += [re.sub(r"(_\d)?\.\w+$", "", name) for name in pictures[:1]]
-    sample_id = str(row["id"]) if isinstance(row.get("id"), (str, int)) else stems[0] if stems else str(number)
+    sample_id = stems[0] if stems else str(number)
+    if isinstance(row.get("id"), (str, int)):
+        sample_id = str(row["id"])
     if not stems:
-        return Sample(number, sample_id, "", "", trouble="the row names no event_data, video_data or event_image")
+        trouble = "the row names no event_data, video_data or event_image"
+        return Sample(number, sample_id, "", "", trouble=trouble)
     sequence, _, clip = stems[0].rpartition("/")
     clip = int(clip) if clip.isascii() and clip.isdigit() and len(clip) <= MAX_DIGITS else clip
 
@@ -144,7 +153,7 @@ def read_row(places: Places, number: int, row) -> Sample:
         video = next(filter(places.has, videos), videos[0])
         files = [*images, video, *([events] if events else [])]
         present = frozenset(filter(places.has, files))
-    except (ValueError, OSError, RuntimeError) as error:         # bytes of 0, names too long, links in a circle
+    except (ValueError, OSError, RuntimeError) as error:     # null bytes, long names, circles of links
         return Sample(number, sample_id, sequence, clip, trouble=str(error))
     return Sample(number, sample_id, sequence, clip, tuple(images), events, video, present=present)
 
@@ -152,7 +161,8 @@ def read_row(places: Places, number: int, row) -> Sample:
 def content_of(samples: list[Sample], which: Literal["first", "all"]) -> dict[str, dict[str, str]]:
     """Model -> clip's key -> digest of the names and sizes of the files that the model sees of the clip.
 
-    Cheap enough for ten thousand clips at every start. Times are left out: copying a data set changes them.
+    Cheap enough for ten thousand clips at every start. Times are left out: copying a data set
+    changes them.
     """
     found = {"eventgpt": {}, "videollava": {}}
     for sample in samples:
@@ -176,7 +186,7 @@ def digest_of(paths: Iterable[Path | None]) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------ what the models see
+# ------------------------------------------------------------------------------ what the models see
 def draft_pictures(sample: Sample, which: Literal["first", "all"]) -> list[np.ndarray]:
     """What EventGPT sees: the event PNGs; where a row lists none, pictures rendered from its raw events.
 
@@ -192,20 +202,17 @@ def draft_pictures(sample: Sample, which: Literal["first", "all"]) -> list[np.nd
 
 
 def target_pictures(sample: Sample, num_frames: int) -> list[np.ndarray]:
-    """What Video-LLaVA sees: frames of the clip's MP4, (H, W, 3) uint8 RGB each; raises as draft_pictures does."""
+    """What Video-LLaVA sees: frames of the clip's MP4, (H, W, 3) uint8 RGB each; raises likewise."""
     return _read_file(sample, sample.video, lambda path: read_video(path, num_frames))
 
 
 def _read_file(sample: Sample, path: Path, read: Callable[[Path], Read]) -> Read:
-    try:
+    with still_there(path, path in sample.present):
         return read(path)
-    except MediaError:
-        if path in sample.present and not path.exists():
-            raise gone(path) from None
-        raise
 
 
-def read_ahead(prepare: Callable, samples: Iterable[Sample], workers: int, ahead: int) -> Iterator[tuple]:
+def read_ahead(prepare: Callable, samples: Iterable[Sample], workers: int,
+               ahead: int) -> Iterator[tuple]:
     """Yield (sample, prepared or the MediaError) in order, while threads work on the next `ahead` samples."""
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:

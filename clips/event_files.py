@@ -1,7 +1,7 @@
 """Files of raw events as columns. What a file names is never called or imported.
 
-    clip.npy    np.save of a dict with x, y, t and p, as EventGPT's data sets have it (a pickle), or of one array with
-                these four fields
+    clip.npy    np.save of a dict with x, y, t and p, as EventGPT's data sets have it (a pickle),
+                or of one array with these four fields
     clip.npz    np.savez of x, y, t and p
 """
 
@@ -16,14 +16,15 @@ from clips.events import check_polarity
 from clips.limits import MediaError, check_bytes, check_size, reading_media
 
 COLUMNS = "xytp"
-MAX_EVENT_BYTES = 2**31            # of a file: 165 million events of 13 bytes, 6 s of the busiest DSEC sequence
+MAX_EVENT_BYTES = 2**31         # 165 million events of 13 bytes: 6 s of the busiest DSEC sequence
 MAX_LINE = 2**16                   # bytes of a text line inside a pickle
-MAX_READS = 10**6                  # of a pickle: each one may make an object; EventGPT's files take some hundred
-HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+MAX_READS = 10**6  # of a pickle: each may make an object; EventGPT's files take hundreds
+HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0,
+                  (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def read_events(path: Path) -> dict[str, np.ndarray]:
-    """Raw events -> {"x", "y", "t", "p"}: 1-D arrays of one length; x, y px, t us and never falling, p 0 or 1."""
+    """Raw events -> {"x", "y", "t", "p"}: 1-D arrays of one length; px, px, us, never falling, 0 or 1."""
     # A torn or hostile pickle can raise nearly anything.
     with reading_media("event file", path, Exception):
         size = check_bytes(path, MAX_EVENT_BYTES)
@@ -39,8 +40,10 @@ def check_events(events: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The columns with p as 0 and 1; a MediaError for values without a meaning."""
     kinds = {name: column.dtype.kind for name, column in events.items()}
     if (events["x"].ndim != 1 or len({column.shape for column in events.values()}) != 1
-            or not all(kind in "iu" or (name == "p" and kind == "b") for name, kind in kinds.items())):
-        found = ", ".join(f"{name} {column.dtype} {column.shape}" for name, column in events.items())
+            or not all(kind in "iu" or (name == "p" and kind == "b")
+                       for name, kind in kinds.items())):
+        found = ", ".join(f"{name} {column.dtype} {column.shape}"
+                          for name, column in events.items())
         raise MediaError(f"x, y, t and p must be whole-number columns of one length, found {found}")
     x, y, t = (events[name] for name in "xyt")
     if x.size:
@@ -53,12 +56,13 @@ def check_events(events: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**events, "p": check_polarity(events["p"])}
 
 
-# ----------------------------------------------------------------------------------------------- NumPy's formats
+# ---------------------------------------------------------------------------------- NumPy's formats
 def read_npz(file) -> dict[str, np.ndarray]:
     """The columns of an .npz file; how far its records unpack is known before they are."""
     columns = {}
     with zipfile.ZipFile(file) as archive:
-        records = {name: archive.getinfo(f"{name}.npy") for name in COLUMNS if f"{name}.npy" in archive.namelist()}
+        names = [name for name in COLUMNS if f"{name}.npy" in archive.namelist()]
+        records = {name: archive.getinfo(f"{name}.npy") for name in names}
         unpacked = sum(record.file_size for record in records.values())
         if unpacked > MAX_EVENT_BYTES:
             raise MediaError(f"it unpacks to {unpacked} bytes, wanted {MAX_EVENT_BYTES} at most")
@@ -97,7 +101,7 @@ def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
 
 
 class _BoundedFile:
-    """Reads no more than the file has left: Python would reserve memory for any length that a pickle names."""
+    """Reads no more than the file has left; Python would allocate any length that a pickle names."""
 
     def __init__(self, file, size: int):
         self.file, self.size, self.reads = file, size, 0
@@ -118,14 +122,14 @@ class _BoundedFile:
 
 
 class _Array:
-    """Stands for an array while the file is read, which makes one in two steps; `value` is a dict or an ndarray."""
+    """An array while it is unpickled, in two steps; then `value` is a dict or an ndarray."""
 
     def __init__(self, *_):
         self.value = None
 
     def fill(self, version: int, shape: tuple, dtype: np.dtype, fortran: bool, data) -> None:
         if dtype.hasobject and shape == () and isinstance(data, list) and len(data) == 1:
-            self.value = data[0]                         # np.save puts the dict into an array of no dimensions
+            self.value = data[0]             # np.save puts the dict into an array of no dimensions
         else:
             self.value = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
@@ -141,18 +145,21 @@ def _scalar(dtype: np.dtype, data: bytes) -> np.generic:
 
 
 class _ArraysOnly(pickle._Unpickler):
-    """Unpickles dicts, lists, numbers, texts and NumPy arrays of numbers; nothing that the file names is called.
+    """Unpickles dicts, lists, numbers, texts and NumPy arrays of numbers; calls nothing by its name.
 
-    Arrays are made by the functions above, because NumPy's own trust the lengths and pointers in a file. This is the
-    class in Python, because the one in C grows its memo to any index that the file names. It knows only the
-    operations that such values take; keys must be names, because a tuple of tuples of tuples is hashed without end.
+    Arrays are made by the functions above, because NumPy's own trust the lengths and pointers in a
+    file. This is the class in Python, because the one in C grows its memo to any index that the
+    file names. It knows only the operations that such values take; keys must be names, because a
+    tuple of tuples of tuples is hashed without end.
     """
 
-    MAKERS = {"_reconstruct": _Array, "dtype": _dtype, "scalar": _scalar, "ndarray": "ndarray"}  # noqa: RUF012
-    OPERATIONS = ("PROTO FRAME STOP MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL "
-                  "REDUCE NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT UNICODE "
-                  "BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 "
-                  "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT")
+    MAKERS = {"_reconstruct": _Array, "dtype": _dtype, "scalar": _scalar,  # noqa: RUF012
+              "ndarray": "ndarray"}
+    OPERATIONS = ("PROTO FRAME STOP MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET GLOBAL "
+                  "STACK_GLOBAL REDUCE NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT "
+                  "BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING BINBYTES "
+                  "SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND "
+                  "APPENDS EMPTY_DICT")
     dispatch = {code: pickle._Unpickler.dispatch[code]  # noqa: RUF012
                 for code in (getattr(pickle, name)[0] for name in OPERATIONS.split())}
 
@@ -170,7 +177,8 @@ class _ArraysOnly(pickle._Unpickler):
         if isinstance(target, _Array):
             target.fill(*state)
         elif not isinstance(target, np.dtype) or state[1] not in ("<", "|", "="):
-            raise MediaError("the file holds more than arrays and numbers, or in another order of bytes: refused")
+            raise MediaError("the file holds more than arrays and numbers, or in another order of bytes: "
+                             "refused")
 
     def set_items(self) -> None:
         self._set(self.pop_mark())
@@ -184,4 +192,5 @@ class _ArraysOnly(pickle._Unpickler):
             raise MediaError("the file holds a dict whose keys are no names: refused")
         self.stack[-1].update(zip(items[::2], items[1::2]))
 
-    dispatch |= {pickle.FRAME[0]: frame, pickle.BUILD[0]: build, pickle.SETITEMS[0]: set_items, pickle.SETITEM[0]: set_item}
+    dispatch |= {pickle.FRAME[0]: frame, pickle.BUILD[0]: build, pickle.SETITEMS[0]: set_items,
+                 pickle.SETITEM[0]: set_item}

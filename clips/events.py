@@ -14,7 +14,8 @@ RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 def check_polarity(p: np.ndarray) -> np.ndarray:
     """Polarities -> uint8, 1 brighter and 0 darker. Files hold 0 and 1, -1 and 1, or booleans.
 
-    Other values have no meaning here: a MediaError that names them. A column of ones alone may be either kind.
+    Other values have no meaning here: a MediaError that names them. A column of ones alone may be
+    either kind.
     """
     if p.dtype == bool:
         return p.view(np.uint8)
@@ -24,25 +25,27 @@ def check_polarity(p: np.ndarray) -> np.ndarray:
     if low >= 0 and high <= 1:
         return p.astype(np.uint8, copy=False)
     values = ", ".join(map(str, np.unique(p[:2**20])[:5].tolist()))
-    raise MediaError(f"column p (polarity) has values from {low} to {high} ({values}, ...); wanted 0 and 1, or -1 "
-                     "and 1")
+    raise MediaError(f"column p (polarity) has values from {low} to {high} ({values}, ...); wanted 0 and 1, "
+                     "or -1 and 1")
 
 
 class EventPicture:
     """A white picture that events are painted on, part by part in time order: p == 0 blue, p == 1 red.
 
-    time: the last event of a pixel wins, as in EventGPT's own inference. blue_over_red: a pixel that has any p == 0
-    is blue, as in the pictures from which the published pairs were made.
+    time: the last event of a pixel wins, as in EventGPT's own inference. blue_over_red: a pixel
+    that has any p == 0 is blue, as in the pictures from which the published pairs were made.
     """
 
-    # Events painted at a time: their places, 8 bytes each, stay in the processor's cache. Measured on one core: 480
-    # million events a second, and 160 million when 10 million events were painted at once.
+    # Events painted at a time: their places, 8 bytes each, stay in the processor's cache. Measured
+    # on one core: 480 million events a second, and 160 million when 10 million events were painted
+    # at once.
     BLOCK = 2**16
     COLOURS = np.array([WHITE, RED, BLUE], np.uint8)
 
     def __init__(self, height: int, width: int, render: Render = "time"):
         self.height, self.width, self.render = height, width, render
-        # time: one mark a pixel, 1 red or 2 blue. blue_over_red: two a pixel, whether it saw red and blue.
+        # time: one mark a pixel, 1 red or 2 blue. blue_over_red: two a pixel, whether it saw red
+        # and blue.
         self.marks = np.zeros(height * width * (1 if render == "time" else 2), np.uint8)
 
     def paint(self, x: np.ndarray, y: np.ndarray, p: np.ndarray) -> None:
@@ -51,8 +54,8 @@ class EventPicture:
             return
         (left, top), (right, bottom) = ((int(end(x)), int(end(y))) for end in (np.min, np.max))
         if left < 0 or top < 0 or right >= self.width or bottom >= self.height:
-            raise MediaError(f"events from pixel ({left}, {top}) to ({right}, {bottom}) don't fit into a picture of "
-                             f"{self.width} x {self.height}")
+            raise MediaError(f"events from pixel ({left}, {top}) to ({right}, {bottom}) don't fit into a "
+                             f"picture of {self.width} x {self.height}")
         for start in range(0, len(x), self.BLOCK):
             block = slice(start, start + self.BLOCK)
             place = y[block].astype(np.intp)
@@ -74,11 +77,13 @@ class EventPicture:
         return self.COLOURS[marks].reshape(self.height, self.width, 3)
 
 
-def render_events(x: np.ndarray, y: np.ndarray, p: np.ndarray, canvas: tuple[int, int] | None = None,
+def render_events(x: np.ndarray, y: np.ndarray, p: np.ndarray,
+                  canvas: tuple[int, int] | None = None,
                   render: Render = "time") -> np.ndarray:
     """Events in time order, p 0/1 or -1/1 -> (H, W, 3) uint8 RGB, as EventPicture paints them.
 
-    canvas is (H, W); without one the picture ends at the largest coordinates, as in EventGPT's own inference.
+    canvas is (H, W); without one the picture ends at the largest coordinates, as in EventGPT's own
+    inference.
     """
     if not len(x):
         raise MediaError("no events to draw")

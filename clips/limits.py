@@ -1,8 +1,9 @@
 """What is wrong with one clip and what is wrong with the machine; the bounds that every media file must keep.
 
 MediaError      one picture, event file or video can't be used: the clip fails, the run goes on.
-MachineTrouble  a UserError: the file was there and is gone, or the machine has no memory, no descriptors, no rights
-                or a failing disk. No clip is to blame; the program ends with this one ERROR line and keeps its work.
+MachineTrouble  a UserError: the file was there and is gone, or the machine has no memory, no
+                descriptors, no rights or a failing disk. No clip is to blame; the program ends with
+                this one ERROR line and keeps its work.
 """
 
 import contextlib
@@ -28,16 +29,28 @@ class MachineTrouble(UserError):
     """A file can't be read for a reason that lies in the machine, not in the file."""
 
 
+@contextlib.contextmanager
+def still_there(path: Path, listed: bool = True) -> Iterator[None]:
+    """Inside, a file is read; MachineTrouble if it was there when the run began (listed) and is gone."""
+    try:
+        yield
+    except MediaError:
+        if listed and not path.exists():
+            raise gone(path) from None
+        raise
+
+
 def gone(path: Path) -> MachineTrouble:
-    return MachineTrouble(f"{path} was there when this run began and is gone: is its disk still mounted? Bring it "
-                          "back, then give the same command again")
+    return MachineTrouble(f"{path} was there when this run began and is gone: is its disk still mounted? "
+                          "Bring it back, then give the same command again")
 
 
 @contextlib.contextmanager
 def reading_media(kind: str, path: Path, *errors: type[Exception]) -> Iterator[None]:
-    """Inside, a media file is read: `errors` become a MediaError, or MachineTrouble if the machine causes them.
+    """Inside, a media file is read: `errors` become a MediaError, or MachineTrouble where they are that.
 
-    kind: "picture", "video", ... for the message. A MediaError from inside gets kind and path in front.
+    kind: "picture", "video", ... for the message. A MediaError from inside gets kind and path in
+    front.
     """
     try:
         if path.exists() and not path.is_file():         # a pipe or a device would be read for ever
@@ -60,8 +73,8 @@ def reading_media(kind: str, path: Path, *errors: type[Exception]) -> Iterator[N
 
 def machine_trouble(path: Path, error: BaseException) -> MachineTrouble:
     reason = getattr(error, "strerror", None) or first_line(error)
-    return MachineTrouble(f"can't read {path}: {reason}. This is no fault of the clip: mend it, then give the same "
-                          "command again")
+    return MachineTrouble(f"can't read {path}: {reason}. This is no fault of the clip: mend it, then give "
+                          "the same command again")
 
 
 def check_bytes(path: Path, limit: int) -> int:
@@ -83,4 +96,5 @@ def check_size(width: int, height: int) -> None:
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise MediaError(f"{width} x {height} px, wanted 1 to {MAX_SIDE} px a side")
     if width * height > MAX_PIXELS or max(width, height) > MAX_RATIO * min(width, height):
-        raise MediaError(f"{width} x {height} px, wanted {MAX_PIXELS} px at most, sides up to 1 : {MAX_RATIO}")
+        raise MediaError(f"{width} x {height} px, wanted {MAX_PIXELS} px at most, sides up to 1 : "
+                         f"{MAX_RATIO}")

@@ -11,15 +11,18 @@ from clips.limits import MediaError, check_bytes, check_size, reading_media
 from machine.files import write_whole
 
 WHITE = (255, 255, 255)
-# Told apart by content. Pillow's other readers are not needed, and one of them (EPS) starts another program.
+# Told apart by content. Pillow's other readers are not needed, and one of them (EPS) starts another
+# program.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
 MAX_PICTURE_BYTES = 2**27          # a picture of MAX_PIXELS in 8-bit RGB, not compressed, and some more
 MAX_PICTURE_S = 20                 # of reading and decoding; DSEC's pictures take 0.05
-# A progressive JPEG has about ten scans. Each one is a pass over all pixels: 5,000 in 509 KiB take over a minute.
+# A progressive JPEG has about ten scans. Each one is a pass over all pixels: 5,000 in 509 KiB take
+# over a minute.
 MAX_SCANS = 100
 JPEG_CHUNK = 4096                  # bytes that Pillow decodes at a time: the clock is looked at in between
 # Largest value of a grey picture that Pillow holds in more than 8 bits, by the layout in the file.
-GREY_RANGE = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "I;16R": 65535, "I;12": 4095}
+GREY_RANGE = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535,
+              "I;16R": 65535, "I;12": 4095}
 GREY_STEP = {"L;2": 85, "L;4": 17}             # from a grey value in the file to Pillow's, where they differ
 
 
@@ -38,7 +41,7 @@ class TimedFile(io.FileIO):
 
 
 def read_event_image(path: Path) -> np.ndarray:
-    """A picture of any mode and size -> (H, W, 3) uint8 RGB in [0, 255], upright. Transparent parts become white."""
+    """A picture of any mode -> (H, W, 3) uint8 RGB in [0, 255], upright; transparent parts are white."""
     # Readers of broken files raise OSError, SyntaxError, struct.error, KeyError, ...
     with reading_media("picture", path, Exception):
         check_bytes(path, MAX_PICTURE_BYTES)
@@ -72,26 +75,28 @@ def to_rgb(picture: Image.Image) -> np.ndarray:
         picture.info["transparency"] = transparent * GREY_STEP[layout]
     picture = ImageOps.exif_transpose(picture)
     if picture.has_transparency_data:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, WHITE), picture.convert("RGBA"))
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, WHITE),
+                                        picture.convert("RGBA"))
     return np.array(picture.convert("RGB"))
 
 
 def raw_mode(picture: Image.Image) -> str:
-    """How pixels lie in the file, as Pillow's decoder is told: "I;16B", "L;4", ...; the mode where it isn't told."""
+    """How pixels lie in the file, as Pillow tells its decoder: "I;16B", "L;4", ...; else the mode."""
     arguments = picture.tile[0].args if getattr(picture, "tile", None) else None
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else picture.mode
 
 
-def scaled_grey(picture: Image.Image, layout: str, transparent) -> tuple[np.ndarray, np.ndarray | None]:
+def scaled_grey(picture: Image.Image, layout: str,
+                transparent) -> tuple[np.ndarray, np.ndarray | None]:
     """Grey of more than 8 bits -> ((H, W) uint8, (H, W) bool of the transparent pixels or None).
 
-    convert("RGB") would clip the values instead of scaling them. Floats and 32-bit numbers are refused: their range is
-    not in the file, so 1.0 may be white or nearly black.
+    convert("RGB") would clip the values instead of scaling them. Floats and 32-bit numbers are
+    refused: their range is not in the file, so 1.0 may be white or nearly black.
     """
     if layout not in GREY_RANGE:
-        raise MediaError(f"its grey values are {layout!r}, whose white is not known; wanted 8 or 16 bits a pixel "
-                         "without a sign")
+        raise MediaError(f"its grey values are {layout!r}, whose white is not known; wanted 8 or 16 bits a "
+                         "pixel without a sign")
     values = np.asarray(picture).astype(np.int32)
     grey = (values * 255 / GREY_RANGE[layout]).clip(0, 255).astype(np.uint8)
     tags = getattr(picture, "tag_v2", {})

@@ -1,7 +1,7 @@
 """Where the files of a data set folder lie: paths that stay inside, and one listing of each folder.
 
-Every path that an index file names must stay inside the data set folder, links followed, unless the user allowed
-links to another folder.
+Every path that an index file names must stay inside the data set folder, links followed, unless the
+user allowed links to another folder.
 """
 
 import os
@@ -31,19 +31,20 @@ class Places:
         self.roots = [str(self.root)]
         for folder in allow_links:
             if not folder.is_dir():
-                raise UserError(f"--allow_links {folder}: no such folder; wanted one that links in {root} lead to")
+                raise UserError(f"--allow_links {folder}: no such folder; wanted one that links in {root} "
+                                "lead to")
             self.roots.append(os.path.realpath(folder))
         self._real: dict[str, str] = {}              # folder -> where it leads, links followed
         self._names: dict[str, set[str] | None] = {}
 
     def inside(self, *parts: str) -> Path:
-        """The path root/parts with all links followed; a ValueError when that leads out of the data set folder.
+        """The path root/parts with all links followed; a ValueError when that leads out of the folder.
 
-        Where folders lead is remembered: following every path from its beginning would take most of the time that
-        reading a large index takes.
+        Where folders lead is remembered: following every path from its beginning would take most of
+        the time that reading a large index takes.
         """
         path = os.path.join(self.root, *parts)
-        if b"\0" in os.fsencode(path):               # nor can half a character be in a name: a UnicodeEncodeError
+        if b"\0" in os.fsencode(path):       # half a character is a UnicodeEncodeError, a ValueError too
             raise ValueError("a path can't hold a null byte")
         folder, name = os.path.split(path)
         if folder not in self._real:
@@ -72,7 +73,8 @@ class Places:
     def walk(self, *parts: str) -> Iterator[tuple[str, ...]]:
         """The files in this folder and all below it, as parts of their paths. Hidden files are left out.
 
-        A link to a folder is followed if it leads to one that was allowed; no folder is visited twice.
+        A link to a folder is followed if it leads to one that was allowed; no folder is visited
+        twice.
         """
         yield from self._walk(parts, set())
 
@@ -131,5 +133,5 @@ def _leads_to(kind: Callable[[], bool]) -> bool:
 
 
 def _no_access(folder: str, error: OSError) -> UserError:
-    return UserError(f"can't read the folder {folder} of the data set: {error.strerror}; correct its permissions, or "
-                     "look after its disk")
+    return UserError(f"can't read the folder {folder} of the data set: {error.strerror}; correct its "
+                     "permissions, or look after its disk")

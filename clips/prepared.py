@@ -1,4 +1,4 @@
-"""A data set folder made from recordings: what it was made with, which clips it has, and what had to be left out.
+"""A data set folder made from recordings: its settings, its clips, and what had to be left out.
 
 The index file is written last: a folder that has it is whole.
 """
@@ -19,9 +19,9 @@ from pathlib import Path
 from base import Progress, UserError, log, now, provenance
 from clips.dataset import INDEX_FILE, index_row
 from clips.dsec import SEQUENCES, EventFile, Recording, find_recording, other_sequences
-from clips.limits import MediaError
+from clips.limits import MediaError, machine_trouble
 from clips.windows import Clip, Recipe, make_block
-from machine.files import make_folder, read_json, write_json, write_text
+from machine.files import is_machine_trouble, make_folder, read_json, write_json, write_text
 from machine.workers import in_workers
 
 SETTINGS_FILE = "prepare_dsec.json"
@@ -51,7 +51,8 @@ class LeftOut:
 
     def as_json(self) -> list[dict]:
         return [{"sequence": sequence, "clip": clip, "reason": reason}
-                for sequence, reasons in sorted(self.reasons.items()) for clip, reason in sorted(reasons.items())]
+                for sequence, reasons in sorted(self.reasons.items())
+                for clip, reason in sorted(reasons.items())]
 
     def lines(self) -> Iterator[str]:
         """The summary: one line a sequence."""
@@ -62,11 +63,13 @@ class LeftOut:
             yield f"{sequence} | {extent}: {reasons[clips[0] if clips else None]}"
 
 
-def find_recordings(root: Path, split: str, sequences: list[str] | None, left_out: LeftOut) -> list[Recording]:
-    """The usable recordings of these sequences (None: DSEC's list); folders beyond them are named in the log."""
+def find_recordings(root: Path, split: str, sequences: list[str] | None,
+                    left_out: LeftOut) -> list[Recording]:
+    """The usable recordings of these sequences (None: DSEC's list); the log names folders beyond them."""
     wanted = sorted(set(sequences or SEQUENCES[split]))
     if others := [name for name in other_sequences(root, split) if name not in wanted]:
-        log(f"prepare | not in DSEC's {split} list, so not used unless --sequences names them: {', '.join(others)}")
+        log(f"prepare | not in DSEC's {split} list, so not used unless --sequences names them: "
+            f"{', '.join(others)}")
     recordings = []
     for sequence in wanted:
         try:
@@ -76,6 +79,8 @@ def find_recordings(root: Path, split: str, sequences: list[str] | None, left_ou
         except MediaError as error:
             left_out.add(sequence, None, str(error))
         except OSError as error:
+            if is_machine_trouble(error):
+                raise machine_trouble(Path(error.filename or root), error) from error
             left_out.add(sequence, None, f"can't be read: {error}")
     if not recordings:
         raise UserError(f"none of {len(wanted)} {split} sequences can be used; wanted in {root}: "
@@ -99,25 +104,25 @@ class PreparedFolder:
             recorded = recorded.get("settings") if isinstance(recorded, dict) else None
             if recorded != self.settings:
                 old = recorded if isinstance(recorded, dict) else {}
-                changed = [f"--{name} {old.get(name)} there, {value} now" for name, value in self.settings.items()
-                           if old.get(name) != value]
-                raise UserError(f"{self.path} was made with other settings: {'; '.join(changed)}. Name another "
-                                "--output_root, or remove that folder")
+                changed = [f"--{name} {old.get(name)} there, {value} now"
+                           for name, value in self.settings.items() if old.get(name) != value]
+                raise UserError(f"{self.path} was made with other settings: {'; '.join(changed)}. Name "
+                                "another --output_root, or remove that folder")
         elif foreign := [name for name in ("event_image", "mp4", INDEX_FILE) if (self.path / name).exists()]:
-            raise UserError(f"{self.path} holds {', '.join(foreign)} but no {SETTINGS_FILE}: another program made "
-                            "it. Name another --output_root, or remove that folder")
+            raise UserError(f"{self.path} holds {', '.join(foreign)} but no {SETTINGS_FILE}: another program "
+                            "made it. Name another --output_root, or remove that folder")
         else:
             write_json(file, {"settings": self.settings})
 
     def tidy(self, clips: list[Clip]) -> set[str]:
-        """Make the sequences' folders, remove half-written files of a killed run; -> the whole files in them."""
+        """Make the sequences' folders, remove half-written files; -> the whole files in them."""
         whole = set()
         for sequence in dict.fromkeys(clip.sequence for clip in clips):
             for kind in ("event_image", "mp4"):
                 place = make_folder(self.path / kind / sequence)
                 if not place.resolve().is_relative_to(self.path.resolve()):
-                    raise UserError(f"{place} is a link that leads out of {self.path}: extraction would refuse "
-                                    "its clips")
+                    raise UserError(f"{place} is a link that leads out of {self.path}: extraction would "
+                                    "refuse its clips")
                 for entry in os.scandir(place):
                     if re.fullmatch(r"\..*\.tmp\.(png|mp4)", entry.name):
                         os.unlink(entry)
@@ -145,7 +150,8 @@ class PreparedFolder:
             self.tidy(clips)
             raise
 
-    def finish(self, clips: list[Clip], left_out: LeftOut, config: dict, allow_missing: bool) -> None:
+    def finish(self, clips: list[Clip], left_out: LeftOut, config: dict,
+               allow_missing: bool) -> None:
         """Log what is missing and write the index, unless something is missing and that was not allowed.
 
         config: the flags of the program as JSON values; kept beside the settings.
@@ -154,7 +160,8 @@ class PreparedFolder:
             log(f"missing | {line}")
         file, missing = self.path / SETTINGS_FILE, left_out.as_json()
         if read_json(file).get("left_out") != missing:
-            write_json(file, {"settings": self.settings, "date": now(), "config": config, "left_out": missing,
+            write_json(file, {"settings": self.settings, "date": now(), "config": config,
+                              "left_out": missing,
                               "provenance": provenance()})
         rows = [self.row_of(clip) for clip in clips
                 if clip.number not in left_out.reasons.get(clip.sequence, ())]
@@ -162,8 +169,9 @@ class PreparedFolder:
         if not rows:
             raise UserError(f"{self.path}: not one clip could be made; {left_out}")
         if left_out.reasons and not allow_missing:
-            raise UserError(f"{self.path} is not whole: {left_out}, {len(rows)} clips are there. No index was "
-                            "written: mend what the lines above name and run this again, or add --allow_missing")
+            raise UserError(f"{self.path} is not whole: {left_out}, {len(rows)} clips are there. No index "
+                            "was written: mend what the lines above name and run this again, or add "
+                            "--allow_missing")
         index, text = self.path / INDEX_FILE, json.dumps(rows, indent=2)
         changed = not index.exists() or index.read_text("utf-8") != text
         if changed:
@@ -174,7 +182,8 @@ class PreparedFolder:
 
     def row_of(self, clip: Clip) -> dict:
         """The clip's row of the index file: the published fields, then `sequence` and `clip`."""
-        return {**index_row(self.path.name, clip.name, clip.picture_names(self.recipe.event_images)),
+        return {**index_row(self.path.name, clip.name,
+                            clip.picture_names(self.recipe.event_images)),
                 "sequence": clip.sequence, "clip": clip.number}
 
 

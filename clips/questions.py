@@ -18,12 +18,12 @@ from machine.files import not_json
 MAX_QUESTIONS_BYTES = 2**26
 KEYS = ("question", "text", "prompt", "turns")
 JSON_STARTS = ("{", "[{", '["')            # a question may begin with a bracket
-FORMS = ("wanted lines of text, a JSON list, JSON Lines whose objects have one of question, text, prompt or turns, or "
-         "a CSV table with a column of one of these names")
+FORMS = ("wanted lines of text, a JSON list, JSON Lines whose objects have one of question, text, prompt or "
+         "turns, or a CSV table with a column of one of these names")
 
 
 def read_questions(query: str, questions_file: Path | None, num_questions: int) -> list[str]:
-    """The questions to ask about every clip, in rank order: the query, or those of a file (-1: all of them)."""
+    """The questions to ask about every clip, in rank order: the query, or a file's (-1: all of them)."""
     if questions_file is None:
         if num_questions > 1:
             raise UserError(f"--num_questions {num_questions} needs --questions_file")
@@ -40,7 +40,8 @@ def read_questions(query: str, questions_file: Path | None, num_questions: int) 
         entries = read_lines(questions_file)
     else:
         raise UserError(f"{questions_file}: files of questions end in .txt, .json, .jsonl, .csv or .tsv")
-    questions = [question_of(questions_file, number, entry) for number, entry in enumerate(entries, start=1)]
+    questions = [question_of(questions_file, number, entry)
+                 for number, entry in enumerate(entries, start=1)]
     if not questions:
         raise UserError(f"{questions_file} holds no question; {FORMS}")
     questions = questions[:num_questions if num_questions > 0 else None]
@@ -66,8 +67,8 @@ def read_value(path: Path):
 
 def is_json_lines(path: Path) -> bool:
     """Whether a file called .json holds one object a line."""
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
-    return len(lines) > 1 and all(line.startswith("{") and line.endswith("}") for line in map(str.strip, lines))
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    return len(lines) > 1 and all(line.startswith("{") and line.endswith("}") for line in lines)
 
 
 def read_lines(path: Path) -> list:
@@ -95,20 +96,23 @@ def as_list(value) -> list:
 def looks_like_table(text: str) -> bool:
     """Whether a text begins with the names of columns, one of which holds questions."""
     head = text.lstrip().splitlines()[0]
-    return any(column.strip().strip('"').lower() in KEYS for column in head.replace("\t", ",").split(","))
+    return any(column.strip().strip('"').lower() in KEYS
+               for column in head.replace("\t", ",").split(","))
 
 
 def read_table(path: Path) -> list[str]:
     """The column of questions of a CSV or TSV file."""
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
-        rows = [row for row in csv.reader(io.StringIO(read_text(path)), delimiter=separator, strict=True) if row]
+        lines = io.StringIO(read_text(path))
+        rows = list(filter(None, csv.reader(lines, delimiter=separator, strict=True)))
     except csv.Error as error:
         raise UserError(f"{path} is no CSV table: {error}; {FORMS}") from error
     columns = [name.strip().lower() for name in rows[0]] if rows else []
     key = next((key for key in KEYS[:3] if key in columns), None)
     if key is None:
-        raise UserError(f"{path}: found the columns {', '.join(columns)[:200] or 'of an empty file'}; {FORMS}")
+        names = ", ".join(columns)[:200] or "of an empty file"
+        raise UserError(f"{path}: found the columns {names}; {FORMS}")
     place = columns.index(key)
     return [row[place] if place < len(row) else "" for row in rows[1:]]
 
@@ -129,7 +133,7 @@ def question_of(path: Path, number: int, entry) -> str:
 
 
 def check_text(where: object, question: str) -> str:
-    """The question; a UserError if no tokenizer can read it (halves of characters, bytes that are no UTF-8)."""
+    """The question; a UserError if it is no UTF-8 (a part of a character), which no tokenizer reads."""
     try:
         question.encode()
     except UnicodeEncodeError as error:

@@ -10,27 +10,29 @@ from pathlib import Path
 
 import numpy as np
 
-from base import MACHINE_TROUBLE
 from clips import limits
 from clips.containers import check_whole
 from clips.limits import MediaError, check_size, reading_media
 from machine.files import write_whole
+from machine.running import MACHINE_TROUBLE
 
 MAX_FRAMES = 100_000       # 83 minutes at 20 fps; DSEC has clips of up to 320 frames
 MAX_DECODING_S = 600       # of one video; 100,000 frames of 1440 x 1080 px take about as long
-MAX_WAIT_S = 20            # for the head of a file or its next packet: FFmpeg searches broken files to their end
+MAX_WAIT_S = 20  # for a file's head or next packet: FFmpeg searches broken files to their end
 MAX_PROBE_BYTES = 2**30    # read again to see whether an error was the disk's
-# FFmpeg reads play lists too, which name other files and hosts; only single files of these containers are opened.
+# FFmpeg reads play lists too, which name other files and hosts; only single files of these
+# containers are opened.
 CONTAINERS = {"format_whitelist": "mov,matroska,avi,mpegts,h264,hevc", "protocol_whitelist": "file"}
 
 
 def read_video(path: Path, num_frames: int = 8) -> list[np.ndarray]:
     """`num_frames` uniformly sampled frames (H, W, 3) uint8 RGB, all of one size, oldest first, upright.
 
-    Frame k is number int(k (n - 1) / (num_frames - 1)) of n, as np.linspace(0, n - 1, num_frames) truncated; a
-    shorter video repeats frames. n is the number of frames that are shown, counted by decoding all of them: what a
-    container announces may be nothing (mkv, webm, ts), its first fragment, or frames that an edit list hides. Of
-    several video streams the first is taken that is neither a cover picture nor a single frame.
+    Frame k is number int(k (n - 1) / (num_frames - 1)) of n, as np.linspace(0, n - 1, num_frames)
+    truncated; a shorter video repeats frames. n is the number of frames that are shown, counted by
+    decoding all of them: what a container announces may be nothing (mkv, webm, ts), its first
+    fragment, or frames that an edit list hides. Of several video streams the first is taken that is
+    neither a cover picture nor a single frame.
     """
     with reading_media("video", path, ValueError, IndexError):
         check_whole(path)
@@ -39,8 +41,8 @@ def read_video(path: Path, num_frames: int = 8) -> list[np.ndarray]:
             return _read(path, num_frames)
         except _ffmpeg_error() as error:
             failure = error
-        # Outside of the handler: FFmpeg uses the system's error numbers for broken files too, and this error must
-        # not look as if the system's had caused it.
+        # Outside of the handler: FFmpeg uses the system's error numbers for broken files too, and
+        # this error must not look as if the system's had caused it.
         check_readable(path, failure)
         raise MediaError(_reason(failure))
 
@@ -49,7 +51,7 @@ def _read(path: Path, num_frames: int) -> list[np.ndarray]:
     end = time.monotonic() + MAX_DECODING_S
     index, expected = _choose_stream(path, end)
     shown, chosen, wanted = -1, {}, []
-    for _ in range(3):                       # count if nothing is expected, decode, decode again if it was wrong
+    for _ in range(3):                 # to count them, to read them, to read them by the right count
         wanted = np.linspace(0, expected - 1, num_frames).astype(int).tolist() if expected else []
         chosen, shown = {}, 0
         for frame in _decode(path, index, end):
@@ -109,8 +111,9 @@ def _decode(path: Path, index: int, end: float) -> Iterator:
         if stream.codec_context is None:
             raise MediaError("FFmpeg knows no decoder for its video")
         check_size(stream.codec_context.width, stream.codec_context.height)
-        stream.codec_context.options = {"max_pixels": str(limits.MAX_PIXELS)}        # of frames that turn out larger
-        stream.thread_type = "NONE"              # several clips are read at once: threads within one cost more
+        # Frames may turn out larger than announced.
+        stream.codec_context.options = {"max_pixels": str(limits.MAX_PIXELS)}
+        stream.thread_type = "NONE"          # several clips are read at once: threads within one cost more
         frames = 0
         for packet in container.demux(stream):
             for frame in packet.decode():
@@ -152,7 +155,7 @@ def upright(frame) -> np.ndarray:
     return np.ascontiguousarray(picture[::down, ::right])
 
 
-# ---------------------------------------------------------------------------------------- FFmpeg's errors
+# ---------------------------------------------------------------------------------- FFmpeg's errors
 def _ffmpeg_error() -> type[Exception]:
     import av
 
@@ -172,14 +175,15 @@ def check_readable(path: Path, error) -> None:
     if error.errno not in MACHINE_TROUBLE:
         return
     if error.errno == errno.ENOMEM:
-        bytearray(2**26)                     # a MemoryError if that much is not free; else the file asked for too much
+        bytearray(2**26)          # a MemoryError if that is not free; else the file asks for too much
     with open(path, "rb", buffering=0) as file:
         for _ in range(MAX_PROBE_BYTES // 2**20):
             if not file.read(2**20):
                 break
 
 
-def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 20, crf: int = 28, threads: int = 0) -> None:
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: int = 20, crf: int = 28,
+                threads: int = 0) -> None:
     """Write (H, W, 3) uint8 RGB frames as H.264 (yuv420p), whole or not at all. Sides must be even.
 
     threads: 0 leaves the number to FFmpeg, which makes the bytes depend on the machine's cores.

@@ -1,7 +1,8 @@
 """Windows of a DSEC recording as clips: the event pictures and the video of each one.
 
-Windows start at a sequence's first picture and then every stride, as long as they end by its last picture. Events are
-read and painted in slices, so memory depends neither on the recording nor on the window.
+Windows start at a sequence's first picture and then every stride, as long as they end by its last
+picture. Events are read and painted in slices, so memory depends neither on the recording nor on
+the window.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from PIL import Image
 from base import UserError, log
 from clips.dsec import EventFile, Recording
 from clips.events import EventPicture, Render, equal_parts
-from clips.limits import MAX_SIDE, MediaError
+from clips.limits import MAX_SIDE, MediaError, still_there
 from clips.pictures import read_event_image, write_png
 from clips.videos import write_video
 
@@ -41,12 +42,14 @@ class Recipe:
 
     def __post_init__(self):
         if not re.fullmatch(r"[1-9]\d{0,5}(ms|s)", self.duration):
-            raise UserError(f"--duration must be milliseconds or seconds like 500ms or 2s, got {self.duration!r}")
+            raise UserError("--duration must be milliseconds or seconds like 500ms or 2s, got "
+                            f"{self.duration!r}")
         if not re.fullmatch(r"half|none|[1-9]\d{0,8}", self.stride):
             raise UserError(f"--stride must be half, none or milliseconds (1 or more), got {self.stride!r}")
         for name, step in (("canvas", 1), ("video_size", 2)):
-            sides = re.fullmatch(r"(\d{1,5})x(\d{1,5})", getattr(self, name))
-            if not sides or not all(0 < int(side) <= MAX_SIDE and int(side) % step == 0 for side in sides.groups()):
+            match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", getattr(self, name))
+            sides = [int(side) for side in match.groups()] if match else [0]
+            if not all(0 < side <= MAX_SIDE and side % step == 0 for side in sides):
                 even = " and even (H.264 needs it)" if step == 2 else ""
                 raise UserError(f"--{name} must be WIDTHxHEIGHT of 1 to {MAX_SIDE} px a side{even}, "
                                 f"got {getattr(self, name)!r}")
@@ -91,11 +94,12 @@ class Clip:
 
     def files(self, event_images: int) -> list[str]:
         """Relative to the data set folder."""
-        return [f"mp4/{self.name}.mp4", *(f"event_image/{name}" for name in self.picture_names(event_images))]
+        return [f"mp4/{self.name}.mp4", *(f"event_image/{name}"
+                                          for name in self.picture_names(event_images))]
 
 
 def window_starts(first_us: int, last_us: int, duration_us: int, stride_us: int) -> range:
-    """Start times of the windows: the first picture, then every stride, as long as they end by the last picture."""
+    """Start times: the first picture, then every stride, as long as a window ends by the last picture."""
     return range(first_us, last_us - duration_us + 1, stride_us)
 
 
@@ -105,10 +109,11 @@ def clips_of(recording: Recording, recipe: Recipe) -> list[Clip]:
     if not starts:
         log(f"prepare | {recording.sequence} is shorter than {recipe.duration}: no clips")
     return [Clip(recording.sequence, number, start, start + length_us, recording.events,
-                 recording.between(start, start + length_us)) for number, start in enumerate(starts)]
+                 recording.between(start, start + length_us))
+            for number, start in enumerate(starts)]
 
 
-# ----------------------------------------------------------------------------------------- one clip's files
+# --------------------------------------------------------------------------------- one clip's files
 def draw_events(events: EventFile, clip: Clip, recipe: Recipe) -> list[np.ndarray]:
     """The clip's event pictures, (H, W, 3) uint8 RGB each; at most one slice of its events is in memory."""
     first, last = events.between(clip.start_us, clip.end_us)
@@ -124,14 +129,16 @@ def draw_events(events: EventFile, clip: Clip, recipe: Recipe) -> list[np.ndarra
 
 def read_frame(path: Path, size: tuple[int, int]) -> np.ndarray:
     """A camera picture -> (H, W, 3) uint8 RGB of this width and height."""
-    frame = read_event_image(path)
+    with still_there(path):
+        frame = read_event_image(path)
     if frame.shape[1::-1] != size:
         frame = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
     return frame
 
 
-def make_clip(events: EventFile, clip: Clip, folder: Path, recipe: Recipe, read_frame: Callable) -> None:
-    """Write the clip's video, then its event pictures. The events are read before the first file is written."""
+def make_clip(events: EventFile, clip: Clip, folder: Path, recipe: Recipe,
+              read_frame: Callable) -> None:
+    """Write the clip's video, then its event pictures; its events are read before that."""
     if not clip.frames:
         raise MediaError("no pictures")
     pictures = draw_events(events, clip, recipe)
@@ -144,8 +151,9 @@ def make_clip(events: EventFile, clip: Clip, folder: Path, recipe: Recipe, read_
 def make_block(clips: list[Clip], folder: Path, recipe: Recipe) -> list[str | None]:
     """Make neighbouring clips of one sequence; -> why each could not be made, None if it was.
 
-    Frames that two of them share are decoded once. Measured on one core with 1 s windows at full size: a sixth
-    less time; reading the events once too would save another 3 % and hold half a window of them in memory.
+    Frames that two of them share are decoded once. Measured on one core with 1 s windows at full
+    size: a sixth less time; reading the events once too would save another 3 % and hold half a
+    window of them in memory.
     """
     shared = max((len({*a.frames} & {*b.frames}) for a, b in itertools.pairwise(clips)), default=0)
     cache = functools.lru_cache(shared if shared <= MAX_SHARED_FRAMES else 0)

@@ -43,7 +43,7 @@ def scenes_of(sequence: str, count: int) -> list[Scene]:
 
 
 def make_data_sets(output_dir: Path, clips: dict[str, int]) -> None:
-    """Render every data set that isn't there; the index file is written last, so a folder that has it is whole.
+    """Render every data set that isn't there; a folder is whole with its index file, written last.
 
     clips: split -> clips of each of its data sets.
     """
@@ -52,7 +52,8 @@ def make_data_sets(output_dir: Path, clips: dict[str, int]) -> None:
         if (folder / INDEX_FILE).exists():
             log(f"demo | {folder} | skipped, it is there")
             continue
-        rows = render_data_set(folder, sequences_of(split), clips[split], num_frames, min(16, cores()))
+        rows = render_data_set(folder, sequences_of(split), clips[split], num_frames,
+                               min(16, cores()))
         log(f"RESULT | {folder} | {len(rows)} clips of {num_frames} frames")
 
 
@@ -61,13 +62,15 @@ def clips_per_sequence(clips: int, sequences: int) -> list[int]:
     return [max(1, (clips + number) // sequences) for number in range(sequences)]
 
 
-def render_data_set(folder: Path, sequences: list[str], clips: int, num_frames: int, workers: int = 1) -> list[dict]:
+def render_data_set(folder: Path, sequences: list[str], clips: int, num_frames: int,
+                    workers: int = 1) -> list[dict]:
     """Render `clips` clips, spread over the sequences, and write the index file; -> its rows."""
     scenes = {}
     for sequence, count in zip(sequences, clips_per_sequence(clips, len(sequences))):
         make_folder(folder / "event_image" / sequence)
         make_folder(folder / "mp4" / sequence)
-        scenes |= {f"{sequence}/{clip:06d}": scene for clip, scene in enumerate(scenes_of(sequence, count))}
+        scenes |= {f"{sequence}/{clip:06d}": scene
+                   for clip, scene in enumerate(scenes_of(sequence, count))}
     log(f"demo | {folder} | rendering {len(scenes)} clips")
     progress, rows = Progress(f"demo | {folder.name}", len(scenes), unit="clips"), []
     work = functools.partial(render_clip, folder=folder, num_frames=num_frames)
@@ -80,14 +83,15 @@ def render_data_set(folder: Path, sequences: list[str], clips: int, num_frames: 
 
 
 def render_clip(clip: tuple[str, Scene], folder: Path, num_frames: int) -> dict:
-    """Write the video and the event pictures of one clip (its name and scene); -> its row of the index file."""
+    """Write the video and the event pictures of one clip (name, scene); -> its row of the index file."""
     from clips.events import event_frames
     from clips.pictures import write_png
     from clips.videos import write_video
 
     name, scene = clip
     seed = seed_of(name, num_frames)
-    write_video(folder / "mp4" / f"{name}.mp4", filming.frames_of(scene, seed, num_frames), fps=filming.FPS)
+    write_video(folder / "mp4" / f"{name}.mp4", filming.frames_of(scene, seed, num_frames),
+                fps=filming.FPS)
     pictures = [f"{name}_{k}.png" for k in range(NUM_PICTURES)]
     events = filming.events_of(scene, seed, num_frames)
     for file, picture in zip(pictures, event_frames(events, NUM_PICTURES, (filming.SIZE, filming.SIZE))):

@@ -1,4 +1,4 @@
-"""A scene on film: pictures of a colour camera in a moving car, and the events of an event camera on the same drive.
+"""A scene on film: pictures of a colour camera in a moving car, and events of an event camera beside it.
 
     frames_of(scene, clip_seed, num_frames)   20 frames a second
     events_of(scene, clip_seed, num_frames)
@@ -13,9 +13,10 @@ from PIL import Image, ImageDraw
 
 from demo.world import Scene
 
-# A pinhole camera 1.5 m above the road; metres to the right (x), up (y) and ahead (z) become pixels.
+# A pinhole camera 1.5 m above the road; metres to the right (x), up (y) and ahead (z) become
+# pixels.
 SIZE = 96                         # pixels: pictures are square
-FINE = 2                          # drawn at twice the size and averaged down, so that edges move by half pixels
+FINE = 2  # drawn at twice the size, then averaged: edges move by half pixels
 FOCAL, HORIZON, CAMERA_HEIGHT = 90.0, 40.0, 1.5
 SPEED = 3.0                       # m/s relative to what stands still
 FPS = 20
@@ -24,7 +25,8 @@ SKY = {"day": (140, 190, 235), "night": (70, 75, 125), "snow": (205, 210, 220)}
 GROUND = {"day": (100, 145, 75), "night": (100, 145, 75), "snow": (238, 240, 245)}
 ASPHALT = {"day": (92, 92, 98), "night": (92, 92, 98), "snow": (178, 182, 190)}
 NIGHT_SHARE = (0.42, 0.44, 0.58)   # of the day's red, green and blue that is left at night
-PAINT = {"red": (215, 40, 35), "blue": (45, 80, 215), "white": (240, 240, 240), "yellow": (240, 205, 40),
+PAINT = {"red": (215, 40, 35), "blue": (45, 80, 215), "white": (240, 240, 240),
+         "yellow": (240, 205, 40),
          "green": (35, 150, 70)}
 LAMP = {"red": (255, 45, 30), "green": (40, 255, 110)}
 HALF_ROAD = {"highway": 5.4, "city street": 3.8, "country road": 3.0}     # m
@@ -52,11 +54,13 @@ class Canvas:
 
     def box(self, x, y, z, width, height, colour) -> None:
         """An upright rectangle that stands on height y, with its middle at x."""
-        self.draw.rectangle((self.point(x - width / 2, y + height, z), self.point(x + width / 2, y, z)),
+        self.draw.rectangle((self.point(x - width / 2, y + height, z),
+                             self.point(x + width / 2, y, z)),
                             fill=self.shade(colour))
 
     def disc(self, x, y, z, radius, colour, glows: bool = False) -> None:
-        self.draw.ellipse((self.point(x - radius, y + radius, z), self.point(x + radius, y - radius, z)),
+        self.draw.ellipse((self.point(x - radius, y + radius, z),
+                           self.point(x + radius, y - radius, z)),
                           fill=colour if glows else self.shade(colour))
 
     def stripe(self, x, width, near, far, colour) -> None:
@@ -74,7 +78,7 @@ def _draw_road(canvas: Canvas, scene: Scene, travelled: float) -> None:
     canvas.stripe(0, 2 * half, 1.5, 1000, ASPHALT[scene.light])
     if scene.road == "country road":
         for x in (-half, half):
-            canvas.stripe(x, 0.9, 1.5, 1000, (150, 120, 80))                               # earth at the edges
+            canvas.stripe(x, 0.9, 1.5, 1000, (150, 120, 80))  # earth at the edges
         return
     for x in (-half + 0.4, half - 0.4):
         canvas.stripe(x, 0.25, 1.5, 1000, line)
@@ -93,8 +97,10 @@ def _draw_background(canvas: Canvas, scene: Scene, layout: np.ndarray, travelled
     if scene.background == "mountains":
         for k in range(5):
             x, height = -950 + 420 * k + 150 * layout[k, 0], 220 + 130 * layout[k, 1]
-            canvas.polygon([(x - 330, 0, 1000), (x, height, 1000), (x + 330, 0, 1000)], (108, 104, 118))
-            canvas.polygon([(x - 105, height * 0.68, 1000), (x, height, 1000), (x + 105, height * 0.68, 1000)],
+            canvas.polygon([(x - 330, 0, 1000), (x, height, 1000), (x + 330, 0, 1000)],
+                           (108, 104, 118))
+            snow = height * 0.68
+            canvas.polygon([(x - 105, snow, 1000), (x, height, 1000), (x + 105, snow, 1000)],
                            (245, 245, 250))
         return
     first = int(travelled // 6)
@@ -128,10 +134,11 @@ def _draw_vehicle(canvas: Canvas, scene: Scene, x: float, z: float) -> None:
     if scene.vehicle == "motorcycle":
         part(0, 0, 0.32, 0.8, DARK)
         part(0, 0.5, 0.95, 0.4, body)
-        part(0, 0.9, 0.7, 0.75, body)                                                      # the rider's jacket
+        part(0, 0.9, 0.7, 0.75, body)  # the rider's jacket
         canvas.disc(x, 1.85, z, 0.27, DARK)
         return
-    width, height, floor = {"car": (1.9, 0.95, 0.25), "van": (2.0, 2.2, 0.3), "bus": (2.6, 3.2, 0.35),
+    width, height, floor = {"car": (1.9, 0.95, 0.25), "van": (2.0, 2.2, 0.3),
+                            "bus": (2.6, 3.2, 0.35),
                             "truck": (2.5, 2.7, 0.9)}[scene.vehicle]
     for dx in (-width / 2 + 0.3, width / 2 - 0.3):
         part(dx, 0, 0.45, 0.7 if scene.vehicle != "truck" else 0.95, DARK)
@@ -146,7 +153,7 @@ def _draw_vehicle(canvas: Canvas, scene: Scene, x: float, z: float) -> None:
         part(0, 1.5, 2.3, 1.2, GLASS)
     if scene.vehicle == "truck":
         part(0, 0.75, 2.5, 0.25, DARK)
-        part(0, 0.95, 0.14, 1.7, DARK)                                                     # doors of the cargo box
+        part(0, 0.95, 0.14, 1.7, DARK)  # doors of the cargo box
     for dx in (-width / 2 + 0.2, width / 2 - 0.2):
         canvas.box(x + dx, floor + 0.3, z, 0.25, 0.22, (205, 30, 30))
 
@@ -154,8 +161,8 @@ def _draw_vehicle(canvas: Canvas, scene: Scene, x: float, z: float) -> None:
 def _draw_person(canvas: Canvas, x: float, z: float, phase: float) -> None:
     stride = 0.28 * np.sin(phase)
     for foot in (-stride, stride):
-        canvas.polygon([(x - 0.1, 0.85, z), (x + 0.1, 0.85, z), (x + foot + 0.1, 0, z), (x + foot - 0.1, 0, z)],
-                       (45, 50, 90))
+        canvas.polygon([(x - 0.1, 0.85, z), (x + 0.1, 0.85, z), (x + foot + 0.1, 0, z),
+                        (x + foot - 0.1, 0, z)], (45, 50, 90))
     canvas.box(x, 0.8, z, 0.55, 0.75, (225, 125, 60))
     canvas.disc(x, 1.75, z, 0.2, (225, 180, 150))
 
@@ -165,14 +172,16 @@ def _draw_traffic_light(canvas: Canvas, colour: str, z: float) -> None:
     canvas.box(2.3, 5.1, z, 4.8, 0.2, STEEL)
     canvas.box(0, 3.0, z, 1.25, 2.3, (25, 25, 25))
     for lamp, y in (("red", 4.65), ("green", 3.6)):
-        canvas.disc(0, y, z, 0.5, LAMP[lamp] if lamp == colour else (62, 62, 62), glows=lamp == colour)
+        canvas.disc(0, y, z, 0.5, LAMP[lamp] if lamp == colour else (62, 62, 62),
+                    glows=lamp == colour)
 
 
-def frames_of(scene: Scene, clip_seed: list[int], num_frames: int, wanted: Iterable[int] = ()) -> np.ndarray:
-    """Film the scene. -> (F, 96, 96, 3) uint8 RGB, oldest first; `wanted` picks frame numbers, all by default.
+def frames_of(scene: Scene, clip_seed: list[int], num_frames: int,
+              wanted: Iterable[int] = ()) -> np.ndarray:
+    """Film the scene. -> (F, 96, 96, 3) uint8 RGB, oldest first; `wanted`: frame numbers, else all.
 
-    `clip_seed` fixes what the nine words leave open: distances, houses, the camera's shaking. The shaking (one
-    pixel) lets an event camera see things that keep their place in the picture.
+    `clip_seed` fixes what the nine words leave open: distances, houses, the camera's shaking. The
+    shaking (one pixel) lets an event camera see things that keep their place in the picture.
     """
     random = np.random.default_rng(clip_seed)
     layout = random.random((24, 3))
@@ -191,7 +200,8 @@ def frames_of(scene: Scene, clip_seed: list[int], num_frames: int, wanted: Itera
         _draw_background(canvas, scene, layout, start + travelled)
         if scene.traffic_light != "none":
             _draw_traffic_light(canvas, scene.traffic_light, z_light - travelled)
-        # One that drives keeps lane and distance; one that is parked stands farther out and comes nearer.
+        # One that drives keeps lane and distance; one that is parked stands farther out and comes
+        # nearer.
         if scene.motion == "driving":
             _draw_vehicle(canvas, scene, side * (1.7 + aside), 7 + distance)
         else:
@@ -200,40 +210,42 @@ def frames_of(scene: Scene, clip_seed: list[int], num_frames: int, wanted: Itera
             _draw_person(canvas, direction * (x_person + 0.8 * time_s), 5, phase + 7 * time_s)
         for x, y, size in flakes:
             left, top = x * SIZE * FINE, (y + 0.6 * time_s) % 1 * SIZE * FINE
-            canvas.draw.ellipse((left, top, left + 2 + 2 * size, top + 2 + 2 * size), fill=(255, 255, 255))
+            canvas.draw.ellipse((left, top, left + 2 + 2 * size, top + 2 + 2 * size),
+                                fill=(255, 255, 255))
         pictures.append(np.asarray(canvas.image.reduce(FINE)))
     return np.stack(pictures)
 
 
-# ----------------------------------------------------------------------------------------------------------- events
+# ------------------------------------------------------------------------------------------- events
 THRESHOLD = 0.22                  # change of log brightness that makes one event
 
 
 def neutral(scene: Scene) -> Scene:
     """The scene that stands for all which look alike to an event camera.
 
-    A darker light scales every pixel by one factor, which the logarithm turns into a constant and the difference
-    removes. That the colours of vehicles and lamps count as equally bright, and that snow leaves no event, are
-    simplifications of this world.
+    A darker light scales every pixel by one factor, which the logarithm turns into a constant and
+    the difference removes. That the colours of vehicles and lamps count as equally bright, and that
+    snow leaves no event, are simplifications of this world.
     """
     lamp = "none" if scene.traffic_light == "none" else "red"
     return dataclasses.replace(scene, light="day", colour="white", traffic_light=lamp)
 
 
 def events_of(scene: Scene, clip_seed: list[int], num_frames: int) -> dict[str, np.ndarray]:
-    """What an event camera gives of the clip: 1-D arrays "x", "y", "t" (us) and "p" (1 brighter, 0 darker), by time.
+    """Events of the clip by time: 1-D arrays "x", "y", "t" (us) and "p" (1 brighter, 0 darker).
 
-    The usual model (Rebecq et al., ESIM: an Open Event Camera Simulator, 2018): a pixel fires each time its log
-    brightness has moved by THRESHOLD since its last event; between two frames the change is linear.
+    The usual model (Rebecq et al., ESIM: an Open Event Camera Simulator, 2018): a pixel fires each
+    time its log brightness has moved by THRESHOLD since its last event; between two frames the
+    change is linear.
     """
     frames = frames_of(neutral(scene), clip_seed, num_frames)
     brightness = frames @ np.array([0.299, 0.587, 0.114])
-    levels = np.log(brightness + 10).reshape(num_frames, -1)       # + 10: dark pixels don't fire at every trifle
+    levels = np.log(brightness + 10).reshape(num_frames, -1)    # + 10: or dark pixels fire all the time
     reference, columns = levels[0].copy(), []
     for k, (before, after) in enumerate(itertools.pairwise(levels)):
         count = (np.abs(after - reference) / THRESHOLD).astype(int) * (after != before)
         pixel = np.repeat(np.arange(len(count)), count)
-        nth = np.arange(len(pixel)) - np.repeat(np.cumsum(count) - count, count) + 1     # 1, 2, ... in each pixel
+        nth = np.arange(len(pixel)) - np.repeat(np.cumsum(count) - count, count) + 1    # 1, 2, ... by pixel
         sign = np.sign(after - reference)
         crossed = reference[pixel] + sign[pixel] * THRESHOLD * nth
         share = ((crossed - before[pixel]) / (after - before)[pixel]).clip(0, 1)

@@ -1,4 +1,4 @@
-"""How the demo's two models are trained: first to see, then to speak. Seeded: the same weights on the same CPU."""
+"""How the demo's two models are trained: to see, then to speak. Seeded: one CPU, the same weights."""
 
 import dataclasses
 import functools
@@ -22,12 +22,13 @@ STUDENTS = {"eventgpt": event_student, "video_llava": video_student}
 
 
 def train_models(models_dir: Path) -> None:
-    """Train both models side by side, a process and a thread each: two threads on two cores hinder each other.
+    """Train both models side by side, a process and a thread each, because two threads hinder each other.
 
     The folders in models_dir are replaced when both new ones are whole.
     """
     with tempfile.TemporaryDirectory(dir=models_dir, prefix=".", suffix=".tmp") as unfinished:
-        for _ in in_workers(functools.partial(train_model, models_dir=Path(unfinished)), list(STUDENTS), workers=2):
+        work = functools.partial(train_model, models_dir=Path(unfinished))
+        for _ in in_workers(work, list(STUDENTS), workers=2):
             pass
         for name in STUDENTS:
             shutil.rmtree(models_dir / name, ignore_errors=True)
@@ -59,7 +60,8 @@ class TrainingClips:
 
 
 def render_training_clips(student: Student) -> TrainingClips:
-    words = {name: list(dict.fromkeys(phrases.values())) for name, phrases in student.phrases.items()}
+    words = {name: list(dict.fromkeys(phrases.values()))
+             for name, phrases in student.phrases.items()}
     progress = Progress(f"{student.name} | render", TRAIN_CLIPS, unit="clips")
     pixels, attributes, answers = [], [], []
     for number in range(TRAIN_CLIPS):
@@ -77,18 +79,20 @@ def render_training_clips(student: Student) -> TrainingClips:
 
 
 def learn_to_see(student: Student, clips: TrainingClips) -> nn.Module:
-    """Train the vision part to tell the attributes from single pictures; -> the head that reads their mean token.
+    """Train the vision part to tell the attributes from single pictures; -> the head on their mean token.
 
-    Two linear heads guess the attributes. One reads all visual tokens side by side and is nearly always right after
-    200 steps. The other reads the tokens' mean, so that each token has to say where it is and what it saw, as the
-    language model needs it; without the first, sides were still guessed at random after 600 steps.
+    Two linear heads guess the attributes. One reads all visual tokens side by side and is nearly
+    always right after 200 steps. The other reads the tokens' mean, so that each token has to say
+    where it is and what it saw, as the language model needs it; without the first, sides were still
+    guessed at random after 600 steps.
     """
     for name, parameter in student.vision[0].named_parameters():
         if "position_embedding" in name:
-            nn.init.normal_(parameter, std=0.4)         # CLIP's 0.02 drowns in the patches: sides get confused
+            nn.init.normal_(parameter, std=0.4)      # CLIP's 0.02 drowns in the patches: sides get mixed up
     with torch.no_grad():
         tokens, width = student.features(clips.pixels[:1, :1].float()).shape[1:]
-    from_all, from_mean = (nn.Linear(inputs, sum(clips.num_phrases)) for inputs in (tokens * width, width))
+    from_all, from_mean = (nn.Linear(inputs, sum(clips.num_phrases))
+                           for inputs in (tokens * width, width))
 
     def loss_of(rows):
         frames = torch.randint(clips.pixels.shape[1], rows.shape)
@@ -108,7 +112,8 @@ def learn_to_speak(student: Student, clips: TrainingClips, head: nn.Module) -> N
 
     def loss_of(rows):
         features, answers = student.features(clips.pixels[rows].float()), clips.answers[rows]
-        before, after = (embed(torch.tensor(ids)).expand(len(rows), -1, -1) for ids in student.prompt)
+        before, after = (embed(torch.tensor(ids)).expand(len(rows), -1, -1)
+                         for ids in student.prompt)
         answer = embed(answers[:, :-1].clamp(min=0))          # padding may be any id: it has no label
         hidden = body(inputs_embeds=torch.cat([before, features, after, answer], dim=1)).last_hidden_state
         logits = lm_head(hidden[:, -answers.shape[1]:])
@@ -130,8 +135,9 @@ def attribute_loss(logits: torch.Tensor, clips: TrainingClips, rows: torch.Tenso
     return torch.stack([nn.functional.cross_entropy(part, labels) for part, labels in parts]).mean()
 
 
-def descend(step: str, loss_of: Callable, groups: list[dict], num_steps: int, batch_size: int) -> None:
-    """AdamW on loss_of(rows): 30 steps of warm-up, then the learning rate falls in a line to 2 % of its peak."""
+def descend(step: str, loss_of: Callable, groups: list[dict], num_steps: int,
+            batch_size: int) -> None:
+    """AdamW on loss_of(rows): 30 steps of warm-up, then the rate falls linearly to 2 % of its peak."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: min(1, (done + 1) / 30) * max(0.02, 1 - done / num_steps))
@@ -156,12 +162,13 @@ def save_weights(student: Student, folder: Path) -> None:
         model.model.image_tower.load_state_dict(model.model.video_tower.state_dict())
         model.save_pretrained(folder)
     else:
-        tensors = {published_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+        tensors = {published_name(name): tensor.contiguous()
+                   for name, tensor in model.state_dict().items()}
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def published_name(name: str) -> str:
-    """Our names of EventGPT's weights -> those of its published checkpoint; vlm/eventgpt.py reads them back."""
+    """Our names of EventGPT's weights -> those of its published checkpoint (see vlm/eventgpt.py)."""
     if name.startswith("language_model."):
         return name.removeprefix("language_model.")
     return "model." + name.replace("visual_tower.", "visual_tower.visual_tower.vision_model.")

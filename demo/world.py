@@ -4,8 +4,9 @@
     demo/texts.py     a scene in two descriptions of different words, which can be read back
     demo/data_sets.py the scenes of each clip, and the data set folders
 
-Events tell neither the vehicle's colour nor the light, nor a red from a green traffic light, and the draft does not
-name the road: of the 14.0 bits that nine independent words carry (log2 of 16,200 scenes) the draft's text has 7.8.
+Events tell neither the vehicle's colour nor the light, nor a red from a green traffic light, and
+the draft does not name the road: of the 14.0 bits that nine independent words carry (log2 of 16,200
+scenes) the draft's text has 7.8.
 """
 
 import dataclasses
@@ -40,7 +41,8 @@ class Scene:
     traffic_light: str
 
 
-# What changes together from one clip to the next, and how often: another vehicle, it stops or starts, ...
+# What changes together from one clip to the next, and how often: another vehicle, it stops or
+# starts, ...
 CHANGES = ((("vehicle", "colour", "side", "motion"), 0.6), (("motion",), 0.2), (("person",), 0.5),
            (("traffic_light",), 0.5))
 
@@ -50,11 +52,12 @@ def random_scene(random: np.random.Generator) -> Scene:
 
 
 def following_scenes(scene: Scene, random: np.random.Generator, count: int) -> list[Scene]:
-    """`count` scenes of one sequence: road, light and background stay, the rest changes now and then (CHANGES)."""
+    """`count` scenes of one sequence: road, light and background stay, the rest changes (CHANGES)."""
     scenes = []
     for _ in range(count):
         for names, probability in CHANGES:
             if random.random() < probability:
-                scene = dataclasses.replace(scene, **{name: str(random.choice(CHOICES[name])) for name in names})
+                words = {name: str(random.choice(CHOICES[name])) for name in names}
+                scene = dataclasses.replace(scene, **words)
         scenes.append(scene)
     return scenes

@@ -16,8 +16,9 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from base import UserError, finishing, first_line, log
+from base import UserError, first_line, log
 from machine.files import is_machine_trouble
+from machine.running import finishing
 
 if TYPE_CHECKING:                  # torch is imported when the first batch is answered
     import numpy as np

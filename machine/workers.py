@@ -13,7 +13,7 @@ from base import UserError
 
 
 def cores() -> int:
-    """The processor cores that this process may use; all of the machine where the system doesn't say (macOS)."""
+    """The processor cores that this process may use; all cores where the system doesn't say (macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -22,20 +22,22 @@ def cores() -> int:
 def in_workers(work: Callable, items: list, workers: int) -> Iterator[tuple]:
     """Yield (item, work(item)) in the order in which they finish.
 
-    An exception or an exit here ends the workers at once. With one worker or one item this process does the work.
+    An exception or an exit here ends the workers at once. With one worker or one item this process
+    does the work.
     """
     workers = min(workers, len(items))
     if workers <= 1:
         yield from ((item, work(item)) for item in items)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker)
     try:
         futures = {pool.submit(work, item): item for item in items}
         for future in concurrent.futures.as_completed(futures):
             yield futures.pop(future), future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
-        raise UserError("a worker process died, perhaps for lack of memory: the same command goes on; use fewer "
-                        "--workers") from error
+        raise UserError("a worker process died, perhaps for lack of memory: the same command goes on; use "
+                        "fewer --workers") from error
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()

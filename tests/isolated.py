@@ -113,15 +113,15 @@ class Readers:
     def __init__(self, folder: Path):
         import pairs.splits as splits  # noqa: F401
         import report as program
-        import reports.task_report as report
-        import speculative_decode
         import training.phases as training
         from clips import dataset
         from clips.pixels import PixelSettings, clip_pixels
-        from drafting.simulated import load_memory
+        from decoding.task import read_task
+        from drafting.memory import load_memory
         from machine.device import Runtime
         from pairs.formats import load_pairs
         from pairs.journal import Journal
+        from reports import task_report as report
         from token_adapter import load_adapter
         from training.checkpoints import Fingerprint, Resume
         from vlm import video_llava
@@ -132,7 +132,7 @@ class Readers:
         self.load_pairs, self.pt, self.npz = load_pairs, load_adapter, load_memory
         self.Journal, self.Resume, self.training = Journal, Resume, training
         self.Fingerprint = Fingerprint
-        self.report, self.program, self.read_task = report, program, speculative_decode.read_task
+        self.report, self.program, self.read_task = report, program, read_task
 
     def outcome(self, kind: str, content: bytes) -> str:
         from base import UserError
@@ -165,7 +165,7 @@ class Readers:
     # Each of these takes the path of a file.
     def pairs(self, path: Path) -> None:
         from pairs.splits import clip_order
-        from reports.task_report import escape, table
+        from reports.blocks import escape, table
 
         pairs = self.load_pairs([path])
         clip_order(pairs.sequence, pairs.clip)
@@ -194,7 +194,7 @@ class Readers:
         from machine.files import reading
 
         with reading(path, "as main() of report.py has it"):
-            self.report.write_report(path.parent, plots=False)
+            self.report.write_report(path.parent, {}, plots=False)
         self.program.summary([path.parent])
         page = path.parent / "RESULTS.md"
         lines = page.read_text().splitlines()

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import extract_tokens_train
-from base import Stopped, UserError
+from base import UserError
 from extraction import output as output_module
+from machine.running import Stopped
 from pairs.formats import load_pairs
 from pairs.journal import Journal
 from tests.conftest import rows_of

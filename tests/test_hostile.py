@@ -1,5 +1,6 @@
 """Files that mean harm: bombs, pickles and code that want to run, paths that lead elsewhere, texts that pretend."""
 
+import base64
 import json
 import pickle
 import shutil
@@ -16,14 +17,15 @@ from base import UserError
 from clips.dataset import read_dataset
 from clips.limits import MediaError
 from clips.pictures import read_event_image
-from drafting.simulated import load_memory
+from drafting.memory import load_memory
 from machine.device import Runtime
 from pairs.formats import load_pairs
 from tests.clips.test_hostile import Runs, no_hang  # noqa: F401  (a fixture)
 from tests.conftest import ROOT
 from token_adapter import AdapterConfig, TokenAdapter, load_adapter, save_adapter
-from vlm import loading
+from vlm import loading, roles
 from vlm.eventgpt import EventGPT
+from vlm.model import answer_of
 from vlm.video_llava import VideoLlava
 
 CPU = Runtime.choose("cpu")
@@ -70,9 +72,9 @@ def test_a_checkpoint_with_an_odd_config_is_a_clear_error(tmp_path, config):
 
 
 def test_a_memory_is_unpacked_only_so_far_and_runs_nothing(tmp_path, monkeypatch):
-    np.savez_compressed(tmp_path / "m.npz", target=np.zeros(2**20, np.int32), target_start=np.array([0, 2**20]))
-    assert (tmp_path / "m.npz").stat().st_size < 2**14 and len(load_memory(tmp_path / "m.npz")) == 1
-    monkeypatch.setattr("drafting.simulated.MAX_MEMORY_BYTES", 2**20)
+    np.savez_compressed(tmp_path / "m.npz", target=np.zeros(2**15, np.int32), target_start=np.array([0, 2**15]))
+    assert (tmp_path / "m.npz").stat().st_size < 2**10 and len(load_memory(tmp_path / "m.npz")) == 1
+    monkeypatch.setattr("drafting.memory.MAX_UNPACKED_BYTES", 2**15)
     with pytest.raises(UserError, match="unpacks to more than"):
         load_memory(tmp_path / "m.npz")
     np.savez(tmp_path / "m.npz", target=np.array([Runs(tmp_path / "executed")]), target_start=np.array([0, 1]))
@@ -166,6 +168,68 @@ def test_memory_that_ends_while_loading_is_told_with_the_figures(monkeypatch, er
     monkeypatch.setattr(VideoLlavaForConditionalGeneration, "from_pretrained", short)
     with pytest.raises(UserError, match=r"not enough memory for .* GiB are free; .*allocate.*--quantization 4bit"):
         VideoLlava.load(TARGET, CPU)
+
+
+# A tokenizer.json each that the tokenizers library loads or refuses in its own way; "panics" are no Exceptions.
+WORDS = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0, "?": 1}, "unk_token": "?"}}
+START_TOKEN = [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+TOKENIZERS = {
+    "panics while it is read": {**WORDS, "normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+    "panics over a text": {**WORDS, "post_processor": {
+        "type": "TemplateProcessing", "single": START_TOKEN, "pair": [], "special_tokens": {}}},
+    "panics over letters": {**WORDS, "normalizer": {
+        "type": "Precompiled", "precompiled_charsmap": base64.b64encode(b"\4\0\0\0\xff\xff\xff\xffabc").decode()}},
+    "no model": {}, "no words": WORDS, "a number": 3,
+    "ids beyond the model's": {**WORDS, "model": {**WORDS["model"], "vocab": {"?": 10**6, "a": 0}}},
+    "words without end": {"version": "1.0", "model": {"type": "Unigram", "unk_id": 7, "vocab": [["a", 0.0]]}}}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(("role", "source"), [(roles.TARGET, TARGET), (roles.DRAFT, DRAFT)], ids=["target", "draft"])
+def test_hostile_tokenizers_are_one_line(tmp_path, capfd, role, source, name):
+    folder = shutil.copytree(source, tmp_path / "model")
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZERS[name]))
+    for work in (lambda: role.check(folder, ["Why?"], roles.View(), 5), lambda: role.load(folder, CPU)):
+        with pytest.raises(UserError, match="tokenizer") as error:
+            work()
+        assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""                # the library prints a stack when it panics
+
+
+def test_a_tokenizer_that_panics_over_an_answer_is_one_line():
+    class Tokenizer:
+        def decode(self, tokens, **how):
+            raise type("PanicException", (BaseException,), {})("index out of bounds")
+
+    with pytest.raises(UserError, match="can't decode an answer: PanicException: index out of bounds"):
+        answer_of([1, 2], [2], Tokenizer())
+
+
+@pytest.mark.parametrize("advice", [
+    "Loading it needs code of its own: set the option `trust_remote_code=True` to allow it",
+    "Weights only load failed. Re-running `torch.load` with `weights_only` set to `False` will likely succeed",
+    "use `torch.serialization.add_safe_globals([os.system])`", "Object arrays cannot be loaded when allow_pickle=False"])
+def test_advice_to_run_a_files_code_is_never_repeated(tmp_path, monkeypatch, advice):
+    from transformers import VideoLlavaForConditionalGeneration
+
+    def refuse(*_, **__):
+        raise ValueError(advice)
+
+    monkeypatch.setattr(VideoLlavaForConditionalGeneration, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=r"can't load the model .*code of its own to be run, which is refused") as error:
+        VideoLlava.load(TARGET, CPU)
+    assert not any(word in str(error.value) for word in ("trust_remote", "weights_only", "safe_globals", "pickle"))
+
+
+def test_weights_that_are_pickles_are_refused_without_advice(tmp_path):
+    for source, kind in ((TARGET, VideoLlava), (DRAFT, EventGPT)):
+        folder = shutil.copytree(source, tmp_path / kind.__name__)
+        (folder / "model.safetensors").unlink()
+        torch.save({"x": Runs(tmp_path / "executed"), "y": torch.zeros(10**6)}, folder / "pytorch_model.bin")
+        with pytest.raises(UserError, match="can't load the model") as error:
+            kind.load(folder, CPU)
+        assert not any(word in str(error.value) for word in ("trust_remote", "weights_only", "safe_globals"))
+    assert not (tmp_path / "executed").exists()
 
 
 # ------------------------------------------------------------------------------------------- texts, through it all

@@ -29,7 +29,8 @@ SEED = [1, 2, 3]
 
 
 def others(scene: Scene, name: str) -> list[Scene]:
-    return [dataclasses.replace(scene, **{name: value}) for value in CHOICES[name] if value != getattr(scene, name)]
+    return [dataclasses.replace(scene, **{name: value}) for value in CHOICES[name]
+            if value != getattr(scene, name)]
 
 
 def some_scenes(count: int) -> list[Scene]:
@@ -44,7 +45,7 @@ def data_set(tmp_path_factory):
     return folder, render_data_set(folder, sequences_of("test"), 10, 20)
 
 
-# ------------------------------------------------------------------------------------------------ world
+# -------------------------------------------------------------------------------------------- world
 def test_the_same_seed_films_the_same_pixels_and_another_does_not():
     frames = filming.frames_of(SCENE, SEED, 10)
     assert frames.shape == (10, 96, 96, 3) and frames.dtype == np.uint8
@@ -79,7 +80,8 @@ def test_events_come_in_time_order_where_the_brightness_moved():
     frames = filming.frames_of(filming.neutral(SCENE), SEED, 10)
     levels = np.log(frames[[0, -1]] @ np.array([0.299, 0.587, 0.114]) + 10)
     replayed = np.zeros((96, 96))
-    np.add.at(replayed, (events["y"], events["x"]), np.where(events["p"] == 1, filming.THRESHOLD, -filming.THRESHOLD))
+    np.add.at(replayed, (events["y"], events["x"]),
+              np.where(events["p"] == 1, filming.THRESHOLD, -filming.THRESHOLD))
     assert np.abs(levels[1] - levels[0] - replayed).max() < filming.THRESHOLD * 1.001
 
 
@@ -100,7 +102,7 @@ def test_a_shorter_sequence_is_the_beginning_of_a_longer_one():
     assert scenes_of("demotown_10_a", 3) == scenes_of("demotown_10_a", 9)[:3]
 
 
-# ------------------------------------------------------------------------------------------------ texts
+# -------------------------------------------------------------------------------------------- texts
 def test_a_target_text_reads_back_as_its_scene_and_is_written_the_same_again():
     for scene in some_scenes(300):
         read = texts.read_text(texts.target_text(scene), TARGET_PHRASES)
@@ -122,9 +124,10 @@ def test_a_text_that_names_nothing_or_two_things_reads_as_none():
     assert texts.read_text("", TARGET_PHRASES) == dict.fromkeys(TARGET_PHRASES)
 
 
-# -------------------------------------------------------------------------------------------- data sets
+# ---------------------------------------------------------------------------------------- data sets
 def test_train_and_test_share_no_drive_and_names_are_none_of_dsec():
-    train, test = ({drive_of(sequence) for sequence in sequences_of(split)} for split in ("train", "test"))
+    train, test = ({drive_of(sequence) for sequence in sequences_of(split)}
+                   for split in ("train", "test"))
     assert not train & test
     assert len(sequences_of("test")) >= 8 and len(test) >= 4
     assert all(re.fullmatch(r"demo[a-z]+_\d\d", drive) for drive in train | test)
@@ -135,9 +138,11 @@ def test_rows_have_the_published_fields_and_point_at_files(data_set):
     assert json.loads((folder / INDEX_FILE).read_text()) == rows
     assert [row["event_data"] for row in rows] == sorted(row["event_data"] for row in rows)
     for row in rows:
-        assert list(row) == ["id", "split", "event_data", "video_data", "mp4_data", "event_image", "conversations"]
+        assert list(row) == ["id", "split", "event_data", "video_data", "mp4_data", "event_image",
+                             "conversations"]
         assert row["split"] == folder.name and row["event_data"].endswith("/000000.npy")
-        assert row["conversations"] == [{"from": "human", "value": ""}, {"from": "gpt", "value": ""}]
+        assert row["conversations"] == [{"from": "human", "value": ""},
+                                        {"from": "gpt", "value": ""}]
         assert (folder / "mp4" / row["mp4_data"]).is_file() and f"{row['video_data']}.mp4" == row["mp4_data"]
         assert [(folder / "event_image" / name).is_file() for name in row["event_image"]] == [True] * 5
     samples = read_dataset(folder)
@@ -190,7 +195,7 @@ def test_what_is_there_is_skipped_and_bad_counts_are_refused(tmp_path, monkeypat
         make_demo.main()
 
 
-# ----------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 @pytest.fixture(scope="module")
 def models():
     from machine.device import Runtime
@@ -203,7 +208,8 @@ def models():
 
 def test_two_at_once_do_not_make_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make_demo.py", "--output_dir", str(tmp_path)])
-    with only_writer(tmp_path, wait=False), pytest.raises(UserError, match=r"is being written by process .* --wait"):
+    with only_writer(tmp_path, wait=False), pytest.raises(UserError,
+                                                          match=r"is being written by process .* --wait"):
         make_demo.main()
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
@@ -247,7 +253,8 @@ def test_the_event_weights_have_the_published_names_and_all_weights_are_small(mo
         names = set(file.keys())
         assert {file.get_tensor(name).dtype.itemsize for name in names} == {2}
     assert names == {published_name(name) for name in models[0].model.state_dict()}
-    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight",
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight",
+            "model.norm.weight",
             "model.visual_projector.2.bias", "model.feature_adaptor.weight",
             "model.visual_tower.visual_tower.vision_model.pre_layrnorm.bias"} <= names
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 5e6

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 
-import acceptance.metrics as acceptance
-from base import UserError, log
-from drafting.simulated import commonest_tokens
-from pairs.pairs import Pairs
+from acceptance.comparison import measure_adapter
+from acceptance.evaluation import Selected, measure_drafters
+from base import log
+from drafting.parts import SimulationParts
 from pairs.splits import Data, shortened
 from token_adapter import TokenAdapter
 from training.phases import Trained
@@ -37,29 +36,17 @@ def evaluate(adapter: TokenAdapter, trained: Trained | None, data: Data, how: Me
     test = shortened(data.test, limit)
     metrics = {}
     if data.train:
-        metrics["train"] = _metrics_on(shortened(data.train, limit), adapter, data.train, how)
+        train = shortened(data.train, limit)
+        metrics["train"] = measure_adapter(adapter, train, data.train, how.batch_size, "train")
     if data.validation:
         selected = trained.selected.to(device)
-        metrics["validation"] = _metrics_on(data.validation, selected, data.train, how)
-    metrics["test"] = _metrics_on(test, adapter, data.all_train, how)
-    for name, figures in metrics.items():
-        if not trained and not math.isfinite(figures["loss"]):
-            raise UserError(f"the checkpoint's logits are not finite numbers on the {name} pairs: its weights are "
-                            "too large; train again")
+        metrics["validation"] = measure_adapter(selected, data.validation, data.train, how.batch_size, "validation")
+    metrics["test"] = measure_adapter(adapter, test, data.all_train, how.batch_size, "test")
     if len(test) < len(data.test):
         log(f"drafters | on {len(test)} of {len(data.test)} test pairs, the first clips of every sequence; "
             "--max_test_samples -1 measures all")
-    metrics["test"].update(acceptance.measure_drafters(
-        adapter, test, data.all_train, trained and trained.prefix,
-        trained and (trained.selected, data.train, data.validation), how.stream, how.online and how.stream,
-        how.seed), whole_test=len(data.test))
+    parts = SimulationParts(adapter, test, data.all_train, prefix_adapter=trained and trained.prefix,
+                            streaming=how.stream, online=how.online and how.stream, seed=how.seed)
+    selected = trained and Selected(trained.selected, data.train, data.validation)
+    metrics["test"].update(measure_drafters(parts, selected), whole_test=len(data.test))
     return metrics
-
-
-def _metrics_on(pairs: Pairs, adapter: TokenAdapter, known: Pairs | None, how: Measuring) -> dict:
-    """Metrics of the adapter on these pairs; known: those that the constant string is taken from."""
-    max_seq_len = adapter.config.max_seq_len
-    commonest = commonest_tokens(known, max_seq_len) if known else None
-    tokens = acceptance.TokenTensors.of(pairs, max_seq_len, next(adapter.parameters()).device)
-    top1, top5, loss = acceptance.predict(adapter, tokens, how.batch_size)
-    return {"loss": loss, **acceptance.compare(top1, top5, pairs, commonest)}

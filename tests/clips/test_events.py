@@ -1,6 +1,8 @@
 """Raw events: how they are read, split and painted."""
 
+import io
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ RED, BLUE, WHITE = [255, 0, 0], [0, 0, 255], [255, 255, 255]
 
 
 def save_events(path: Path, **columns) -> Path:
-    np.save(path, {name: np.array(column, np.uint16) for name, column in columns.items()}, allow_pickle=True)
+    np.save(path, {name: np.array(column, np.uint16) for name, column in columns.items()},
+            allow_pickle=True)
     return path
 
 
@@ -89,3 +92,92 @@ def test_odd_event_files_are_named(tmp_path):
             read_events(save_events(odd, **columns))
     with pytest.raises(MediaError, match="no such event file"):
         read_events(tmp_path / "none.npy")
+
+
+# ------------------------------------------------------------------------- columns and their values
+def columns(seed: int = 0, count: int = 2000) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {"x": random.integers(0, 64, count).astype(np.uint16),
+            "y": random.integers(0, 48, count).astype(np.uint16),
+            "t": 25 * np.arange(count), "p": random.integers(0, 2, count).astype(np.uint8)}
+
+
+def save(path: Path, found: dict[str, np.ndarray]) -> Path:
+    """As the suffix says: a dict as .npy, .npz, or (.fields.npy) one array with named fields."""
+    if path.name.endswith(".fields.npy"):
+        array = np.empty(len(found["x"]), [(name, column.dtype) for name, column in found.items()])
+        for name, column in found.items():
+            array[name] = column
+        np.save(path, array)
+    elif path.suffix == ".npz":
+        np.savez_compressed(path, **found)
+    else:
+        np.save(path, found, allow_pickle=True)
+    return path
+
+
+FILES = ("e.npy", "e.npz", "e.fields.npy")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("polarity", [np.int8, np.int64, bool, np.float32])
+def test_every_spelling_of_polarity_paints_the_same_pictures(tmp_path, name, polarity):
+    found = columns()
+    wanted = event_frames(found)
+    p = found["p"].astype(polarity)
+    signs = {**found, "p": p if polarity is bool else 2 * p - 1}
+    if polarity is np.float32:
+        with pytest.raises(MediaError, match="p float32"):
+            read_events(save(tmp_path / name, signs))
+        return
+    events = read_events(save(tmp_path / name, signs))
+    assert set(events["p"].tolist()) == {0, 1}
+    assert all(map(np.array_equal, event_frames(events), wanted))
+    assert all(map(np.array_equal, event_frames(signs), wanted))                  # without a file too
+    only_darker = {**found, "p": np.full(2000, -1, np.int8)}
+    assert not read_events(save(tmp_path / name, only_darker))["p"].any()
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("values", "words"), [
+    ([1, 2], r"from 1 to 2 \(1, 2, ...\)"), ([0, 1, 2], "from 0 to 2"),
+    ([-1, 0, 1], "from -1 to 1"),
+    ([-2, 1], "from -2 to 1"), ([0, 255], "from 0 to 255"), ([3], "from 3 to 3")])
+def test_values_that_are_no_polarity_are_refused_by_name(tmp_path, name, values, words):
+    found = columns()
+    found["p"] = np.resize(np.array(values, np.int16), 2000)
+    with pytest.raises(MediaError, match=rf"column p \(polarity\) has values {words}"):
+        read_events(save(tmp_path / name, found))
+    with pytest.raises(MediaError, match=r"column p \(polarity\)"):
+        render_events(found["x"], found["y"], found["p"])
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kind", [np.int64, np.uint32])
+def test_events_out_of_order_are_refused(tmp_path, name, kind):
+    found = columns()
+    found["t"] = found["t"].astype(kind)
+    found["t"][1200] = 7
+    with pytest.raises(MediaError, match="t is not sorted at event 1200"):
+        read_events(save(tmp_path / name, found))
+
+
+def test_an_archive_that_cheats_is_refused(tmp_path):
+    np.savez_compressed(tmp_path / "e.npz", **{name: np.zeros(2**22, np.int64) for name in "xytp"})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MediaError, match="it unpacks to"):
+        patch.setattr("clips.event_files.MAX_EVENT_BYTES", 2**20)
+        read_events(tmp_path / "e.npz")
+    with zipfile.ZipFile(tmp_path / "e.npz", "w") as archive:
+        for name in "xytp":
+            head = io.BytesIO()
+            header = {"descr": "<i8", "fortran_order": False, "shape": (2**50,)}
+            np.lib.format.write_array_header_1_0(head, header)
+            archive.writestr(f"{name}.npy", head.getvalue() + bytes(800))
+    with pytest.raises(MediaError, match=r"e\.npz"):
+        read_events(tmp_path / "e.npz")
+    np.savez(tmp_path / "e.npz", x=np.array([{}], object), y=[1], t=[1], p=[1])
+    with pytest.raises(MediaError, match=r"e\.npz"):
+        read_events(tmp_path / "e.npz")
+    np.savez(tmp_path / "e.npz", x=[1], y=[1], t=[1])
+    with pytest.raises(MediaError, match="no column p"):
+        read_events(tmp_path / "e.npz")

@@ -10,7 +10,8 @@ from base import UserError
 from clips.pixels import PixelSettings, clip_pixels
 
 
-@pytest.mark.parametrize("height, width", [(1080, 1440), (480, 640), (100, 99), (224, 224), (300, 225), (33, 45)])
+@pytest.mark.parametrize("height, width",
+                         [(1080, 1440), (480, 640), (100, 99), (224, 224), (300, 225), (33, 45)])
 def test_pixels_equal_those_of_transformers(height, width):
     from transformers import CLIPImageProcessorPil, VideoLlavaImageProcessor
 
@@ -68,19 +69,26 @@ def test_pixels_are_those_of_the_folders_own_processor(tmp_path, files):
 
 @pytest.mark.parametrize(("files", "words"), [
     ({"preprocessor_config": {"size": 56, "crop_size": 60}}, "crop_size 60"),
-    ({"preprocessor_config": {}}, "vision tower's 48 px"),                         # transformers would take 224
-    ({"preprocessor_config": {**SETTINGS, "size": {"height": 48, "width": 48}}}, "wanted the shortest edge"),
-    ({"preprocessor_config": {**SETTINGS, "size": {"shortest_edge": 48, "longest_edge": 60}}}, "the shortest edge"),
-    ({"preprocessor_config": {**SETTINGS, "crop_size": {"height": 48, "width": 40}}}, "and a square"),
+    ({"preprocessor_config": {}}, "vision tower's 48 px"),  # transformers would take 224
+    ({"preprocessor_config": {**SETTINGS, "size": {"height": 48, "width": 48}}},
+     "wanted the shortest edge"),
+    ({"preprocessor_config": {**SETTINGS, "size": {"shortest_edge": 48, "longest_edge": 60}}},
+     "the shortest edge"),
+    ({"preprocessor_config": {**SETTINGS, "crop_size": {"height": 48, "width": 40}}},
+     "and a square"),
     ({"preprocessor_config": {**SETTINGS, "resample": 2}}, "resample 2"),
     ({"preprocessor_config": {**SETTINGS, "image_mean": 0.5}}, "three numbers as image_mean"),
     *(({"preprocessor_config": {**SETTINGS, name: False}}, f"{name} is False") for name in (
         "do_resize", "do_center_crop", "do_rescale", "do_normalize")),
     ({"preprocessor_config": {**SETTINGS, "do_pad": True}}, "do_pad is True"),
-    ({"preprocessor_config": {**SETTINGS, "image_processor_type": "SiglipImageProcessor"}}, "is for a Siglip"),
-    ({"preprocessor_config": [SETTINGS]}, "found list"), ({"processor_config": {"image_processor": 3}}, "found int"),
-    ({"processor_config": {"video_processor": OTHER}, "preprocessor_config": SETTINGS}, "pixel settings differ"),
-    ({"video_preprocessor_config": OTHER, "preprocessor_config": SETTINGS}, "pixel settings differ")])
+    ({"preprocessor_config": {**SETTINGS, "image_processor_type": "SiglipImageProcessor"}},
+     "is for a Siglip"),
+    ({"preprocessor_config": [SETTINGS]}, "found list"),
+    ({"processor_config": {"image_processor": 3}}, "found int"),
+    ({"processor_config": {"video_processor": OTHER}, "preprocessor_config": SETTINGS},
+     "pixel settings differ"),
+    ({"video_preprocessor_config": OTHER, "preprocessor_config": SETTINGS},
+     "pixel settings differ")])
 def test_settings_that_would_give_other_pixels_are_refused(tmp_path, files, words):
     with pytest.raises(UserError, match=words):
         PixelSettings.of_folder(model_folder(tmp_path, **files), 48)

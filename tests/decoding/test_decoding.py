@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-import acceptance.metrics as acceptance
-import drafting.simulated as drafting
+from acceptance.simulation import stream
 from base import UserError
-from decoding.loop import Decoded, Sampling, decode, measure_drafter
-from drafting.live import AdapterSteps, Live, LiveAdapter, LiveHybrid, LiveLookup, LiveTable, matching
-from drafting.simulated import NGrams
+from decoding.limits import Limits
+from decoding.loop import Decoded, decode
+from decoding.rules import Sampling
+from drafting.adapter import Adapter, LiveAdapter, LiveDraftAdapter
+from drafting.baselines import Copy, LiveCopy, LiveLookup
+from drafting.contract import Costs, NoDrafts, matching
+from drafting.hybrid import Hybrid, LiveHybrid
+from drafting.memory import LiveMemory, Memory, NGrams, load_memory, save_memory
+from drafting.steps import AdapterSteps
 from pairs.pairs import Pairs
 from tests.conftest import flat
 from token_adapter import AdapterConfig, TokenAdapter
@@ -65,7 +70,7 @@ class Automaton:
         return tokens[len(prompt):]
 
 
-class Knowing(Live):
+class Knowing(NoDrafts):
     """Proposes the true answer, wrong wherever `wrong(position)` says so, and on past its end."""
 
     def __init__(self, answer: list[int], wrong):
@@ -91,7 +96,7 @@ def test_whatever_is_proposed_the_answer_is_that_of_plain_decoding(quality, gamm
             for length in (1, 2, 7, 30):              # the limit falls inside a draft
                 plain = target.plain(prompt, length)
                 target.ask(prompt)
-                found = decode(target, Knowing(plain, QUALITY[quality]), length, EOS, gamma)
+                found = decode(target, Knowing(plain, QUALITY[quality]), Limits(length, (EOS,), gamma))
                 assert found.tokens == plain
                 assert sum(found.accepted) <= sum(found.proposed) and len(found.accepted) <= len(plain)
                 if quality == "always":
@@ -104,20 +109,20 @@ def test_ids_that_the_target_does_not_have_are_never_fed_to_it():
     target = Automaton()
     for strange in (VOCABULARY, -1, 10**6):
         plain = target.plain(PROMPTS[0], 12)
-        drafter = Live()
+        drafter = NoDrafts()
         drafter.propose = lambda prefix, gamma, _, odd=strange, plain=plain: [plain[len(prefix)], odd, 3][:gamma]
         target.ask(PROMPTS[0])
-        found = decode(target, drafter, 12, EOS, 5)
+        found = decode(target, drafter, Limits(12, (EOS,), 5))
         assert found.tokens == plain and max(found.proposed) == 1
 
 
 def test_every_verified_answer_is_learnt_once_and_whole():
     target, learnt = Automaton(5, 5), []
     for prompt in PROMPTS:
-        drafter = Live()
+        drafter = NoDrafts()
         drafter.learn = learnt.append
         target.ask(prompt)
-        found = decode(target, drafter, 9, EOS, 4)
+        found = decode(target, drafter, Limits(9, (EOS,), 4))
         assert learnt[-1] == found.tokens
     assert len(learnt) == len(PROMPTS)
 
@@ -125,14 +130,14 @@ def test_every_verified_answer_is_learnt_once_and_whole():
 def test_a_drafter_is_asked_for_what_still_fits_and_told_what_is_worth_it():
     asked = []
 
-    class Asked(Live):
+    class Asked(NoDrafts):
         def propose(self, prefix, gamma, price=0.0):
             asked.append((len(prefix), gamma, price))
             return []
 
     target = Automaton()
     target.ask(PROMPTS[0])
-    decode(target, Asked(), 6, EOS, 3, price=lambda: 0.25)
+    decode(target, Asked(), Limits(6, (EOS,), 3), price=lambda: 0.25)
     assert asked == [(0, 3, 0.25), (1, 3, 0.25), (2, 3, 0.25), (3, 2, 0.25), (4, 1, 0.25)]
 
 
@@ -172,7 +177,7 @@ def test_a_sampled_answer_is_the_same_for_the_same_seed_and_near_greedy_when_col
         for seed in seeds:
             target.ask(PROMPTS[1])
             drafter = Knowing(target.plain(PROMPTS[1], 20), QUALITY["odd"])
-            answers.append(decode(target, drafter, 20, EOS, 5, rule=Sampling(temperature, seed)).tokens)
+            answers.append(decode(target, drafter, Limits(20, (EOS,), 5), rule=Sampling(temperature, seed)).tokens)
         assert answers[0] == answers[1]
     assert answers[0] == target.plain(PROMPTS[1], 20)
 
@@ -207,13 +212,13 @@ def tiny(conditioning: str, draft_vocab: bool = False) -> TokenAdapter:
     return adapter
 
 
-def live(drafter: Live, world: tuple, gamma: int) -> list[Decoded]:
+def live(drafter: NoDrafts, world: tuple, gamma: int) -> list[Decoded]:
     target, _, test, prompts = world
     found = []
     for prompt, draft in zip(prompts, test.answers("draft")):
         drafter.begin(draft, [4, 4])
         target.ask(prompt)
-        found.append(decode(target, drafter, 12, EOS, gamma))
+        found.append(decode(target, drafter, Limits(12, (EOS,), gamma)))
     assert [one.tokens for one in found] == list(test.answers("target"))
     return found
 
@@ -226,17 +231,17 @@ def test_live_decoding_needs_the_passes_that_simulation_foretells(world, kind, g
     adapter = tiny(kind if kind in ("draft", "prefix") else "prefix+draft", kind == "draft_vocab").to(device)
     answers = list(training.answers("target"))
     if kind == "memory":
-        simulated, drafter = drafting.Memory(NGrams(answers), test), LiveHybrid(NGrams(answers))
+        simulated, drafter = Memory(NGrams(answers), test), LiveMemory(NGrams(answers))
     elif kind == "copy":
-        simulated, drafter = drafting.Copy(test), LiveTable()
+        simulated, drafter = Copy(test), LiveCopy()
     elif kind == "hybrid":
-        memory = drafting.Memory(NGrams(answers), test)
-        simulated = drafting.Hybrid(drafting.Adapter(adapter, test), memory, 0.5)
+        memory = Memory(NGrams(answers), test)
+        simulated = Hybrid(Adapter(adapter, test), memory, 0.5)
         drafter = LiveHybrid(NGrams(answers), adapter, 0.5)
     else:
-        simulated = drafting.Adapter(adapter, test)
-        drafter = LiveTable(adapter) if kind == "draft" else LiveAdapter(adapter)
-    wanted = acceptance.stream(simulated, test)["simulated"]
+        simulated = Adapter(adapter, test)
+        drafter = LiveDraftAdapter(adapter) if kind == "draft" else LiveAdapter(adapter)
+    wanted = stream(simulated, test)["simulated"]
     found = live(drafter, world, gamma)
     passes, tokens = sum(len(one.accepted) for one in found), sum(len(one.tokens) for one in found)
     assert tokens / passes == pytest.approx(wanted[str(gamma)]["tau"])
@@ -247,7 +252,7 @@ def test_live_decoding_needs_the_passes_that_simulation_foretells(world, kind, g
 def test_the_cached_adapter_follows_a_prefix_that_grows_turns_back_and_turns_off(device):
     """On a GPU that is: what the CUDA graphs compute is what the full pass computes."""
     adapter = tiny("prefix+draft").to(device)
-    steps, rng, draft = AdapterSteps(adapter, kept=5), np.random.default_rng(0), [3, 9, 4]
+    steps, rng, draft = AdapterSteps(adapter, top_k=5), np.random.default_rng(0), [3, 9, 4]
     assert bool(steps.graphs) == (device == "cuda")
     steps.begin([8] * 10)
     steps.begin(draft)
@@ -288,18 +293,18 @@ def test_what_a_graph_would_capture_can_run_before_anything_was_begun(conditioni
 
 
 def test_proposals_end_where_they_are_no_longer_likely_enough():
-    memory = LiveHybrid(NGrams())
+    memory = LiveMemory(NGrams())
     memory.begin([])
     for answer in [[5, 6, 7, 8]] * 3 + [[5, 6, 9, 9]] * 2:
         memory.learn(answer)
-    memory.proposal_s = 0.001
+    memory.costs = Costs(token_s=0.001)
     sure, unsure = memory.propose([], 4), memory.propose([], 4, price=700.0)
     assert sure == [5, 6, 7, 8] and unsure == [5, 6]
     adapter = LiveAdapter(tiny("prefix"))
     adapter.begin([])
     everything = adapter.propose([3], 6)
     assert len(everything) == 6
-    adapter.proposal_s = 0.001
+    adapter.costs = Costs(token_s=0.001)
     for least in (0.5, 0.1, 0.01, 0.0):
         some = adapter.propose([3], 6, 1000 * least)
         assert everything[:len(some)] == some
@@ -316,7 +321,7 @@ def test_a_hybrid_asks_its_adapter_only_where_the_memory_doubts_and_only_while_i
     hybrid.steps.after = lambda prefix, further=0: asked.append(list(prefix)) or after(prefix, further)
     hybrid.propose([], 3)
     assert asked == [[5, 6]]                                       # there alone two tokens are as good as equal
-    hybrid.asking_s = 0.001
+    hybrid.costs = Costs(adapter_step_s=0.001)
     for price, times in ((100.0, 1), (2000.0, 0)):
         asked.clear()
         hybrid.propose([], 3, price)
@@ -324,13 +329,16 @@ def test_a_hybrid_asks_its_adapter_only_where_the_memory_doubts_and_only_while_i
 
 
 def test_measuring_a_drafter_sets_its_costs_and_teaches_it_nothing():
-    cpu = torch.device("cpu")
-    for drafter in (LiveHybrid(NGrams([[3, 4, 5]]), tiny("prefix"), 0.5), LiveHybrid(NGrams([[3, 4, 5]])),
-                    LiveAdapter(tiny("prefix")), LiveLookup(), LiveTable(), Live()):
+    def timer(work) -> float:
+        work()
+        return 0.25
+
+    for drafter in (LiveHybrid(NGrams([[3, 4, 5]]), tiny("prefix"), 0.5), LiveMemory(NGrams([[3, 4, 5]])),
+                    LiveAdapter(tiny("prefix")), LiveLookup(), LiveCopy(), NoDrafts()):
         before = copy.deepcopy(getattr(drafter, "ngrams", NGrams()).counts)
-        found = measure_drafter(drafter, [3, 4], [5], [3], 0.5, cpu)
-        assert drafter.proposal_s >= 0.5 and found["proposal"] >= 0
-        assert (drafter.asking_s > 0) == (getattr(drafter, "steps", None) is not None)
+        costs = drafter.measure([3, 4], [5], [3], timer, verify_s=0.5)
+        assert costs is drafter.costs and costs.token_s >= 0.5 and costs.proposal_s >= 0
+        assert costs.adapter_step_s == (0.25 if hasattr(drafter, "steps") else 0)
         assert getattr(drafter, "ngrams", NGrams()).counts == before
 
 
@@ -351,8 +359,8 @@ def test_prompt_lookup_proposes_what_followed_the_longest_latest_match():
 
 def test_a_memory_is_saved_and_comes_back_as_it_was(tmp_path, world):
     _, training, _, _ = world
-    drafting.save_memory(training.answers("target"), tmp_path / "memory.npz")
-    answers = drafting.load_memory(tmp_path / "memory.npz")
+    save_memory(training.answers("target"), tmp_path / "memory.npz")
+    answers = load_memory(tmp_path / "memory.npz")
     assert answers == list(training.answers("target"))
     before, after = NGrams(training.answers("target")), NGrams(answers)
     assert before.counts == after.counts
@@ -360,7 +368,7 @@ def test_a_memory_is_saved_and_comes_back_as_it_was(tmp_path, world):
     np.savez(tmp_path / "other.npz", target=np.zeros(3, np.int32), target_start=np.array([0, 9]))
     for name in ("odd.npz", "other.npz", "none.npz"):
         with pytest.raises(UserError, match="not the memory of a task"):
-            drafting.load_memory(tmp_path / name)
+            load_memory(tmp_path / name)
 
 
 def test_matching_counts_the_common_beginning():

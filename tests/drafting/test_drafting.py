@@ -5,19 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-import drafting.simulated as drafting
-from drafting.simulated import (
-    KEPT,
-    NOTHING,
-    Adapter,
-    Copy,
-    Fixed,
-    Hybrid,
-    Memory,
-    NGrams,
-    commonest_tokens,
-    remembered,
-)
+from drafting import adapter as adapter_module
+from drafting import memory as memory_module
+from drafting.adapter import Adapter
+from drafting.baselines import Copy, Fixed, commonest_tokens
+from drafting.contract import NOTHING
+from drafting.hybrid import Hybrid
+from drafting.memory import Memory, NGrams, remembered
+from drafting.steps import TOP_K
 from pairs.pairs import Pairs
 from tests.conftest import flat
 from token_adapter import AdapterConfig, TokenAdapter
@@ -108,7 +103,7 @@ def test_a_memory_begins_with_the_last_of_very_many_answers(monkeypatch):
     pairs = pairs_of([[number] for number in range(6)])
     pairs = dataclasses.replace(pairs, sequence=["b", "a", "b", "a", "b", "a"], clip=[3, 1, 2, 9, 1, 10])
     assert list(remembered(pairs)) == [[0], [1], [2], [3], [4], [5]]
-    monkeypatch.setattr(drafting, "MAX_REMEMBERED", 4)
+    monkeypatch.setattr(memory_module, "MAX_TRAINING_ANSWERS", 4)
     assert list(remembered(pairs)) == [[0], [1], [3], [5]]
 
 
@@ -116,10 +111,10 @@ def test_a_memory_begins_with_the_last_of_very_many_answers(monkeypatch):
 def test_an_adapter_that_keeps_few_answers_proposes_the_same(monkeypatch, conditioning):
     whole = Adapter(tiny(conditioning), TEST, batch_size=2)
     kept = [whole.predict(number).tolist() for number in range(3)]
-    monkeypatch.setattr(drafting, "MAX_KEPT", 2)
+    monkeypatch.setattr(adapter_module, "MAX_STORED", 2)
     few = Adapter(tiny(conditioning), TEST, batch_size=2)
     for _ in range(2):
-        assert [few.predict(number).tolist() for number in range(3)] == kept and len(few.seen) <= 2
+        assert [few.predict(number).tolist() for number in range(3)] == kept and len(few.stored) <= 2
 
 
 def test_a_copy_proposes_the_draft_and_nothing_else():
@@ -153,4 +148,4 @@ def test_a_hybrid_with_all_or_nothing_of_the_memory_is_the_one_or_the_other():
         for number in range(3):
             ours, theirs = hybrid.predict(number)[:, 0], other.predict(number)[:, 0]
             assert ours[theirs != NOTHING].tolist() == theirs[theirs != NOTHING].tolist()
-    assert KEPT >= 5
+    assert TOP_K >= 5

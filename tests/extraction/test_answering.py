@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import vlm.batches
-from base import Stopped, UserError
+from base import UserError
 from clips.dataset import Sample
 from clips.limits import MachineTrouble, MediaError
 from extraction.answering import Answering, Job
+from machine.running import Stopped
 from vlm.contract import Answer, NotNumbers
 
 SAMPLES = [Sample(number, str(number), "town_00_a", number) for number in range(7)]

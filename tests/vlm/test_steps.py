@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoding.loop import decode, rounding
+from decoding.costs import rounding
+from decoding.limits import Limits
+from decoding.loop import decode
 from machine.device import Runtime
 from tests.conftest import ROOT
 from tests.decoding.test_decoding import QUALITY, Knowing
@@ -156,7 +158,7 @@ def test_speculative_answers_of_both_models_are_their_own_whatever_is_proposed(k
                 for gamma in range(1, 13):
                     for wrong in QUALITY.values():
                         target.ask(embeds)
-                        found = decode(target, Knowing(whole_answer, wrong), limit, eos, gamma)
+                        found = decode(target, Knowing(whole_answer, wrong), Limits(limit, (eos,), gamma))
                         assert found.tokens == whole_answer[:limit]
 
 

@@ -1,0 +1,88 @@
+"""All drafters side by side on the test answers: the figures of results.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+
+import numpy as np
+import torch
+
+from acceptance.intervals import interval
+from acceptance.metrics import number_right
+from acceptance.simulation import stream
+from base import log
+from drafting.adapter import Adapter
+from drafting.hybrid import MEMORY_SHARES, Hybrid
+from drafting.memory import Memory, NGrams, number_remembered, remembered
+from drafting.parts import SimulationParts
+from drafting.table import SIMULATED
+from pairs.pairs import Pairs
+from token_adapter import TokenAdapter
+
+COMPARED = ("copy of the draft", "n-gram", "prefix", "adapter, drafts shuffled")     # paired with the adapter
+TIMED_STEPS, WARM_UP_STEPS = 30, 10
+
+
+def measure_drafters(parts: SimulationParts, selected: Selected | None) -> dict:
+    """Every drafter of the table streams over the answers in clip order: {"drafters": {name: ...}, ...}.
+
+    selected: what the memory's share in the hybrids is chosen on; None: there are no hybrids.
+    """
+    if selected and parts.adapter.config.sees_prefix:
+        names = ["hybrid", *["hybrid, online"] * parts.online]
+        parts.memory_share.update({name: choose_share(selected, parts, name) for name in names})
+    if parts.training and (count := number_remembered(parts.training.lengths("target"))) < len(parts.training):
+        log(f"drafters | a memory begins with the last {count} of {len(parts.training)} training answers")
+    figures, hits, lengths = {}, {}, parts.pairs.lengths("target")
+    for name, entry in SIMULATED.items():
+        start, drafter = time.monotonic(), entry.make_simulated(parts)
+        if drafter is None:
+            continue
+        rows = stream(drafter, parts.pairs)
+        hits[name] = number_right(rows.pop("top1"), lengths)
+        figures[name] = {**rows, "parameters": parts.adapter.num_parameters() if entry.needs_adapter else 0}
+        log(f"drafters | {name} | accepted {rows['alpha']:.1%} | tau {rows['simulated']['8']['tau']:.2f} at gamma 8 "
+            f"| {time.monotonic() - start:.1f} s")
+    return {"drafters": figures, "memory_share": parts.memory_share, "stream": parts.streaming,
+            "adapter_minus": {name: interval(hits["adapter"], lengths, parts.pairs.sequence, hits[name])
+                              for name in COMPARED if name in hits},
+            "step_ms": step_ms(parts.adapter, parts.pairs) if parts.adapter.config.sees_prefix else None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """The adapter that was selected on validation pairs, which it was not trained on."""
+
+    adapter: TokenAdapter
+    training: Pairs
+    validation: Pairs
+
+    @functools.cached_property
+    def training_counts(self) -> NGrams:
+        return NGrams(remembered(self.training))
+
+
+def choose_share(selected: Selected, parts: SimulationParts, name: str) -> float:
+    """The memory's share in this hybrid with the best acceptance rate on the validation pairs."""
+    drafter = Adapter(selected.adapter, selected.validation, online=name == "hybrid, online")
+    alphas = {}
+    for share in MEMORY_SHARES:
+        memory = Memory(selected.training_counts, selected.validation, parts.streaming)
+        alphas[share] = stream(Hybrid(drafter, memory, share), selected.validation)["alpha"]
+    return max(alphas, key=alphas.__getitem__)
+
+
+@torch.inference_mode()
+def step_ms(adapter: TokenAdapter, pairs: Pairs) -> float | None:
+    """Milliseconds of one cached step at batch 1, eager, the median of TIMED_STEPS; None: no position for a step."""
+    device, times = next(adapter.parameters()).device, []
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    draft = torch.from_numpy(pairs.select([0]).padded("draft", adapter.config.max_seq_len)).to(device).long()
+    _, cache = adapter.start(draft, torch.tensor([draft.shape[1]], device=device))
+    for _ in range(min(WARM_UP_STEPS + TIMED_STEPS, adapter.config.max_seq_len - 1)):
+        start = time.perf_counter()
+        int(adapter.step(token, cache)[0, -1].argmax())
+        times.append(time.perf_counter() - start)
+    return 1000 * float(np.median(times[-TIMED_STEPS:])) if times else None

@@ -1,0 +1,71 @@
+"""Speculative decoding simulated: a drafter streams over known answers, and its hits say how many passes remain."""
+
+import time
+
+import numpy as np
+
+from acceptance.intervals import by_drive, interval
+from acceptance.metrics import blocks, expected_tokens, measure, number_right
+from drafting.contract import SimulatedDrafter
+from pairs.pairs import Pairs
+
+SIMULATED_GAMMAS = (1, 2, 3, 5, 8, 12)
+PASSES_SHOWN = (5, 10, 15, 20, 30)
+
+
+def simulate(top1: np.ndarray, lengths: np.ndarray, gamma: int) -> dict:
+    """Greedy speculative decoding of N answers with gamma proposals a pass, computed from the hits alone.
+
+    top1 (N, T) bool: the proposal for that position, given the true tokens before it, is right. Nothing else
+    matters: after a wrong proposal the rest of a round is discarded. The prefill is a pass too, with the opening
+    proposals verified inside it; each pass emits its accepted proposals and one token of the target's own, unless
+    the answer ends before that.
+    """
+    passes, histogram = np.zeros(len(lengths), np.int64), np.zeros(gamma + 1, np.int64)
+    for rows in blocks(*top1.shape):
+        passes[rows] = _passes(top1[rows], lengths[rows], gamma, histogram)
+    return {"tau": float(lengths.sum() / passes.sum()), "tau_mean": float((lengths / passes).mean()),
+            "accepted_lengths": histogram.tolist(), "passes": passes}
+
+
+def _passes(top1: np.ndarray, lengths: np.ndarray, gamma: int, histogram: np.ndarray) -> np.ndarray:
+    """(B,) passes of each answer; all advance together. Accepted lengths are counted into `histogram`."""
+    inside = np.arange(top1.shape[1]) < lengths[:, None]
+    right = np.pad(top1 & inside, ((0, 0), (0, 1)))
+    run = np.zeros(right.shape, np.int64)                     # right proposals in a row from each position on
+    for at in range(top1.shape[1] - 1, -1, -1):
+        run[:, at] = np.where(right[:, at], run[:, at + 1] + 1, 0)
+    rows, at = np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
+    passes = np.zeros(len(lengths), np.int64)
+    while (going := at < lengths).any():
+        # Past the width that was proposed for, nothing is accepted and each pass emits one token.
+        accepted = np.where(going, np.minimum(run[rows, np.minimum(at, top1.shape[1])], gamma), 0)
+        histogram += np.bincount(accepted[going], minlength=gamma + 1)
+        at, passes = np.where(going, at + accepted + 1, at), passes + going
+    return passes
+
+
+def stream(drafter: SimulatedDrafter, pairs: Pairs) -> dict:
+    """Let a drafter propose for every answer in clip order and learn each answer afterwards; all its figures.
+
+    "top1": (N, T) bool hits, for further figures; everything else goes to results.json.
+    """
+    lengths = pairs.lengths("target")
+    top1 = np.zeros((len(pairs), int(lengths.max())), bool)
+    top5, start = top1.copy(), time.monotonic()
+    for number, target in enumerate(pairs.views("target")):
+        right = drafter.predict(number) == target[:, None]
+        top1[number, :len(target)], top5[number, :len(target)] = right[:, 0], right.any(1)
+        drafter.learn(number)
+    seconds = time.monotonic() - start
+    simulated = {}
+    for gamma in SIMULATED_GAMMAS:
+        decoding = simulate(top1, lengths, gamma)
+        passes = decoding.pop("passes")
+        decoding["more_passes_than"] = {str(n): float((passes > n).mean()) for n in PASSES_SHOWN}
+        simulated[str(gamma)] = decoding
+    metrics, hits = measure(top1, lengths, top5), number_right(top1, lengths)
+    return {"top1": top1, **metrics, "simulated": simulated,
+            "expected_by_gamma": {str(gamma): expected_tokens(metrics["alpha"], gamma) for gamma in SIMULATED_GAMMAS},
+            "interval": interval(hits, lengths, pairs.sequence),
+            "drives": by_drive(hits, lengths, pairs.sequence), "seconds_per_answer": seconds / len(pairs)}

@@ -1,0 +1,107 @@
+"""The hybrid: memory and adapter mixed. The adapter runs only where the memory is unsure.
+
+Adapter and memory err at different tokens: on real pairs the mixture is right more often than either of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from base import log
+from drafting.adapter import Adapter, adapter_passes
+from drafting.contract import NOTHING, TOP, Costs, Timer, seconds_per_token
+from drafting.memory import LiveMemory, Memory, NGrams, live_counts, live_memory, simulated_memory, top_of
+from drafting.parts import LiveParts, SimulationParts
+from drafting.steps import AdapterSteps
+from token_adapter import TokenAdapter
+
+MEMORY_SHARES = (0.3, 0.5, 0.7)      # candidates for the memory's share; the run's own validation chooses
+SURE = 0.7                           # probability from which the memory's best token is taken without the adapter
+
+
+def mixed(ids: list[int], probabilities: list[float], memory: dict[int, float], share: float) -> dict[int, float]:
+    """{token: (1 - share) x the adapter's probability + share x the memory's}."""
+    mixture = dict(zip(ids, ((1 - share) * probability for probability in probabilities)))
+    for token, probability in memory.items():
+        mixture[token] = mixture.get(token, 0.0) + share * probability
+    return mixture
+
+
+class Hybrid:
+    """Simulated."""
+
+    def __init__(self, adapter: Adapter, memory: Memory, share: float):
+        self.adapter, self.memory, self.share = adapter, memory, share
+
+    def predict(self, number: int) -> np.ndarray:
+        target = self.memory.pairs.answer("target", number)
+        ids, probabilities = (array.tolist() for array in self.adapter.best(number))
+        proposals = np.full((len(target), TOP), NOTHING, np.int32)
+        for at in range(len(target)):
+            distribution = self.memory.ngrams.distribution(target[:at])
+            if at < len(ids) and max(distribution.values(), default=0) < SURE:
+                distribution = mixed(ids[at], probabilities[at], distribution, self.share)
+            proposals[at] = top_of(distribution)
+        return proposals
+
+    def learn(self, number: int) -> None:
+        self.adapter.learn(number)
+        self.memory.learn(number)
+
+
+class LiveHybrid(LiveMemory):
+    """Live: a chain like the memory's. The adapter runs where the memory is unsure enough to be worth one step."""
+
+    def __init__(self, ngrams: NGrams, adapter: TokenAdapter, share: float):
+        super().__init__(ngrams)
+        self.share, self.steps = share, AdapterSteps(adapter)
+
+    def begin(self, draft: list[int], question: Sequence[int] = ()) -> None:
+        self.steps.begin(draft)
+
+    def distribution(self, tokens: list[int], reached: float, price: float) -> dict[int, float]:
+        memory = self.ngrams.distribution(tokens)
+        doubt = 1 - max(memory.values(), default=0)          # the adapter wins tokens only where the memory fails
+        worth_a_step = doubt > 1 - SURE and reached * doubt >= self.costs.adapter_step_s * price
+        if not worth_a_step or not self.steps.can_follow(tokens):
+            return memory
+        ids, probabilities = self.steps.after(tokens)[0]
+        return mixed(ids, probabilities, memory, self.share) if ids else memory
+
+    def measure(self, draft: list[int], question: Sequence[int], answer: list[int], timer: Timer,
+                verify_s: float = 0.0) -> Costs:
+        """token_s is that of the memory alone: the adapter's steps are weighed one by one."""
+        token_s = seconds_per_token(LiveMemory(self.ngrams), draft, question, answer, timer) + verify_s
+        step_s = self.steps.measure_step(draft, answer, timer)
+        self.costs = Costs()                                 # measured unhindered by earlier costs
+        self.costs = Costs(seconds_per_token(self, draft, question, answer, timer), token_s, step_s)
+        return self.costs
+
+
+def simulated_hybrid(parts: SimulationParts) -> Hybrid | Memory | None:
+    """Where a share was chosen. With an adapter in draft conditioning the memory alone, as live."""
+    if "hybrid" in parts.memory_share and not parts.adapter.config.sees_prefix:
+        return simulated_memory(parts)
+    return _simulated(parts, "hybrid", adapter_passes(parts))
+
+
+def simulated_online(parts: SimulationParts) -> Hybrid | None:
+    return _simulated(parts, "hybrid, online", adapter_passes(parts, online=True)) if parts.online else None
+
+
+def _simulated(parts: SimulationParts, name: str, adapter: Adapter) -> Hybrid | None:
+    memory = simulated_memory(parts)
+    if name not in parts.memory_share or memory is None or not parts.adapter.config.sees_prefix:
+        return None
+    return Hybrid(adapter, memory, parts.memory_share[name])
+
+
+def live_hybrid(parts: LiveParts) -> LiveMemory:
+    """An adapter in draft conditioning can't follow a prefix: the memory alone then."""
+    assert parts.adapter is not None
+    if not parts.adapter.config.sees_prefix:
+        log("decode | hybrid | an adapter in draft conditioning knows nothing of the prefix: memory alone")
+        return live_memory(parts)
+    return LiveHybrid(live_counts(parts), parts.adapter, parts.memory_share)

@@ -1,0 +1,53 @@
+"""Simulated decoding is speculative decoding."""
+
+import numpy as np
+import pytest
+
+from acceptance.metrics import measure
+from acceptance.simulation import simulate, stream
+from drafting.baselines import Fixed
+from tests.acceptance.builders import CONTRACT, random_pairs
+
+
+def decode_one(right: list[bool], gamma: int) -> tuple[int, list[int]]:
+    """Speculative decoding of one answer as it is defined, token by token: (passes, accepted proposals of each)."""
+    at, accepted = 0, []
+    while at < len(right):
+        run = 0
+        while run < gamma and at + run < len(right) and right[at + run]:
+            run += 1
+        accepted.append(run)
+        at += run + 1                                    # the bonus token; past the end there is none
+    return len(accepted), accepted
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 3, 5, 8, 12])
+def test_simulation_of_all_answers_together_equals_each_one_alone(gamma):
+    random = np.random.default_rng(gamma)
+    lengths = random.integers(1, 15, 60)                 # answers of one token and shorter than gamma among them
+    top1 = random.random((60, 14)) < 0.7
+    top1[:5], top1[5:10] = True, False
+    found = simulate(top1, lengths, gamma)
+    alone = [decode_one(row[:length].tolist(), gamma) for row, length in zip(top1, lengths)]
+    assert found["passes"].tolist() == [passes for passes, _ in alone]
+    assert found["tau"] == pytest.approx(lengths.sum() / sum(passes for passes, _ in alone))
+    histogram = np.bincount([n for _, accepted in alone for n in accepted], minlength=gamma + 1)
+    assert found["accepted_lengths"] == histogram.tolist()
+
+
+def test_a_perfect_drafter_needs_one_pass_for_gamma_plus_one_tokens_and_a_wrong_one_a_pass_for_each():
+    lengths = np.array([9, 10, 1])
+    inside = np.arange(10) < lengths[:, None]
+    assert simulate(inside, lengths, 4)["passes"].tolist() == [2, 2, 1]
+    assert simulate(~inside, lengths, 4)["passes"].tolist() == [9, 10, 1]
+    assert simulate(~inside, lengths, 4)["tau"] == 1.0
+
+
+def test_tau_of_a_drafter_that_streams_is_that_of_its_hits():
+    pairs = random_pairs(CONTRACT)
+    target = pairs.padded("target", 9)
+    proposals = np.where(np.arange(9) % 3 < 2, target, -1)[:, :, None].repeat(5, 2)
+    found = stream(Fixed(proposals, pairs), pairs)
+    right = np.broadcast_to(np.arange(9) % 3 < 2, (30, 9))
+    assert found["alpha"] == found["top5"] == measure(right, pairs.lengths("target"))["alpha"]
+    assert found["simulated"]["12"]["tau"] == simulate(found["top1"], pairs.lengths("target"), 12)["tau"]
