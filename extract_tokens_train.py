@@ -26,18 +26,16 @@ from base import (
     UserError,
     as_json,
     check_counts,
-    finishing,
     first_line,
-    goes_on_with,
     log,
     now,
     option,
     parse_config,
     provenance,
     required,
-    run,
 )
 from machine.files import check_plain, make_folder, only_writer
+from machine.running import finishing, goes_on_with, run
 from pairs.journal import Content, Journal, differences
 from pairs.rows import JsonRows, write_rows
 

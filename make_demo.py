@@ -28,8 +28,9 @@ from pathlib import Path
 import numpy as np
 
 import demo.world as world
-from base import ROOT, Progress, check_counts, drive_of, log, option, parse_config, run
+from base import ROOT, Progress, check_counts, drive_of, log, option, parse_config
 from machine.files import make_folder, only_writer, write_whole
+from machine.running import run
 
 SEED = 2028
 QUESTION = "What are the key elements in this scene?"

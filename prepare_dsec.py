@@ -48,7 +48,6 @@ from base import (
     parse_config,
     provenance,
     required,
-    run,
 )
 from clips.dataset import INDEX_FILE
 from clips.media import (
@@ -62,6 +61,7 @@ from clips.media import (
     write_video,
 )
 from machine.files import make_folder, only_writer, read_json, write_json, write_text
+from machine.running import run
 
 MADE_FILE = "prepare_dsec.json"
 # What the files depend on: a folder that was begun with other values of these is not continued.

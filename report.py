@@ -9,8 +9,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from base import log, option, parse_config, required, run
+from base import log, option, parse_config, required
 from drafting.table import styles
+from machine.running import run
 from reports.blocks import number, percent
 from reports.charts import CURVES, DECODE_CHARTS, DRAFTER_CURVES
 from reports.decode_figures import REDO, one_line, read_decoding

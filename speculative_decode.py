@@ -35,10 +35,10 @@ from base import (
     parse_config,
     provenance,
     required,
-    run,
 )
 from drafting.table import LIVE, LIVE_NAMES, LiveParts
 from machine.files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
+from machine.running import run
 from pairs.splits import clip_order
 from reports.decode_figures import one_line, totals
 from reports.decode_report import write_decode_report

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from base import ROOT, UserError, check_counts, log, option, run
+from base import ROOT, UserError, check_counts, log, option
 from machine.files import write_json
+from machine.running import run
 from pairs.formats import load_pairs
 from pairs.rows import write_rows
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import extract_tokens_train
-from base import Stopped, UserError
+from base import UserError
+from machine.running import Stopped
 from pairs.formats import load_pairs
 from pairs.journal import Journal, line_of
 from tests.vlm.test_steps import needs_gpu

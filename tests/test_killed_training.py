@@ -13,7 +13,8 @@ import torch
 
 import reports.task_report as report
 import train_and_evaluate
-from base import UserError, run
+from base import UserError
+from machine.running import run
 from tests.conftest import Demo, names_of
 from tests.warm import Warm
 from token_adapter import load_adapter

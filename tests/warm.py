@@ -33,7 +33,7 @@ for line in sys.stdin:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(log, 1), os.dup2(log, 2)
         sys.argv = asked["argv"]
         try:
-            base.run(sys.modules[sys.argv[0].removesuffix(".py")].main)
+            machine.running.run(sys.modules[sys.argv[0].removesuffix(".py")].main)
             code = 0
         except SystemExit as end:
             code = end.code
