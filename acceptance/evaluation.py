@@ -15,7 +15,8 @@ from acceptance.simulation import stream
 from base import log
 from drafting.adapter import Adapter
 from drafting.hybrid import MEMORY_SHARES, Hybrid
-from drafting.memory import Memory, NGrams, number_remembered, remembered
+from drafting.memory import Memory, number_remembered, remembered
+from drafting.ngrams import NGrams
 from drafting.parts import SimulationParts
 from drafting.table import SIMULATED
 from pairs.pairs import Pairs

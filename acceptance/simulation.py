@@ -6,7 +6,8 @@ import numpy as np
 
 from acceptance.intervals import by_drive, interval
 from acceptance.metrics import blocks, expected_tokens, measure, number_right
-from drafting.contract import SimulatedDrafter
+from drafting.contract import Drafter, SimulatedDrafter
+from drafting.tree import build_tree
 from pairs.pairs import Pairs
 
 SIMULATED_GAMMAS = (1, 2, 3, 5, 8, 12)
@@ -69,3 +70,27 @@ def stream(drafter: SimulatedDrafter, pairs: Pairs) -> dict:
             "expected_by_gamma": {str(gamma): expected_tokens(metrics["alpha"], gamma) for gamma in SIMULATED_GAMMAS},
             "interval": interval(hits, lengths, pairs.sequence),
             "drives": by_drive(hits, lengths, pairs.sequence), "seconds_per_answer": seconds / len(pairs)}
+
+
+def simulate_trees(drafter: Drafter, pairs: Pairs, nodes: int) -> dict:
+    """Speculative decoding of these answers with a tree of so many nodes a pass.
+
+    drafter: a live drafter that can branch; it builds each tree as in decoding, and learns each answer.
+
+    "tau": tokens a pass, the prefill a pass too; "depth": of a tree on average; "seconds_per_node".
+    """
+    passes = tokens = built = depth = 0
+    seconds = 0.0
+    for number, target in enumerate(pairs.answers("target")):
+        drafter.begin(pairs.answer("draft", number))
+        at = 0
+        while at < len(target):
+            start = time.perf_counter()
+            tree = build_tree(drafter, target[:at], nodes)
+            seconds += time.perf_counter() - start
+            at += tree.accepted(target[at:]) + 1
+            passes, built, depth = passes + 1, built + len(tree.tokens), depth + tree.depth()
+        drafter.learn(target)
+        tokens += len(target)
+    return {"tau": tokens / passes, "passes": passes, "nodes": built / passes, "depth": depth / passes,
+            "seconds_per_node": seconds / max(built, 1)}

@@ -10,22 +10,21 @@ import itertools
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from base import UserError, log
 from drafting.contract import NOTHING, TOP, NoDrafts
+from drafting.ngrams import NGrams, State
 from drafting.parts import LiveParts, SimulationParts
+from drafting.tree import MAX_CHILDREN
 from machine.files import check_format, check_plain, write_whole
 from pairs.formats import MAX_ANSWER
 from pairs.pairs import Pairs
 from pairs.splits import MAX_VOCAB_SIZE, clip_order
 
 FORMAT = 1                           # of memory.npz; absent: of versions before formats were counted
-# Chosen on the training drives of 1,100 real 1s pairs, leaving one drive out at a time (WORKFLOW.md, section 6).
-MAX_ORDER = 12                       # tokens of the longest context
-TRAINING_WEIGHT = 0.05               # a training answer counts 1/20 of an answer verified in this stream
-BACK_OFF = 0.3                       # share of the Witten-Bell weight that goes to shorter contexts
 MAX_TRAINING_ANSWERS = 20_000        # answers that a memory begins with: 1,403 real ones take 38 MiB
 MAX_TRAINING_TOKENS = 2**20          # in all of them: 20,000 real ones have 50 tokens each
 MAX_FILE_BYTES = 2**26               # of memory.npz
@@ -52,45 +51,6 @@ def remembered(training: Pairs) -> Iterator[list[int]]:
     return (training if count == len(training) else training.select(order[-count:])).answers("target")
 
 
-class NGrams:
-    """Counts of the tokens that followed contexts of 1 to MAX_ORDER tokens, interpolated (Witten and Bell 1991)."""
-
-    BEGIN = -2                 # precedes every answer: a context token like any other
-
-    def __init__(self, training: Iterable[list[int]] = (), before: NGrams | None = None):
-        """training: token lists of the training answers. before: counts to begin with, which stay unchanged."""
-        self.counts: dict[tuple[int, ...], dict[int, float]] = {}    # with `before`: of the contexts that changed
-        self.before = before.counts if before else {}
-        for answer in training:
-            self.add(answer, TRAINING_WEIGHT)
-
-    def add(self, answer: list[int], weight: float = 1.0) -> None:
-        tokens = [self.BEGIN, *answer]
-        for at in range(1, len(tokens)):
-            for order in range(1, min(MAX_ORDER, at) + 1):
-                context = tuple(tokens[at - order:at])
-                following = self.counts.get(context)
-                if following is None:
-                    following = self.counts[context] = dict(self.before.get(context, ()))
-                following[tokens[at]] = following.get(tokens[at], 0.0) + weight
-
-    def distribution(self, prefix: list[int]) -> dict[int, float]:
-        """{token: probability} of the token after BEGIN + prefix, interpolated over all contexts that occurred."""
-        tokens = [self.BEGIN, *prefix] if len(prefix) < MAX_ORDER else prefix[-MAX_ORDER:]
-        probabilities: dict[int, float] = {}
-        for order in range(1, len(tokens) + 1):
-            context = tuple(tokens[len(tokens) - order:])
-            following = self.counts.get(context) or self.before.get(context)
-            if not following:
-                break
-            back_off = BACK_OFF * len(following)
-            total = sum(following.values()) + back_off
-            probabilities = {token: value * back_off / total for token, value in probabilities.items()}
-            for token, count in following.items():
-                probabilities[token] = probabilities.get(token, 0.0) + count / total
-        return probabilities
-
-
 # --------------------------------------------------------------------------------------------------- drafters
 class Memory:
     """Simulated: counts of the training answers and, with `streaming`, of these pairs' answers once verified."""
@@ -99,8 +59,14 @@ class Memory:
         self.ngrams, self.pairs, self.streaming = NGrams(before=training), pairs, streaming
 
     def predict(self, number: int) -> np.ndarray:
-        target = self.pairs.answer("target", number)
-        return np.array([top_of(self.ngrams.distribution(target[:at])) for at in range(len(target))], np.int32)
+        return np.array([top_of(distribution) for distribution in self.distributions(number)], np.int32)
+
+    def distributions(self, number: int) -> Iterator[dict[int, float]]:
+        """{token: probability} at each position of answer `number`, given the true tokens before it."""
+        state = self.ngrams.begin()
+        for token in self.pairs.answer("target", number):
+            yield self.ngrams.distribution_at(state)
+            state = self.ngrams.after(state, token)
 
     def learn(self, number: int) -> None:
         if self.streaming:
@@ -108,25 +74,38 @@ class Memory:
 
 
 class LiveMemory(NoDrafts):
-    """Live: a chain of the memory's most probable tokens."""
+    """Live: a chain of the memory's most probable tokens, or a tree."""
 
     def __init__(self, ngrams: NGrams):
         self.ngrams = ngrams
 
     def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
         tokens, reached = list(prefix), 1.0                    # probability that every token before is right
+        state = self.ngrams.at(prefix)
         while len(tokens) < len(prefix) + gamma:
-            probabilities = self.distribution(tokens, reached, price)
-            best = top_of(probabilities)[0]
-            reached *= probabilities.get(best, 0.0)
-            if best == NOTHING or reached < self.costs.token_s * price:
+            probabilities = self.distribution(tokens, state, reached, price)
+            if not probabilities:
+                break
+            best = max(probabilities, key=probabilities.__getitem__)
+            reached *= probabilities[best]
+            if reached < self.costs.token_s * price:
                 break
             tokens.append(best)
+            state = self.ngrams.after(state, best)
         return tokens[len(prefix):]
 
-    def distribution(self, tokens: list[int], reached: float, price: float) -> dict[int, float]:
-        """{token: probability} after these tokens; reached and price as in `propose`."""
-        return self.ngrams.distribution(tokens)
+    def distribution(self, tokens: list[int], state: State, reached: float, price: float) -> dict[int, float]:
+        """{token: probability} after these tokens, whose state is given; reached and price as in `propose`."""
+        return self.ngrams.distribution_at(state)
+
+    def place_after(self, prefix: list[int]) -> Any:
+        return self.ngrams.at(prefix)
+
+    def next_place(self, place: Any, token: int) -> Any:
+        return self.ngrams.after(place, token)
+
+    def choices(self, place: Any, reached: float, price: float) -> list[tuple[float, int]]:
+        return self.ngrams.best(place, MAX_CHILDREN)
 
     def learn(self, answer: list[int]) -> None:
         self.ngrams.add(answer)

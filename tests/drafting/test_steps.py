@@ -8,7 +8,8 @@ import torch
 from drafting.adapter import Adapter, LiveAdapter, LiveDraftAdapter
 from drafting.contract import NOTHING
 from drafting.hybrid import Hybrid, LiveHybrid
-from drafting.memory import LiveMemory, Memory, NGrams
+from drafting.memory import LiveMemory, Memory
+from drafting.ngrams import NGrams
 from drafting.steps import AdapterSteps
 from tests.acceptance.builders import pairs_of
 from token_adapter import AdapterConfig, TokenAdapter
