@@ -40,38 +40,43 @@ def time_product(works: list, device) -> dict:
     """us of one product: the median over repeats of a graph of all `works`, with the least and the most."""
     import torch
 
-    import decoding
-    from graphs import capture
+    from machine.graphs import capture
 
     graph, _ = capture(lambda: [work() for work in works])
-    times = sorted(1e6 * decoding.timed(graph.replay, device)[1] / len(works) for _ in range(REPEATS))
-    del graph
-    torch.cuda.synchronize(device)
+    graph.replay()
+    times = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize(device)
+        times.append(1000 * start.elapsed_time(end) / len(works))
+    times.sort()
     return {"us": times[REPEATS // 2], "least_us": times[0], "most_us": times[-1]}
 
 
 def measure_product(name: str, sizes: list[int], runtime, rates: dict) -> dict:
     """{rows: {way: time and share of the copy speed}} of one product, and its errors."""
-    import bitsandbytes
     import torch
     import torch.nn.functional as F
 
-    from vlm.nf4 import distance, packed
+    from vlm.nf4 import EIGHTS, distance, fastest, packed
+    from vlm.peers import linear_4bit
 
     *outputs, k = sizes
     layers, weights = [], []
     for _ in range(LAYERS):
         parts = []
         for n in outputs:
-            layer = bitsandbytes.nn.Linear4bit(k, n, bias=False, device="meta", compute_dtype=runtime.dtype,
-                                               quant_type="nf4")
-            weight = (torch.randn(n, k, device=runtime.device) * 0.02).to(runtime.dtype)
-            layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4",
-                                                      compress_statistics=True).to(runtime.device)
-            parts.append(layer)
+            weight = torch.randn(n, k, device=runtime.device) * 0.02
+            parts.append(linear_4bit(weight.to(runtime.dtype), runtime))
         layers.append(parts)
         weights.append(torch.randn(sum(outputs), k, device=runtime.device).to(runtime.dtype))
     fused = [packed(parts, runtime.dtype) for parts in layers]
+    plans = {number: fastest(fused[0], number) for number in EIGHTS}
+    for layer in fused:
+        layer.plans = plans
     size = {"fused": sum(part.nbytes for part in fused[0].parameters()), "bf16": weights[0].nbytes}
     size["bitsandbytes"] = sum(outputs) * k * 4.127 / 8
     found = {}
@@ -87,6 +92,7 @@ def measure_product(name: str, sizes: list[int], runtime, rates: dict) -> dict:
     x = torch.randn(64, k, device=runtime.device).to(runtime.dtype)
     exact = x.double() @ exact_weight.T
     theirs = torch.cat([layer(x) for layer in layers[0]], -1)
+    found["plans"] = {number: plan._asdict() for number, plan in plans.items()}
     found["error"] = {"fused": distance(fused[0].few(x), exact), "bitsandbytes": distance(theirs, exact)}
     log(f"products | {name:7} | " + " | ".join(f"{rows} {found[rows]['fused']['us']:.1f} us" for rows in ROWS))
     return found
@@ -97,9 +103,7 @@ def agreement(runtime) -> dict:
     import torch
 
     from vlm.nf4 import packed
-    from vlm.peers import TEXT_7B
-
-    import bitsandbytes
+    from vlm.peers import TEXT_7B, linear_4bit
 
     k, n, rows = TEXT_7B["hidden_size"], 32000, 64
     shares = {}
@@ -107,10 +111,7 @@ def agreement(runtime) -> dict:
         weight = torch.randn(n, k, device=runtime.device) * 0.02
         if kind == "near-tied":                      # each output has a twin: the two differ by about a rounding
             weight[n // 2:] = weight[:n // 2] * (1 + 2**-7 * torch.randn(n // 2, 1, device=runtime.device))
-        layer = bitsandbytes.nn.Linear4bit(k, n, bias=False, device="meta", compute_dtype=runtime.dtype,
-                                           quant_type="nf4")
-        layer.weight = bitsandbytes.nn.Params4bit(weight.to(runtime.dtype), requires_grad=False, quant_type="nf4",
-                                                  compress_statistics=True).to(runtime.device)
+        layer = linear_4bit(weight.to(runtime.dtype), runtime)
         fused = packed([layer], runtime.dtype)
         x = torch.randn(rows, k, device=runtime.device).to(runtime.dtype)
         ways = {"fused": fused.few, "bitsandbytes": layer}
@@ -129,14 +130,15 @@ def measure(config: Config) -> dict:
     import torch
 
     from benchmarks.limits import copy_rate
-    from train_and_evaluate import device_name
-    from vlm.loading import Runtime
+    from machine.device import Runtime, device_name
+    from vlm.nf4 import compile_all
 
     runtime = Runtime.choose(config.device, config.dtype, "4bit")
     if runtime.device.type != "cuda":
         raise UserError("benchmark.py products needs a CUDA device: its kernel runs nowhere else")
     rates = {"copy": copy_rate(runtime.device)}
     with torch.inference_mode(), torch.cuda.device(runtime.device):
+        compile_all(torch.device("cuda", torch.cuda.current_device()), runtime.dtype)
         products = {name: measure_product(name, sizes, runtime, rates) for name, sizes in shapes().items()}
         agree = agreement(runtime)
     totals = {way: {rows: DEPTH * sum(found[rows][way]["us"] for found in products.values()) / 1000 for rows in ROWS}

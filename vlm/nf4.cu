@@ -11,8 +11,8 @@
 // - Where K is shared out among blocks of threads, the last one to finish adds all parts in a fixed order. So a
 //   row's sums depend neither on chance nor on the other rows, nor on how many there are.
 //
-// Given with -D: HALF (x is float16, else bfloat16), ROWS (of x, in eights), TILES, WARPS, BLOCKS, STAGES, PARTS (of K),
-// CLUSTER (0 or 1: the device has clusters).
+// Given with -D: HALF (x is float16, else bfloat16), ROWS (of x, in eights), TILES, WARPS, BLOCKS, STAGES, LEAST
+// (blocks of threads that a multiprocessor must have room for).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -69,14 +69,10 @@ __device__ __forceinline__ float widen(u16 value) {
 #endif
 }
 
-// Grid: (rows of x / (8 ROWS), outputs / (16 TILES WARPS), PARTS of K). words (N/16, K/64, 32 threads) and scales
+// Grid: (rows of x / (8 ROWS), outputs / (16 TILES WARPS), parts of K). words (N/16, K/64, 32 threads) and scales
 // (N/16, K/64, 16) float16 as nf4.py packs them; pairs (256): the table; partial: room for the parts; arrived: a
 // zero for each (x, y) of the grid, and zero again afterwards.
-extern "C" __global__ void
-#if CLUSTER && PARTS > 1
-__cluster_dims__(1, 1, PARTS)
-#endif
-__launch_bounds__(THREADS) product(
+extern "C" __global__ void __launch_bounds__(THREADS, LEAST) product(
     const u16* __restrict__ x, const uint4* __restrict__ words, const uint4* __restrict__ scales,
     const u32* __restrict__ pairs, const u16* __restrict__ bias, u16* __restrict__ y, float4* __restrict__ partial,
     int* __restrict__ arrived, int M, int N, int K, int part, float factor) {
@@ -174,9 +170,9 @@ __launch_bounds__(THREADS) product(
     }
 
     // Fragment i of a warp: outputs of its tile i / ROWS, rows i % ROWS of x in eights.
-    auto write = [&](int of_warp, int i, float4 sum) {
+    auto write = [&](int i, float4 sum) {
         const float four[4] = {sum.x, sum.y, sum.z, sum.w};
-        int from = ((blockIdx.y * WARPS + of_warp) * TILES + i / ROWS) * 16;
+        int from = ((blockIdx.y * WARPS + warp) * TILES + i / ROWS) * 16;
         if (from >= N) return;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -191,30 +187,11 @@ __launch_bounds__(THREADS) product(
         return make_float4(sum[0], sum[1], sum[2], sum[3]);
     };
     constexpr int FRAGMENTS = TILES * ROWS, ALL = WARPS * FRAGMENTS;
-#if PARTS == 1
+    if (gridDim.z == 1) {
 #pragma unroll
-    for (int i = 0; i < FRAGMENTS; i++) write(warp, i, sum_of(i));
-#elif CLUSTER
-    // The blocks of threads that share K are a cluster and read one another's shared memory. Each adds its share of
-    // the fragments, part after part.
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < FRAGMENTS; i++) ((float4*)memory)[(warp * FRAGMENTS + i) * 32 + lane] = sum_of(i);
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    for (int f = warp * PARTS + blockIdx.z; f < ALL; f += WARPS * PARTS) {
-        u32 here = shared_address(memory) + (f * 32 + lane) * 16;
-        float4 total = make_float4(0, 0, 0, 0);
-#pragma unroll
-        for (int z = 0; z < PARTS; z++) {
-            float4 more;
-            asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [a]; }"
-                : "=f"(more.x), "=f"(more.y), "=f"(more.z), "=f"(more.w) : "r"(here), "r"(z));
-            total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
-        }
-        write(f / FRAGMENTS, f % FRAGMENTS, total);
+        for (int i = 0; i < FRAGMENTS; i++) write(i, sum_of(i));
+        return;
     }
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
     const size_t size = (size_t)gridDim.y * gridDim.x * ALL * 32;
     float4* own = partial + (size_t)(blockIdx.y * gridDim.x + blockIdx.x) * ALL * 32 + warp * FRAGMENTS * 32 + lane;
 #pragma unroll
@@ -224,20 +201,33 @@ __launch_bounds__(THREADS) product(
     int* counter = arrived + blockIdx.y * gridDim.x + blockIdx.x;
     if (threadIdx.x == 0) *(int*)memory = atomicAdd(counter, 1);
     __syncthreads();
-    if (*(int*)memory + 1 < PARTS) return;
+    if (*(int*)memory + 1 < gridDim.z) return;
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
     if (threadIdx.x == 0) *counter = 0;
-#pragma unroll 2
-    for (int i = 0; i < FRAGMENTS; i++) {
-        float4 total = make_float4(0, 0, 0, 0);
+    // Up to 16 loads are on their way at once: each takes long.
+    constexpr int GROUP = FRAGMENTS % 4 == 0 ? 4 : FRAGMENTS % 3 == 0 ? 3 : FRAGMENTS % 2 == 0 ? 2 : 1;
+    constexpr int AT_ONCE = GROUP < 3 ? 8 : 4;
+#pragma unroll 1
+    for (int i = 0; i < FRAGMENTS; i += GROUP) {
+        float4 total[GROUP] = {}, more[AT_ONCE][GROUP];
+#pragma unroll 1
+        for (int from = 0; from < gridDim.z; from += AT_ONCE) {
 #pragma unroll
-        for (int z = 0; z < PARTS; z++) {
-            float4 more = __ldcg(own + z * size + i * 32);
-            total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
+            for (int z = 0; z < AT_ONCE; z++)
+#pragma unroll
+                for (int j = 0; j < GROUP; j++)
+                    more[z][j] = from + z < gridDim.z ? __ldcg(own + (from + z) * size + (i + j) * 32)
+                                                      : make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int z = 0; z < AT_ONCE; z++)
+#pragma unroll
+                for (int j = 0; j < GROUP; j++)
+                    total[j].x += more[z][j].x, total[j].y += more[z][j].y, total[j].z += more[z][j].z,
+                        total[j].w += more[z][j].w;
         }
-        write(warp, i, total);
+#pragma unroll
+        for (int j = 0; j < GROUP; j++) write(i + j, total[j]);
     }
-#endif
 }
 
 // All weights as bitsandbytes writes them out: out (N, K), code (16) float32. A warp takes 16 x 64 of them.

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from base import first_line, log
-from vlm import nvrtc
+from machine import nvrtc
 
 BLOCK = 64                           # weights that share a scale
 CODE = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -33,20 +33,21 @@ CODE = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0
 # lie closest to 16-bit numbers: bfloat16's rounding costs 0.063 % instead of 0.106 %, float16's 0.006 % not 0.016 %.
 STRETCH = {torch.bfloat16: 1.437, torch.float16: 1.6777}
 PAIR_BYTES = 256 * 32 * 4            # the table of nf4.cu
+EIGHTS = (1, 2, 3, 4, 6, 8)          # rows of x that there are kernels for, in eights
 MOST_ROWS = (64, 128, 192, 256)      # that the kernel may be used for; how many is measured
-CHECKED_ROWS = (1, 17)               # that must give the same alone and among others, whatever kernel they take
+CHECKED_ROWS = (1, 9, 17, 25, 33)    # that must give the same alone and among others: one of each plan
 TIMES = 9                            # of which a timing is the median
 
 
 class Plan(NamedTuple):
-    """How a product is shared out on the device: nf4.cu says what the names mean."""
+    """How a product is shared out on the device: nf4.cu says what the names mean. No plan changes a bit of it."""
 
     rows: int                        # of x that a block of threads takes, in eights
-    tiles: int
-    warps: int
-    blocks: int
-    stages: int
-    parts: int                       # of K
+    tiles: int = 1
+    warps: int = 8
+    blocks: int = 1
+    stages: int = 3
+    least: int = 2
 
     @property
     def shared(self) -> int:
@@ -55,12 +56,17 @@ class Plan(NamedTuple):
         return PAIR_BYTES + self.stages * stage
 
 
-def plan_for(rows: int, n: int, k: int, processors: int) -> Plan:
-    """The plan for x (rows, K) and N outputs on a device of so many multiprocessors."""
-    eights = min(8, -(-rows // 8))
-    wide = eights > 2 and n > 2 * 4096
-    warps, blocks = (8, 2) if eights <= 2 else (4, 1) if wide else (8, 1)
-    return Plan(eights, 1 + wide, warps, blocks, 3, parts_of(n, k, processors))
+def eights(rows: int) -> int:
+    """The rows of a plan for so many rows of x."""
+    return next((number for number in EIGHTS if rows <= 8 * number), EIGHTS[-1])
+
+
+def candidates(rows: int, device: torch.device) -> list[Plan]:
+    """Plans for so many eights of rows that fit into the device; which is fastest is measured."""
+    room = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
+    plans = [Plan(rows, *cut) for cut in ((1, 8, 1, 3, 2), (1, 8, 2, 3, 2), (2, 8, 1, 3, 2), (2, 8, 2, 3, 2),
+                                          (2, 4, 1, 3, 3), (2, 4, 2, 3, 2), (2, 8, 1, 4, 1))]
+    return [plan for plan in plans if plan.shared <= room]
 
 
 def parts_of(n: int, k: int, processors: int) -> int:
@@ -136,19 +142,11 @@ def code(device: torch.device) -> torch.Tensor:
 
 # -------------------------------------------------------------------------------------------------- product
 @functools.cache
-def kernel(device: torch.device, dtype: torch.dtype, name: str, plan: Plan, clusters: bool) -> nvrtc.Kernel:
-    """clusters: the blocks of threads that share K read one another's shared memory."""
-    defines = {"HALF": int(dtype == torch.float16), "CLUSTER": int(clusters),
-               **{key.upper(): value for key, value in plan._asdict().items()}}
+def kernel(device: torch.device, dtype: torch.dtype, name: str, plan: Plan) -> nvrtc.Kernel:
+    defines = {"HALF": int(dtype == torch.float16), **{key.upper(): value for key, value in plan._asdict().items()}}
     source = Path(__file__).with_name("nf4.cu").read_text()
     with torch.cuda.device(device):
         return nvrtc.build(source, name, defines, plan.shared if name == "product" else 0)
-
-
-@functools.cache
-def has_clusters(device: torch.device) -> bool:
-    """The H100 has them, and what came after it."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache
@@ -173,6 +171,7 @@ class NF4Linear(nn.Module):
         self.words, self.scales = (nn.Parameter(part, requires_grad=False) for part in (words, scales))
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
         self.factor, self.dtype, self.device, self.most_rows = factor, dtype, words.device, MOST_ROWS[0]
+        self.plans = {number: Plan(number) for number in EIGHTS}         # until faster ones are known
         self.out_features, self.in_features = len(words) * 16, words.shape[1] * BLOCK
         self.arrived = torch.zeros(32 * -(-len(words) // 4), dtype=torch.int32, device=words.device)
         self.__dict__["fused"] = self                # nn.Module would count its parameters twice
@@ -181,7 +180,7 @@ class NF4Linear(nn.Module):
         """The layer of these outputs, multiples of 16, on the same memory."""
         bias, part = None if self.bias is None else self.bias.data[first:last], slice(first // 16, last // 16)
         layer = NF4Linear(self.words.data[part], self.scales.data[part], self.factor, bias, self.dtype)
-        layer.__dict__["fused"], layer.most_rows = self, self.most_rows
+        layer.__dict__["fused"], layer.most_rows, layer.plans = self, self.most_rows, self.plans
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -194,21 +193,20 @@ class NF4Linear(nn.Module):
         """x (M, K) -> (M, N) with the weights written out, as bitsandbytes does it."""
         return F.linear(x, self.weight(), self.bias)
 
-    def few(self, x: torch.Tensor, plan: Plan | None = None, clusters: bool | None = None) -> torch.Tensor:
+    def few(self, x: torch.Tensor, plan: Plan | None = None) -> torch.Tensor:
         """x (M, K) -> (M, N) by the kernel."""
         (m, k), n = x.shape, self.out_features
-        clusters = has_clusters(self.device) if clusters is None else clusters
-        plan = plan or plan_for(m, n, k, processors(self.device))
+        plan, parts = plan or self.plans[eights(m)], parts_of(n, k, processors(self.device))
         x = x.contiguous()
         x = x if x.data_ptr() % 16 == 0 else x.clone()               # it is read 16 bytes at a time
         groups, tiles = -(-m // (8 * plan.rows)), -(-n // (16 * plan.tiles * plan.warps))
-        y, sums = x.new_empty(m, n), plan.parts * groups * tiles * plan.warps * plan.tiles * plan.rows * 128
-        partial = x.new_empty(0 if clusters else sums, dtype=torch.float32)
+        y, sums = x.new_empty(m, n), groups * tiles * plan.warps * plan.tiles * plan.rows * 128
+        partial = x.new_empty(parts * sums if parts > 1 else 0, dtype=torch.float32)
         with torch.cuda.device(self.device):
-            kernel(self.device, self.dtype, "product", plan, clusters)(
-                (groups, tiles, plan.parts), 32 * plan.warps, x, self.words, self.scales,
+            kernel(self.device, self.dtype, "product", plan)(
+                (groups, tiles, parts), 32 * plan.warps, x, self.words, self.scales,
                 pairs(self.device, self.dtype), self.bias, y, partial, self.arrived, m, n, k,
-                -(-(k // BLOCK) // plan.parts), self.factor / STRETCH[self.dtype])
+                -(-(k // BLOCK) // parts), self.factor / STRETCH[self.dtype])
         return y
 
     def weight(self) -> torch.Tensor:
@@ -216,9 +214,9 @@ class NF4Linear(nn.Module):
         if not self.words.is_cuda:
             return self.exact_weight().to(self.dtype)
         out = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.device)
-        plan = Plan(1, 1, 8, 1, 2, 1)
+        plan = Plan(1)
         with torch.cuda.device(self.device):
-            kernel(self.device, self.dtype, "dequantise", plan, False)(
+            kernel(self.device, self.dtype, "dequantise", plan)(
                 (-(-self.words.numel() // 512 // plan.warps), 1, 1), 32 * plan.warps, self.words, self.scales,
                 code(self.device), out, self.out_features, self.in_features, self.factor)
         return out
@@ -246,14 +244,14 @@ def adopt(language_model: nn.Module, dtype: torch.dtype) -> bool:
         if reason := next(filter(None, (unfit(parent, names, dtype) for parent, names in groups)), None):
             raise RuntimeError(reason)
         with torch.cuda.device(device):
-            most_rows = trial([[getattr(parent, name) for name in names] for parent, names in groups[:4]], dtype)
+            settings = trial([[getattr(parent, name) for name in names] for parent, names in groups[:4]], dtype)
     except (RuntimeError, OSError) as error:         # no compiler library, a device that it does not know, not faster
         log(f"nf4 | WARNING | 4-bit products are bitsandbytes': {first_line(error)}")
         return False
     for number, (parent, names) in enumerate(groups):
         layers = [getattr(parent, name) for name in names]
         fused, first = packed(layers, dtype), 0
-        fused.most_rows = most_rows[number % len(most_rows)]
+        fused.plans, fused.most_rows = settings[number % len(settings)]
         for name, layer in zip(names, layers):
             setattr(parent, name, fused if len(names) == 1 else fused.rows(first, first + layer.out_features))
             first += layer.out_features
@@ -294,34 +292,41 @@ def packed(layers: list[nn.Module], dtype: torch.dtype) -> NF4Linear:
 
 
 @torch.inference_mode()
-def trial(groups: list[list[nn.Module]], dtype: torch.dtype) -> list[int]:
-    """The most rows that each group is to be multiplied with by the kernel; RuntimeError unless it is right and pays.
+def trial(groups: list[list[nn.Module]], dtype: torch.dtype) -> list[tuple[dict[int, Plan], int]]:
+    """(plans, most rows for the kernel) of each group; RuntimeError unless the kernel is right and pays.
 
     groups: of the first LLaMA layer; groups of other layers are like them.
     """
-    most_rows, ours_us, theirs_us = [], [0.0, 0.0], [0.0, 0.0]
-    compile_all([packed(layers, dtype) for layers in groups], (*CHECKED_ROWS, 9, 64))
+    settings, ours_us, theirs_us = [], [0.0, 0.0], [0.0, 0.0]
+    compile_all(groups[0][0].weight.device, dtype)
     for layers in groups:
         fused = packed(layers, dtype)
+        fused.plans = {number: fastest(fused, number) for number in EIGHTS}
         check(fused, layers)
         for number, rows in enumerate((1, 9)):
             x = torch.randn(rows, fused.in_features, device=fused.device, dtype=dtype)
             ours_us[number] += microseconds(lambda x=x: fused.few(x))                                     # noqa: B023
             theirs_us[number] += microseconds(lambda x=x: [layer(x) for layer in layers])                 # noqa: B023
-        most_rows.append(max([MOST_ROWS[0], *(rows for rows in MOST_ROWS[1:] if pays(fused, rows))]))
+        settings.append((fused.plans, max([MOST_ROWS[0], *(rows for rows in MOST_ROWS[1:] if pays(fused, rows))])))
     found = ", ".join(f"{rows} {ours:.0f} ({theirs:.0f})" for rows, ours, theirs in zip("19", ours_us, theirs_us))
     if sum(ours_us) >= sum(theirs_us):
         raise RuntimeError(f"the fused ones are not faster (us a layer by rows: {found})")
-    log(f"nf4 | fused 4-bit products of up to {min(most_rows)} rows | us a layer (bitsandbytes') by rows: {found}")
-    return most_rows
+    log(f"nf4 | fused 4-bit products of up to {min(most for _, most in settings)} rows | us a layer (bitsandbytes') "
+        f"by rows: {found}")
+    return settings
 
 
-def compile_all(layers: list[NF4Linear], rows: tuple[int, ...]) -> None:
-    """The kernels for these numbers of rows, side by side: each takes a processor a quarter of a second."""
-    device, dtype = layers[0].device, layers[0].dtype
-    plans = {plan_for(n, layer.out_features, layer.in_features, processors(device)) for layer in layers for n in rows}
+def compile_all(device: torch.device, dtype: torch.dtype) -> None:
+    """The kernels of all plans, side by side: each takes a processor a quarter of a second."""
+    plans = [plan for number in EIGHTS for plan in candidates(number, device)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda plan: kernel(device, dtype, "product", plan, has_clusters(device)), plans))
+        list(pool.map(lambda plan: kernel(device, dtype, "product", plan), plans))
+
+
+def fastest(fused: NF4Linear, number: int) -> Plan:
+    """The plan that takes least time for this layer and so many eights of rows."""
+    x = torch.randn(8 * number, fused.in_features, device=fused.device, dtype=fused.dtype)
+    return min(candidates(number, fused.device), key=lambda plan: microseconds(lambda: fused.few(x, plan)))
 
 
 def pays(fused: NF4Linear, rows: int) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import vlm.nf4 as nf4
-from vlm.nf4 import CODE, NF4Linear, adopt, pack, pack_scales, packed, parts_of, plan_for, scales_of, unpack
+from vlm.nf4 import CODE, NF4Linear, adopt, pack, pack_scales, packed, parts_of, scales_of, unpack
 from vlm.steps import Steps
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -103,9 +103,14 @@ def test_parts_cover_k_and_none_is_empty(n, k, processors):
     parts, blocks = parts_of(n, k, processors), k // 64
     size = -(-blocks // parts)
     assert 1 <= parts <= 8 and size * (parts - 1) < blocks <= size * parts
-    plans = [plan_for(rows, n, k, processors) for rows in range(1, 65)]
-    assert {plan.parts for plan in plans} == {parts}                     # one order of the sums for all
-    assert all(plan.shared <= 99 * 1024 for plan in plans)               # what every card since 2020 has, less 1 KiB
+
+
+def test_every_number_of_rows_has_a_plan_that_every_card_has_room_for():
+    layer = packed([linear4bit(64, 64)], torch.bfloat16)
+    for rows in range(1, 200):
+        plan = layer.plans[nf4.eights(rows)]
+        assert min(rows, 64) <= 8 * plan.rows < rows + 16 or rows > 64
+        assert plan.shared <= 99 * 1024                                  # what every card since 2020 can give
 
 
 # ------------------------------------------------------------------------------------------------ adoption
@@ -150,24 +155,25 @@ def test_what_cannot_be_packed_is_named():
 
 # ----------------------------------------------------------------------------------------------- on a GPU
 @needs_gpu
-@pytest.mark.parametrize("clusters", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [*SIZES, (4096, 4096), (1024, 11008)])
-def test_few_rows_are_as_right_as_bitsandbytes_and_independent(size, dtype, clusters):
-    if clusters and not nf4.has_clusters(torch.device("cuda")):
-        pytest.skip("this device has no clusters")
+def test_few_rows_are_as_right_as_bitsandbytes_and_independent(size, dtype):
+    nf4.compile_all(torch.device("cuda", torch.cuda.current_device()), dtype)            # side by side: quicker
     layer = linear4bit(*size, dtype, "cuda", bias=True)
     ours, weight = packed([layer], dtype), exact_weight(layer)
     assert distance(ours.weight(), weight) <= 1.3 * distance(weight.to(dtype), weight) + 3e-4
     x = torch.randn(150, size[1], device="cuda").to(dtype)
     exact = x.double() @ weight.double().T + layer.bias.double()
     theirs = distance(nn.functional.linear(x, weight.to(dtype), layer.bias), exact)
-    whole = ours.few(x, clusters=clusters)
+    whole = ours.few(x)
     assert distance(whole, exact) <= 1.3 * theirs + 1e-4
     for rows in (1, 2, 7, 8, 9, 16, 17, 31, 33, 48, 64, 65, 128):
-        assert torch.equal(ours.few(x[:rows], clusters=clusters), whole[:rows])          # bit for bit
+        assert torch.equal(ours.few(x[:rows]), whole[:rows])          # bit for bit
+    for number in nf4.EIGHTS:                                                             # no plan changes a bit
+        for plan in nf4.candidates(number, layer.weight.device):
+            assert torch.equal(ours.few(x[:8 * number], plan), whole[:8 * number]), plan
     x[1:] = torch.nan
-    assert torch.equal(ours.few(x, clusters=clusters)[:1], whole[:1])                    # whatever else is there
+    assert torch.equal(ours.few(x)[:1], whole[:1])                    # whatever else is there
 
 
 @needs_gpu
@@ -177,6 +183,7 @@ def test_a_model_adopts_its_layers_and_answers_alike(monkeypatch, capsys):
     before = model(input_ids=ids).logits
     monkeypatch.setattr(nf4, "microseconds", lambda work: 1.0)                           # as small as this nothing pays
     assert not adopt(model.model, torch.bfloat16) and "not faster" in capsys.readouterr().out
+    monkeypatch.setattr(nf4, "fastest", lambda fused, number: nf4.Plan(number))
     times = iter([1.0, 2.0, 1.0, 2.0, *[1.0] * 6] * 4)                                    # then: more rows don't pay
     monkeypatch.setattr(nf4, "microseconds", lambda work: next(times))
     steps = Steps(model.model, model.lm_head, room=64)
