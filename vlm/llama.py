@@ -2,8 +2,8 @@
 
 Our own forward over transformers' modules: positions and places in the cache are explicit tensors, so that a CUDA
 graph can hold a step, and what stands between the matrix products takes one pass each (kernels.py). Where q/k/v and
-gate/up are plain layers, or 4-bit layers that nf4.py packs, they are fused; the model's modules become views of the fused matrices: nothing is stored
-twice, and transformers' forward goes on working.
+gate/up are plain layers they are fused; the model's modules become views of the fused matrices: nothing is stored
+twice, and transformers' forward goes on working. The same holds for 4-bit layers where nf4.py is adopted.
 """
 
 import contextlib
@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vlm.adopt_nf4 import adopt
 from vlm.kernels import rotate_and_store, swiglu
-from vlm.nf4 import NF4Linear, adopt
+from vlm.nf4 import NF4Linear
 
 SAME = 0.05                  # `apart` below this is rounding; a graph that went wrong is off by all
 
