@@ -23,7 +23,7 @@ from pathlib import Path
 from base import UserError, as_json, log, now, parse_config, provenance, required, run
 from machine.files import make_folder, read_json, write_json
 
-BENCHMARKS = ("prepare", "extract", "train", "adapter", "decode", "products", "load")
+BENCHMARKS = ("prepare", "extract", "train", "adapter", "products", "decode", "load")
 
 
 @dataclasses.dataclass(frozen=True)
