@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from clips.media import PixelSettings
     from torch import nn
 
-    from clips.media import PixelSettings
     from machine.device import Runtime
 
 
