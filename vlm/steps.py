@@ -83,23 +83,35 @@ class Steps(Llama):
         return self.model.embed_tokens(self._ids(tokens).to(self.device, non_blocking=True))[None]
 
     @torch.inference_mode()
-    def prefill(self, embeds: torch.Tensor, kept: int = 1) -> Next:
+    def prefill(self, embeds: torch.Tensor, kept: int = 1, parents: list[int] | None = None) -> Next:
         """embeds (1, L, D), from length 0 -> what follows each of the last `kept` positions; length is L then.
 
+        parents: the last `kept` positions form a tree as in verify(), whose root is the last of the prompt.
         Compute-bound at L = 2,076, so never a graph; causal without a mask, which lets fused attention run.
         """
         rows, length, _ = embeds.shape
         assert rows == 1 and 1 <= kept <= length <= self.room, f"{rows} x {length}, kept {kept}, room {self.room}"
         self.cache[..., length:, :].zero_()          # a NaN that an earlier clip may have left would reach this one
         self.length = length
+        nodes = kept - 1 if parents else 0
+        before = length - nodes                      # positions that are attended causally, the root among them
         places = self.slots[:length]
+        positions = places
+        if nodes:
+            self._set_plan(parents, before - 1, len(parents))
+            positions = torch.cat([places[:before], self.positions[1:kept]])
+            mask = None if self.attention.fused else visibility(self.root, self.ancestors[1:kept], self.slots, self.dtype)
 
         def attend(number: int, queries: torch.Tensor) -> torch.Tensor:
-            keys, values = self.cache[number, :, :, :, :length]
-            return causal(queries[None], keys, values)[0]
+            keys, values = self.cache[number]
+            mixed = causal(queries[None, :before], keys[..., :before, :], values[..., :before, :])[0]
+            if not nodes:
+                return mixed
+            tree = self.attention(queries[before:], keys[0], values[0], self.root, self.ancestors[1:kept], mask)
+            return torch.cat([mixed, tree])
 
         with self.on_device():
-            x = self.layers(embeds[0].to(self.dtype), places, self.cache, places, attend)
+            x = self.layers(embeds[0].to(self.dtype), positions, self.cache, places, attend)
             return self._noted(self.following(x[-kept:]))
 
     @torch.inference_mode()
@@ -119,11 +131,8 @@ class Steps(Llama):
             return self._noted(Next(*(torch.cat(parts) for parts in zip(first, rest))))
         parents = list(range(-1, k - 1)) if parents is None else parents
         width = next((size for size in self.sizes if k <= size <= len(self.slots) - start), k)
-        filler = width - k               # positions that only fill a graph's width: they see what came before, no more
-        plan = [[start + depth for depth in depths_of(parents)] + [start] * filler,
-                list(range(start, start + width)), ancestors_of(parents) + [0] * filler, [start] * width]
         self.ids[:k].copy_(self._ids(tokens), non_blocking=True)
-        self.plan[:, :width].copy_(torch.tensor(plan, pin_memory=self.device.type == "cuda"), non_blocking=True)
+        self._set_plan(parents, start, width)
         self.length = start + k
         if width not in self.graphs:
             with self.on_device():
@@ -166,6 +175,13 @@ class Steps(Llama):
         assert all(0 <= token < size for token in tokens), f"{tokens}: an id beyond {size - 1}"     # CUDA would die
         # A new one each time: PyTorch's pinned allocator gives the memory out again only after the copy is done.
         return torch.tensor(tokens, dtype=torch.long, pin_memory=self.device.type == "cuda")
+
+    def _set_plan(self, parents: list[int], start: int, width: int) -> None:
+        """Positions, places and ancestors of a tree whose root is at slot `start`, and the root."""
+        filler = width - len(parents)    # positions that only fill a graph's width: they see what came before, no more
+        plan = [[start + depth for depth in depths_of(parents)] + [start] * filler,
+                list(range(start, start + width)), ancestors_of(parents) + [0] * filler, [start] * width]
+        self.plan[:, :width].copy_(torch.tensor(plan, pin_memory=self.device.type == "cuda"), non_blocking=True)
 
     def _forward(self, k: int) -> Next:
         """The first k of the buffers: what a graph captures."""
@@ -226,10 +242,13 @@ class Prompted:
         """embeds (1, L, D): the prompt of the answer to come."""
         self.embeds = embeds
 
-    def prefill(self, proposed: list[int]) -> Next:
-        """The prompt and an opening draft in one pass -> what follows the prompt and each proposal."""
+    def prefill(self, proposed: list[int], parents: list[int] | None = None) -> Next:
+        """The prompt and opening proposals in one pass -> what follows the prompt and each proposal.
+
+        parents: of a tree, as Steps.verify takes them; its root is the last token of the prompt.
+        """
         embeds = torch.cat([self.embeds, self.steps.embed(proposed)], 1) if proposed else self.embeds
-        return self.steps.prefill(embeds, len(proposed) + 1)
+        return self.steps.prefill(embeds, len(proposed) + 1, parents)
 
     def verify(self, tokens: list[int], parents: list[int] | None = None) -> Next:
         """As Steps.verify: the answer's last token, then what is proposed, a chain or a tree."""

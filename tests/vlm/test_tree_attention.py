@@ -81,6 +81,21 @@ def test_the_path_that_is_kept_goes_on_as_if_it_had_been_a_chain(llama, parents)
         assert alike(steps.verify(ANSWER[:3]).logits, chain.verify(ANSWER[:3]).logits)
 
 
+@pytest.mark.parametrize("parents", TREES, ids=len)
+def test_an_opening_tree_is_verified_inside_the_prefill(llama, parents):
+    steps, tokens = started(llama), [(7 * node + 5) % VOCAB for node in range(1, len(parents))]
+    following = steps.prefill(steps.embed(PROMPT + tokens), len(parents), parents)
+    for node in range(len(parents)):
+        path = path_to(node, parents)
+        reference = whole(llama, PROMPT + [tokens[step - 1] for step in path[1:]])[-1:]
+        assert alike(following.logits[node:node + 1], reference)
+    node = len(parents) - 1
+    path = path_to(node, parents)
+    steps.keep_path(path)
+    reference = whole(llama, PROMPT + [tokens[step - 1] for step in path[1:]] + ANSWER[:2])[-2:]
+    assert steps.length == len(PROMPT) + len(path) - 1 and alike(steps.verify(ANSWER[:2]).logits, reference)
+
+
 def test_a_node_that_is_no_number_leaves_nothing_behind_once_it_is_forgotten():
     """It spoils the pass itself, because a masked weight of 0 times NaN is NaN: the loop asks again without it."""
     model = tiny_llama()
