@@ -18,7 +18,7 @@ from torch import nn
 from base import UserError
 from vlm.adopt_nf4 import adopt
 from vlm.fits import why_not
-from vlm.kernels import rotate_and_store, swiglu
+from vlm.kernels import add_and_norm, rotate_and_store, swiglu
 from vlm.nf4 import NF4Linear
 
 SAME = 0.05                  # `apart` below this is rounding; a graph that went wrong is off by all
@@ -80,19 +80,21 @@ class Llama:
         cache (layers, 2, rows, kv_heads, slots, d) gets their keys and values at places (n,): row * slots + slot.
         attend(number of the layer, queries (n, heads, d)) -> (n, heads * d); keys and values are in the cache then.
         """
+        h = normed(x, self.model.layers[0].input_layernorm)
         for number, layer in enumerate(self.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
-            qkv = together(normed(x, layer.input_layernorm), self.qkv[number],
+            qkv = together(h, self.qkv[number],
                            attention.q_proj, attention.k_proj, attention.v_proj).view(len(x), -1, self.head_dim)
             queries = rotate_and_store(qkv, self.rope, positions, cache[number], places)
             if number + 1 == self.depth and not follow:
                 return None
-            x = x + attention.o_proj(attend(number, queries))
-            gate_up = together(normed(x, layer.post_attention_layernorm), self.gate_up[number],
-                               mlp.gate_proj, mlp.up_proj)
+            x, h = add_and_norm(x, attention.o_proj(attend(number, queries)), layer.post_attention_layernorm)
+            gate_up = together(h, self.gate_up[number], mlp.gate_proj, mlp.up_proj)
             gate, up = gate_up.chunk(2, -1)
-            x = x + mlp.down_proj(swiglu(gate_up) if self.is_silu else mlp.act_fn(gate) * up)
-        return x
+            out = mlp.down_proj(swiglu(gate_up) if self.is_silu else mlp.act_fn(gate) * up)
+            if number + 1 == self.depth:
+                return x + out
+            x, h = add_and_norm(x, out, self.model.layers[number + 1].input_layernorm)
 
     def following(self, x: torch.Tensor) -> Next:
         """x (n, D) as `layers` gives it -> what follows each position."""
