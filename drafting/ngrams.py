@@ -19,6 +19,9 @@ MAX_CONTEXTS = 2**19                 # of a level; when it is full the level bef
 NEGLIGIBLE = 0.004                   # weight of shorter contexts at which `best` stops: no rank changes in 99.9 %
 
 
+NONE_LONGER: dict[int, Context] = {}                                 # of contexts that were not followed further
+
+
 class Context:
     """One context and the tokens that followed it."""
 
@@ -27,15 +30,20 @@ class Context:
     def __init__(self, order: int, suffix: Context | None, older: Context | None = None):
         """suffix: the context without its first token. older: the same context in an older level, copied."""
         self.order, self.suffix = order, suffix
-        self.longer: dict[int, Context] = {}                         # by one more token at the end
+        self.longer: dict[int, Context] = NONE_LONGER                # by one more token at the end
         self.counts: dict[int, float] = dict(older.counts) if older else {}
         self.total = older.total if older else 0.0
-        self.top: list[int] = list(older.top) if older else []       # the commonest tokens, the commonest first
+        # The commonest tokens, the commonest first; None for a single token, which nearly all contexts have.
+        self.top: list[int] | None = list(older.top) if older and older.top else None
 
     def rank(self, token: int) -> None:
         """Move a token whose count has grown to its place among the commonest."""
         counts, top = self.counts, self.top
         count = counts[token]
+        if top is None:
+            if len(counts) == 1:
+                return
+            top = self.top = [other for other in counts if other != token]
         if token in top:
             at = top.index(token)
         elif len(top) < TOP_TOKENS:
@@ -81,29 +89,24 @@ class NGrams:
         for token in answer:
             if older:
                 older = self.after(older, before)
-            suffix, chain = root, [root, *chain[:MAX_ORDER - 1]]
+            suffix, chain, copied = root, [root, *chain[:MAX_ORDER - 1]], None
             for at, parent in enumerate(chain):
                 context = parent.longer.get(before)
                 if context is None:
-                    context = parent.longer[before] = Context(at + 1, suffix, self._of_order(older, at + 1))
+                    if copied is None:
+                        copied = by_order(older)
+                    context = Context(at + 1, suffix, copied.get(at + 1))
+                    if parent.longer is NONE_LONGER:
+                        parent.longer = {}
+                    parent.longer[before] = context
                     self.size += 1
                 counts = context.counts
                 counts[token] = counts.get(token, 0.0) + weight
                 context.total += weight
-                if not context.top or context.top[0] != token:
+                if context.top is None or context.top[0] != token:
                     context.rank(token)
                 chain[at] = suffix = context
             before = token
-
-    @staticmethod
-    def _of_order(state: State, order: int) -> Context | None:
-        """The context of this order in the first level that has it."""
-        for context in state:
-            while context.order > order:
-                context = context.suffix
-            if context.order == order:
-                return context
-        return None
 
     # ------------------------------------------------------------------------------------------------- states
     def begin(self) -> State:
@@ -124,13 +127,13 @@ class NGrams:
         """Contexts of orders n, n - 1, ..., 1 of a state; of each order the one in the newest level that has it."""
         newest, contexts = state[0], []
         if len(state) == 2:
-            older = state[1]
-            while older.order > newest.order:
-                contexts.append(older)
-                older = older.suffix
+            context = state[1]
+            while context.order > newest.order:
+                contexts.append(context)
+                context = context.suffix
         elif len(state) > 2:
-            longest = max(context.order for context in state)
-            contexts = [self._of_order(state, order) for order in range(longest, newest.order, -1)]
+            older = by_order(state[1:])
+            contexts = [older[order] for order in range(max(older, default=0), newest.order, -1)]
         while newest.order:
             contexts.append(newest)
             newest = newest.suffix
@@ -163,7 +166,7 @@ class NGrams:
             counts = context.counts
             back_off = BACK_OFF * len(counts)
             share = weight / (context.total + back_off)
-            for token in context.top:
+            for token in context.top or counts:
                 probabilities[token] = probabilities.get(token, 0.0) + share * counts[token]
             weight = share * back_off
             if weight < NEGLIGIBLE:
@@ -180,3 +183,14 @@ def following(context: Context, token: int) -> Context:
         if context.suffix is None:
             return context
         context = context.suffix
+
+
+def by_order(state: State) -> dict[int, Context]:
+    """order -> the context of that order, from the first level that has it."""
+    contexts: dict[int, Context] = {}
+    for longest in reversed(state):
+        context = longest
+        while context.suffix is not None:
+            contexts[context.order] = context
+            context = context.suffix
+    return contexts
