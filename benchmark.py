@@ -19,8 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-from base import UserError, as_json, log, now, parse_config, provenance, required, run
+from base import UserError, as_json, log, now, parse_config, provenance, required
 from machine.files import make_folder, read_json, write_json
+from machine.running import run
 
 BENCHMARKS = ("prepare", "extract", "train", "adapter", "decode", "load")
 

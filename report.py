@@ -9,74 +9,71 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from base import log, option, parse_config, required, run
-from machine.files import reading
-from reports import decode_report
-from reports.task_report import (
-    DRAFTER_PICTURES,
-    GAMMA_OF_LEAD,
-    MEASURE,
-    PICTURES,
-    best_drafter,
-    draft_worth,
-    percent,
-    read_results,
-    write_report,
-)
+from base import log, option, parse_config, required
+from drafting.table import styles
+from machine.running import run
+from reports.blocks import number, percent
+from reports.charts import CURVES, DECODE_CHARTS, DRAFTER_CURVES
+from reports.decode_figures import REDO, one_line, read_decoding
+from reports.decode_report import write_decode_report
+from reports.shapes import sensible_values
+from reports.task_figures import LEAD_GAMMA, REMEASURE, best_drafter, draft_worth, read_results
+from reports.task_report import write_report
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
     """Print the SUMMARY of finished tasks, or make their pages and pictures again."""
 
-    tasks: list[Path] = required("task folders; with --rebuild also folders of decodings", positional=True)
-    rebuild: bool = option(False, "make the page and the pictures again from results.json or decode.json")
+    tasks: list[Path] = required("task folders; with --rebuild also folders of decodings",
+                                 positional=True)
+    rebuild: bool = option(False, "make the page and the pictures again from results.json or "
+                                  "decode.json")
 
 
-def newest_decoding(task: Path) -> list[Path]:
-    """The last folder of speculative_decode.py that was finished, none or one; its name ends in the time."""
+def newest_decodings(task: Path) -> list[Path]:
+    """The newest finished folder of speculative_decode.py, none or one; its name ends in the time."""
     return sorted(path.parent for path in task.glob("decode_*/decode.json"))[-1:]
 
 
+def summary_row(results: dict) -> list[str]:
+    """One task as a row of the SUMMARY."""
+    train = results["metrics"].get("train") or {"pairs": 0}
+    test = results["metrics"]["test"]
+    adapter, constant, best = test["adapter"], test["constant_string"], best_drafter(test)
+    drafter = test["drafters"][best]
+    return [results["task"], results["adapter"]["conditioning"],
+            f"{train['pairs']}/{test['pairs']}", percent(test["direct_copy"]["alpha"]),
+            percent(constant["alpha"] if constant else None), percent(adapter["alpha"]),
+            percent(adapter["top5"]), best, percent(drafter["alpha"]),
+            number(drafter["simulated"][LEAD_GAMMA]["tau"])]
+
+
 def summary(tasks: list[Path]) -> int:
-    """Log the table of these tasks, one line each, their newest decoding, and where pages and pictures are.
+    """Log the table of these tasks, their newest decodings, and the paths of pages and pictures.
 
     Returns the number of answers, by any way of decoding, that were not the target's own.
     """
-    wrong, worth = 0, []
     rows = [["task", "conditioning", "pairs train/test", "copying", "constant", "adapter", "top-5",
-             "best drafter", "alpha", f"tau, gamma {GAMMA_OF_LEAD}"]]
+             "best drafter", "alpha", f"tau, gamma {LEAD_GAMMA}"]]
+    notes, paths, wrong = [], [], 0
     for task in tasks:
         results = read_results(task)
-        with reading(task / "results.json", MEASURE):
-            trained, test = results["metrics"].get("train", {"pairs": 0}), results["metrics"]["test"]
-            adapter, constant, best = test["adapter"], test["constant_string"], best_drafter(test)
-            lead = test["drafters"][best]
-            rows.append([
-                str(results["task"]), str(results["adapter"]["conditioning"]), f"{trained['pairs']}/{test['pairs']}",
-                percent(test["direct_copy"]["alpha"]), percent(constant["alpha"] if constant else None),
-                percent(adapter["alpha"]), percent(adapter["top5"]), best, percent(lead["alpha"]),
-                f"{lead['simulated'][GAMMA_OF_LEAD]['tau']:.2f}"])
-            worth.append(draft_worth(results))
+        with sensible_values(task / "results.json", REMEASURE):
+            rows.append(summary_row(results))
+            notes.append(f"{results['task']} | what the draft adds: {draft_worth(results)}")
+        paths += [task / name for name in ("RESULTS.md", *CURVES, *DRAFTER_CURVES)]
+        for folder in newest_decodings(task):
+            decoding = read_decoding(folder)
+            with sensible_values(folder / "decode.json", REDO):
+                notes.append(f"{results['task']} | decoding: {one_line(decoding)}")
+            wrong += decoding["totals"]["verdicts"].get("WRONG", 0)
+            paths += [folder / name for name in ("DECODE.md", *DECODE_CHARTS)]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        log("SUMMARY | " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)))
-    for task, (name, *_), draft in zip(tasks, rows[1:], worth):
-        log(f"SUMMARY | {name} | what the draft adds: {draft}")
-        for folder in newest_decoding(task):
-            found = decode_report.read_decoding(folder)
-            with reading(folder / "decode.json", decode_report.DECODE):
-                wrong += found["totals"]["verdicts"].get("WRONG", 0)
-                log(f"SUMMARY | {name} | decoding: {decode_report.one_line(found)}")
-    log("SUMMARY | tau: tokens for each target pass in simulated greedy speculative decoding")
-    for task in tasks:
-        for name in ("RESULTS.md", *PICTURES, *DRAFTER_PICTURES):
-            if (task / name).exists():
-                log(f"SUMMARY | {task / name}")
-        for folder in newest_decoding(task):
-            for name in ("DECODE.md", *decode_report.PICTURES):
-                if (folder / name).exists():
-                    log(f"SUMMARY | {folder / name}")
+    table = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
+    notes.append("tau: tokens for each target pass in simulated greedy speculative decoding")
+    for line in [*table, *notes, *(path for path in paths if path.exists())]:
+        log(f"SUMMARY | {line}")
     return wrong
 
 
@@ -85,11 +82,9 @@ def main() -> None:
     if config.rebuild:
         for folder in config.tasks:
             if (folder / "decode.json").exists():
-                with reading(folder / "decode.json", decode_report.DECODE):
-                    decode_report.write_decode_report(folder)
+                write_decode_report(folder)
             else:
-                with reading(folder / "results.json", MEASURE):
-                    write_report(folder)
+                write_report(folder, styles())
     elif wrong := summary(config.tasks):
         log(f"ERROR | {wrong} decoded answers are not the target's own: see WRONG in DECODE.md")
         sys.exit(3)

@@ -25,14 +25,15 @@ from base import UserError
 from machine.files import check_format
 from machine.tensors import check_weights, read_tensors, some_of, write_tensors
 
-# What output i of the adapter proposes. It is written into every checkpoint: an adapter trained by one
-# contract and read by another has nothing accepted, which is what happened in the original suite.
+# What output i of the adapter proposes, written into every checkpoint: in the original suite an adapter
+# was trained by one contract and used by another, and nothing was accepted.
 CONTRACTS = {"draft": "target[i] from draft[:i+1]", "prefix": "target[i] from target[:i]",
              "prefix+draft": "target[i] from target[:i] and the whole draft"}
 ORIGINAL_CONTRACT = "target[i+1] from draft[:i+1]"
 ORIGINAL_NUM_HEADS = 8
-NOT_SCORED = -100              # a label that cross_entropy ignores by default, and equal to no column
+NOT_SCORED = -100            # a label that cross_entropy ignores by default, and equal to no column
 FORMAT = 1                     # of checkpoints; those without the number count as 0
+MAX_LAYERS = 256               # of a checkpoint
 MAX_CHECKPOINT = 3 * 2**30     # bytes: 17 times the default adapter in float32
 
 
@@ -58,7 +59,8 @@ class AdapterConfig:
         if self.contract != CONTRACTS[self.conditioning] and not original:
             raise UserError(f"unknown contract {self.contract!r} for conditioning {self.conditioning}, "
                             f"wanted {CONTRACTS[self.conditioning]!r}")
-        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "feedforward_dim", "max_seq_len"):
+        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "feedforward_dim",
+                     "max_seq_len"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise UserError(f"{name} must be a whole number of 1 or more, got {value!r}")
@@ -93,7 +95,7 @@ class Cache:
     which a step takes rows.
     """
 
-    SPARE = 16                     # slots that a graph of more tokens than are left may write; never seen
+    SPARE = 16               # slots that a graph of more tokens than are left may write; never seen
 
     def __init__(self, config: AdapterConfig, batch: int, like: torch.Tensor):
         """like: a weight of the adapter; the cache takes its device and dtype."""
@@ -101,7 +103,7 @@ class Cache:
         self.values = like.new_zeros(config.num_layers, 2, batch, heads, room, config.embed_dim // heads)
         self.slots = torch.arange(room, device=like.device)
         self.masks = like.new_zeros(batch, 1, room, room)      # row of a slot: 0 where it sees, else -inf
-        self.positions = like.new_zeros(room, config.embed_dim)     # row of a slot: its position embedding
+        self.positions = like.new_zeros(room, config.embed_dim)       # row of a slot: its embedding
         self.length = 0
 
 
@@ -133,15 +135,17 @@ class SelfAttention(nn.Module):
         """A pass over the next positions: x (B, T, D) -> (B, T, D).
 
         cached (2, B, heads, S, D / heads): keys and values of all S slots; those of the T positions
-        are written at slots (T,) int64. mask (B, 1, T, S): added to the scores, 0 where seen, else -inf.
+        are written at slots (T,) int64. mask (B, 1, T, S): added to the scores, 0 where seen, else
+        -inf.
         """
         projected = self._project(x)
         query, (key, value) = projected[0], cached.index_copy_(3, slots, projected[1:])
-        # Not fused: for one position in float32 the fused kernel of an H200 took 39 us, 40 % of a step.
+        # Not fused: for one position in float32 the fused kernel of an H200 took 39 us, 40 % of a
+        # step.
         scores = torch.add(mask, query @ key.mT, alpha=query.shape[-1] ** -0.5)
         return self._merge(scores.softmax(-1) @ value)
 
-    def _project(self, x):                                 # (B, T, D) -> (3, B, heads, T, D / heads)
+    def _project(self, x):                                # (B, T, D) -> (3, B, heads, T, D / heads)
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         return projected.view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 
@@ -173,7 +177,8 @@ class Block(nn.Module):
 
 
 class TokenAdapter(nn.Module):
-    """Sub-modules are named as in the original suite; `transformer.layers` as in nn.TransformerEncoder.
+    """Sub-modules are named as in the original suite; `transformer.layers` as in
+    nn.TransformerEncoder.
 
     output_ids (K,) int64, ascending: the ids that are scored, when not all are (a frequency-ranked
     output as in Zhao et al. 2025, "FR-Spec"). Logits then have K columns: ids_of() and labels_of()
@@ -184,7 +189,7 @@ class TokenAdapter(nn.Module):
         super().__init__()
         self.config = config
         if output_ids is None and config.draft_vocab:
-            output_ids = torch.empty(config.draft_vocab, dtype=torch.long)      # a checkpoint fills it
+            output_ids = torch.empty(config.draft_vocab, dtype=torch.long)   # a checkpoint fills it
         self.register_buffer("output_ids", output_ids)
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         self.position_embedding = nn.Embedding(config.max_seq_len, config.embed_dim)
@@ -194,13 +199,14 @@ class TokenAdapter(nn.Module):
                                          nn.Linear(config.embed_dim, config.vocab_size))
         if config.sees_prefix:
             self.begin = nn.Parameter(torch.empty(config.embed_dim))           # begin-of-answer
-            self.as_draft = nn.Parameter(torch.empty(config.embed_dim))        # added to draft tokens
+            self.as_draft = nn.Parameter(torch.empty(config.embed_dim))      # added to draft tokens
             self.embedding_dropout = nn.Dropout(config.dropout)
-            for weight in (self.begin, self.as_draft, self.embedding.weight, self.position_embedding.weight):
+            for weight in (self.begin, self.as_draft, self.embedding.weight,
+                           self.position_embedding.weight):
                 nn.init.normal_(weight, std=0.02)
             self.output_proj[1].weight = self.embedding.weight
 
-    # ----------------------------------------------------------------------------------- a whole pass
+    # --------------------------------------------------------------------------------- a whole pass
     def forward(self, draft, draft_lengths=None, prefix=None):
         """One full pass -> logits; output i proposes target[:, i + config.first_position].
 
@@ -214,19 +220,20 @@ class TokenAdapter(nn.Module):
     def hidden(self, draft, draft_lengths=None, prefix=None, text=None):
         """The states x (B, T, D) from which `output` makes the logits of `forward`.
 
-        text (B, S) int64, only in training: drafts as answers of their own, since EventGPT's sentences
-        are further text about the same streets. S more positions follow, of which output i proposes
-        text[:, i] from text[:, :i].
+        text (B, S) int64, only in training: drafts as answers of their own, since EventGPT's
+        sentences are further text about the same streets. S more positions follow, of which output
+        i proposes text[:, i] from text[:, :i].
         """
         assert draft.shape[1] <= self.config.max_seq_len, (draft.shape, self.config.max_seq_len)
         if not self.config.sees_prefix:
             return self._blocks(self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]])
         before = draft.shape[1] if self.config.conditioning == "prefix+draft" else 0
         parts = [draft[:, :before], prefix, *([] if text is None else [text[:, :-1]])]
-        # Looked up together, because the gradient of each lookup is a table of the whole vocabulary.
+        # Looked up together, because each lookup's gradient is a table of the whole vocabulary.
         parts = self.embedding(torch.cat(parts, 1)).split([part.shape[1] for part in parts], 1)
         x = [self._embed_draft(parts[0])] if before else []
-        x += [self._embed_answer(parts[1])] + [self._embed_answer(part) + self.as_draft for part in parts[2:]]
+        x += [self._embed_answer(parts[1])]
+        x += [self._embed_answer(part) + self.as_draft for part in parts[2:]]
         first = before + prefix.shape[1] + 1
         visible = self._visible(draft_lengths, before, first) if before else None
         sizes = None if text is None else (first, text.shape[1])
@@ -238,11 +245,11 @@ class TokenAdapter(nn.Module):
         return x
 
     def _visible(self, draft_lengths, before: int, positions: int):
-        """(B, 1, positions, positions) bool: what the `before` positions of a draft and an answer see."""
+        """(B, 1, positions, positions) bool: what positions of a draft (`before`) and an answer see."""
         slots = torch.arange(positions, device=draft_lengths.device)
-        inside = slots[:before] < draft_lengths[:, None]                                     # (B, before)
+        inside = slots[:before] < draft_lengths[:, None]                               # (B, before)
         visible = (slots <= slots[:, None]).expand(len(inside), -1, -1).clone()
-        # All see the whole draft; positions past its end see themselves too, since a softmax needs something.
+        # All see the whole draft; positions past its end see themselves, for the softmax's sake.
         visible[:, :, :before] = inside[:, None] | (slots[:before] == slots[:, None])
         return visible[:, None]
 
@@ -251,22 +258,26 @@ class TokenAdapter(nn.Module):
         return columns if self.output_ids is None else self.output_ids[columns]
 
     def labels_of(self, ids):
-        """Token ids -> columns of the logits, any shape; NOT_SCORED and ids that aren't scored -> NOT_SCORED."""
+        """Token ids -> columns of the logits, any shape; NOT_SCORED and ids that aren't scored ->
+        NOT_SCORED.
+        """
         if self.output_ids is None:
             return ids
         columns = torch.searchsorted(self.output_ids, ids).clamp(max=len(self.output_ids) - 1)
         return columns.masked_fill(self.output_ids[columns] != ids, NOT_SCORED)
 
     def output(self) -> tuple:
-        """(norm, weight (K, D), bias (K,)): logits are norm(x) @ weight.T + bias, a column for each scored id."""
+        """(norm, weight (K, D), bias (K,)): logits are norm(x) @ weight.T + bias."""
         norm, linear = self.output_proj
-        if self.output_ids is None:
-            return norm, linear.weight, linear.bias
-        return norm, linear.weight.index_select(0, self.output_ids), linear.bias.index_select(0, self.output_ids)
+        weight, bias = linear.weight, linear.bias
+        if self.output_ids is not None:
+            weight, bias = weight.index_select(0, self.output_ids), bias.index_select(0, self.output_ids)
+        return norm, weight, bias
 
     def _logits(self, x):                                    # (B, T, D) -> (B, T, K)
         norm, weight, bias = self.output()
-        if x.is_cuda and x.dtype == torch.bfloat16:          # rounded to bfloat16 the best two are often equal
+        # rounded to bfloat16 the best two are often equal
+        if x.is_cuda and x.dtype == torch.bfloat16:
             logits = torch.mm(norm(x).flatten(0, -2), weight.t(), out_dtype=torch.float32) + bias
             return logits.view(*x.shape[:-1], -1)
         return F.linear(norm(x), weight, bias)
@@ -274,30 +285,32 @@ class TokenAdapter(nn.Module):
     def _embed_draft(self, x):                         # (B, T, D) of the tokens -> (B, T, D)
         return x + self.position_embedding.weight[:x.shape[1]] + self.as_draft
 
-    def _embed_answer(self, x):                        # (B, T, D) -> (B, T + 1, D): begin-of-answer first
+    def _embed_answer(self, x):                  # (B, T, D) -> (B, T + 1, D): begin-of-answer first
         x = torch.cat([self.begin.expand(len(x), 1, -1), x], dim=1)
         return x + self.position_embedding.weight[:x.shape[1]]
 
-    # ----------------------------------------------------------------------------------- step by step
+    # --------------------------------------------------------------------------------- step by step
     def start(self, draft, draft_lengths, cache: Cache | None = None) -> tuple:
-        """Read drafts (B, Td) int64 of lengths (B,) -> (logits (B, 1, V) of position 0, the cache)."""
+        """Read drafts (B, Td) int64 of lengths (B,) -> (logits (B, 1, V) of position 0, cache)."""
         cache = cache or Cache(self.config, len(draft), self.begin.detach())
         before = draft.shape[1] if self.config.conditioning == "prefix+draft" else 0
         x = (self.begin + self.position_embedding.weight[0]).expand(len(draft), 1, -1)
-        visible = cache.slots <= cache.slots[:, None].clamp(min=before - 1)         # a draft sees all of itself
+        # a draft sees all of itself
+        visible = cache.slots <= cache.slots[:, None].clamp(min=before - 1)
         if before:
             x = torch.cat([self._embed_draft(self.embedding(draft)), x], dim=1)
             inside = (cache.slots >= before) | (cache.slots < draft_lengths[:, None])
             visible = inside[:, None] & visible | (cache.slots == cache.slots[:, None])
         cache.masks.copy_(torch.where(visible.expand(len(draft), -1, -1), 0.0, -torch.inf)[:, None])
-        places = (cache.slots - before).clamp(0, self.config.max_seq_len - 1)       # later ones are never used
+        # later ones are never used
+        places = (cache.slots - before).clamp(0, self.config.max_seq_len - 1)
         cache.positions.copy_(self.position_embedding(places))
         x = self._cached_blocks(x, cache, cache.slots[:before + 1], cache.masks[:, :, :before + 1])
         cache.length = before + 1
         return self._logits(x[:, -1:]), cache
 
     def step(self, tokens, cache: Cache):
-        """The next tokens (B, T) int64, verified or proposed -> logits (B, T, V) of what follows each.
+        """Tokens (B, T) int64, verified or proposed -> logits (B, T, V) of what follows each.
 
         The result equals the full pass. To take back the last n tokens: cache.length -= n.
         """
@@ -306,7 +319,7 @@ class TokenAdapter(nn.Module):
         return self.step_at(tokens, slots, cache)
 
     def step_at(self, tokens, slots, cache: Cache):
-        """`step` at slots (T,) int64; nothing here depends on the host, so that a CUDA graph can hold it."""
+        """`step` at slots (T,) int64; independent of the host, so that a CUDA graph can hold it."""
         x = self.embedding(tokens) + cache.positions.index_select(0, slots)
         return self._logits(self._cached_blocks(x, cache, slots, cache.masks.index_select(2, slots)))
 
@@ -318,14 +331,15 @@ class TokenAdapter(nn.Module):
 
     def condition(self, conditioning: str) -> None:
         """Go on as `prefix` or `prefix+draft`: same weights, other inputs."""
-        assert self.config.sees_prefix == (conditioning != "draft"), (self.config.conditioning, conditioning)
-        self.config = dataclasses.replace(self.config, conditioning=conditioning, contract=CONTRACTS[conditioning])
+        assert self.config.sees_prefix == (conditioning != "draft"), conditioning
+        self.config = dataclasses.replace(
+            self.config, conditioning=conditioning, contract=CONTRACTS[conditioning])
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-# ---------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 def save_adapter(adapter: TokenAdapter, path: Path, **facts) -> None:
     """Write weights, config and plain facts (epoch, ...) into one file, whole or not at all."""
     weights = {name: tensor.cpu() for name, tensor in adapter.state_dict().items()}
@@ -341,8 +355,7 @@ def load_adapter(path: Path) -> TokenAdapter:
     """
     if not path.exists():
         raise UserError(f"no such file: {path}")
-    checkpoint = read_tensors(
-        path, MAX_CHECKPOINT, "is not a checkpoint that can be read: {reason}")
+    checkpoint = read_tensors(path, MAX_CHECKPOINT, "is not a checkpoint that can be read: {reason}")
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     check_format(path, checkpoint.get("format"), FORMAT)
     state, recorded = checkpoint.get("model_state_dict"), checkpoint.get("config")
@@ -354,7 +367,9 @@ def load_adapter(path: Path) -> TokenAdapter:
         with torch.device("meta"):                         # no random weights: the file has them
             adapter = TokenAdapter(config)
         check_weights(state, integers=("output_ids",), wanted=adapter.state_dict())
-        _check_output_ids(state.get("output_ids"), config)
+        ids = state.get("output_ids", torch.zeros(1))
+        if (ids.diff() <= 0).any() or ids[0] < 0 or ids[-1] >= config.vocab_size:
+            raise ValueError(f"output_ids must be ascending ids below the vocabulary size {config.vocab_size}")
     except (UserError, ValueError) as error:
         raise UserError(f"{path} is not an adapter checkpoint: {error}") from error
     adapter.load_state_dict(state, assign=True)
@@ -366,24 +381,20 @@ def load_adapter(path: Path) -> TokenAdapter:
 
 
 def _config_of(state: dict, recorded: dict) -> AdapterConfig:
-    layers = {int(layer[1]) for name in state if (layer := re.match(r"transformer\.layers\.(\d{1,4})\.", name))}
+    num_layers = len(set(re.findall(r"^transformer\.layers\.(\d+)\.", "\n".join(state), re.MULTILINE)))
     telling = ("embedding.weight", "position_embedding.weight", "transformer.layers.0.linear1.weight")
     shapes = [state[name].shape for name in telling if name in state and state[name].dim() == 2]
     if len(shapes) < len(telling):
         raise ValueError(f"wanted two-dimensional {', '.join(telling)}, found {some_of(state)}")
+    if num_layers > MAX_LAYERS:
+        raise ValueError(f"{num_layers} layers, wanted at most {MAX_LAYERS}")
     (vocab_size, embed_dim), (max_seq_len, _), (feedforward_dim, _) = shapes
     for name in ("conditioning", "contract"):
         if not isinstance(recorded.get(name, ""), str):
             raise ValueError(f"{name} must be a text, got {recorded[name]!r}")
     return AdapterConfig(
-        vocab_size=vocab_size, embed_dim=embed_dim, num_layers=len(layers), max_seq_len=max_seq_len,
+        vocab_size=vocab_size, embed_dim=embed_dim, num_layers=num_layers, max_seq_len=max_seq_len,
         feedforward_dim=feedforward_dim, num_heads=recorded.get("num_heads", ORIGINAL_NUM_HEADS),
         dropout=recorded.get("dropout", 0.1), conditioning=recorded.get("conditioning", "draft"),
         contract=recorded.get("contract", ORIGINAL_CONTRACT),
         draft_vocab=state["output_ids"].numel() if "output_ids" in state else 0)
-
-
-def _check_output_ids(ids: torch.Tensor | None, config: AdapterConfig) -> None:
-    if ids is not None and ((ids[1:] <= ids[:-1]).any() or ids[0] < 0 or ids[-1] >= config.vocab_size):
-        raise ValueError("output_ids must be ascending and distinct ids below the vocabulary size "
-                         f"{config.vocab_size}")

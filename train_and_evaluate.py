@@ -1,4 +1,4 @@
-"""Step 2: train a TokenAdapter on token pairs, then measure it once on pairs of drives it never saw.
+"""Step 2: train a TokenAdapter on token pairs, then measure it on pairs of unseen drives.
 
     python train_and_evaluate.py --train_benchmark train_1s.json --test_benchmark test_1s.json
     python train_and_evaluate.py --resume task/1s_20260128_020530
@@ -6,8 +6,8 @@
 
 Reads pairs in any of the three formats of pairs/formats.py. Writes into a new folder
 task/{task_name}_{time}: best_model.pt (when validation improves, a large one some seconds later),
-results.json, the curves as PNG, and RESULTS.md last: a folder that has it is whole. Validation is cut
-from training, by whole drives; the test file decides nothing.
+results.json, the curves as PNG, and RESULTS.md last: a folder that has it is whole. Validation is
+cut from training, by whole drives; the test file decides nothing.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ from base import (
     check_counts,
     duration_of,
     from_json,
-    goes_on_with,
     log,
     now,
     option,
     parse_config,
     provenance,
-    run,
 )
+from drafting.table import styles
 from machine.files import (
     check_format,
     make_folder,
@@ -47,9 +46,11 @@ from machine.files import (
     reading,
     write_json,
 )
+from machine.running import goes_on_with, run
 from pairs.pairs import Pairs
 from pairs.splits import MAX_VOCAB_SIZE, Data, ValidationSplit, check_drafts, load_data
-from reports.task_report import MEASURE, one_line, write_report
+from reports.task_figures import FORMAT, REMEASURE, one_line
+from reports.task_report import write_report
 
 if TYPE_CHECKING:          # torch is imported only after the flags are read
     import torch
@@ -59,14 +60,15 @@ if TYPE_CHECKING:          # torch is imported only after the flags are read
     from training.evaluation import Measuring
     from training.phases import Settings, Trained
 
-FORMAT = 1                 # of results.json; one without the number counts as 0
 SMALL_ADAPTER = 2_000_000  # parameters up to which a CPU measures everything, online steps too
-CPU_SAMPLES = 200          # pairs of a set that a larger adapter is measured on there, unless told otherwise
+# pairs of a set that a larger adapter is measured on there, unless told otherwise
+CPU_SAMPLES = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Train a TokenAdapter on token pairs and measure it, or measure a checkpoint (--checkpoint)."""
+    """Train a TokenAdapter on token pairs and measure it, or measure a checkpoint (--checkpoint).
+    """
 
     test_benchmark: list[Path] | None = option(
         None, "pair files to measure on, used once, at the end; required")
@@ -190,7 +192,7 @@ class TrainConfig:
 
 # ------------------------------------------------------------------------------------------- task
 def resumed(folder: Path, device: str, plots: bool) -> TrainConfig | None:
-    """The settings of the task to go on with; None: all was measured before, and the page is there now.
+    """The settings of the task to go on with; None: it was finished, and has its page now.
 
     device, plots: the flags of this run; device "auto" leaves the task's own.
     """
@@ -201,10 +203,10 @@ def resumed(folder: Path, device: str, plots: bool) -> TrainConfig | None:
     check_format(path, results.get("format"), FORMAT)
     if not results.get("unfinished"):
         if not (folder / "RESULTS.md").exists():              # stopped while the page was made
-            with reading(path, MEASURE):
-                write_report(folder, plots=plots)
+            with reading(path, REMEASURE):
+                write_report(folder, styles(), plots=plots)
         (folder / "resume.pt").unlink(missing_ok=True)
-        with reading(path, MEASURE):
+        with reading(path, REMEASURE):
             log(f"RESULT | {folder} | finished before: {one_line(results)}")
         return None
     given = {"device": device} if device != "auto" else {}
@@ -232,10 +234,10 @@ def open_task(config: TrainConfig, data: Data, locks: contextlib.ExitStack) -> P
 
 
 def detect_task_name(data: Data) -> str:
-    """The window length, 1s or 500ms, from the file names, else what they record, else their folders."""
+    """The window length (1s, 500ms) that file names, file contents or folders tell."""
     files = data.files["train"] + data.files["test"]
     paths = [Path(file["path"]).resolve() for file in files]
-    recorded = [str(file[key]) for file in files for key in ("dataset_dir", "dataset_name") if key in file]
+    recorded = [file[key] for file in files for key in ("dataset_dir", "dataset_name") if key in file]
     texts = [*(path.name for path in paths), *recorded, *(str(path.parent) for path in paths)]
     return duration_of(*texts) or "task"
 
@@ -247,8 +249,9 @@ def open_data(config: TrainConfig) -> Data:
                      config.bos_id)
 
 
-def adapter_maker(config: TrainConfig, data: Data, device: torch.device) -> Callable[[Pairs], TokenAdapter]:
-    """A function that makes the adapter to train on given pairs, with the same random weights each time."""
+def adapter_maker(config: TrainConfig, data: Data,
+                  device: torch.device) -> Callable[[Pairs], TokenAdapter]:
+    """A function that makes an adapter to train on given pairs, the same each time."""
     from token_adapter import AdapterConfig
     from training.adapters import new_adapter, scoring_targets_of, vocab_size_for
 
@@ -271,7 +274,8 @@ def adapter_maker(config: TrainConfig, data: Data, device: torch.device) -> Call
 def settings_of(config: TrainConfig) -> Settings:
     from training.phases import Settings
 
-    return Settings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)})
+    names = [field.name for field in dataclasses.fields(Settings)]
+    return Settings(**{name: getattr(config, name) for name in names})
 
 
 def train_in(task: Path, facts: dict, adapter: TokenAdapter, resume: Resume,
@@ -311,7 +315,8 @@ def measuring_of(config: TrainConfig, adapter: TokenAdapter, device: torch.devic
 
 
 def finite(value, name: str = "results"):
-    """The value with null for every figure that is no finite number; a warning names each of them."""
+    """The value with null for every figure that is no finite number; a warning names each of them.
+    """
     if isinstance(value, dict):
         return {key: finite(part, f"{name}.{key}") for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -338,8 +343,9 @@ def main() -> None:
 
 
 def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.ExitStack) -> None:
-    """going_on: in config.task_folder, whose lock is held; else in a new one, whose lock joins `locks`."""
-    from drafting.memory import remembered, save_memory  # these bring torch: not before the flags are read
+    """going_on: in config.task_folder, whose lock is held; else in a new one, locked by `locks`."""
+    # these bring torch: not before the flags are read
+    from drafting.memory import remembered, save_memory
     from machine.device import choose_device, device_name
     from training.adapters import open_checkpoint
     from training.checkpoints import Fingerprint, Resume
@@ -386,7 +392,7 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
         "seconds": {"until_trained": trained_s, "all": time.monotonic() - start},
     })
     write_json(task / "results.json", results)
-    write_report(task, plots=config.plots)
+    write_report(task, styles(), plots=config.plots)
     (task / "resume.pt").unlink(missing_ok=True)
     goes_on_with([])
     log(f"RESULT | {task} | {one_line(results)}")

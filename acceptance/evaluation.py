@@ -17,7 +17,8 @@ from drafting.adapter import Adapter
 from drafting.hybrid import MEMORY_SHARES, Hybrid
 from drafting.memory import Memory, number_remembered, remembered
 from drafting.ngrams import NGrams
-from drafting.table import SIMULATED, SimulationParts
+from drafting.parts import SimulationParts
+from drafting.table import SIMULATED
 from pairs.pairs import Pairs
 from token_adapter import TokenAdapter
 

@@ -69,12 +69,12 @@ def new_adapter(name: str, config: Config, device: torch.device) -> TokenAdapter
 
 def median_ms(work, device: torch.device, before=lambda: None) -> float:
     """Milliseconds of work(), the median; before(): what is not timed, each time."""
-    import decoding.loop as decoding
+    from machine.timing import timed
 
     times = []
     for _ in range(REPEATS):
         before()
-        times.append(1000 * decoding.timed(work, device)[1])
+        times.append(1000 * timed(work, device)[1])
     return statistics.median(times[REPEATS // 5:])               # the first ones warm up
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-import decoding.loop as decoding
+from machine.timing import median_s
 
 
 def copy_rate(device: torch.device) -> float:
@@ -11,7 +11,7 @@ def copy_rate(device: torch.device) -> float:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     copy = torch.empty_like(source)
     copy.copy_(source)
-    return 2 * size / decoding.median_s(lambda: copy.copy_(source), device)
+    return 2 * size / median_s(lambda: copy.copy_(source), device)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -20,7 +20,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     for _ in range(3):
         a @ b
-    return 2 * n**3 / decoding.median_s(lambda: a @ b, device)
+    return 2 * n**3 / median_s(lambda: a @ b, device)
 
 
 def memory(device: torch.device) -> dict:

@@ -1,14 +1,15 @@
 """From a raw recording to a data set folder: `python benchmark.py prepare`.
 
-Times how fast events are painted, beside a plain loop over them and beside a copy of their bytes; then makes up a
-recording in DSEC's layout and lets prepare_dsec.py make its data set folder, while the memory of all its processes is
-watched.
+Times how fast events are painted, beside a plain loop over them and beside a copy of their bytes;
+then makes up a recording in DSEC's layout and lets prepare_dsec.py make its data set folder, while
+the memory of all its processes is watched.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -24,7 +25,8 @@ import numpy as np
 
 import clips.dsec as dsec
 from base import ROOT, UserError, check_counts, log, option
-from clips.media import EventPicture, write_png
+from clips.events import EventPicture
+from clips.pictures import write_png
 
 HEIGHT, WIDTH = 480, 640
 EVENT_BYTES = 5                    # x and y in two bytes each, p in one: what painting reads
@@ -35,16 +37,16 @@ SEQUENCE = "made_up_00_a"
 REPEATS = 3
 
 WHAT = (
-    "Paint: events a second in one thread, columns as in the file, at random places; the loop paints one event after "
-    "the other. Share of copy: of the events whose columns one thread could copy in that time.",
-    "Read: all four columns of the made-up recording through HDF5 and Blosc, and whether times fall, checked.",
-    "Prepare: prepare_dsec.py as a process of its own. Memory: resident memory of all its processes together, the "
+    "Paint: events a second in one thread, columns as in the file, at random places; the loop paints one "
+    "event after the other. Share of copy: of the events whose columns one thread could copy in that time.",
+    "Read: all four columns of the made-up recording through HDF5 and Blosc, times and polarity checked.",
+    "Prepare: prepare_dsec.py as a process of its own. Memory: resident memory of all its processes, the "
     "highest of samples 20 ms apart; pages that processes share count in each of them.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the painting of events, and the way from a made-up recording to its data set folder with its memory."""
+    """Time the painting of events, and time and memory from a made-up recording to its data set folder."""
 
     events: int = option(300_000_000, "of the recording")
     seconds: int = option(30, "length of the recording")
@@ -65,7 +67,7 @@ class Config:
             raise UserError(f"--seed must be 0 or more, got {self.seed}")
 
 
-# ----------------------------------------------------------------------------------------------- a recording
+# -------------------------------------------------------------------------------------- a recording
 def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int = 2**16) -> None:
     """events.h5 as DSEC's: columns packed with Blosc/ZSTD, t relative to t_offset in uint32, and ms_to_idx.
 
@@ -85,7 +87,8 @@ def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int =
                 columns[name].resize((count + len(values),))
                 columns[name][count:] = values
             times = np.asarray(part[3])
-            starts = 1000 * np.arange(len(table), int(times[-1]) // 1000 + 1)      # of each millisecond begun so far
+            starts = 1000 * np.arange(len(table),
+                                      int(times[-1]) // 1000 + 1)  # of each millisecond begun so far
             table += (count + np.searchsorted(times, starts)).tolist()
             count += len(times)
         file.create_dataset("ms_to_idx", data=np.array(table, np.uint64), **packed)
@@ -93,7 +96,7 @@ def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int =
 
 
 def made_up_events(count: int, seconds: float, seed: int) -> Iterator[tuple]:
-    """x, y, p, t in parts: random places and signs, evenly spread times. Real events resemble their neighbours."""
+    """x, y, p, t in parts: random places and signs (real events resemble their neighbours), even times."""
     random = np.random.default_rng(seed)
     for start in range(0, count, PART):
         size = min(PART, count - start)
@@ -127,7 +130,7 @@ def write_recording(root: Path, config: Config) -> None:
     (folder / "images" / "timestamps.txt").write_text("".join(f"{time}\n" for time in times))
 
 
-# --------------------------------------------------------------------------------------------------- measure
+# ------------------------------------------------------------------------------------------ measure
 def median_s(work) -> float:
     work()
     seconds = []
@@ -164,7 +167,8 @@ def painting(config: Config) -> dict:
         return picture.image()
 
     few = config.painted // 100
-    rates = {render: len(x) / median_s(lambda: paint(render)) for render in ("time", "blue_over_red")}  # noqa: B023
+    rates = {render: len(x) / median_s(functools.partial(paint, render))
+             for render in ("time", "blue_over_red")}
     rates["loop"] = few / median_s(lambda: plain_loop(x[:few], y[:few], p[:few]))
     copied = copy_rate(torch.device("cpu"))                # bytes a second, read and written
     return {"events_per_s": rates, "copy_bytes_per_s": copied,
@@ -223,8 +227,8 @@ def measure(config: Config) -> dict:
     with tempfile.TemporaryDirectory(prefix="recording_") as folder:
         need, free = config.events * FILE_BYTES + 2**30, shutil.disk_usage(folder).free
         if need > free:
-            raise UserError(f"{config.events} events take about {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} "
-                            "are free; set TMPDIR to a folder with more room, or use fewer --events")
+            raise UserError(f"{config.events} events take about {need / 1e9:.1f} GB in {folder}, "
+                            f"{free / 1e9:.1f} are free; set TMPDIR to a folder with more room, or use fewer --events")
         log(f"benchmark | making up a recording of {config.seconds} s with {config.events} events")
         write_recording(Path(folder), config)
         events = Path(folder, "test", SEQUENCE, "events", "left", "events.h5")
@@ -234,7 +238,8 @@ def measure(config: Config) -> dict:
     return {"what": list(WHAT), "device": f"CPU, {os.cpu_count()} cores", "paint": paint,
             "read": {"events_per_s": read, "file_mib": size / 2**20}, "prepare": made,
             "wanted_of": f"of {config.events} events in {config.seconds} s", "wanted": [
-                {"what": "peak memory of all processes, MiB", "measured": made["peak_mib"], "wanted": "<= 2048"}]}
+                {"what": "peak memory of all processes, MiB", "measured": made["peak_mib"],
+                 "wanted": "<= 2048"}]}
 
 
 def show(results: dict) -> None:
@@ -248,12 +253,12 @@ def show(results: dict) -> None:
             + (f" | {paint['over_loop'][name]:.0f} x the loop" if name in paint["over_loop"] else ""))
     log(f"table | copy | {paint['copy_bytes_per_s'] / 1e9:.1f} GB/s read and written")
     log(f"table | read | {read['events_per_s'] / 1e6:.1f} million events/s | file {read['file_mib']:.0f} MiB")
-    log(f"table | prepare | {made['clips']} clips in {made['seconds']:.1f} s, {made['clips_per_s']:.2f} a second | "
-        f"peak {made['peak_mib']:.0f} MiB, largest process {made['largest_process_mib']:.0f} | "
+    log(f"table | prepare | {made['clips']} clips in {made['seconds']:.1f} s, {made['clips_per_s']:.2f} a "
+        f"second | peak {made['peak_mib']:.0f} MiB, largest process {made['largest_process_mib']:.0f} | "
         f"mp4 {made['mp4_mib']:.1f} MiB, event pictures {made['png_mib']:.1f} MiB")
 
 
 def one_line(results: dict) -> str:
     paint, made = results["paint"], results["prepare"]
-    return (f"painted {paint['events_per_s']['time'] / 1e6:.0f} million events/s, {paint['over_loop']['time']:.0f} "
-            f"times the loop; {made['clips_per_s']:.2f} clips/s, peak {made['peak_mib']:.0f} MiB")
+    return (f"painted {paint['events_per_s']['time'] / 1e6:.0f} million events/s, "
+            f"{paint['over_loop']['time']:.0f} times the loop; {made['clips_per_s']:.2f} clips/s, peak {made['peak_mib']:.0f} MiB")

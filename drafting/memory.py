@@ -19,11 +19,12 @@ from drafting.contract import NOTHING, TOP, NoDrafts
 from drafting.ngrams import NGrams, State
 from drafting.parts import LiveParts, SimulationParts
 from drafting.tree import MAX_CHILDREN
-from machine.files import check_plain, write_whole
+from machine.files import check_format, check_plain, write_whole
 from pairs.formats import MAX_ANSWER
 from pairs.pairs import Pairs
 from pairs.splits import MAX_VOCAB_SIZE, clip_order
 
+FORMAT = 1                           # of memory.npz; absent: of versions before formats were counted
 MAX_TRAINING_ANSWERS = 20_000        # answers that a memory begins with: 1,403 real ones take 38 MiB
 MAX_TRAINING_TOKENS = 2**20          # in all of them: 20,000 real ones have 50 tokens each
 MAX_FILE_BYTES = 2**26               # of memory.npz
@@ -149,7 +150,7 @@ def save_memory(answers: Iterable[list[int]], path: Path) -> None:
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, target=target, target_start=start)
+            np.savez_compressed(file, target=target, target_start=start, format=np.int32(FORMAT))
 
     write_whole(path, write)
 
@@ -158,18 +159,19 @@ def load_memory(path: Path) -> list[list[int]]:
     """The answers of save_memory as token lists: all, or the last that the limits of a memory allow."""
     check_plain(path)
     try:
-        flat, start = _arrays(path)
+        flat, start, number = _arrays(path)
     except Exception as error:      # a torn or hostile archive can raise nearly anything
         raise UserError(f"{path} is not the memory of a task: {error}; wanted a memory.npz of training or decoding, "
                         "or leave it out") from error
+    check_format(path, number, FORMAT)
     count = number_remembered(np.diff(start))
     if count < len(start) - 1:
         log(f"memory | WARNING | {path} | the last {count} of {len(start) - 1} answers are used")
     return [flat[first:end].tolist() for first, end in itertools.pairwise(start[-count - 1:])]
 
 
-def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(all tokens int32, start of each answer and the end): checked before they are unpacked, and after."""
+def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray, int | None]:
+    """(all tokens int32, start of each answer and the end, format): checked before they are unpacked, and after."""
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"it has more than {MAX_FILE_BYTES:,} bytes")
     with zipfile.ZipFile(path) as archive:
@@ -177,6 +179,7 @@ def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"it unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
     with np.load(path, allow_pickle=False) as arrays:
         flat, start = arrays["target"], arrays["target_start"]
+        number = int(arrays["format"]) if "format" in arrays else None
     if (flat.dtype != np.int32 or start.dtype.kind != "i" or start.ndim != 1 or (np.diff(start) < 0).any()
             or flat.ndim != 1 or start[0] != 0 or start[-1] != len(flat) or flat.min(initial=0) < 0):
         raise ValueError("its arrays don't fit together")
@@ -184,4 +187,4 @@ def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"it holds an answer of {longest:,} tokens, more than {MAX_ANSWER:,}")
     if (largest := flat.max(initial=0)) >= MAX_VOCAB_SIZE:
         raise ValueError(f"it holds the token id {largest}, wanted ids below {MAX_VOCAB_SIZE}")
-    return flat, start
+    return flat, start, number

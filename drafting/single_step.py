@@ -1,4 +1,6 @@
-"""One step of a TokenAdapter at batch 1, in three quarters of the kernels that `TokenAdapter.step_at` launches."""
+"""One step of a TokenAdapter at batch 1, in three quarters of the kernels that
+`TokenAdapter.step_at` launches.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +10,13 @@ from token_adapter import Cache, TokenAdapter
 
 
 class SingleStep:
-    """`step_at` for one token of one answer in three quarters of its kernels: in a graph too, each costs 2 to 3 us.
+    """`step_at` for one token of one answer in three quarters of its kernels: in a graph too, each
+    costs 2 to 3 us.
 
-    Scores begin as the mask and the residual stream as itself, to which products are added in place; the biases of
-    products that are added so are a further column of their weights, for an input that is always 1. It keeps copies
-    of these weights, as they are now. For a prefix conditioning, whose blocks norm first.
+    Scores begin as the mask and the residual stream as itself, to which products are added in
+    place; the biases of products that are added so are a further column of their weights, for an
+    input that is always 1. It keeps copies of these weights, as they are now. For a prefix
+    conditioning, whose blocks norm first.
     """
 
     def __init__(self, adapter: TokenAdapter, cache: Cache):
@@ -26,12 +30,15 @@ class SingleStep:
         self.scores = cache.masks.new_zeros(config.num_layers, config.num_heads, 1, len(cache.slots))
 
     @staticmethod
-    def _with_bias(linear: nn.Linear) -> torch.Tensor:         # (outputs, inputs + 8): in eights, for alignment
+    # (outputs, inputs + 8): in eights, for alignment
+    def _with_bias(linear: nn.Linear) -> torch.Tensor:
         return torch.cat([linear.weight, F.pad(linear.bias[:, None], (0, 7))], 1).detach()
 
     @torch.inference_mode()
     def __call__(self, token: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        """token (1,), slot (1,) int64 -> logits (1, V) of what follows; keys and values are written at the slot."""
+        """token (1,), slot (1,) int64 -> logits (1, V) of what follows; keys and values are written
+        at the slot.
+        """
         config, cache = self.adapter.config, self.cache
         mixed = self.mixed[:, :config.embed_dim].view(config.num_heads, 1, -1)
         inner = self.inner[:, :config.feedforward_dim]

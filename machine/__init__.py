@@ -1,4 +1,5 @@
-"""What depends on the computer: files written whole, locks, CUDA graphs, the choice of device and dtype.
+"""What depends on the computer: how a program runs and stops, files and locks, device, CUDA graphs.
 
-Nothing here knows a model, an adapter or a file format. May import base alone.
+Nothing here knows a model, an adapter or a file format. May import base alone, and torch only in
+device.py and graphs.py, which no program needs for --help.
 """

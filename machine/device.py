@@ -1,4 +1,4 @@
-"""Where and how a model runs: the choice of device, dtype and quantisation, made in one place for every program."""
+"""Where and how a model runs: the choice of device, dtype and quantisation, for every program."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ Quantization = Literal["auto", "4bit", "8bit", "none"]
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto": the first GPU where there is one, else the CPU.
+    """The device of that name; "auto": the first GPU, or the CPU where there is none.
 
-    Turns TF32 off, for matrix products and convolutions alike: float32 on a GPU then means float32, and a float32
-    answer is the same whichever program computes it. PyTorch leaves TF32 on for convolutions.
-    Raises UserError for a name that is none and for a device that isn't there.
+    Turns TF32 off, for matrix products and for convolutions, where PyTorch leaves it on: float32 on
+    a GPU then means float32, whichever program computes. Raises UserError for an unknown name or a
+    device that is absent.
     """
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(automatic if name == "auto" else name)
     except RuntimeError as error:
         raise UserError(f"--device {name}: wanted auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: wanted auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees {torch.cuda.device_count()} "
-                            "CUDA devices; use --device cpu, or install a PyTorch built for your driver")
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees {count} CUDA "
+                            "devices; use --device cpu, or install a PyTorch built for your driver")
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
     return device
@@ -51,8 +53,9 @@ class Runtime:
     quantization: Literal["4bit", "8bit", "none"]
 
     @staticmethod
-    def choose(device: str = "auto", dtype: str = "auto", quantization: Quantization = "auto") -> Runtime:
-        """"auto": the first GPU where there is one, then bfloat16 and 4bit; else the CPU, float32 and none."""
+    def choose(device: str = "auto", dtype: str = "auto",
+               quantization: Quantization = "auto") -> Runtime:
+        """"auto": bfloat16 and 4bit on the first GPU, or float32 and none on a CPU."""
         place = choose_device(device)
         on_gpu = place.type == "cuda"
         if dtype == "auto":

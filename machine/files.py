@@ -1,35 +1,49 @@
-"""Files: written whole or not at all, read with care, one writer at a time, and the folders that hold them."""
+"""Files: written whole or not at all, read within bounds, one writer at a time; task folders."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
+import math
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from base import MACHINE_TROUBLE, UserError, log, now, plain
+from base import Progress, UserError, log, now, plain
+from machine.running import MACHINE_TROUBLE
 
+MIB = 2**20
+# No write takes so long: a temporary file that is older belongs to nobody, on whichever host it was
+# made.
+TEMPORARY_AGE_S = 24 * 3600
+# What flock says on a disk without locks: Lustre without -o flock, NFS with nolock, some FUSE
+# mounts.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 # What a RuntimeError says where Python has no thread, or PyTorch no memory, left.
 OUT_OF_RESOURCES = re.compile("can't start new thread|DefaultCPUAllocator")
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Call write(temporary path), then rename: readers see the old file or the new one, never half of one.
+# -------------------------------------------------------------------------------------------- write
+def host() -> str:
+    """This host's name, fit for a file name."""
+    return re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40] or "host"
 
-    The temporary name keeps the suffix, because some writers (matplotlib) choose the format by it. What a process
-    that was killed here has left goes first: a checkpoint is large.
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), then rename: readers see the old file or the new one, both whole.
+
+    The temporary file's name keeps the suffix, because some writers (matplotlib) choose the format
+    by it, and names host and process, because a folder may be shared. Files that killed processes
+    left are removed first: a checkpoint is large.
     """
-    left = re.compile(rf"\.{re.escape(path.stem)}\.(\d+)\.tmp{re.escape(path.suffix)}")
-    for name in os.listdir(path.parent):
-        if (found := left.fullmatch(name)) and not is_running(int(found[1])):
-            with contextlib.suppress(OSError):
-                path.with_name(name).unlink()
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    remove_abandoned(path)
+    temporary = path.with_name(f".{path.stem}.{host()}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -37,11 +51,23 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        if error.errno and error.filename in (None, str(temporary)):       # a failed write doesn't say of which file
+        if error.errno and error.filename in (None, str(temporary)):     # a failed write names no file
             error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove temporary files for `path` whose process on this host is gone, or that are a day old."""
+    stem, suffix = re.escape(path.stem), re.escape(path.suffix)
+    pattern = re.compile(rf"\.{stem}\.(?:(.+)\.)?(\d+)\.tmp{suffix}")
+    for name in os.listdir(path.parent):
+        if match := pattern.fullmatch(name):
+            with contextlib.suppress(OSError):
+                gone = match[1] == host() and not is_running(int(match[2]))
+                if gone or time.time() - path.with_name(name).stat().st_mtime > TEMPORARY_AGE_S:
+                    path.with_name(name).unlink()
 
 
 def is_running(process: int) -> bool:
@@ -55,7 +81,7 @@ def is_running(process: int) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """A new name in a folder outlives a power cut only when the folder is synced too, where it can be."""
+    """fsync the folder, where that is possible: else a power cut may undo a new name in it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -69,20 +95,51 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, results: dict) -> None:
-    """What a program measured; a figure that is no number is a bug and is refused."""
-    write_text(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    """Write results as JSON, without NaN and infinity (json_text)."""
+    write_text(path, json_text(results, path, indent=1) + "\n")
 
 
+def json_text(value, path: Path, indent: int | None = None) -> str:
+    """The value as JSON for the file `path`. NaN and infinity, which JSON lacks, become null: a WARNING."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        places: list[str] = []
+        finite = without_nan(value, "", places)
+        more = f" and {len(places) - 5} more" if len(places) > 5 else ""
+        log(f"WARNING | {path}: no finite numbers, written as null: {', '.join(places[:5])}{more}")
+        return json.dumps(finite, indent=indent, allow_nan=False)
+
+
+def without_nan(value, place: str, places: list[str]):
+    """The value with None for NaN and infinity; their places ("metrics.test[3]") go into `places`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        places.append(place)
+        return None
+    if isinstance(value, dict):
+        return {key: without_nan(part, f"{place}.{key}".lstrip("."), places)
+                for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(part, f"{place}[{row}]", places) for row, part in enumerate(value)]
+    return value
+
+
+# --------------------------------------------------------------------------------------------- read
 def check_plain(path: Path, follow: bool = True) -> None:
-    """A UserError if this is there but no file: a pipe would be waited for. follow: whether a link to one will do."""
+    """Raise UserError if the path exists and is no file: reading a pipe would block.
+
+    follow: whether a link to a file will do.
+    """
     if (path.exists() and not path.is_file()) or (path.is_symlink() and not follow):
-        kind = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "a pipe or a device"
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        if path.is_symlink():
+            kind = "a link"
         raise UserError(f"{path} is {kind}, wanted a file; remove it, or choose another name")
 
 
 @contextlib.contextmanager
 def reading(path: Path, otherwise: str) -> Iterator[None]:
-    """Inside, what this file says is used: a UserError if its values are not of the kinds that belong there."""
+    """Turn errors inside the block into a UserError that blames the values in this file."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -90,37 +147,61 @@ def reading(path: Path, otherwise: str) -> Iterator[None]:
                         f"{' '.join(str(error).split())[:200]}); {otherwise}") from error
 
 
-def read_json(path: Path):
-    """The file's JSON value; a UserError that says what is wrong with it otherwise."""
+def read_json(path: Path, max_bytes: int = 128 * MIB):
+    """The JSON value of a file of at most max_bytes; otherwise a UserError that says what is wrong.
+
+    Python's objects take up to 24 times the bytes of their text ("{},"): 128 MiB stay below 4 GiB
+    of memory.
+    """
     check_plain(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(max_bytes + 1) if size <= max_bytes else b""     # it may be growing
+        if max(size, len(content)) > max_bytes:
+            raise UserError(f"{path} has {max(size, len(content)) / MIB:,.0f} MiB, wanted at most "
+                            f"{max_bytes / MIB:,.0f} MiB: it is not the file that belongs there")
+        return json.loads(content.decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}") from error
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError: ValueErrors
         raise not_json(path, error) from error
 
 
+def not_json(path: Path, error: Exception) -> UserError:
+    """The UserError for a file that can't be read as JSON; the usual mix-ups are named."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if not start:
+        return UserError(f"{path} is not JSON: it is empty")
+    if start[:2] == b"\x1f\x8b":
+        return UserError(f"{path} is not JSON: it looks like gzip; unpack it first (gunzip)")
+    if start[:2] == b"PK":
+        return UserError(f"{path} is not JSON: it looks like a zip archive; unpack it first")
+    return UserError(f"{path} is not JSON: {error}")
+
+
 def check_format(path: Path, number, known: int) -> int:
-    """The format number of a file, 0 where it has none. Raises UserError for a number above `known`."""
+    """The format number of a file, 0 where it has none. Raises UserError if it is above `known`."""
     if number is None:
         return 0
     if type(number) is not int or number < 0:
         raise UserError(f"{path} has format {number!r}, wanted a whole number from 0 to {known}")
     if number > known:
         raise UserError(f"{path} has format {number}, this version reads formats up to {known}: "
-                        "it was written by a newer version of the suite; use that version or a later one")
+                        "a newer version of the suite wrote it; use that version or a later one")
     return number
 
 
 def is_machine_trouble(error: BaseException) -> bool:
-    """Whether the machine is in trouble (no memory, no descriptors, a disk that is gone, no permission).
+    """Whether the machine is in trouble: no memory, no descriptors, a disk that is gone, no permission.
 
-    Such an error says nothing about the clip that was being read: the run should stop, and the same command go on
-    once the machine is well. The causes of the error count too, so a reader may wrap it (`raise MediaError from
-    error`). Running out of memory is the machine's trouble, so readers must bound what a file can ask for.
+    Such an error says nothing about the clip that was being read: the run should stop, and the same
+    command go on once the machine is well. Its causes count too, so a reader may wrap it (`raise
+    MediaError from error`). Running out of memory is the machine's trouble: readers must bound what
+    a file can ask for.
     """
     chain: list[BaseException] = []
     cause: BaseException | None = error
@@ -134,63 +215,80 @@ def is_machine_trouble(error: BaseException) -> bool:
         for error in chain)
 
 
-def not_json(path: Path, error: Exception) -> UserError:
-    """What to say of a file that can't be read as JSON; the usual mix-ups are named."""
-    with open(path, "rb") as file:
-        start = file.read(4)
-    if not start:
-        return UserError(f"{path} is not JSON: it is empty")
-    if start[:2] == b"\x1f\x8b":
-        return UserError(f"{path} is not JSON: it looks like gzip; unpack it first (gunzip)")
-    if start[:2] == b"PK":
-        return UserError(f"{path} is not JSON: it looks like a zip archive; unpack it first (unzip)")
-    return UserError(f"{path} is not JSON: {error}")
-
-
+# --------------------------------------------------------------------------------------------- lock
 @contextlib.contextmanager
 def only_writer(path: Path, wait: bool | None = None) -> Iterator[None]:
-    """Hold the lock of this file or folder; its text says who does. flock ends with its process: none is stale.
+    """Hold the lock of this file or folder. The lock file names its holder; flock ends with a process.
 
-    wait: --wait of the program, if it has one. Where another process holds it: a UserError, or else it is waited for.
+    wait: the program's --wait, if it has one: whether to wait for another process that holds the
+    lock, or raise UserError. A lock that is removed while it is held, alone or with its folder,
+    ends the work (Progress.checks).
     """
     lock = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     check_plain(lock, follow=False)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+
+    def check_held() -> None:
+        if not is_same_file(descriptor, lock):
+            raise UserError(f"{lock} was removed or renamed, perhaps with its folder, while this process "
+                            f"wrote {path}; put the folder back, make sure that no other process writes "
+                            "there, and give the same command again")
+
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = plain(os.pread(descriptor, 200, 0).decode(errors="replace")) or "another process"
-            if not wait:
-                otherwise = "" if wait is None else ", or use --wait"
-                raise UserError(f"{path} is being written by {holder}; wait for it{otherwise}") from None
-            log(f"{path} is being written by {holder}: waiting for it to end")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:                  # some network file systems have no locks
-            raise UserError(f"can't lock {lock}: {error.strerror}; choose a folder on another disk") from error
-        if not lock.exists() or not os.path.samestat(os.fstat(descriptor), lock.stat()):
-            raise UserError(f"{lock} was removed while another process wrote; give the same command again")
+        take_lock(descriptor, lock, path, wait)
+        if not is_same_file(descriptor, lock):
+            raise UserError(f"{lock} was removed while another process wrote: give the command again")
         try:
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} since {now()}".encode(), 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {host()} since {now()}".encode(), 0)
         except OSError as error:
-            error.filename = str(lock)            # a failed write doesn't say of which file
+            error.filename = str(lock)            # a failed write names no file
             raise
-        yield
+        Progress.checks.append(check_held)
+        try:
+            yield
+        finally:
+            Progress.checks.remove(check_held)
     finally:
         os.close(descriptor)
 
 
+def take_lock(descriptor: int, lock: Path, path: Path, wait: bool | None) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = plain(os.pread(descriptor, 200, 0).decode(errors="replace")) or "another process"
+        if not wait:
+            otherwise = "" if wait is None else ", or use --wait"
+            raise UserError(f"{path} is being written by {holder}: wait for it{otherwise}") from None
+        log(f"{path} is being written by {holder}: waiting for it to end")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            error.filename = str(lock)
+            raise
+        log(f"WARNING | the disk of {lock} has no locks ({error.strerror}): make sure that no other "
+            f"process writes {path}")
+
+
+def is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------ folders
 def make_folder(path: Path) -> Path:
-    """Make the folder (and its parents) and prove that a file can be written there; a UserError if not."""
+    """Make the folder (and its parents) and write a file there; a UserError if that is impossible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable.{os.getpid()}.tmp"
+        probe = path / f".writable.{host()}.{os.getpid()}.tmp"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"can't write to the folder {path}: {error.strerror}; choose another folder or "
-                        "mend its rights") from error
+        raise UserError(f"can't write to the folder {path}: {error.strerror}; choose another folder, "
+                        "or correct its permissions") from error
     return path
 
 

@@ -1,7 +1,8 @@
-"""CUDA graphs: launching many small kernels anew costs more than they take.
+"""CUDA graphs: replaying one graph is cheaper than launching its many small kernels anew.
 
-All that capture share one stream of their device: cuBLAS keeps a workspace for each stream that it ever saw (32 MiB
-on an H200) and gives none back. With a stream each, a GPU whose memory is short would lose more at every try.
+All captures on a device share one stream: cuBLAS keeps a workspace for each stream that it ever saw
+(32 MiB on an H200) and never frees it. With a stream each, a GPU that is short of memory would lose
+more at every try.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 
 def side_stream() -> torch.cuda.Stream:
-    """That of the current device. PyTorch's own for captures belongs to the device that captured first."""
+    """The capture stream of the current device (PyTorch's own belongs to the first that captured)."""
     return _side_stream(torch.cuda.current_device())
 
 
@@ -24,7 +25,11 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 
 @torch.inference_mode()
 def capture(work: Callable, pool=None) -> tuple:
-    """(a CUDA graph of work(), what it returned); work() first runs three times: what is set up can't be captured."""
+    """Capture work(). Returns (the CUDA graph, the output of work(), which each replay overwrites).
+
+    work() runs three times first, because what it sets up (cuBLAS handles, caches) can't be
+    captured.
+    """
     stream = side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

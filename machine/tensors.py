@@ -1,6 +1,7 @@
-"""Files of tensors (.pt): written whole, read with weights_only=True, and never larger than announced.
+"""Files of tensors (.pt): written whole, read with weights_only=True and a bound on their size.
 
-torch.save writes an uncompressed zip archive: one pickle, and the bytes of each tensor as a record of its own.
+torch.save writes an uncompressed zip archive: one pickle, and the bytes of each tensor as a record
+of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from machine.files import check_plain, write_whole
 MAX_DIRECTORY = 2**24          # bytes of the archive's directory: about 250,000 tensors
 MAX_PICKLE = 2**24             # bytes of the pickle: names, shapes, plain facts
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-ADVICE = ("weights_only", "weights only", "trust")      # words of PyTorch's advice to run what a file holds
+# words of PyTorch's advice to run what a file holds
+ADVICE = ("weights_only", "weights only", "trust")
 
 
 def write_tensors(path: Path, value: dict) -> None:
@@ -27,7 +29,7 @@ def write_tensors(path: Path, value: dict) -> None:
         with open(temporary, "wb") as file:
             try:
                 torch.save(value, file)
-            except RuntimeError as error:        # PyTorch raises one of its own over that of the disk
+            except RuntimeError as error:      # PyTorch raises one of its own over that of the disk
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
@@ -38,8 +40,8 @@ def write_tensors(path: Path, value: dict) -> None:
 def read_tensors(path: Path, max_bytes: int, problem: str):
     """What torch.save wrote, on the CPU.
 
-    A UserError "{path} {problem}" if the file is larger than max_bytes or can't be read; problem: words
-    with the place {reason}.
+    A UserError "{path} {problem}" if the file is larger than max_bytes or can't be read; problem:
+    words with the place {reason}.
     """
     check_plain(path)
     try:
@@ -67,7 +69,7 @@ class _BoundedReads(io.FileIO):
 
 
 def _check_archive(path: Path, max_bytes: int) -> None:
-    """A ValueError unless this is an uncompressed zip archive that holds no more than the file has bytes."""
+    """A ValueError unless this is an uncompressed zip archive, no larger inside than outside."""
     size = path.stat().st_size
     if not size:
         raise ValueError("it is empty")
@@ -75,7 +77,8 @@ def _check_archive(path: Path, max_bytes: int) -> None:
         raise ValueError(f"it has {size / 2**20:.0f} MiB, wanted at most {max_bytes / 2**20:.0f}")
     with _BoundedReads(path) as file:
         if not zipfile.is_zipfile(file):
-            raise ValueError("it is no zip archive, as torch.save writes them since PyTorch 1.6, or its end is gone")
+            raise ValueError("it is no zip archive, as torch.save writes them since PyTorch 1.6, or its "
+                             "end is gone")
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
@@ -86,9 +89,9 @@ def _check_archive(path: Path, max_bytes: int) -> None:
         raise ValueError(f"its pickle has more than {MAX_PICKLE // 2**20} MiB")
 
 
-# -------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 def check_weights(state: dict, integers: tuple[str, ...] = (), wanted: dict | None = None) -> None:
-    """A ValueError unless this is a dict of whole tensors of floats, and of int64 under the names `integers`.
+    """A ValueError unless all values are whole tensors of floats, or of int64 under `integers`.
 
     wanted: tensors whose names and shapes it must have.
     """
@@ -105,12 +108,16 @@ def check_weights(state: dict, integers: tuple[str, ...] = (), wanted: dict | No
         raise ValueError(f"missing {some_of(missing)}; not known {some_of(unknown)}")
     for name, tensor in wanted.items():
         if state[name].shape != tensor.shape:
-            raise ValueError(f"{name} has the shape {tuple(state[name].shape)}, wanted {tuple(tensor.shape)}")
+            raise ValueError(f"{name} has the shape {tuple(state[name].shape)}, wanted "
+                             f"{tuple(tensor.shape)}")
 
 
 def _is_whole(tensor) -> bool:
-    """A tensor whose numbers are all there: a file can also make one of any size from a single number or none."""
-    return (isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    """A tensor whose numbers are all there: a file can also make one of any size from a single
+    number or none.
+    """
+    return (isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+            and tensor.device.type == "cpu"
             and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
 
 

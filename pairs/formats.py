@@ -1,22 +1,22 @@
-"""The pair files: rows of three formats, told apart by their content, become Pairs; unusable rows are counted.
+"""Pair files: rows of three formats, told apart by their content, become Pairs.
 
     extraction    egpt_tokens, vl_tokens: what extract_tokens_train.py writes
     benchmark     eventgpt.output_tokens, videollava.output_tokens
     inference     egpt_token_ids, videollava_token_ids (or llava_token_ids)
 
-A million pairs fit in memory: rows come one at a time (pairs/rows.py), and their tokens go into flat arrays.
+A million pairs fit in memory: rows come one by one (pairs/rows.py), their tokens go into flat arrays.
 """
 
 from __future__ import annotations
 
 import array
 import collections
-import dataclasses
 import json
 import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,15 +25,17 @@ from pairs.pairs import Pairs, digest
 from pairs.rows import JsonRows
 
 FORMATS = ("extraction", "benchmark", "inference")
-RECORDED = {"vocab_size": int, "dataset_dir": str, "dataset_name": str}      # facts that a file states of all its rows
+# Facts that a file may state of all its rows, and of each model.
+RECORDED = {"vocab_size": int, "dataset_dir": str, "dataset_name": str}
 MODEL_FACTS = {"name": str, "revision": str, "vocab_size": int, "bos_id": int}
 MAX_ANSWER = 2**15             # tokens; the models' contexts have 4096 positions
 MAX_DIGITS = 18                # of a clip number; a longer one is taken as a name
-LLAMA_BOS = 1                  # in LLaMA's vocabulary; in Qwen's, 1 is a quotation mark
+LLAMA_BOS = 1                  # of LLaMA's tokenizer; in Qwen's vocabulary 1 is a quotation mark
+MAYBE_BOS = (f"starts with id {LLAMA_BOS}; if that is the tokenizer's BOS, drop such rows with "
+             f"--bos_id {LLAMA_BOS}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A usable row of a pair file."""
 
     draft: list[int]
@@ -42,9 +44,9 @@ class Row:
     clip: int | str
 
 
-# ------------------------------------------------------------------------------------------------ one row
+# ------------------------------------------------------------------------------------------ one row
 def _answers(row: dict, form: str) -> tuple:
-    """(draft tokens, draft text, target tokens, target text) of one row; None where the row lacks them."""
+    """(draft tokens, draft text, target tokens, target text) of a row, None where it lacks them."""
     if form == "extraction":
         return row.get("egpt_tokens"), row.get("egpt_text"), row.get("vl_tokens"), row.get("vl_text")
     if form == "benchmark":
@@ -80,20 +82,21 @@ def _why_unusable(tokens, text, bos_id: int | None) -> str | None:
         return "negative or absurd token ids"
     if bos_id is not None and tokens[:1] == [bos_id] and len(tokens) > 1:
         return "prompt included (starts with BOS)"
-    # No token of the usual vocabularies spans white space, so a text of n words has at least n tokens.
+    # No token of the usual vocabularies spans white space: n words are n tokens at least.
     if isinstance(text, str) and len(text.split()) > len(tokens):
         return "fewer tokens than words in the text"
     return None
 
 
 def _is_degenerate(tokens: list[int]) -> bool:
-    """One id makes up more than half of an answer of 8 tokens or more: the model was caught in a loop."""
-    few_ids = len(set(tokens)) <= len(tokens) / 2 + 1        # true of every such answer, and quicker than counting
-    return few_ids and len(tokens) >= 8 and max(collections.Counter(tokens).values()) > len(tokens) / 2
+    """One id makes up over half of an answer of 8 tokens or more: the model was in a loop."""
+    if len(tokens) < 8 or len(set(tokens)) > len(tokens) / 2 + 1:        # quicker than counting
+        return False
+    return max(collections.Counter(tokens).values()) > len(tokens) / 2
 
 
 def _place_of(row: dict) -> tuple[str, int | str]:
-    """(sequence, clip) of a row, from its own keys or from its event path: interlaken_00_c/000000.npy."""
+    """(sequence, clip) of a row, by its keys or its event path: interlaken_00_c/000000.npy."""
     path = row.get("event_data")
     path = path if isinstance(path, str) else ""
     sequence = row.get("sequence")
@@ -106,36 +109,41 @@ def _place_of(row: dict) -> tuple[str, int | str]:
 
 
 def _row_key(row: dict) -> int | None:
-    """Equal for two rows about the same clip and question; None where a row doesn't identify them."""
+    """Equal for two rows about the same clip and question; None where a row doesn't tell."""
     if "sample_idx" in row:
         key, kinds = (row["sample_idx"], row.get("question_idx")), (int, float, str, type(None))
     else:
         key, kinds = (row.get("id"),), str
-    return digest(repr(key).encode(errors="surrogatepass")) if all(isinstance(part, kinds) for part in key) else None
+    if not all(isinstance(part, kinds) for part in key):
+        return None
+    return digest(repr(key).encode(errors="surrogatepass"))
 
 
-# ------------------------------------------------------------------------------------------------ one file
+# ----------------------------------------------------------------------------------------- one file
 class _File:
-    """Reads one pair file: iterates over its usable rows and counts the others by reason, in `report`."""
+    """Iterates over the usable rows of a pair file; counts the others by reason, in `report`."""
 
     def __init__(self, path: Path, bos_id: int | None):
-        """bos_id: an answer that starts with this id includes its prompt; None: as the file records it."""
+        """bos_id: as for load_pairs."""
         self.path, self.bos_id, self.rows = path, bos_id, JsonRows(path)
-        self.bos_ids: tuple[int | None, int | None] = (bos_id, bos_id)        # of the draft and the target model
-        self.identity = 0                       # a checksum of what identifies each usable row: clip, question
+        # of the draft and the target model
+        self.bos_ids: tuple[int | None, int | None] = (bos_id, bos_id)
+        self.identity = 0            # a checksum of what identifies each usable row: clip, question
         self.report = {"path": str(path), "format": None, "rows": 0, "used": 0, "largest_id": -1,
                        "dropped": collections.Counter(), "flagged": collections.Counter()}
 
     def __iter__(self) -> Iterator[Row]:
         report, seen = self.report, set()
-        # The format is that of the first row with tokens: until it is known, reasons are counted for each format.
+        # The format is that of the first row with tokens: until it is known, reasons are counted
+        # for each format.
         early = {form: collections.Counter() for form in FORMATS}
         for row in self.rows:
             report["rows"] += 1
             row = row if isinstance(row, dict) else {}
             if report["rows"] == 1 and self.bos_id is None:
                 models = _model_facts(self.rows.beside)
-                self.bos_ids = tuple(models.get(name, {}).get("bos_id") for name in ("eventgpt", "videollava"))
+                self.bos_ids = tuple(models.get(name, {}).get("bos_id")
+                                     for name in ("eventgpt", "videollava"))
             if report["format"] is None:
                 report["format"] = _format_of(row)
                 if report["format"] is None:
@@ -153,58 +161,69 @@ class _File:
                 continue
             seen.add(key)
             self._flag(draft=answers[0], target=answers[2])
-            self.identity = zlib.crc32(repr((key, row.get("query"))).encode(errors="surrogatepass"), self.identity)
+            identity = repr((key, row.get("query"))).encode(errors="surrogatepass")
+            self.identity = zlib.crc32(identity, self.identity)
             yield Row(answers[0], answers[2], *_place_of(row))
         self._check_rows()
         self._record()
 
     def _why_dropped(self, answers: tuple) -> str | None:
         draft, draft_text, target, target_text = answers
-        return (_why_unusable(draft, draft_text, self.bos_ids[0])
-                or _why_unusable(target, target_text, self.bos_ids[1]) or (None if target else "empty target"))
+        reason = _why_unusable(draft, draft_text, self.bos_ids[0])
+        reason = reason or _why_unusable(target, target_text, self.bos_ids[1])
+        return reason or (None if target else "empty target")
 
     def _flag(self, draft: list[int], target: list[int]) -> None:
         """Count what is suspicious about a row that is used."""
-        starts = [tokens[:1] == [LLAMA_BOS] and len(tokens) > 1 and bos_id is None
-                  for tokens, bos_id in zip((draft, target), self.bos_ids)]
-        flags = {"one id repeated": _is_degenerate(draft) or _is_degenerate(target), "empty draft": not draft,
-                 "target under 4 tokens": len(target) < 4,
-                 f"starts with id {LLAMA_BOS}; if that is the tokenizer's BOS, drop such rows with --bos_id "
-                 f"{LLAMA_BOS}": any(starts)}
-        self.report["flagged"].update(flag for flag, is_set in flags.items() if is_set)
+        flagged = self.report["flagged"]
+        if _is_degenerate(draft) or _is_degenerate(target):
+            flagged["one id repeated"] += 1
+        if not draft:
+            flagged["empty draft"] += 1
+        if len(target) < 4:
+            flagged["target under 4 tokens"] += 1
+        if any(tokens[:1] == [LLAMA_BOS] and len(tokens) > 1 and bos_id is None
+               for tokens, bos_id in zip((draft, target), self.bos_ids)):
+            flagged[MAYBE_BOS] += 1
 
     def _check_rows(self) -> None:
         """A UserError for a file without any row of a known format."""
         path, report, beside = self.path, self.report, self.rows.beside
         if not self.rows.has_rows:
-            raise UserError(f"{path} holds no pairs: wanted a list of rows, an object with a list 'results', or JSON "
-                            "Lines")
+            raise UserError(f"{path} holds no pairs: wanted a list of rows, an object with a list "
+                            "'results', or JSON Lines")
         if not report["rows"]:
             errors, first = beside.get("errors"), ""
             if isinstance(errors, list) and errors:
                 first = f"; it lists {len(errors)} errors, the first: {json.dumps(errors[0])[:200]}"
             raise UserError(f"{path} has no usable rows: its list of results is empty{first}")
         if report["format"] is None:
-            raise UserError(f"{path} has no usable rows: none of its {report['rows']} rows has tokens under the keys "
-                            "of the formats extraction (egpt_tokens, vl_tokens), benchmark (eventgpt.output_tokens, "
-                            "videollava.output_tokens) or inference (egpt_token_ids, videollava_token_ids)")
+            raise UserError(
+                f"{path} has no usable rows: none of its {report['rows']} rows has tokens under the keys of "
+                "the formats extraction (egpt_tokens, vl_tokens), benchmark (eventgpt.output_tokens, "
+                "videollava.output_tokens) or inference (egpt_token_ids, videollava_token_ids)")
 
     def _record(self) -> None:
         """Add the facts that the file states of all its rows to the report."""
         beside = self.rows.beside
         self.report["identity"] = self.identity
-        self.report.update({key: beside[key] for key, kind in RECORDED.items() if type(beside.get(key)) is kind})
+        self.report.update(_of_kinds(RECORDED, beside))
         self.report["models"] = _model_facts(beside)
 
 
 def _model_facts(beside: dict) -> dict[str, dict]:
     """{"eventgpt": {"name": ..., ...}, ...}, as far as the file records them in the right types."""
     models = beside.get("models") if isinstance(beside.get("models"), dict) else {}
-    return {which: {key: facts[key] for key, kind in MODEL_FACTS.items() if type(facts.get(key)) is kind}
+    return {which: _of_kinds(MODEL_FACTS, facts)
             for which, facts in models.items() if isinstance(facts, dict)}
 
 
-# ------------------------------------------------------------------------------------------------ all files
+def _of_kinds(kinds: dict[str, type], facts: dict) -> dict:
+    """The facts under these keys that are of the right type."""
+    return {key: facts[key] for key, kind in kinds.items() if type(facts.get(key)) is kind}
+
+
+# ---------------------------------------------------------------------------------------- all files
 class _Answers:
     """The answers of one model, one after the other in arrays that grow in place."""
 
@@ -217,10 +236,10 @@ class _Answers:
 
     def largest(self, first: int) -> int:
         """The largest token from position `first` on, -1 if there is none."""
-        return int(np.asarray(self.flat)[first:].max(initial=-1))    # not stored: numpy's view would forbid growing
+        return int(np.asarray(self.flat)[first:].max(initial=-1))     # a stored view would forbid growing
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(flat, start, length) as numpy arrays without a copy: nothing can be appended afterwards."""
+        """(flat, start, length) as numpy views: nothing can be appended afterwards."""
         length = np.asarray(self.length)
         return np.asarray(self.flat), np.cumsum(length, dtype=np.int64) - length, length
 
@@ -228,9 +247,10 @@ class _Answers:
 def load_pairs(paths: list[Path], bos_id: int | None = None) -> Pairs:
     """Read pair files of any of the three formats into one set of pairs.
 
-    Unusable rows are dropped, suspicious ones kept; both are counted by reason, logged and returned in `files`.
-    bos_id: drop rows with an answer that starts with this id, since it includes the prompt; None: the ids that the
-    file records for its models, and where it records none such rows are kept and flagged.
+    Unusable rows are dropped, suspicious ones kept; `files` counts both by reason.
+    bos_id: drop rows with an answer that starts with this id, since it includes the prompt; None: the
+    ids that the file records for its models. Where it records none, rows that start with LLaMA's BOS
+    are kept and flagged.
     Raises UserError for a file without any usable row.
     """
     draft, target = _Answers(), _Answers()

@@ -1,4 +1,4 @@
-"""Pairs: the draft and target tokens of many clips as flat arrays, and the numbering of their sequences and drives."""
+"""Pairs: draft and target tokens of many clips as flat arrays; their sequences and drives."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ import numpy as np
 from base import drive_of
 
 Which = Literal["draft", "target"]
-BLOCK = 2**13                  # pairs that are worked on at a time where an array over all of them would be large
+BLOCK = 2**13    # pairs that are worked on at a time where an array over all of them would be large
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """N pairs of answers; the tokens of pair i are draft[draft_start[i]:][:draft_length[i]], same for the target.
+    """N pairs of answers.
 
-    Generated tokens only: no prompt, no BOS; EOS where the model produced it. The flat arrays hold all tokens that
-    were read, and every selection shares them: a flat array may hold tokens of pairs that are not selected.
+    The draft of pair i is draft[draft_start[i]:][:draft_length[i]], its target likewise.
+
+    Generated tokens only: no prompt, no BOS; EOS where the model produced it. The flat arrays hold
+    all tokens that were read, and every selection shares them: a flat array may hold tokens of
+    pairs that are not selected.
     """
 
     draft: np.ndarray                # (all draft tokens,) int32
@@ -29,9 +32,9 @@ class Pairs:
     target: np.ndarray               # (all target tokens,) int32
     target_start: np.ndarray         # (N,) int64
     target_length: np.ndarray        # (N,) int32
-    sequence: list[str]              # N recording names ("" where the file has none), e.g. zurich_city_14_a
-    clip: list[int | str]            # N clip numbers (or names) within the sequence
-    files: list[dict]                # for each file: path, format, rows, used, largest_id, dropped, flagged, ...
+    sequence: list[str]              # (N) recordings, e.g. zurich_city_14_a; "" where unknown
+    clip: list[int | str]            # (N) clip numbers, or names, within the sequence
+    files: list[dict]                # of each file: path, format, rows, used, largest_id, ...
     vocab_size: int | None = None    # of the models, where the files record it
 
     def __len__(self) -> int:
@@ -42,7 +45,7 @@ class Pairs:
         return getattr(self, f"{which}_length").astype(np.int64)
 
     def padded(self, which: Which, width: int) -> np.ndarray:
-        """(N, width) int32: the answers cut at `width` and padded with 0; lengths tell where each one ends.
+        """(N, width) int32: the answers cut at `width`, padded with 0; lengths tell the ends.
 
         Takes five times its own size for a moment: iterate over `parts` for very many pairs.
         """
@@ -62,7 +65,7 @@ class Pairs:
         return (tokens.tolist() for tokens in self.views(which))
 
     def views(self, which: Which) -> Iterator[np.ndarray]:
-        """The tokens of all pairs, in order, as int32 arrays that share the memory of the flat array."""
+        """The tokens of all pairs, in order, as int32 views of the flat array."""
         flat, start, length = self._flat(which)
         return (flat[first:first + count] for first, count in zip(start, length))
 
@@ -83,14 +86,16 @@ class Pairs:
 
     def parts(self, size: int = BLOCK) -> Iterator[Pairs]:
         """All pairs in order, at most `size` at a time."""
-        return (self.select(np.arange(first, min(first + size, len(self)))) for first in range(0, len(self), size))
+        return (self.select(np.arange(first, min(first + size, len(self))))
+                for first in range(0, len(self), size))
 
     def largest_ids(self) -> list[tuple[int, str]]:
         """(largest id, path) of each file, for an error message that names the file."""
         return [(file["largest_id"], file["path"]) for file in self.files]
 
     def _flat(self, which: Which) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return getattr(self, which), getattr(self, f"{which}_start"), getattr(self, f"{which}_length")
+        start, length = getattr(self, f"{which}_start"), getattr(self, f"{which}_length")
+        return getattr(self, which), start, length
 
 
 def numbered(names: list[str]) -> tuple[list[str], np.ndarray]:

@@ -4,10 +4,11 @@ Three layouts, told apart by their first lines:
 
     ours          an object whose list "results" holds one row a line, as write_rows writes it
     JSON Lines    one object a line and nothing around them
-    any other     a list of rows, or an object with the list "results", in any layout and Unicode encoding
+    any other     a list of rows, or an object with the list "results", in any Unicode encoding
 
-The first two need memory for one row at a time. Any other file goes through json.loads as a whole and takes about
-eight times its size in memory (25 times when it is made to), so its size is bounded by MAX_WHOLE.
+The first two need memory for one row at a time. Any other file goes through json.loads as a whole
+and takes about eight times its size in memory (25 times when it is made to), so its size is bounded
+by MAX_WHOLE.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from typing import BinaryIO
 from base import Progress, UserError
 from machine.files import check_format, check_plain, not_json, write_whole
 
-FORMAT = 1                     # of the files that write_rows writes; a file without the number counts as 0
-MAX_WHOLE = 2**27              # bytes of a file that is not one row a line: about 100,000 rows of 50 + 50 tokens
-MAX_LINE = 2**24               # bytes of one row: two answers of 32,768 tokens with their texts take 1 MiB
-MAX_AROUND = 2**26             # bytes before the rows, and behind them: settings, questions, failed clips
+FORMAT = 1              # of the files that write_rows writes; a file without the number counts as 0
+# bytes of a file that is not one row a line: about 100,000 rows of 50 + 50 tokens
+MAX_WHOLE = 2**27
+MAX_LINE = 2**24        # bytes of one row: two answers of 32,768 tokens with their texts take 1 MiB
+MAX_AROUND = 2**26       # bytes before the rows, and behind them: settings, questions, failed clips
 BEGIN_ROWS, END_ROWS = b' "results": [\n', b" ],\n"
 BOM = b"\xef\xbb\xbf"          # a UTF-8 file may begin with it
 
@@ -35,10 +37,10 @@ class _OtherLayout(Exception):
 
 
 class JsonRows:
-    """Iterates over the rows of a JSON file; `beside` holds the other keys of the object around them.
+    """Iterates over the rows of a JSON file; `beside` holds the other keys of the object.
 
-    Keys before the rows are in `beside` from the first row on, keys behind them when the rows are exhausted.
-    The size of the file when it is opened is final: what is appended later is not read.
+    Keys before the rows are in `beside` from the first row on, keys behind them when the rows are
+    exhausted. The size of the file when it is opened is final: what is appended later is not read.
     """
 
     def __init__(self, path: Path):
@@ -55,7 +57,7 @@ class JsonRows:
             raise UserError(f"no such file: {self.path}") from error
         except OSError as error:
             raise UserError(f"can't read {self.path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:            # of the text: an integer of 5,000 digits too
+        except (ValueError, RecursionError) as error:  # of the text: an integer of 5,000 digits too
             raise not_json(self.path, error) from error
 
     def _rows(self, file: BinaryIO, size: int) -> Iterator:
@@ -66,13 +68,14 @@ class JsonRows:
                 count += 1
         except _OtherLayout as reason:
             if size > MAX_WHOLE:
-                raise UserError(f"{self.path} has {size / 2**20:.0f} MiB and can't be read row by row ({reason}); "
-                                "wanted one row a line, as extract_tokens_train.py writes them or as JSON Lines, or "
-                                f"at most {MAX_WHOLE // 2**20} MiB") from None
+                raise UserError(
+                    f"{self.path} has {size / 2**20:.0f} MiB and can't be read row by row ({reason}); wanted one "
+                    "row a line, as extract_tokens_train.py writes them or as JSON Lines, or at most "
+                    f"{MAX_WHOLE // 2**20} MiB") from None
             file.seek(0)
             yield from self._whole(file.read(size))[count:]
 
-    # --------------------------------------------------------------------------------------- one row a line
+    # ------------------------------------------------------------------------------- one row a line
     def _streamed(self, lines: Iterator[bytes]) -> Iterator:
         first = next(lines, b"").removeprefix(BOM)
         if first == b"{\n":
@@ -98,7 +101,8 @@ class JsonRows:
     def _json_lines(self, first: bytes, lines: Iterator[bytes]) -> Iterator:
         row = _parsed(first)
         second = next(lines, None)
-        if not isinstance(row, dict) or "results" in row or (second is None and self.path.suffix != ".jsonl"):
+        is_alone = second is None and self.path.suffix != ".jsonl"
+        if not isinstance(row, dict) or "results" in row or is_alone:
             raise _OtherLayout("its first line is no row")
         self.has_rows = True
         yield row
@@ -107,12 +111,14 @@ class JsonRows:
                 try:
                     row = _parsed(line)
                 except _OtherLayout as error:
-                    raise ValueError(f"as JSON Lines it has an error in line {number}: {error}") from None
+                    text = f"as JSON Lines it has an error in line {number}: {error}"
+                    raise ValueError(text) from None
                 yield row
 
-    # ------------------------------------------------------------------------------------- the whole file
+    # ------------------------------------------------------------------------------- the whole file
     def _whole(self, content: bytes) -> list:
-        value = json.loads(content, object_pairs_hook=_once)       # UTF-8, UTF-16 or UTF-32, told by its first bytes
+        # UTF-8, UTF-16 or UTF-32, told by its first bytes
+        value = json.loads(content, object_pairs_hook=_once)
         if isinstance(value, dict):
             value = self._take_beside(value)
         self.has_rows = isinstance(value, list)
@@ -122,7 +128,8 @@ class JsonRows:
         """Keep the keys of the object around the rows -> the value of "results"."""
         rows = value.pop("results", None)
         number = value.get("format")
-        check_format(self.path, number if type(number) is int else None, FORMAT)     # others may mean anything by it
+        # others may mean anything by it
+        check_format(self.path, number if type(number) is int else None, FORMAT)
         self.beside = value
         return rows
 
@@ -161,14 +168,14 @@ def _parsed(text: bytes, object_hook: Callable | None = None):
 
 
 def _once(items: list[tuple]) -> dict:
-    """An object in which "results" occurs at most once: of two, json would take the last without a word."""
+    """An object with "results" once at most: of two, json would silently take the last."""
     if sum(key == "results" for key, _ in items) > 1:
         raise ValueError("the key 'results' occurs twice")
     return dict(items)
 
 
 def write_rows(path: Path, head: dict, rows: Iterable[dict], failed: list[dict]) -> None:
-    """Write a pair file, whole, as a stream: format number and head, one row a line in `results`, then `failed`."""
+    """Write a pair file as a stream: format number, head, one row a line in `results`, `failed`."""
     def write(temporary: Path) -> None:
         # A lone surrogate, which a file name may hold, is written as JSON's own escape: \\ud83d.
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -176,6 +183,7 @@ def write_rows(path: Path, head: dict, rows: Iterable[dict], failed: list[dict])
             file.write(head_text + ",\n" + BEGIN_ROWS.decode().rstrip())
             for number, row in enumerate(rows):
                 file.write((",\n" if number else "\n") + json.dumps(row, ensure_ascii=False))
-            file.write("\n" + END_ROWS.decode() + ' "failed": [' + ",\n".join(map(json.dumps, failed)) + "]\n}\n")
+            file.write("\n" + END_ROWS.decode())
+            file.write(' "failed": [' + ",\n".join(map(json.dumps, failed)) + "]\n}\n")
 
     write_whole(path, write)

@@ -1,6 +1,7 @@
-"""Training, validation and test pairs: whole drives apart, in stream order, with warnings about what is doubtful.
+"""Training, validation and test pairs: whole drives apart, in stream order, with warnings about
+what is doubtful.
 
-Validation is cut from training; the test pairs decide nothing. Imports no torch, so that `--help` stays quick.
+Validation is cut from training; the test pairs decide nothing. Imports no torch: `--help` is quick.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from base import UserError, drive_of, log
 from pairs.formats import load_pairs
 from pairs.pairs import Pairs, digest, numbered, numbered_drives
 
-MAX_VOCAB_SIZE = 2**20               # four times the largest vocabulary in use: an id beyond it is damage
-# Of target answers of LONG_ANSWER or more tokens, 3 % recur word for word in another drive of the real 1s pairs and
-# none in the demo's; under a random split 22 to 39 % do.
+MAX_VOCAB_SIZE = 2**20         # four times the largest vocabulary in use: an id beyond it is damage
+# Of target answers of LONG_ANSWER or more tokens, 3 % recur word for word in another drive of the
+# real 1s pairs and none in the demo's; under a random split 22 to 39 % do.
 REPEATED_SHARE, LONG_ANSWER = 0.1, 20
 
 
@@ -42,11 +43,13 @@ class Data:
     largest_ids: list                # (largest id, path) of each file
 
 
-def load_data(train_paths: list[Path] | None, test_paths: list[Path], split: ValidationSplit | None = None,
-              max_train_samples: int = -1, bos_id: int | None = None) -> Data:
+def load_data(train_paths: list[Path] | None, test_paths: list[Path],
+              split: ValidationSplit | None = None, max_train_samples: int = -1,
+              bos_id: int | None = None) -> Data:
     """Read, check and split the pairs, and log what is doubtful about them.
 
-    split: None when nothing is trained. max_train_samples: use only the first pairs of the training files; -1: all.
+    split: None when nothing is trained. max_train_samples: use only the first pairs of the training
+    files; -1: all.
     bos_id: as for load_pairs.
     """
     train = load_pairs(train_paths, bos_id) if train_paths else None
@@ -54,7 +57,8 @@ def load_data(train_paths: list[Path] | None, test_paths: list[Path], split: Val
     both = [pairs for pairs in (train, test) if pairs]
     files = {"train": train.files if train else [], "test": test.files}
     warnings = overlap_warnings(train, test) if train else []
-    warnings += [f"{count} of {file['used']} rows of {file['path']}: {flag}" for pairs in both for file in pairs.files
+    warnings += [f"{count} of {file['used']} rows of {file['path']}: {flag}"
+                 for pairs in both for file in pairs.files
                  for flag, count in file["flagged"].items() if 2 * count > file["used"]]
     for warning in warnings:
         log(f"data | WARNING | {warning}")
@@ -66,13 +70,15 @@ def load_data(train_paths: list[Path] | None, test_paths: list[Path], split: Val
         train = train.select(np.arange(min(max_train_samples, len(train))))
     if train and split:
         train_rows, validation_rows, description = split_validation(train, split.fraction, split.seed)
-        all_train, train, validation = train, train.select(train_rows), train.select(validation_rows)
+        all_train, validation = train, train.select(validation_rows)
+        train = train.select(train_rows)
         log(f"split | train {len(train)} validation {len(validation)} test {len(test)} | validation by "
             f"{description['by']}: {', '.join(description['validation'])}")
-    return Data(train, all_train or train, validation, test, description, files, warnings, vocab_size, largest_ids)
+    return Data(train, all_train or train, validation, test, description, files, warnings,
+                vocab_size, largest_ids)
 
 
-# --------------------------------------------------------------------------------------------------- order
+# -------------------------------------------------------------------------------------------- order
 def natural_key(name: int | str) -> str:
     """Sorts names as people count, numbers by value: clip_9 before clip_10.
 
@@ -109,21 +115,25 @@ def in_clip_order(pairs: Pairs) -> Pairs:
     return pairs.select(clip_order(pairs.sequence, pairs.clip))
 
 
-# --------------------------------------------------------------------------------------------------- split
+# -------------------------------------------------------------------------------------------- split
 def split_validation(pairs: Pairs, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray, dict]:
-    """(train rows, validation rows, description): whole drives, else whole sequences, else the last block of clips.
+    """(train rows, validation rows, description): whole drives, else whole sequences, else the last
+    block of clips.
 
-    Clips overlap their neighbours by half and the segments of a drive show one road: validation by a random split
-    would be marked with answers that were trained on. Drives come in seeded order, and one is taken when it brings
-    the share closer to `fraction`.
+    Clips overlap their neighbours by half and the segments of a drive show one road: validation by
+    a random split would be marked with answers that were trained on. Drives come in seeded order,
+    and one is taken when it brings the share closer to `fraction`.
     """
     if len(pairs) < 2:
-        raise UserError("the training files hold 1 usable pair, wanted 2 or more: to train and to validate")
-    for by, (names, group) in (("drive", numbered_drives(pairs.sequence)), ("sequence", numbered(pairs.sequence))):
+        raise UserError("the training files hold 1 usable pair, wanted 2 or more: to train and to "
+                        "validate")
+    for by, number in (("drive", numbered_drives), ("sequence", numbered)):
+        names, group = number(pairs.sequence)
         if len(names) < 2:
             continue
         chosen = _groups_near(np.bincount(group), fraction * len(pairs), seed)
-        in_validation, labels = np.isin(group, chosen), [name or "(no sequence name)" for name in names]
+        in_validation = np.isin(group, chosen)
+        labels = [name or "(no sequence name)" for name in names]
         return np.flatnonzero(~in_validation), np.flatnonzero(in_validation), {
             "by": by, "validation": sorted(labels[i] for i in chosen),
             "train": [label for i, label in enumerate(labels) if i not in set(chosen)]}
@@ -135,7 +145,7 @@ def split_validation(pairs: Pairs, fraction: float, seed: int) -> tuple[np.ndarr
 
 
 def _groups_near(sizes: np.ndarray, wanted: float, seed: int) -> list[int]:
-    """Groups of these sizes, in seeded order, whose sum comes close to `wanted`: at least one, never all."""
+    """Groups in seeded order whose sizes sum up to about `wanted`: at least one, never all."""
     chosen, rows = [], 0
     for i in np.random.default_rng(seed).permutation(len(sizes)):
         more = rows + sizes[i]
@@ -146,18 +156,18 @@ def _groups_near(sizes: np.ndarray, wanted: float, seed: int) -> list[int]:
 
 
 def shortened(pairs: Pairs, samples: int) -> Pairs:
-    """At most `samples` pairs: the first clips of every sequence, in proportion, so that neighbours stay together."""
+    """At most `samples` pairs: the first clips of every sequence, in proportion."""
     if len(pairs) <= samples:
         return pairs
     _, sequence = numbered(pairs.sequence)
     size, order = np.bincount(sequence), np.argsort(sequence, kind="stable")
-    before = np.empty(len(pairs))                            # number of earlier pairs of the same sequence
+    before = np.empty(len(pairs))                     # number of earlier pairs of the same sequence
     before[order] = np.arange(len(pairs)) - (np.cumsum(size) - size)[sequence[order]]
     share_before = before / size[sequence]
     return pairs.select(np.sort(np.argsort(share_before, kind="stable")[:samples]))
 
 
-# -------------------------------------------------------------------------------------------------- checks
+# ------------------------------------------------------------------------------------------- checks
 def overlap_warnings(train: Pairs, test: Pairs) -> list[str]:
     """What train and test have in common, as sentences."""
     paths = [{str(Path(file["path"]).resolve()) for file in pairs.files} for pairs in (train, test)]
@@ -166,33 +176,38 @@ def overlap_warnings(train: Pairs, test: Pairs) -> list[str]:
     warnings = []
     for kind, (ours, theirs) in (("files", paths), ("sequences", sequences), ("drives", drives)):
         if ours & theirs:
-            warnings.append(f"train and test share {len(ours & theirs)} {kind}: {', '.join(sorted(ours & theirs))}")
+            warnings.append(f"train and test share {len(ours & theirs)} {kind}: "
+                            f"{', '.join(sorted(ours & theirs))}")
     if "" in train.sequence or "" in test.sequence:
         warnings.append("rows without a sequence name: whether train and test share a drive can't be seen")
         known, long = _digests_of_long(train), _digests_of_long(test)
         repeated = np.isin(long, known).sum() / max(len(long), 1)
         if repeated > REPEATED_SHARE:
             warnings.append(
-                f"{repeated:.0%} of {len(long)} test answers of {LONG_ANSWER} or more tokens are training answers "
-                "word for word, far more than separate drives have in common: most likely a random split, which "
-                "inflates acceptance")
+                f"{repeated:.0%} of {len(long)} test answers of {LONG_ANSWER} or more tokens are training "
+                "answers word for word, far more than separate drives have in common: most likely a random "
+                "split, which inflates acceptance")
     return warnings
 
 
 def _digests_of_long(pairs: Pairs) -> np.ndarray:
-    """uint64, for each target answer of LONG_ANSWER or more tokens; the answers themselves would take too much."""
-    return np.fromiter((digest(tokens) for tokens in pairs.views("target") if len(tokens) >= LONG_ANSWER), np.uint64)
+    """uint64, for each target answer of LONG_ANSWER or more tokens; the answers themselves would
+    take too much.
+    """
+    long = (tokens for tokens in pairs.views("target") if len(tokens) >= LONG_ANSWER)
+    return np.fromiter(map(digest, long), np.uint64)
 
 
 def check_ids(largest_ids: list[tuple[int, str]], size: int, advice: str) -> None:
     """A UserError if a file holds an id outside a vocabulary of this size."""
     largest, path = max(largest_ids)
     if largest >= size:
-        raise UserError(f"{path} holds the token id {largest}, wanted ids below the vocabulary size {size}; {advice}")
+        raise UserError(f"{path} holds the token id {largest}, wanted ids below the vocabulary size "
+                        f"{size}; {advice}")
 
 
 def check_drafts(pairs: Pairs) -> None:
     """A UserError if no pair has a draft, which is all that draft conditioning sees."""
     if not pairs.draft_length.any():
-        raise UserError(f"{pairs.files[0]['path']} holds no draft token at all, and draft conditioning sees nothing "
-                        "else; wanted drafts, or --conditioning prefix")
+        raise UserError(f"{pairs.files[0]['path']} holds no draft token at all, and draft conditioning "
+                        "sees nothing else; wanted drafts, or --conditioning prefix")

@@ -1,10 +1,6 @@
-"""Flags, whole-file writes, and how a program ends."""
+"""Flags, log lines, progress and the check of packages."""
 
 import dataclasses
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +44,16 @@ def test_flags_are_read_into_the_types_of_the_fields():
     assert base.as_json(config)["files"] == ["a", "b"]
 
 
+def test_a_config_from_json_takes_the_default_of_a_field_that_an_older_version_did_not_write(tmp_path):
+    values = base.as_json(Config([Path("a")], limit=3))
+    assert base.from_json(Config, values, tmp_path) == Config([tmp_path / "a"], limit=3)
+    for name in ("num_epochs", "plots", "limit", "mode"):
+        del values[name]
+    assert base.from_json(Config, values, tmp_path) == Config([tmp_path / "a"], 50, "fast", None, True)
+    values["limit"] = None                         # written, and None: kept
+    assert base.from_json(Config, values, tmp_path).limit is None
+
+
 def test_a_positional_field_needs_no_flag():
     @dataclasses.dataclass(frozen=True)
     class Tasks:
@@ -81,104 +87,21 @@ def test_progress_logs_once_in_ten_seconds_and_at_the_end(capsys, monkeypatch):
     assert [line.split(" | ")[1] for line in lines] == ["3/5", "5/5"]
 
 
-@pytest.mark.parametrize(("body", "code", "ending"), [
-    ("raise base.UserError('found 1, wanted 2')", 2, "ERROR | found 1, wanted 2\n"),
-    ("import no_such_package", 2, "requirements.txt\n"),
-    ("raise KeyboardInterrupt", 130, "ERROR | interrupted\n"),
-    ("os.kill(os.getpid(), signal.SIGTERM)", 143, ""),
-    ("base.log('RESULT')", 0, "RESULT\n"),
-])
-def test_a_program_ends_with_its_exit_code_and_one_line(body, code, ending):
-    program = f"import os, signal, base\ndef main():\n    {body}\nbase.run(main)"
-    ended = subprocess.run([sys.executable, "-c", program], cwd=base.ROOT, capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr) == (code, "")
-    assert ended.stdout.endswith(ending) and ended.stdout.count("\n") == bool(ending)
+@pytest.mark.parametrize(("message", "line"), [
+    ("\n  \nout of memory\nat x", "out of memory"), ("", "ValueError"), (" \n", "ValueError"), ("a", "a")])
+def test_the_first_line_of_an_error_is_its_first_that_says_something(message, line):
+    assert base.first_line(ValueError(message)) == line
 
 
-def test_a_bug_keeps_its_traceback():
-    def main():
-        raise AssertionError("shape (3, 4)")
-
-    with pytest.raises(AssertionError, match="shape"):
-        base.run(main)
-
-
-def ran(body: str, *before: str, **how) -> subprocess.CompletedProcess:
-    """A program of its own whose main() is this, as if started by the words before."""
-    program = (f"import errno, os, pathlib, signal, base\nimport machine.files as files\n"
-               f"def main():{body}\nbase.run(main)")
-    return subprocess.run([*before, sys.executable, "-c", program], cwd=base.ROOT, text=True,
-                          **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how})
-
-
-@pytest.mark.parametrize(("number", "code"), [("TERM", 143), ("HUP", 129), ("INT", 130)])
-def test_a_stopped_program_cleans_up_and_says_how_to_go_on(number, code):
-    ended = ran(f"""
-        base.goes_on_with(['train.py', '--name', 'a b'])
-        try:
-            os.kill(os.getpid(), signal.SIG{number})
-        finally:
-            base.log('cleaned')""")
-    assert (ended.returncode, ended.stderr) == (code, "")
-    first, last = ended.stdout.splitlines()
-    assert "cleaned" in first and last.endswith(f"] RESUME | {sys.executable} train.py --name 'a b'")
-
-
-@pytest.mark.parametrize(("number", "code"), [("TERM", 143), ("HUP", 129), ("INT", 130)])
-def test_what_is_in_hand_is_finished_first_unless_a_second_signal_comes(number, code):
-    for signals in (1, 2):
-        ended = ran(f"""
-        base.goes_on_with(['train.py'])
-        base.SAME_STOP_S = 0
-        with base.finishing('this') as stopping:
-            for _ in range({signals}):
-                os.kill(os.getpid(), signal.SIG{number})
-            base.log(f'finished {{stopping()}}')
-        base.log('not reached')""")
-        assert (ended.returncode, ended.stderr) == (code, "")
-        said = [line.split("] ")[1] for line in ended.stdout.splitlines()]
-        assert said == ["stopping | this first; once more stops at once", *["finished True"] * (signals == 1),
-                        f"RESUME | {sys.executable} train.py"]
-
-
-def test_the_signals_of_one_stop_count_as_one():
-    """A terminal that is closed hangs up the workflow and its step; then the workflow sends TERM to the step."""
-    ended = ran("""
-        with base.finishing('this'):
-            for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
-                os.kill(os.getpid(), number)
-            base.log('finished')""")
-    assert ended.returncode == 129 and ended.stdout.endswith("finished\n")
-
-
-def test_without_a_signal_nothing_is_stopped_and_those_before_hold_again():
-    before = signal.getsignal(signal.SIGTERM)
-    with base.finishing("this") as stopping:
-        assert not stopping() and signal.getsignal(signal.SIGTERM) != before
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_a_hang_up_is_ignored_under_nohup():
-    for body in ("os.kill(os.getpid(), signal.SIGHUP)", """
-        with base.finishing('this') as stopping:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stopping()"""):
-        ended = ran(f"""
-        {body}
-        base.log('RESULT')""", "nohup")
-        assert ended.returncode == 0 and ended.stdout.endswith("RESULT\n")
-
-
-@pytest.mark.parametrize("out", ["/dev/full", "a pipe that nobody reads"])
-def test_a_log_that_cannot_be_written_ends_no_work(tmp_path, out):
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(out, "w") if out == "/dev/full" else os.fdopen(writer, "w") as file:
-        ended = ran(f"""
-        base.log('x')
-        pathlib.Path({str(tmp_path / 'done')!r}).touch()
-        raise base.UserError('the end')""", stdout=file)
-    assert (ended.returncode, ended.stderr) == (2, "") and (tmp_path / "done").exists()
+def test_progress_asks_each_ten_seconds_whether_the_work_is_in_vain(monkeypatch):
+    seconds = iter([0, 1, 11, 12])
+    monkeypatch.setattr(base.time, "monotonic", lambda: next(seconds))
+    calls = []
+    monkeypatch.setattr(base.Progress, "checks", [lambda: calls.append(1)])
+    progress = base.Progress("extract", 5)
+    for done in range(1, 4):
+        progress.update(done)
+    assert calls == [1]
 
 
 def test_nothing_in_a_log_line_hides_or_acts(capsys):
@@ -186,3 +109,20 @@ def test_nothing_in_a_log_line_hides_or_acts(capsys):
     line = capsys.readouterr().out
     assert line.rstrip("\n").isprintable() and line.count("\n") == 1
     assert r"clip a b\x1b[31m\x00\x08\x9b \u202e \u2066 \ud83d é 漢   end" in line
+
+
+# --------------------------------------------------------------------------------------- packages
+def test_packages_that_are_not_installed_are_named_whatever_their_import_is_called(tmp_path, monkeypatch):
+    (tmp_path / "dev.txt").write_text("-r some.txt\npytest>=8\nno-such-tool==1  # why\n")
+    (tmp_path / "some.txt").write_text("# a comment\n\npillow>=10\nprotobuf>=4\nno_such.thing[extra]>=1\n")
+    monkeypatch.setattr(base, "ROOT", tmp_path)
+    words = r"^not installed: no-such-tool, no_such.thing; install with: .* -r .*dev.txt$"
+    with pytest.raises(UserError, match=words):
+        base.check_packages("dev.txt")
+
+
+def test_an_older_python_is_told_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(base.sys, "version_info", (3, 10, 12))
+    with pytest.raises(SystemExit) as ended:
+        base.check_python()
+    assert ended.value.code == 2 and "wanted 3.11 or newer" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What README.md and WORKFLOW.md say exists, exists; and every flag is documented."""
+"""What the pages say exists, exists; and every flag is documented."""
 
 import dataclasses
 import re
@@ -19,7 +19,11 @@ import speculative_decode
 import train_and_evaluate
 
 ROOT = Path(__file__).parents[1]
-PAGES = [(ROOT / name).read_text() for name in ("README.md", "WORKFLOW.md")]
+README = (ROOT / "README.md").read_text()
+PATHS = [ROOT / "README.md", ROOT / "WORKFLOW.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md",
+         *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [path.read_text() for path in PATHS]
+GUIDE = "\n\n".join(PAGES)          # flags of programs stand in the guide, those of benchmarks in docs/
 CONFIGS = [extract_tokens_train.ExtractConfig, train_and_evaluate.TrainConfig, speculative_decode.DecodeConfig,
            benchmarks.adapter.Config, benchmarks.decode.Config, benchmarks.extract.Config, benchmarks.load.Config,
            benchmarks.prepare.Config, benchmarks.train.Config, make_demo.DemoConfig, prepare_dsec.PrepareConfig]
@@ -28,8 +32,8 @@ CONFIGS = [extract_tokens_train.ExtractConfig, train_and_evaluate.TrainConfig, s
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__module__)
 def test_every_flag_stands_in_the_workflow_with_its_default(config):
     for field in dataclasses.fields(config):
-        said = re.findall(rf"^\| `--{field.name}` \| (.*?) \|", PAGES[1], re.M)
-        assert said, f"--{field.name} is not in a table of WORKFLOW.md"
+        said = re.findall(rf"^\| `--{field.name}` \| (.*?) \|", GUIDE, re.M)
+        assert said, f"--{field.name} is in no table of the pages"
         if isinstance(field.default, (int, float, str)) and not isinstance(field.default, bool):
             assert str(field.default) in [default.strip("`") for default in said], field.name
 
@@ -38,7 +42,7 @@ def test_every_flag_stands_in_the_workflow_with_its_default(config):
 def test_the_table_of_a_program_names_no_flag_that_it_lacks(config):
     """The table is the one that holds most of the program's flags."""
     fields = {field.name for field in dataclasses.fields(config)}
-    tables = [set(re.findall(r"^\| `--(\w+)` \|", block, re.M)) for block in PAGES[1].split("\n\n")]
+    tables = [set(re.findall(r"^\| `--(\w+)` \|", block, re.M)) for block in GUIDE.split("\n\n")]
     assert max(tables, key=lambda said: (len(said & fields), -len(said))) <= fields
 
 
@@ -50,23 +54,29 @@ def test_every_flag_in_the_pages_exists():
         assert set(said) <= known
 
 
-def test_every_file_in_the_map_and_every_link_exists():
-    block = re.search(r"```text\n(README\.md.*?)```", PAGES[0], re.S)[1]
-    folder = ""
-    for line in block.splitlines():
-        name = line.split()[0]
-        path = folder + name if line.startswith(" ") else name
-        folder = name if name.endswith("/") and not line.startswith(" ") else folder
-        assert (ROOT / path).exists(), f"{path} is in the map of files but not there"
-    for page in PAGES:
-        for link in re.findall(r"\]\((?!http|#)([^)]+)\)", page):
-            assert (ROOT / link.split("#")[0]).exists(), link
+def anchors_of(page: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page, re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_python_file_is_in_the_map():
-    block = re.search(r"```text\n(README\.md.*?)```", PAGES[0], re.S)[1]
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *(init.parent for init in ROOT.glob("*/__init__.py"))]:
-        assert path.name in block, path
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text()):
+        name, _, anchor = link.partition("#")
+        linked = path.parent / name if name else path
+        assert linked.exists(), link
+        assert not anchor or anchor in anchors_of(linked.read_text()), link
+
+
+def test_every_program_script_and_package_is_in_the_map():
+    rows = README.split("## Map")[1]
+    named = set(re.findall(r"`([\w./-]+)`|\(([\w./-]+)\)", rows))
+    named = {name.rstrip("/") for pair in named for name in pair if name}
+    there = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("*.md"),
+             *(init.parent for init in ROOT.glob("*/__init__.py"))]
+    assert {path.name for path in there} - {"README.md"} <= named
+    assert not [name for name in named if not (ROOT / name).exists()]
 
 
 def test_the_pages_have_no_blanks_left_to_fill():

@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[1]
 SERVER = """
 import gc, json, os, sys
 import torch
-import base, extract_tokens_train, matplotlib.pyplot, train_and_evaluate
-import acceptance.evaluation, drafting.hybrid, reports.task_report, training.loop, training.phases
+import base, extract_tokens_train, matplotlib.pyplot, speculative_decode, train_and_evaluate
+import acceptance.evaluation, decoding.answers, decoding.drafts, decoding.results, drafting.hybrid, reports.task_report
+import training.loop, training.phases
 from clips import dataset
 from vlm import batches, eventgpt, video_llava
 torch.set_num_threads(1)
@@ -33,7 +34,7 @@ for line in sys.stdin:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(log, 1), os.dup2(log, 2)
         sys.argv = asked["argv"]
         try:
-            base.run(sys.modules[sys.argv[0].removesuffix(".py")].main)
+            machine.running.run(sys.modules[sys.argv[0].removesuffix(".py")].main)
             code = 0
         except SystemExit as end:
             code = end.code

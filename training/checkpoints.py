@@ -1,8 +1,8 @@
-"""What training keeps on the disk while it runs: best_model.pt, and resume.pt to go on from after a stop.
+"""What training keeps on the disk while it runs: best_model.pt, and resume.pt to go on from.
 
-Both are written whole, and together take no more than a tenth of the time. resume.pt holds all that the next
-step depends on (weights, optimizer, random numbers, the best so far): 2 epochs and 2 resumed ones equal 4, bit
-for bit on a CPU. It is removed when the task is whole.
+Both are written whole, and together take no more than a tenth of the time. resume.pt holds all that
+the next step depends on (weights, optimizer, random numbers, the best so far): 2 epochs and 2
+resumed ones equal 4, bit for bit on a CPU. It is removed when the task is whole.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from machine.tensors import check_weights, read_tensors, write_tensors
 from pairs.splits import Data
 from token_adapter import TokenAdapter, save_adapter
 
-FORMAT = 1                 # of resume.pt; one without the number counts as 0: its fingerprint has fewer parts
+FORMAT = 1       # of resume.pt; one without the number counts as 0: its fingerprint has fewer parts
 ANEW = "delete it to begin this training anew"
 # What resume.pt holds: the best epochs; and of the last epoch, all that the next one depends on.
 KINDS = {"data": (dict, list), "history": list, "best": dict, "phase": str, "epoch": int, "over": bool,
          "adapter": dict, "optimizer": dict, "done": int, "order": torch.Tensor, "random": list}
-SAVING_SHARE = 0.05        # of the time may go into writing each file: 350 MB a second where that is all
-MAX_COPIES = 8             # of the weights in resume.pt: itself, two moments, the best of two phases, tied ones twice
+SAVING_SHARE = 0.05   # of the time may go into writing each file: 350 MB a second where that is all
+# of the weights in resume.pt: itself, two moments, the best of two phases, tied ones twice
+MAX_COPIES = 8
 
 
 class Writing:
-    """Tells when a file may be written again: once the last writing took no more than its share of the time."""
+    """Tells when a file may be written again, so that writing takes only its share of the time."""
 
     due = 0.0
 
@@ -56,7 +57,7 @@ class Checkpoint(Writing):
         self.path, self.waiting = path, None
 
     def offer(self, adapter: TokenAdapter, **facts) -> None:
-        """Queue this adapter for writing and replace a queued one; don't modify it before it is written."""
+        """Queue this adapter for writing, instead of a queued one; don't modify it before that."""
         self.waiting = adapter, facts
         self.write_if_due()
 
@@ -72,13 +73,14 @@ class Checkpoint(Writing):
             self.waiting = None
 
 
-# -------------------------------------------------------------------------------------------- fingerprint
+# -------------------------------------------------------------------------------------- fingerprint
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
     """Checksums of all the data that training depends on."""
 
     parts: dict[str, int]          # by the name that an error message gives to each part
-    format_0: list[int]            # of format 0, which missed the names and so the split that follows from them
+    # of format 0, which missed the names and so the split that follows from them
+    format_0: list[int]
 
     @classmethod
     def of(cls, data: Data) -> Fingerprint:
@@ -86,12 +88,13 @@ class Fingerprint:
         for which, pairs in (("train", data.all_train), ("test", data.test)):
             starts = (pairs.draft_start, pairs.target_start, pairs.target_length)
             parts |= {f"{which} tokens": zlib.crc32(pairs.target, zlib.crc32(pairs.draft)),
-                      f"{which} rows": _checksum([zlib.crc32(part) for part in (*starts, pairs.draft_length)]),
+                      f"{which} rows": _checksum([*map(zlib.crc32, (*starts, pairs.draft_length))]),
                       f"{which} sequence names": _checksum(pairs.sequence),
                       f"{which} clip names": _checksum(pairs.clip),
                       f"{which} questions": _checksum([file["identity"] for file in pairs.files])}
             format_0 += [zlib.crc32(part) for part in (pairs.draft, pairs.target, *starts)]
-        parts |= {"split": _checksum(data.split), "vocabulary size": _checksum(data.vocab_size)}
+        split = [data.split, zlib.crc32(data.validation.target_start)]
+        parts |= {"split": _checksum(split), "vocabulary size": _checksum(data.vocab_size)}
         return cls(parts, format_0)
 
     def differences(self, before: dict | list) -> list[str]:
@@ -106,12 +109,12 @@ def _checksum(value) -> int:
     return zlib.crc32(json.dumps(value).encode())
 
 
-# ------------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------- resume
 class Resume(Writing):
     """resume.pt of a task folder; `found`: what it held when the program started."""
 
     def __init__(self, path: Path, data: Fingerprint, num_parameters: int):
-        """num_parameters: of the adapter; a file larger than its training can have written is refused."""
+        """num_parameters: of the adapter; a file larger than its training can write is refused."""
         self.path, self.data = path, data
         self.max_bytes = 2**26 + MAX_COPIES * 4 * num_parameters
         self.found: dict | None = None
@@ -140,10 +143,6 @@ class Resume(Writing):
         with self.timed():
             write_tensors(self.path, {"format": FORMAT, "data": self.data.parts, **state})
 
-    def remove(self) -> None:
-        """The task is whole."""
-        self.path.unlink(missing_ok=True)
-
 
 @dataclasses.dataclass(frozen=True)
 class TaskFiles:
@@ -155,14 +154,15 @@ class TaskFiles:
 
 
 def load_weights(model: TokenAdapter, state: dict) -> None:
-    """load_state_dict, but a ValueError where that raises a RuntimeError, as it does without memory."""
+    """load_state_dict, but with a ValueError for weights of another model."""
     check_weights(state, integers=("output_ids",), wanted=model.state_dict())
     model.load_state_dict(state)
 
 
 def random_state() -> list:
     """The states of PyTorch's generators that training draws from."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *on_gpus]
 
 
 def set_random_state(states: list) -> None:

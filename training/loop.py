@@ -1,8 +1,8 @@
 """The training loop: the steps of one phase, and one pass over the pairs.
 
-A step reads answers and drafts in one forward pass, and nothing is read from the device before the epoch
-is over. On a GPU the step runs in bfloat16 and, where launching its many small kernels would take longer
-than they run, from CUDA graphs.
+A step reads answers and drafts in one forward pass, and nothing is read from the device before the
+epoch is over. On a GPU the step runs in bfloat16 and, where launching its many small kernels would
+take longer than they run, from CUDA graphs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from machine.graphs import side_stream
 from token_adapter import NOT_SCORED, TokenAdapter
 from training.loss import loss_of
 
-WARM_UP = 0.05             # share of the steps in which the learning rate rises: post-norm encoders need it
+WARM_UP = 0.05     # share of the steps in which the learning rate rises: post-norm encoders need it
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -31,7 +31,9 @@ class Diverged(UserError):
 
 
 def learning_rate_factor(step: int, total: int) -> float:
-    """Linear warm-up to 1, then a cosine to 0 (Loshchilov and Hutter 2017, SGDR). Steps count from 0."""
+    """Linear warm-up to 1, then a cosine to 0 (Loshchilov and Hutter 2017, SGDR). Steps count from
+    0.
+    """
     warm_up = max(1, round(WARM_UP * total))
     if step < warm_up:
         return (step + 1) / warm_up
@@ -41,41 +43,49 @@ def learning_rate_factor(step: int, total: int) -> float:
 def rounded(width: int, longest: int, limit: int) -> int:
     """The width rounded up to a multiple of 16, so that there are few widths.
 
-    At most `longest` rounded up to a multiple of 8 (attention kernels copy masks of other widths), and
-    `limit`, which is all that the adapter holds.
+    At most `longest` rounded up to a multiple of 8 (attention kernels copy masks of other widths),
+    and `limit`, which is all that the adapter holds.
     """
     return min(-(-width // 16) * 16, -(-longest // 8) * 8, limit)
 
 
 class Trainer:
-    """The steps of one phase. On a GPU each width of a batch has its CUDA graph; all of them share memory.
+    """The steps of one phase; on a GPU each width of a batch has its CUDA graph, in shared memory.
 
     A width's first batch runs eagerly, which sets up what no capture may; at its second a graph is
-    captured. Both are steps like any other. What a graph reads and writes (weights, optimizer, learning
-    rate, batch) stays at its address.
+    captured. Both are steps like any other. What a graph reads and writes (weights, optimizer,
+    learning rate, batch) stays at its address.
     """
 
-    def __init__(self, adapter: TokenAdapter, batch_size: int, rate: float, steps: int, draft_text: float = 0.0,
-                 graphs: bool = True):
-        """rate: the peak of the learning rate; steps: of the whole phase; graphs: use them on a GPU."""
-        self.adapter, self.batch_size, self.peak, self.steps, self.done = adapter, batch_size, rate, steps, 0
-        self.of_draft, self.device = not adapter.config.sees_prefix, next(adapter.parameters()).device
+    def __init__(self, adapter: TokenAdapter, batch_size: int, rate: float, steps: int,
+                 draft_text: float = 0.0, graphs: bool = True):
+        """rate: the peak of the learning rate; steps: of the whole phase; graphs: use them on a
+        GPU.
+        """
+        self.adapter, self.batch_size = adapter, batch_size
+        self.peak, self.steps, self.done = rate, steps, 0
+        self.of_draft = not adapter.config.sees_prefix
+        self.device = next(adapter.parameters()).device
         self.draft_text = 0.0 if self.of_draft else draft_text
         on_gpu = self.device.type == "cuda"
-        decayed = [weight for weight in adapter.parameters() if self.of_draft or weight.dim() > 1]
-        others = [weight for weight in adapter.parameters() if not self.of_draft and weight.dim() <= 1]
+        weights = list(adapter.parameters())
+        decayed = [weight for weight in weights if self.of_draft or weight.dim() > 1]
+        others = [weight for weight in weights if not self.of_draft and weight.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": 0.01 if self.of_draft else 0.1},
-             {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.999 if self.of_draft else 0.98),
-            lr=torch.zeros((), device=self.device) if on_gpu else rate, fused=True, capturable=on_gpu)
-        # On a GPU forward and backward run in bfloat16 on a copy: autocast spent a fifth of a step on casts.
+             {"params": others, "weight_decay": 0.0}],
+            betas=(0.9, 0.999 if self.of_draft else 0.98), fused=True, capturable=on_gpu,
+            lr=torch.zeros((), device=self.device) if on_gpu else rate)
+        # On a GPU forward and backward run in bfloat16 on a copy: autocast spent a fifth of a step
+        # on casts.
         self.model = copy.deepcopy(adapter).bfloat16() if on_gpu else adapter
         self.weights, self.copies = list(adapter.parameters()), list(self.model.parameters())
         if on_gpu:
             for weight in self.weights:
                 weight.grad = torch.zeros_like(weight)
-        self.graphs: dict | None = {} if graphs and on_gpu else None      # (widths) -> (graph, its output)
-        self.buffers: dict[tuple, tuple] = {}                             # (widths) -> target, draft, its lengths
+        # (widths) -> (graph, its output)
+        self.graphs: dict | None = {} if graphs and on_gpu else None
+        self.buffers: dict[tuple, tuple] = {}               # (widths) -> target, draft, its lengths
         if on_gpu:
             with torch.cuda.device(self.device):
                 self.stream, self.pool = side_stream(), torch.cuda.graph_pool_handle()
@@ -87,11 +97,12 @@ class Trainer:
     def take_up(self, optimizer: dict, done: int) -> None:
         """Go on from the moments in an optimizer's state dict after `done` steps.
 
-        Its settings (learning rate, capturable, fused, ...) stay ours: those of the file are of the device
-        that wrote it. Raises ValueError if the moments are not those of these weights.
+        Its settings (learning rate, capturable, fused, ...) stay ours: those of the file are of the
+        device that wrote it. Raises ValueError if the moments are not those of these weights.
         """
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        for number, state in optimizer["state"].items():     # the fused kernels check no shape: they would overrun
+        # the fused kernels check no shape: they would overrun
+        for number, state in optimizer["state"].items():
             moments = [state[name] for name in ("exp_avg", "exp_avg_sq")]
             if any(moment.shape != weights[number].shape or moment.dtype != weights[number].dtype
                    for moment in moments) or state["step"].numel() != 1:
@@ -100,12 +111,13 @@ class Trainer:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": ours})
         for group, rate in zip(self.optimizer.param_groups, rates):
-            group["lr"] = rate                   # on a GPU the very tensor that `step` fills and graphs read
+            group["lr"] = rate          # on a GPU the very tensor that `step` fills and graphs read
         self.done = done
 
     @contextlib.contextmanager
     def on_stream(self):
-        """Run all steps in one stream of our own: graphs can't be captured in the default stream."""
+        """Run all steps in one stream of our own: graphs can't be captured in the default stream.
+        """
         if self.device.type != "cuda":
             yield
             return
@@ -116,7 +128,7 @@ class Trainer:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def step(self, tokens: TokenTensors, rows: torch.Tensor, width: int) -> torch.Tensor:
-        """One step on these rows, `width` targets wide -> the (2,) of loss_of, valid until the next step."""
+        """One step on these rows, `width` targets wide -> (2,) of loss_of, until the next step."""
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(self.rate)
@@ -126,7 +138,8 @@ class Trainer:
         if self.device.type == "cuda":
             return self._replay(self._fill(tokens, rows, width))
         draft_width = width if self.of_draft else max(1, int(tokens.draft_lengths[rows].max()))
-        return self._step(tokens.targets(rows, width), tokens.drafts(rows, draft_width), tokens.draft_lengths[rows])
+        return self._step(tokens.targets(rows, width), tokens.drafts(rows, draft_width),
+                          tokens.draft_lengths[rows])
 
     def _step(self, target, draft, draft_lengths) -> torch.Tensor:
         if self.model is not self.adapter:
@@ -138,15 +151,17 @@ class Trainer:
             used = [(weight.grad, copied.grad) for weight, copied in zip(self.weights, self.copies)
                     if copied.grad is not None]
             torch._foreach_copy_(*map(list, zip(*used)))
-        # The optimizer clips: it divides by grad_scale as it reads, which saves a pass over the gradients.
-        norm = nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
+        # The optimizer clips: it divides by grad_scale as it reads, which saves a pass over the
+        # gradients.
+        norm = nn.utils.get_total_norm(
+            [weight.grad for weight in self.weights if weight.grad is not None])
         self.optimizer.grad_scale = (norm / MAX_GRADIENT_NORM).clamp(min=1)
         self.optimizer.step()
-        self.model.zero_grad()                   # to None: in a graph, gradients get the same memory each time
+        self.model.zero_grad()        # to None: in a graph, gradients get the same memory each time
         return figures
 
     def _fill(self, tokens: TokenTensors, rows: torch.Tensor, width: int) -> tuple[int, int]:
-        """Copy these rows into the buffers of their widths, rounded up so that there are few -> the widths.
+        """Copy these rows into the buffers of their widths, rounded up to be few -> the widths.
 
         Rows that a last, smaller batch lacks score nothing.
         """
@@ -154,8 +169,9 @@ class Trainer:
         answer = rounded(width, tokens.width, limit)
         widths = answer, answer if self.of_draft else rounded(longest, longest, limit)
         if widths not in self.buffers:
-            empty = [torch.zeros(self.batch_size, size, dtype=torch.long, device=self.device) for size in widths]
-            self.buffers[widths] = empty[0].fill_(NOT_SCORED), empty[1], torch.zeros_like(empty[1][:, 0])
+            target, draft = (torch.zeros(self.batch_size, size, dtype=torch.long, device=self.device)
+                             for size in widths)
+            self.buffers[widths] = target.fill_(NOT_SCORED), draft, torch.zeros_like(draft[:, 0])
         target, draft, lengths = self.buffers[widths]
         target[len(rows):], draft[len(rows):], lengths[len(rows):] = NOT_SCORED, 0, 0
         for buffer, read, longest in ((target, tokens.targets, tokens.width),
@@ -178,7 +194,7 @@ class Trainer:
             except RuntimeError as error:        # CUDA's refusals while capturing are RuntimeErrors
                 log(f"train | WARNING | no CUDA graphs, every step runs eagerly: {error!s:.300}")
                 self.graphs = None
-                self.model.zero_grad()           # nothing was computed: the gradients hold no numbers
+                self.model.zero_grad()         # nothing was computed: the gradients hold no numbers
                 return self._step(*batch)
         graph, figures = self.graphs[widths]
         graph.replay()
@@ -187,19 +203,21 @@ class Trainer:
     def _capture(self, batch: tuple) -> tuple:
         """(a CUDA graph of a step on these buffers, its output)."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream,
+                              capture_error_mode="thread_local"):
             figures = self._step(*batch)
         return graph, figures
 
 
 def train_epoch(trainer: Trainer, tokens: TokenTensors, generator: torch.Generator,
                 on_step: Callable[[], None] = lambda: None) -> tuple[float, float]:
-    """One pass: (loss in nats a token, alpha), both of the pass itself: dropout on, weights changing.
+    """One pass: (loss in nats a token, alpha), with dropout and while the weights change.
 
     Raises Diverged if the loss of a step is no finite number.
     """
     steps = math.ceil(len(tokens.lengths) / trainer.batch_size)
-    # Left on the device until the pass is over: reading a loss earlier would make the host wait for the GPU.
+    # Left on the device until the pass is over: reading a loss earlier would make the host wait for
+    # the GPU.
     figures, positions = torch.zeros(steps, 2, device=tokens.device), []
     trainer.model.train()
     with trainer.on_stream():

@@ -1,4 +1,6 @@
-"""The loss of a training step: output layer and cross entropy in one function that never holds all logits."""
+"""The loss of a training step: output layer and cross entropy in one function that never holds all
+logits.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +8,32 @@ import torch
 
 from token_adapter import NOT_SCORED, TokenAdapter
 
-DRAFT_DROPOUT = 0.5        # share of training rows whose draft is hidden, so that the adapter can do without
+# share of training rows whose draft is hidden, so that the adapter can do without
+DRAFT_DROPOUT = 0.5
 LOGITS_AT_A_TIME = {"cpu": 2**23, "cuda": 2**27}      # 262 or 4,194 positions of 32,000 ids
 DENSE_SHARE = 0.9          # of positions scored: above it, selecting them costs more than it saves
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Output layer and loss in one, a chunk of positions at a time; gradients are computed on the way.
+    """Output layer and loss in one, a chunk of positions at a time; gradients are computed on the
+    way.
 
-    The idea of Liger Kernel and of "Cut Your Losses" (Wijmans et al. 2024), in plain PyTorch: logits and
-    their gradient exist for one chunk only, and both weight gradients are computed while they do.
+    The idea of Liger Kernel and of "Cut Your Losses" (Wijmans et al. 2024), in plain PyTorch:
+    logits and their gradient exist for one chunk only, and both weight gradients are computed while
+    they do.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, labels, share):
-        """x (N, D), weight (V, D), bias (V,), labels (N,) int64; share (N,): factor of each position's loss.
+        """x (N, D), weight (V, D), bias (V,), labels (N,) int64; share (N,): factor of each
+        position's loss.
 
-        A position that is not scored has share 0. Returns the loss to learn from, sum(share * losses),
-        and for inspection losses (N,) in nats and hits (N,) bool.
+        A position that is not scored has share 0. Returns the loss to learn from, sum(share *
+        losses), and for inspection losses (N,) in nats and hits (N,) bool.
         """
         labels, share = labels.clamp(min=0)[:, None], share[:, None]
-        x_grad, weight_grad, bias_grad = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+        x_grad = torch.empty_like(x)
+        weight_grad, bias_grad = torch.zeros_like(weight), torch.zeros_like(bias)
         losses, hits = torch.empty_like(share), torch.empty_like(labels, dtype=torch.bool)
         size = max(1, LOGITS_AT_A_TIME.get(x.device.type, LOGITS_AT_A_TIME["cpu"]) // len(weight))
         chunks = zip(*(tensor.split(size) for tensor in (x, x_grad, labels, share, losses, hits)))
@@ -37,7 +44,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             # Not -log(probability): that of a label far from the top is rounded to 0.
             loss.copy_((top.to(loss) - logits.gather(1, label)) - grad.gather(1, best).to(loss).log())
             torch.eq(best, label, out=hit)
-            grad.scatter_(1, label, grad.gather(1, label) - 1)       # of the logits, but for the factor
+            grad.scatter_(1, label, grad.gather(1, label) - 1)   # of the logits, but for the factor
             torch.mul(grad @ weight, factor, out=x_grad_chunk)
             weight_grad.addmm_(grad.t(), (x_chunk * factor).to(x_chunk))
             bias_grad.add_((factor.to(grad).t() @ grad)[0])
@@ -54,12 +61,13 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def loss_of(adapter: TokenAdapter, target, draft, draft_lengths, draft_text: float) -> tuple:
-    """(the loss to learn from, (2,): mean loss of the answers' tokens and how many of them were proposed right).
+    """(the loss to learn from, (2,): mean loss of the answers' tokens and how many of them were
+    proposed right).
 
     target (B, T) int64, NOT_SCORED past the end; draft (B, Td) int64 of draft_lengths (B,).
-    draft_text: weight of the mean loss of the drafts' tokens, each predicted from those before it, as if
-    drafts were answers; a token that the adapter doesn't score costs nothing.
-    The adapter is in training mode: with its dropout, and in prefix+draft with half of all drafts hidden.
+    draft_text: weight of the mean loss of the drafts' tokens, each predicted from those before it,
+    as if drafts were answers; a token that the adapter doesn't score costs nothing. The adapter is
+    in training mode: with its dropout, and in prefix+draft with half of all drafts hidden.
     """
     labels = adapter.labels_of(target)
     scored = (labels != NOT_SCORED).float()
@@ -70,7 +78,7 @@ def loss_of(adapter: TokenAdapter, target, draft, draft_lengths, draft_text: flo
         shown = draft_lengths
         if adapter.config.conditioning == "prefix+draft":
             shown = draft_lengths * (torch.rand(len(draft), device=draft.device) >= DRAFT_DROPOUT)
-        prefix = target[:, :-1].clamp(min=0)                            # past the end any id will do
+        prefix = target[:, :-1].clamp(min=0)                           # past the end any id will do
         x = adapter.hidden(draft, shown, prefix, draft if draft_text else None)
         if draft_text:
             inside = torch.arange(draft.shape[1], device=draft.device) < draft_lengths[:, None]
@@ -78,12 +86,15 @@ def loss_of(adapter: TokenAdapter, target, draft, draft_lengths, draft_text: flo
             share = draft_text * (text != NOT_SCORED) / inside.sum().clamp(min=1)
             labels, shares = torch.cat([labels, text], 1), torch.cat([shares, share], 1)
             answers = torch.cat([answers, torch.zeros_like(share)], 1)
-    x, labels, shares, answers = x.flatten(0, 1), labels.flatten(), shares.flatten(), answers.flatten()
+    x, labels = x.flatten(0, 1), labels.flatten()
+    shares, answers = shares.flatten(), answers.flatten()
     scored = labels != NOT_SCORED
-    # Positions that aren't scored have share 0. On a CPU they are left out; on a GPU counting would wait for it.
+    # Positions that aren't scored have share 0. On a CPU they are left out; on a GPU counting would
+    # wait for it.
     if x.device.type == "cpu" and scored.sum() < DENSE_SHARE * len(scored):
         rows = scored.nonzero()[:, 0]
-        x, labels, shares, answers = x.index_select(0, rows), labels[rows], shares[rows], answers[rows]
+        x, labels = x.index_select(0, rows), labels[rows]
+        shares, answers = shares[rows], answers[rows]
     norm, weight, bias = adapter.output()
     loss, losses, hits = LinearCrossEntropy.apply(norm(x), weight, bias, labels, shares)
     return loss, torch.stack([(losses * answers).sum(), (hits & (answers > 0)).sum().to(losses)])

@@ -1,4 +1,6 @@
-"""Training: from token pairs to an adapter, phase by phase; the best epoch is selected on validation."""
+"""Training: from token pairs to an adapter, phase by phase; the best epoch is selected on
+validation.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from training.loop import Diverged, Trainer, train_epoch
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How an adapter is trained; each field is the flag of the same name of train_and_evaluate.py."""
+    """How an adapter is trained; each field is the flag of the same name of train_and_evaluate.py.
+    """
 
     conditioning: str
     num_epochs: int
@@ -48,16 +51,18 @@ class Phase:
 def phases_of(settings: Settings) -> list[Phase]:
     """The phases in their order.
 
-    prefix+draft learns the target's language first, without drafts, and then to use them: an adapter that sees
-    drafts from the start learns 1,000 of them by heart and is worse on unseen drives. If the drafts don't help on
-    validation, the adapter of the first phase is selected: on validation prefix+draft is never the worse of the two.
+    prefix+draft learns the target's language first, without drafts, and then to use them: an
+    adapter that sees drafts from the start learns 1,000 of them by heart and is worse on unseen
+    drives. If the drafts don't help on validation, the adapter of the first phase is selected: on
+    validation prefix+draft is never the worse of the two.
     """
     if settings.conditioning == "prefix+draft":
-        return [Phase("prefix", 0, settings.num_epochs), Phase("prefix+draft", 1, max(1, settings.num_epochs // 2))]
+        return [Phase("prefix", 0, settings.num_epochs),
+                Phase("prefix+draft", 1, max(1, settings.num_epochs // 2))]
     return [Phase(settings.conditioning, 0, settings.num_epochs)]
 
 
-# ---------------------------------------------------------------------------------------------- one phase
+# ---------------------------------------------------------------------------------------- one phase
 @dataclasses.dataclass(frozen=True)
 class Epoch:
     """One pass over the training pairs, measured while it ran."""
@@ -77,7 +82,8 @@ class PhaseRun:
         adapter.condition(phase.name)
         self.phase, self.tokens, self.learning_rate = phase, tokens, settings.learning_rate
         steps = phase.epochs * math.ceil(len(tokens.lengths) / settings.batch_size)
-        self.trainer = Trainer(adapter, settings.batch_size, settings.learning_rate, steps, settings.draft_text)
+        self.trainer = Trainer(adapter, settings.batch_size, settings.learning_rate, steps,
+                               settings.draft_text)
         self.generator = torch.Generator().manual_seed(settings.seed + phase.number)
         torch.manual_seed(settings.seed + phase.number)
         self.done = self.current = 0                       # epochs: finished, at work
@@ -90,7 +96,8 @@ class PhaseRun:
 
     def state(self) -> dict:
         """All that the next epoch depends on."""
-        return {"phase": self.phase.name, "epoch": self.done, "adapter": self.trainer.adapter.state_dict(),
+        return {"phase": self.phase.name, "epoch": self.done,
+                "adapter": self.trainer.adapter.state_dict(),
                 "optimizer": self.trainer.optimizer.state_dict(), "done": self.trainer.done,
                 "order": self.generator.get_state(), "random": random_state()}
 
@@ -114,9 +121,9 @@ class PhaseRun:
         try:
             yield
         except Diverged as error:
-            raise UserError(f"{self.phase.name}, epoch {self.current}: {error}; the best epoch before it, if any, is "
-                            f"kept in best_model.pt; try a --learning_rate below {self.learning_rate}, in a new task "
-                            "folder") from error
+            raise UserError(f"{self.phase.name}, epoch {self.current}: {error}; the best epoch before it, "
+                            "if any, is kept in best_model.pt; try a --learning_rate below "
+                            f"{self.learning_rate}, in a new task folder") from error
 
 
 def restore(found: dict, trainer: Trainer, generator: torch.Generator) -> None:
@@ -126,11 +133,11 @@ def restore(found: dict, trainer: Trainer, generator: torch.Generator) -> None:
     try:
         generator.set_state(found["order"])
         set_random_state(found["random"])
-    except RuntimeError as error:                # about their size and content: no memory is asked for
+    except RuntimeError as error:             # about their size and content: no memory is asked for
         raise ValueError(str(error)) from error
 
 
-# ---------------------------------------------------------------------------------------------- selection
+# ---------------------------------------------------------------------------------------- selection
 @dataclasses.dataclass
 class Best:
     """The best epoch of a phase; its weights lie in memory that a better one overwrites."""
@@ -148,11 +155,15 @@ class Best:
             self.adapter.load_state_dict(adapter.state_dict())
 
 
-def take_up(found: dict, phases: list[Phase], adapter: TokenAdapter) -> tuple[dict[str, Best], list[dict]]:
-    """(best epoch of each phase begun, history) from resume.pt; an error if no training of these phases wrote it."""
+def take_up(found: dict, phases: list[Phase],
+            adapter: TokenAdapter) -> tuple[dict[str, Best], list[dict]]:
+    """(best epoch of each phase begun, history) from resume.pt; an error if no training of these
+    phases wrote it.
+    """
     epochs = {phase.name: phase.epochs for phase in phases}
     begun = list(epochs)[:list(epochs).index(found["phase"]) + 1]
-    if list(found["best"]) != begun or not 0 < found["epoch"] <= epochs[found["phase"]] or found["done"] < 0:
+    is_epoch = 0 < found["epoch"] <= epochs[found["phase"]]
+    if list(found["best"]) != begun or not is_epoch or found["done"] < 0:
         raise ValueError(f"epoch {found['epoch']} of {found['phase']}, best of {', '.join(found['best'])}")
     history = [{**epoch, "epoch": int(epoch["epoch"])} for epoch in found["history"]]
     best = {}
@@ -179,7 +190,7 @@ class Selection:
             with reading(resume.path, ANEW):
                 known, self.history = take_up(resume.found, self.phases, adapter)
             self.best |= known
-            best = self.best[self.chosen()]                  # best_model.pt may be older than resume.pt
+            best = self.best[self.chosen()]              # best_model.pt may be older than resume.pt
             files.checkpoint.offer(best.adapter, epoch=best.epoch, validation_alpha=best.alpha)
 
     def chosen(self) -> str:
@@ -189,16 +200,20 @@ class Selection:
     def run(self) -> None:
         """Run all phases that are left."""
         found = self.files.resume.found
-        first = next(phase.number for phase in self.phases if not found or phase.name == found["phase"])
+        first = 0
+        if found:
+            first = next(phase.number for phase in self.phases if phase.name == found["phase"])
         for phase in self.phases:
             best = self.best[phase.name]
             if phase.number >= first:
                 self._run_phase(phase)
-                log(f"train | {phase.name} | best validation in epoch {best.epoch}, accepted {best.alpha:.1%}")
+                log(f"train | {phase.name} | best validation in epoch {best.epoch}, accepted "
+                    f"{best.alpha:.1%}")
             self.adapter.load_state_dict(best.adapter.state_dict())
 
     def _run_phase(self, phase: Phase) -> None:
-        run, found = PhaseRun(self.adapter, phase, self.tokens, self.settings), self.files.resume.of(phase.name)
+        run = PhaseRun(self.adapter, phase, self.tokens, self.settings)
+        found = self.files.resume.of(phase.name)
         if found:
             run.resume(found)
         if found and found["over"]:
@@ -211,15 +226,18 @@ class Selection:
                     break
 
     def _validate(self, phase: Phase, epoch: Epoch) -> bool:
-        """Measure the adapter after an epoch and keep it if it is the best -> whether to stop early."""
+        """Measure the adapter after an epoch and keep it if it is the best -> whether to stop
+        early.
+        """
         top1, top5, loss = predict(self.adapter, self.validation, self.settings.batch_size)
         if not math.isfinite(loss):
             raise Diverged(f"the validation loss became {loss}")
         figures = measure(top1, self.validation.lengths, top5)
         self.history.append({
             "epoch": len(self.history) + 1, "phase": phase.name, "train_loss": epoch.loss,
-            "train_alpha": epoch.alpha, "validation_loss": loss, "validation_alpha": figures["alpha"],
-            "validation_top5": figures["top5"], "learning_rate": epoch.learning_rate, "seconds": epoch.seconds})
+            "train_alpha": epoch.alpha, "validation_loss": loss,
+            "validation_alpha": figures["alpha"], "validation_top5": figures["top5"],
+            "learning_rate": epoch.learning_rate, "seconds": epoch.seconds})
         best, checkpoint = self.best[phase.name], self.files.checkpoint
         is_best_of_all = figures["alpha"] > self.best[self.chosen()].alpha
         if figures["alpha"] > best.alpha:
@@ -240,22 +258,23 @@ class Selection:
             self.files.show(self.history)
 
 
-# ------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 @dataclasses.dataclass
 class Trained:
-    adapter: TokenAdapter                  # of the best epoch; with --refit trained again on all pairs
-    selected: TokenAdapter                 # of the best epoch, never trained on the validation pairs
-    prefix: TokenAdapter | None            # the ablation of prefix+draft: the same, but never shown a draft
+    adapter: TokenAdapter               # of the best epoch; with --refit trained again on all pairs
+    selected: TokenAdapter                # of the best epoch, never trained on the validation pairs
+    prefix: TokenAdapter | None    # the ablation of prefix+draft: the same, but never shown a draft
     history: list[dict]
     best_epoch: int                        # counted over all phases
 
 
 def train(settings: Settings, adapter: TokenAdapter, data: Data, files: TaskFiles,
           new_adapter: Callable[[Pairs], TokenAdapter]) -> Trained:
-    """Select the epoch (and whether drafts help) on validation; then train again on all pairs up to there.
+    """Select the epoch (and whether drafts help) on validation; then train again on all pairs up to
+    there.
 
-    adapter: on its device. new_adapter: makes one for the second training, for the pairs given, with the same random
-    weights; the second training is not resumed, but done again.
+    adapter: on its device. new_adapter: makes one for the second training, for the pairs given,
+    with the same random weights; the second training is not resumed, but done again.
     """
     selection = Selection(settings, adapter, data, files)
     try:
@@ -264,8 +283,8 @@ def train(settings: Settings, adapter: TokenAdapter, data: Data, files: TaskFile
         files.checkpoint.write()
     best = selection.best
     chosen = best[selection.chosen()]
-    trained = Trained(chosen.adapter, chosen.adapter, best["prefix"].adapter if "prefix" in best else None,
-                      selection.history, chosen.number)
+    prefix = best["prefix"].adapter if "prefix" in best else None
+    trained = Trained(chosen.adapter, chosen.adapter, prefix, selection.history, chosen.number)
     if settings.refit and settings.conditioning != "draft":
         log(f"train | again, with the validation pairs: {len(data.all_train)} pairs")
         refit(trained, selection, new_adapter(data.all_train), data.all_train)

@@ -2,7 +2,7 @@
 
     batches = Batches(model, questions, max_new_tokens=50, pictures=8, clips=64)      # model: VideoLlava or EventGPT
     coming = batches.answer(pixels)                     # of up to 64 clips; starts it all and returns before the end
-    answers = coming()                                  # waits: [clip][question] -> Answer
+    answers = coming()                                  # waits: for each clip its Answers in the order of the questions
 
 A clip's part of the prompt is the same for all its questions: it goes through the layers once and is kept once.
 Behind it every row (a clip and a question) has a small cache of its own for question and answer. So no position of a
@@ -18,8 +18,11 @@ import torch
 from base import log
 from machine.graphs import capture
 from vlm.attention import causal, shared_and_own
-from vlm.llama import SAME, Llama, Next, apart, position_bytes
-from vlm.loading import Answer, answers_of, check_positions, free_gib, short_of_memory
+from vlm.contract import Answer, NotNumbers
+from vlm.errors import short_of_memory
+from vlm.llama import NO_NUMBER, SAME, Llama, Next, apart, position_bytes
+from vlm.loading import check_positions, free_gib
+from vlm.model import answer_of, cut_at_end
 
 READ_TOKENS = 16_384         # prompt positions that go through the layers at once: enough to fill a GPU
 ASKED, ROWS = 16, 256        # questions of a clip, and answers in all, side by side: more gain little
@@ -36,7 +39,6 @@ class Batches(Llama):
         """vlm: the model; pictures: of each clip; graphs: None = on a CUDA device where the layers allow it."""
         self.vlm, self.clips, self.pictures, self.count = vlm, clips, pictures, len(questions)
         self.max_new_tokens = max_new_tokens
-        self.eos = vlm.tokenizer.eos_token_id
         before, self.after = prompt_of(vlm, questions, pictures)
         self.shared, longest = before, max(map(len, self.after))
         room = before + longest + max_new_tokens
@@ -46,7 +48,8 @@ class Batches(Llama):
         self.seen, self.said = self.new_cache(clips, before), self.new_cache(clips * self.asked, room - before)
         self.slots = torch.arange(max(before, room - before), device=self.device)
         self.row = torch.arange(clips * self.asked, device=self.device)
-        # What a step reads and writes: last id, tokens in `said`, whether EOS is still to come; the step's number.
+        self.eos = torch.tensor(vlm.eos_ids, device=self.device)
+        # What a step reads and writes: last id, tokens in `said`, whether the end is still to come; the step's number.
         self.ids, self.lengths, self.open = torch.zeros_like(self.row), torch.zeros_like(self.row), self.row >= 0
         self.number, self.tokens = self.row[:1].clone(), self.row.new_zeros(max_new_tokens, len(self.row))
         assert self.may_be_captured or not graphs, f"no CUDA graph of this model on {self.device}"
@@ -58,7 +61,9 @@ class Batches(Llama):
     def answer(self, pixels: Sequence[torch.Tensor], meanwhile: Callable = lambda: None) -> Callable:
         """pixels: of at most `clips` clips, as prepare() gives them -> a function that waits for their answers.
 
-        It gives an Answer for each [clip][question]. meanwhile() is called when the device is busy for long.
+        It returns an entry per clip: a list with an Answer per question, or a NotNumbers (not raised) where the logits
+        of any of the clip's answers were no numbers; the neighbours' answers are not touched. meanwhile() is called
+        when the device is busy for long.
         """
         with self.on_device():
             return self._answer(pixels, meanwhile)
@@ -74,13 +79,13 @@ class Batches(Llama):
         done = torch.cuda.Event() if cuda else None
         if done:
             done.record()
-        tokenizer, count = self.vlm.tokenizer, self.count        # not self: who waits must not hold the caches
+        tokenizer, eos_ids, dtype = self.vlm.tokenizer, self.eos.tolist(), self.dtype
+        # The function does not hold self: who waits must not hold the caches.
 
-        def wait() -> list[list[Answer]]:
+        def wait() -> list[list[Answer] | NotNumbers]:
             if done:
                 done.synchronize()
-            answers = answers_of(found.flatten(0, 1).tolist(), tokenizer)
-            return [answers[at:at + count] for at in range(0, len(answers), count)]
+            return [answers_of(rows, eos_ids, tokenizer, dtype) for rows in found.tolist()]
 
         return wait
 
@@ -116,8 +121,10 @@ class Batches(Llama):
         x = self._forward(ids, self.slots[:width].expand(rows, -1), clips)
         best = self.following(x.view(rows, width, -1)[self.row[:rows], lengths - 1]).best
         wanted_rows = (self.row[:rows] // asked < read) & (self.row[:rows] % asked < wanted)
-        self.ids[:rows], self.lengths[:rows], self.open[:rows] = best, lengths, (best != self.eos) & wanted_rows
-        self.tokens[:] = self.eos
+        self.ids[:rows] = best.clamp(min=0)
+        self.lengths[:rows] = lengths
+        self.open[:rows] = ~self._ends(best) & wanted_rows
+        self.tokens[:] = self.eos[0]
         self.tokens[0, :rows] = best
         self.number.fill_(1)
         if self.fixed and not self.graph:
@@ -141,13 +148,17 @@ class Batches(Llama):
     def _next(self, rows: int, clips: int) -> Next:
         """One token of every row, entirely on the device: what the graph captures."""
         slots = self.lengths[:rows, None]
-        found = self.following(self._forward(self.ids[:rows, None], slots, clips))
-        self.ids[:rows] = found.best
-        self.tokens[:, :rows].index_copy_(0, self.number, found.best[None])
-        self.open[:rows] &= found.best != self.eos
+        following = self.following(self._forward(self.ids[:rows, None], slots, clips))
+        self.ids[:rows] = following.best.clamp(min=0)
+        self.tokens[:, :rows].index_copy_(0, self.number, following.best[None])
+        self.open[:rows] &= ~self._ends(following.best)
         self.lengths[:rows] += 1
         self.number += 1
-        return found
+        return following
+
+    def _ends(self, best: torch.Tensor) -> torch.Tensor:
+        """best (rows,) -> (rows,) bool: whether this token ends the answer, or there is none."""
+        return (best[:, None] == self.eos).any(-1) | (best == NO_NUMBER)
 
     def _generate(self, rows: int, clips: int) -> None:
         """Tokens until all answers have ended, or max_new_tokens of each."""
@@ -196,6 +207,14 @@ class Batches(Llama):
             self.fixed = False
             log(f"batches | WARNING | no CUDA graph, every step runs eagerly: {error}")
         again()
+
+
+def answers_of(rows: list[list[int]], eos_ids: list[int], tokenizer, dtype) -> list[Answer] | NotNumbers:
+    """rows: a clip's new tokens for each question, with whatever stands after their ends."""
+    tokens = [cut_at_end(row, eos_ids) for row in rows]
+    if any(NO_NUMBER in row for row in tokens):
+        return NotNumbers(dtype)
+    return [answer_of(row, eos_ids, tokenizer) for row in tokens]
 
 
 # -------------------------------------------------------------------------------------------- how many at a time

@@ -7,6 +7,7 @@ twice, and transformers' forward goes on working.
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,25 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from base import UserError
+from vlm.fits import why_not
 from vlm.kernels import rotate_and_store, swiglu
 
 SAME = 0.05                  # `apart` below this is rounding; a graph that went wrong is off by all
+NO_NUMBER = -1               # in place of a token where the logits are no numbers
 
 
 class Next(NamedTuple):
     """What follows each of n positions. Good until the next call: a graph writes into the same memory again."""
 
     logits: torch.Tensor        # (n, V) in the model's dtype
-    best: torch.Tensor          # (n,) int64, their argmax
-
-
-def head_dim_of(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    best: torch.Tensor          # (n,) int64: their argmax; -1 where the largest is NaN or infinite
 
 
 def position_bytes(config, dtype: torch.dtype) -> int:
     """What one position takes in a cache: keys and values of all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim_of(config) * dtype.itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 class Llama:
@@ -44,10 +44,10 @@ class Llama:
         self.model, self.lm_head, self.device, self.dtype = language_model, lm_head, weight.device, weight.dtype
         self.depth, self.vocab_size = config.num_hidden_layers, language_model.embed_tokens.num_embeddings
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = head_dim_of(config)
+        self.head_dim = config.head_dim
+        if reason := why_not(config, language_model):
+            raise UserError(f"this language model can't run here: {reason}")
         # The model's own RoPE (with its scaling). (2, room, d): cos, and sin with rotate_half's sign in it.
-        kind = config.rope_parameters["rope_type"]
-        assert kind not in ("dynamic", "longrope"), f"{kind} RoPE changes with the length: no table for all positions"
         positions = torch.arange(room, device=self.device)
         cos, sin = language_model.rotary_emb(weight[:1, None], position_ids=positions[None])
         minus, plus = sin.chunk(2, -1)
@@ -94,7 +94,8 @@ class Llama:
     def following(self, x: torch.Tensor) -> Next:
         """x (n, D) as `layers` gives it -> what follows each position."""
         logits = self.lm_head(normed(x, self.model.norm))
-        return Next(logits, logits.argmax(-1))
+        largest, best = logits.max(-1)               # NaN is the largest, wherever there is one
+        return Next(logits, best.where(largest.isfinite(), NO_NUMBER))
 
 
 def normed(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
@@ -127,7 +128,12 @@ def fuse(modules: list[nn.Module]) -> torch.Tensor | None:
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """How far two ways to reckon the same logits lie apart, as a share of their size; rounding in 16 bits: 1 %."""
-    ours, theirs = ours.float(), theirs.float()
-    return float((ours - theirs).norm() / theirs.norm())
+    """How far two computations of the same logits (n, V) lie apart, as a share of their size; rounding in 16 bits: 1 %.
 
+    Rows that are no numbers in both are left out; NaN if a row is so in one of them only, or in all.
+    """
+    numbers = theirs.isfinite().all(-1)
+    if not torch.equal(numbers, ours.isfinite().all(-1)):
+        return math.nan
+    ours, theirs = ours[numbers].float(), theirs[numbers].float()
+    return float((ours - theirs).norm() / theirs.norm())

@@ -18,7 +18,8 @@ from torch import nn
 from base import log
 from machine.graphs import capture
 from vlm.attention import causal, masked
-from vlm.llama import SAME, Llama, Next, apart
+from vlm.contract import NotNumbers
+from vlm.llama import NO_NUMBER, SAME, Llama, Next, apart
 
 
 class Steps(Llama):
@@ -38,6 +39,9 @@ class Steps(Llama):
         self.slots = torch.arange(slots, device=self.device)
         self.ids, self.positions = torch.zeros_like(self.slots), self.slots.clone()      # what graphs read
         self.graphs: dict[int, tuple] = {}           # number of tokens -> (graph, the Next it writes)
+        # `best` of the last pass, where rollback() reads it without waiting: whoever rolls back has read it before.
+        self.last_best = torch.zeros(slots, dtype=torch.long, pin_memory=self.device.type == "cuda")
+        self.noted = self.last_best[:0]
         assert self.may_be_captured or not graphs, f"no CUDA graphs of this model on {self.device}"
         if self.may_be_captured and graphs is not False:
             self.warm_up([k for k in sorted(set(sizes), reverse=True) if k <= room], must=graphs is True)
@@ -70,7 +74,8 @@ class Steps(Llama):
             return causal(queries[None], keys, values)[0]
 
         with self.on_device():
-            return self.following(self.layers(embeds[0].to(self.dtype), places, self.cache, places, attend)[-kept:])
+            x = self.layers(embeds[0].to(self.dtype), places, self.cache, places, attend)
+            return self._noted(self.following(x[-kept:]))
 
     @torch.inference_mode()
     def verify(self, tokens: torch.Tensor | list[int]) -> Next:
@@ -85,13 +90,20 @@ class Steps(Llama):
         self.length = start + k
         if k not in self.graphs:
             with self.on_device():
-                return self._forward(k)
+                return self._noted(self._forward(k))
         self.graphs[k][0].replay()
-        return self.graphs[k][1]
+        return self._noted(self.graphs[k][1])
 
+    @torch.inference_mode()
     def rollback(self, length: int) -> None:
-        """Forget every position from `length` on. What stays in their slots is masked until it is overwritten."""
+        """Forget every position from `length` on. Read `best` of the last pass first.
+
+        The contents of their slots are masked until they are overwritten. Where the last pass gave logits that are no
+        numbers they are zeroed: a masked slot has weight 0, but 0 * NaN is NaN.
+        """
         assert 0 <= length <= self.length, f"rollback to {length} from {self.length}"
+        if length < self.length and NO_NUMBER in self.noted.tolist():
+            self.cache[..., length:self.length, :].zero_()
         self.length = length
 
     # ---------------------------------------------------------------------------------------- forward
@@ -115,6 +127,12 @@ class Steps(Llama):
             return masked(queries.transpose(0, 1), keys, values, mask).transpose(0, 1).reshape(k, -1)
 
         return self.following(self.layers(x, positions, self.cache, positions, attend))
+
+    def _noted(self, following: Next) -> Next:
+        """Copy `best` to the host without waiting, for rollback()."""
+        self.noted = self.last_best[:len(following.best)]
+        self.noted.copy_(following.best, non_blocking=True)
+        return following
 
     # ----------------------------------------------------------------------------------------- graphs
     @torch.inference_mode()
@@ -165,6 +183,14 @@ class Prompted:
     def verify(self, tokens: list[int]) -> Next:
         return self.steps.verify(tokens)
 
+    def not_numbers(self) -> NotNumbers:
+        """The error for an answer that needs a token where `best` is NO_NUMBER.
+
+        Positions behind a token may have spoilt its logits, because masked NaN reach them: before this is raised for
+        a pass with proposals, keep() and ask again without them.
+        """
+        return NotNumbers(self.steps.dtype)
+
     def keep(self, tokens: int) -> None:
-        """Forget all but the prompt and so many tokens of the answer."""
+        """Forget all but the prompt and so many tokens of the answer. Read `best` of the last pass first."""
         self.steps.rollback(self.embeds.shape[1] + tokens)

@@ -1,4 +1,6 @@
-"""Pair files of three formats become Pairs; unusable rows are counted by reason, odd facts cost nothing."""
+"""Pair files of three formats become Pairs; unusable rows are counted by reason, odd facts cost
+nothing.
+"""
 
 import json
 import tracemalloc
@@ -36,7 +38,7 @@ def load(folder: Path, content) -> Pairs:
     return load_pairs([path])
 
 
-# ------------------------------------------------------------------------------------------------- pair files
+# --------------------------------------------------------------------------------------- pair files
 @pytest.mark.parametrize(("content", "form"), [
     ({"results": [extraction(0), extraction(1)]}, "extraction"),
     ({"results": [benchmark(0), benchmark(1)]}, "benchmark"),
@@ -110,13 +112,14 @@ def test_a_suspicious_row_is_kept_and_flagged(tmp_path, capsys, row, flag):
 
 
 @pytest.mark.parametrize(("draft", "target"), [
-    ([512, 0, 278, 0, 2], [450, 1820, 3161, 297]),                       # id 0 is a token like any other
-    (list(range(300, 350)), [450, 1820, 3161, 2]),                       # the draft was cut, the target was not
+    ([512, 0, 278, 0, 2], [450, 1820, 3161, 297]),                  # id 0 is a token like any other
+    (list(range(300, 350)), [450, 1820, 3161, 2]),           # the draft was cut, the target was not
     ([512, 278, 2], [450, 2, 1820, 3161, 2]),                            # EOS in the middle
     ([512, 278, 2], [450, *[22] * 3, 1820, 3161]),                       # a run
-    ([512, 278, 2], [450, 32000, 32001, 3161])])                         # special tokens of Video-LLaVA
+    ([512, 278, 2], [450, 32000, 32001, 3161])])                     # special tokens of Video-LLaVA
 def test_what_is_odd_but_right_is_kept_as_it_is(tmp_path, capsys, draft, target):
-    rows = [extraction(0), extraction(7, draft=draft, target=target)]    # with a gap: clips between them failed
+    # with a gap: clips between them failed
+    rows = [extraction(0), extraction(7, draft=draft, target=target)]
     pairs = load(tmp_path, {"results": rows, "errors": [{"sample_idx": 3, "error": "No result"}], "statistics": {}})
     assert pairs.answer("draft", 1) == draft and pairs.answer("target", 1) == target
     assert pairs.files[0]["dropped"] == {} and pairs.files[0]["flagged"] == {}
@@ -190,7 +193,7 @@ def test_half_a_character_in_a_name_is_written_and_read_again(tmp_path):
     assert len(load_pairs([tmp_path / "rows.json"])) == 1
 
 
-# ----------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 def test_reading_takes_a_small_multiple_of_the_tokens(tmp_path):
     """Doubling the rows doubles what is held; json.load holds 20 times the tokens."""
     tokens, held = [*range(300, 350)], []

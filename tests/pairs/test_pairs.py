@@ -1,4 +1,5 @@
-"""Pairs share the memory of their tokens, however they are selected; several files become one set."""
+"""Pairs share the memory of their tokens, however they are selected; several files become one set.
+"""
 
 import json
 from pathlib import Path

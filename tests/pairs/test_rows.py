@@ -48,7 +48,7 @@ def test_rows_are_those_of_json_load_in_any_layout(tmp_path, text):
     path = tmp_path / "rows.json"
     path.write_text(text)
     streamed, whole = both_ways(path)
-    assert len(whole) == 2 and repr(streamed) == repr(whole)                 # repr: NaN is not itself
+    assert len(whole) == 2 and repr(streamed) == repr(whole)               # repr: NaN is not itself
 
 
 def our_file(path: Path, count: int = 3) -> list[dict]:
@@ -60,10 +60,10 @@ def our_file(path: Path, count: int = 3) -> list[dict]:
 def test_what_was_written_as_a_stream_is_read_as_one(tmp_path, monkeypatch):
     path, failed = tmp_path / "rows.json", [{"sample_idx": 9, "reason": "\u00e9"}]
     rows, head = our_file(path), {"format": FORMAT, "vocab_size": 9, "questions": ["a", "b"]}
-    monkeypatch.setattr(rows_module, "MAX_WHOLE", 0)                         # it needs no reading as a whole
+    monkeypatch.setattr(rows_module, "MAX_WHOLE", 0)                # it needs no reading as a whole
     reader = JsonRows(path)
     iterator = iter(reader)
-    assert next(iterator) == rows[0] and reader.beside == head               # known before the first row
+    assert next(iterator) == rows[0] and reader.beside == head          # known before the first row
     assert list(iterator) == rows[1:] and reader.beside == {**head, "failed": failed} and reader.has_rows
     assert json.loads(path.read_text()) == {**head, "results": rows, "failed": failed}
     write_rows(path, {}, iter([]), [])
@@ -117,7 +117,7 @@ def test_an_older_file_and_a_foreign_format_key_are_read(tmp_path, number):
         assert list(JsonRows(tmp_path / "rows.json")) == [{"a": 1}]
 
 
-# ------------------------------------------------------------------------------------------------ JSON Lines
+# --------------------------------------------------------------------------------------- JSON Lines
 @pytest.mark.parametrize("end", ["", "\n", "\n\n"])
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
 def test_json_lines_are_read_row_by_row(tmp_path, monkeypatch, start, end):
@@ -135,7 +135,7 @@ def test_a_single_json_line_is_told_by_its_suffix(tmp_path):
         assert list(reader) == expected and reader.has_rows == bool(expected)
 
 
-# ---------------------------------------------------------------------------------------------------- bounds
+# ------------------------------------------------------------------------------------------- bounds
 def test_a_file_that_is_not_a_row_a_line_has_a_bounded_size(tmp_path):
     path = tmp_path / "sparse.json"
     for start in (b"", b"[", b'{\n "results": [\n', b'{"a": 1}\n{"b": 2}\n'):

@@ -1,26 +1,41 @@
-"""RESULTS.md and the pictures say what results.json says, plainly, and nothing that a file name smuggles in."""
+"""RESULTS.md and the pictures say what results.json says, plainly, and nothing that a file name
+smuggles in.
+"""
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 import report as program
-import reports.task_report as report
 from acceptance.comparison import compare
 from acceptance.simulation import stream
-from base import UserError
+from base import ROOT, UserError
 from drafting.baselines import Fixed
 from pairs.formats import load_pairs
 from pairs.pairs import Pairs
+from reports import charts
+from reports import task_report as report
+from reports.charts import CURVES, DRAFTER_CURVES
+from reports.shapes import check_shape, optional
+from reports.task_figures import FORMAT
 
+# of the others there is none: they are drawn all the same
+STYLES = {"adapter": ("-", "#D55E00")}
 HOSTILE = "a|b\n# <script>alert(1)</script> [x](http://evil) `y` $z$ ![w](v)"
 
 
 def measured(share: float, num_pairs: int = 10, length: int = 6, constant: bool = True) -> dict:
-    """Metrics of an adapter that is right in this share of the positions; the constant string gets 55 %."""
+    """Metrics of an adapter that is right in this share of the positions; the constant string gets
+    55 %.
+    """
     target = np.tile(np.array([7, 8] * (length // 2), np.int32), num_pairs)
     target[1::2] += np.arange(len(target) // 2, dtype=np.int32)
     places = np.arange(num_pairs) * length, np.full(num_pairs, length)
@@ -28,44 +43,53 @@ def measured(share: float, num_pairs: int = 10, length: int = 6, constant: bool 
     pairs = Pairs(target + 1, *places, target, *places, names, names, [])
     hits = np.arange(length * num_pairs).reshape(num_pairs, length) < share * length * num_pairs
     found = {"loss": 1.5, **compare(hits, hits, pairs, pairs if constant else None), "memory_share": {},
-             "stream": True, "step_ms": None, "adapter_minus": {}, "drafters": {}, "whole_test": num_pairs}
+             "stream": True, "step_ms": None, "adapter_minus": {}, "drafters": {},
+             "whole_test": num_pairs}
     proposals = np.where(hits, pairs.padded("target", length), -1)[:, :, None].repeat(5, 2)
-    for name, drafter in (("adapter", Fixed(proposals, pairs)), ("copy of the draft", Fixed(proposals * 0, pairs))):
+    for name, drafter in (("adapter", Fixed(proposals, pairs)), ("copy of the draft",
+                                                                 Fixed(proposals * 0, pairs))):
         found["drafters"][name] = {**stream(drafter, pairs), "parameters": 0}
         del found["drafters"][name]["top1"]
     return found
 
 
-def write_task(task: Path, epochs: int = 3, share: float = 0.9, name: str = "1s_20260128_020530", **changes) -> Path:
+def write_task(task: Path, epochs: int = 3, share: float = 0.9, name: str = "1s_20260128_020530",
+               **changes) -> Path:
     task.mkdir(exist_ok=True)
     history = [{"epoch": epoch, "phase": "draft", "train_loss": 5 / epoch, "train_alpha": 0.3,
                 "validation_loss": 6 / epoch, "validation_alpha": 0.2, "validation_top5": 0.5,
                 "learning_rate": 1e-4, "seconds": 1.0} for epoch in range(1, epochs + 1)]
-    file = {"path": name, "format": "extraction", "rows": 12, "used": 10, "dropped": {"no token list": 2},
-            "flagged": {"empty draft": 1}}
+    file = {
+        "path": name, "format": "extraction", "rows": 12, "used": 10,
+        "dropped": {"no token list": 2}, "flagged": {"empty draft": 1}
+    }
     results = {
-        "kind": "training", "task": name, "date": "2026-01-28 02:07:11",
-        "config": {"num_epochs": 3, "checkpoint": name, "conditioning": "draft"},
-        "adapter": {"contract": "target[i] from draft[:i+1]", "conditioning": "draft"},
-        "files": {"train": [file], "test": [file]},
-        "split": {"by": "drive", "validation": [name], "train": ["thun_01"]}, "warnings": [], "history": history,
-        "best_epoch": 1 if epochs else None, "refitted": False, "seconds": {"until_trained": 3.0, "all": 4.0},
-        "metrics": {"train": measured(0.9), "validation": measured(0.8), "test": measured(share)},
-        "provenance": {"argv": ["train_and_evaluate.py", "--task_name", name], "git_commit": None, "folder": name,
-                       "device": "CPU", "versions": {"python": "3.11"}}, **changes}
+        "kind": "training", "task": name, "date": "2026-01-28 02:07:11", "config": {
+            "num_epochs": 3, "checkpoint": name, "conditioning": "draft"
+        }, "adapter": {"contract": "target[i] from draft[:i+1]",
+                       "conditioning": "draft"}, "files": {"train": [file], "test": [file]},
+        "split": {"by": "drive", "validation": [name], "train": ["thun_01"]
+                  }, "warnings": [], "history": history, "best_epoch": 1 if epochs else None,
+        "refitted": False, "seconds": {"until_trained": 3.0, "all": 4.0}, "metrics": {
+            "train": measured(0.9), "validation": measured(0.8), "test": measured(share)
+        }, "provenance": {
+            "argv": ["train_and_evaluate.py", "--task_name", name], "git_commit": None,
+            "folder": name, "device": "CPU", "versions": {"python": "3.11"}
+        }, **changes
+    }
     (task / "results.json").write_text(json.dumps(results))
     return task
 
 
 def page(task: Path, plots: bool = False) -> str:
-    report.write_report(task, plots=plots)
+    report.write_report(task, STYLES, plots=plots)
     return (task / "RESULTS.md").read_text()
 
 
 def test_the_page_leads_with_the_answer(tmp_path):
     lead = page(write_task(tmp_path)).split("\n\n")[1]
-    assert lead.startswith("**The adapter predicts 90.0 % of the target's tokens on 10 test pairs (60 positions); "
-                           "copying the draft gets 0.0 % right.**")
+    assert lead.startswith("**The adapter predicts 90.0 % of the target's tokens on 10 test pairs "
+                           "(60 positions); copying the draft gets 0.0 % right.**")
     assert "35.0 points above a constant string of the commonest training tokens (55.0 %)" in lead
 
 
@@ -74,7 +98,9 @@ def test_an_adapter_that_does_not_beat_the_constant_string_is_called_so(tmp_path
 
 
 def check_hostile_text(text: str, again: str, times: int) -> None:
-    """HOSTILE stands in the page at least so many times, always as plain text, and once in a code block."""
+    """HOSTILE stands in the page at least so many times, always as plain text, and once in a code
+    block.
+    """
     shown = [line for line in text.splitlines() if "script" in line]
     assert len(shown) >= times and "<script" not in text
     for line in shown:
@@ -95,8 +121,10 @@ def test_rows_that_were_dropped_or_flagged_and_warnings_are_on_the_page(tmp_path
 
 
 def test_degenerate_answers_of_a_pair_file_are_flagged_on_the_page(tmp_path):
-    answers = [([5], [7, 8, 9, 10]), ([0] * 50, [7] * 4), ([5], [10887] * 80), ([5], [10887, 2]), ([], [7] * 4)]
-    rows = [{"sample_idx": i, "egpt_tokens": draft, "vl_tokens": target} for i, (draft, target) in enumerate(answers)]
+    answers = [([5], [7, 8, 9, 10]), ([0] * 50, [7] * 4), ([5], [10887] * 80), ([5], [10887, 2]),
+               ([], [7] * 4)]
+    rows = [{"sample_idx": i, "egpt_tokens": draft, "vl_tokens": target}
+            for i, (draft, target) in enumerate(answers)]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     file, = load_pairs([tmp_path / "pairs.json"]).files
     text = page(write_task(tmp_path / "task", files={"train": [file], "test": [file]}))
@@ -112,25 +140,30 @@ def test_control_characters_and_halves_of_characters_are_shown_as_what_they_are(
 
 def test_long_answers_are_shown_in_bins_that_hold_every_position(tmp_path):
     metrics = {"test": measured(0.5, length=130)}
-    text = page(write_task(tmp_path, metrics=metrics)).split("## By position")[1].split("## Training")[0]
-    names = [line.split()[0] for line in text.splitlines() if line.startswith("    ") and "%" in line]
+    text = page(write_task(tmp_path,
+                           metrics=metrics)).split("## By position")[1].split("## Training")[0]
+    names = [
+        line.split()[0] for line in text.splitlines() if line.startswith("    ") and "%" in line
+    ]
     assert (names[0], names[1], names[-1], len(names)) == ("0-2", "3-5", "129-129", 44)
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_pictures_are_drawn_large_enough_and_named_on_the_page(tmp_path, epochs):
     text = page(write_task(tmp_path, epochs), plots=True)
-    for name in report.PICTURES:
+    for name in CURVES:
         assert f"![{name}]({name})" in text
         with Image.open(tmp_path / name) as picture:
-            assert picture.format == "PNG" and picture.info["dpi"][0] >= 150 and picture.width >= 1000
+            assert picture.format == "PNG" and picture.info["dpi"][
+                0] >= 150 and picture.width >= 1000
 
 
 def test_a_measured_checkpoint_has_no_curves_and_says_so(tmp_path):
-    task = write_task(tmp_path, epochs=0, split=None, metrics={"test": measured(0.5, constant=False)})
+    task = write_task(tmp_path, epochs=0, split=None,
+                      metrics={"test": measured(0.5, constant=False)})
     text = page(task, plots=True)
     assert "there are no training curves" in text and "no constant string" in text
-    assert {path.name for path in tmp_path.glob("*.png")} == set(report.DRAFTER_PICTURES)
+    assert {path.name for path in tmp_path.glob("*.png")} == set(DRAFTER_CURVES)
 
 
 def test_rebuild_makes_the_same_page_again_from_results_alone(tmp_path, monkeypatch):
@@ -140,7 +173,7 @@ def test_rebuild_makes_the_same_page_again_from_results_alone(tmp_path, monkeypa
     monkeypatch.setattr("sys.argv", ["report.py", "--rebuild", str(tmp_path)])
     program.main()
     assert (tmp_path / "RESULTS.md").read_text() == first
-    assert {path.name for path in tmp_path.glob("*.png")} == {*report.PICTURES, *report.DRAFTER_PICTURES}
+    assert {path.name for path in tmp_path.glob("*.png")} == {*CURVES, *DRAFTER_CURVES}
 
 
 def test_the_summary_has_one_line_for_each_task_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -149,7 +182,8 @@ def test_the_summary_has_one_line_for_each_task_and_writes_nothing(tmp_path, mon
     program.main()
     lines = [line.split("SUMMARY | ")[1] for line in capsys.readouterr().out.splitlines()]
     assert [line.split()[0] for line in lines[:3]] == ["task", "1s_a", "500ms_b"]
-    assert "10/10" in lines[1] and "90.0 %" in lines[1] and "4.00" in lines[1]      # 60 tokens in 15 passes
+    # 60 tokens in 15 passes
+    assert "10/10" in lines[1] and "90.0 %" in lines[1] and "4.00" in lines[1]
     assert [path.name for task in tasks for path in task.iterdir()] == ["results.json"] * 2
 
 
@@ -176,3 +210,61 @@ def test_a_folder_without_results_is_a_user_error(tmp_path, content, words):
         (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match=words):
         program.summary([tmp_path])
+
+
+# --------------------------------------------------------------------------------- charts and shapes
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no such backend"])
+def test_the_users_matplotlib_plays_no_part(tmp_path, backend):
+    """MPLBACKEND as notebooks export it, and an rc file that would turn every text into LaTeX."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 10\nsavefig.format: pdf\n")
+    task = write_task(tmp_path / "task")
+    code = (f"from pathlib import Path; from reports.task_report import write_report; "
+            f"write_report(Path({str(task)!r}), {{}})")
+    environment = {**os.environ, "MPLBACKEND": backend, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True,
+                          capture_output=True)
+    assert done.returncode == 0 and "WARNING" not in done.stdout, done.stdout + done.stderr
+    for name in (*CURVES, *DRAFTER_CURVES):
+        with Image.open(task / name) as picture:
+            assert picture.width >= 1000
+
+
+def test_a_picture_that_fails_is_a_warning_and_the_page_stands(tmp_path, monkeypatch, capsys):
+    def fail(axes, *_) -> None:
+        raise RuntimeError("no font\nat all")
+
+    monkeypatch.setattr(charts, "draw_loss", fail)
+    text = page(write_task(tmp_path), plots=True)
+    assert "loss_curve.png" not in text and "training_curves.png" not in text      # it holds the loss
+    assert "![accuracy_curve.png]" in text and (tmp_path / "accuracy_curve.png").exists()
+    log = capsys.readouterr().out
+    assert "WARNING" in log and "loss_curve.png was not drawn: RuntimeError: no font" in log
+
+
+def test_a_drafter_without_a_style_is_drawn_all_the_same(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(charts, "draw_tau",
+                        lambda axes, drafters, styles: drawn.append((drafters, styles)))
+    page(write_task(tmp_path), plots=True)
+    (drafters, styles), = drawn
+    axes = Figure().subplots()
+    charts.draw_drafters(axes, drafters, styles)
+    assert [line.get_label() for line in axes.lines] == ["adapter", "copy of the draft"]
+    assert [line.get_color() for line in axes.lines] == ["#D55E00", charts.UNKNOWN_STYLE[1]]
+
+
+def test_results_of_a_later_version_are_refused_and_of_today_and_before_read(tmp_path):
+    for number in (None, FORMAT):
+        page(write_task(tmp_path, **({} if number is None else {"format": number})))
+    with pytest.raises(UserError, match=f"format {FORMAT + 1}, this version reads formats up to"):
+        page(write_task(tmp_path, format=FORMAT + 1))
+
+
+@pytest.mark.parametrize(("value", "words"), [
+    ({"a": 1, "b": [{"c": "x"}]}, None), ({"a": None, "b": []}, None), ({"b": []}, None),
+    ({"a": "x", "b": []}, r"\$\.a is str, wanted int"), ({"a": 1}, r"\$\.b is NoneType, wanted a list"),
+    ([], r"\$ is list, wanted an object"), ({"b": [{"c": 2}]}, r"\$\.b\[0\]\.c is int, wanted str")])
+def test_the_first_place_that_does_not_fit_is_named(tmp_path, value, words):
+    shape = {"a": optional(int), "b": [{"c": str}]}
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        check_shape(tmp_path / "x.json", value, shape, "make it again")

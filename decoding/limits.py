@@ -1,0 +1,39 @@
+"""Where an answer ends, and how much is proposed for it. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from base import UserError
+
+AUTO = "auto"                      # --gamma: as many as are worth their cost
+PLAIN = "none"                     # the drafter that proposes nothing: every other answer is held against its
+MAX_GAMMA = 16                     # proposals a pass with --gamma auto: verifying 17 costs little more than one
+
+
+def check_gamma(gamma: str) -> None:
+    """A UserError unless this is a value of --gamma."""
+    if gamma != AUTO and gamma not in map(str, range(1, MAX_GAMMA + 1)):
+        raise UserError(f"--gamma must be {AUTO} or from 1 to {MAX_GAMMA}, got {gamma[:40]}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Where an answer ends, and how many tokens are proposed to a pass at most."""
+
+    max_new_tokens: int              # 1 or more
+    eos_ids: tuple[int, ...]
+    gamma: int
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        """The tokens up to the first EOS, which is kept."""
+        end = next((at for at, token in enumerate(tokens) if token in self.eos_ids), len(tokens))
+        return tokens[:end + 1]
+
+    def are_reached(self, answer: list[int]) -> bool:
+        return len(answer) >= self.max_new_tokens or answer[-1:] in ([eos] for eos in self.eos_ids)
+
+
+def limits_of(gamma: str, max_new_tokens: int, eos_ids: tuple[int, ...]) -> Limits:
+    """gamma: a value of --gamma."""
+    return Limits(max_new_tokens, eos_ids, MAX_GAMMA if gamma == AUTO else int(gamma))
