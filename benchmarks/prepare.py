@@ -55,7 +55,8 @@ class Config:
     video_size: str = option("1440x1080", "width x height of the camera pictures and of the videos")
     painted: int = option(20_000_000, "events to time painting with; the loop paints a hundredth of them")
     output: Path = option(Path("benchmark_prepare.json"), "where all numbers go")
-    compare: Path | None = option(None, "an earlier output: print old, new and ratio of each figure")
+    compare: Path | None = option(None,
+                                  "an earlier output: print old, new and ratio of each figure")
     seed: int = option(42, "of events and pictures")
 
     def __post_init__(self):
@@ -101,7 +102,8 @@ def made_up_events(count: int, seconds: float, seed: int) -> Iterator[tuple]:
     for start in range(0, count, PART):
         size = min(PART, count - start)
         t = (np.arange(start, start + size) * (seconds * 1e6 / count)).astype(np.uint32)
-        yield (random.integers(0, WIDTH, size, np.uint16), random.integers(0, HEIGHT, size, np.uint16),
+        yield (random.integers(0, WIDTH, size, np.uint16),
+               random.integers(0, HEIGHT, size, np.uint16),
                random.integers(0, 2, size, np.uint8), t)
 
 
@@ -172,8 +174,10 @@ def painting(config: Config) -> dict:
     rates["loop"] = few / median_s(lambda: plain_loop(x[:few], y[:few], p[:few]))
     copied = copy_rate(torch.device("cpu"))                # bytes a second, read and written
     return {"events_per_s": rates, "copy_bytes_per_s": copied,
-            "over_loop": {render: rates[render] / rates["loop"] for render in ("time", "blue_over_red")},
-            "share_of_copy": {name: rate * 2 * EVENT_BYTES / copied for name, rate in rates.items()}}
+            "over_loop": {render: rates[render] / rates["loop"]
+                          for render in ("time", "blue_over_red")},
+            "share_of_copy": {name: rate * 2 * EVENT_BYTES / copied
+                              for name, rate in rates.items()}}
 
 
 def reading(path: Path, events: int) -> float:
@@ -197,7 +201,8 @@ def resident_mib(pid: int) -> list[float]:
 
 
 def preparing(root: Path, config: Config) -> dict:
-    command = [sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root", root / "data",
+    command = [sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root",
+               root / "data",
                "--split", "test", "--sequences", SEQUENCE, "--duration", config.duration,
                "--video_size", config.video_size]
     command += ["--workers", str(config.workers)] if config.workers else []
@@ -213,7 +218,8 @@ def preparing(root: Path, config: Config) -> dict:
         raise UserError(f"prepare_dsec.py ended with status {process.returncode}: {said.splitlines()[-1]}")
     folder, = (root / "data" / "my_egpt_dsec_test").iterdir()
     videos = [*folder.glob("mp4/*/*.mp4")]
-    return {"seconds": seconds, "clips": len(videos), "clips_per_s": len(videos) / seconds, "peak_mib": peak,
+    return {"seconds": seconds, "clips": len(videos), "clips_per_s": len(videos) / seconds,
+            "peak_mib": peak,
             "largest_process_mib": largest, "mp4_mib": sum(path.stat().st_size for path in videos) / 2**20,
             "png_mib": sum(path.stat().st_size for path in folder.glob("event_image/*/*.png")) / 2**20}
 
@@ -228,7 +234,8 @@ def measure(config: Config) -> dict:
         need, free = config.events * FILE_BYTES + 2**30, shutil.disk_usage(folder).free
         if need > free:
             raise UserError(f"{config.events} events take about {need / 1e9:.1f} GB in {folder}, "
-                            f"{free / 1e9:.1f} are free; set TMPDIR to a folder with more room, or use fewer --events")
+                            f"{free / 1e9:.1f} are free; set TMPDIR to a folder with more room, or use "
+                            "fewer --events")
         log(f"benchmark | making up a recording of {config.seconds} s with {config.events} events")
         write_recording(Path(folder), config)
         events = Path(folder, "test", SEQUENCE, "events", "left", "events.h5")
@@ -261,4 +268,5 @@ def show(results: dict) -> None:
 def one_line(results: dict) -> str:
     paint, made = results["paint"], results["prepare"]
     return (f"painted {paint['events_per_s']['time'] / 1e6:.0f} million events/s, "
-            f"{paint['over_loop']['time']:.0f} times the loop; {made['clips_per_s']:.2f} clips/s, peak {made['peak_mib']:.0f} MiB")
+            f"{paint['over_loop']['time']:.0f} times the loop; {made['clips_per_s']:.2f} clips/s, "
+            f"peak {made['peak_mib']:.0f} MiB")

@@ -103,7 +103,8 @@ def find_index(folder: Path) -> Path | None:
 def index_row(set_name: str, clip_name: str, pictures: list[str]) -> dict:
     """The fields of the published data sets. The id is the same whenever the set is made."""
     return {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{set_name}/{clip_name}")), "split": set_name,
-            "event_data": f"{clip_name}.npy", "video_data": clip_name, "mp4_data": f"{clip_name}.mp4",
+            "event_data": f"{clip_name}.npy", "video_data": clip_name,
+            "mp4_data": f"{clip_name}.mp4",
             "event_image": pictures,
             "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": ""}]}
 
@@ -118,7 +119,8 @@ def rows_by_path(places: Places) -> list[dict]:
     for _, *parts in places.walk("mp4"):
         if parts[-1].endswith(".mp4"):
             clips["/".join(parts).removesuffix(".mp4")] += []
-    return [{"video_data": clip, "event_image": clips[clip]} for clip in sorted(clips, key=natural_key)]
+    return [{"video_data": clip, "event_image": clips[clip]}
+            for clip in sorted(clips, key=natural_key)]
 
 
 def read_row(places: Places, number: int, row) -> Sample:
@@ -209,7 +211,8 @@ def _read_file(sample: Sample, path: Path, read: Callable[[Path], Read]) -> Read
         return read(path)
 
 
-def read_ahead(prepare: Callable, samples: Iterable[Sample], workers: int, ahead: int) -> Iterator[tuple]:
+def read_ahead(prepare: Callable, samples: Iterable[Sample], workers: int,
+               ahead: int) -> Iterator[tuple]:
     """Yield (sample, prepared or the MediaError) in order, while threads work on the next `ahead` samples."""
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:

@@ -19,7 +19,8 @@ COLUMNS = "xytp"
 MAX_EVENT_BYTES = 2**31         # 165 million events of 13 bytes: 6 s of the busiest DSEC sequence
 MAX_LINE = 2**16                   # bytes of a text line inside a pickle
 MAX_READS = 10**6  # of a pickle: each may make an object; EventGPT's files take hundreds
-HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0,
+                  (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def read_events(path: Path) -> dict[str, np.ndarray]:
@@ -39,8 +40,10 @@ def check_events(events: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The columns with p as 0 and 1; a MediaError for values without a meaning."""
     kinds = {name: column.dtype.kind for name, column in events.items()}
     if (events["x"].ndim != 1 or len({column.shape for column in events.values()}) != 1
-            or not all(kind in "iu" or (name == "p" and kind == "b") for name, kind in kinds.items())):
-        found = ", ".join(f"{name} {column.dtype} {column.shape}" for name, column in events.items())
+            or not all(kind in "iu" or (name == "p" and kind == "b")
+                       for name, kind in kinds.items())):
+        found = ", ".join(f"{name} {column.dtype} {column.shape}"
+                          for name, column in events.items())
         raise MediaError(f"x, y, t and p must be whole-number columns of one length, found {found}")
     x, y, t = (events[name] for name in "xyt")
     if x.size:

@@ -13,11 +13,13 @@ from machine.files import read_json
 # Where transformers looks for the settings, by what they are for: a key of processor_config.json,
 # else a file.
 SOURCES = {"image": ("image_processor", ("preprocessor_config.json",)),
-           "video": ("video_processor", ("video_preprocessor_config.json", "preprocessor_config.json"))}
+           "video": ("video_processor", ("video_preprocessor_config.json",
+                                         "preprocessor_config.json"))}
 PROCESSOR_FILE = "processor_config.json"
 FAMILIES = ("CLIP", "VideoLlava")                  # whose processors work as clip_pixels does
 STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")             # on, or not named
-OTHER_STEPS = ("do_pad", "do_flip_channel_order", "do_grayscale", "do_reduce_labels", "use_square_size",
+OTHER_STEPS = ("do_pad", "do_flip_channel_order", "do_grayscale", "do_reduce_labels",
+               "use_square_size",
                "offset")                                                          # off, or not named
 TYPES = ("image_processor_type", "video_processor_type", "feature_extractor_type")
 
@@ -89,7 +91,8 @@ def _parse(where: str, values, image_size: int) -> PixelSettings:
     mean = PixelSettings.mean if values.get("image_mean") is None else values["image_mean"]
     std = PixelSettings.std if values.get("image_std") is None else values["image_std"]
     rescale = values.get("rescale_factor", 1 / 255)
-    numbers = all(isinstance(three, (list, tuple)) and len(three) == 3 and all(map(_is_number, three))
+    numbers = all(isinstance(three, (list, tuple)) and len(three) == 3
+                  and all(map(_is_number, three))
                   for three in (mean, std))
     if not numbers or 0 in std or not _is_number(rescale):
         raise UserError(f"{where}: wanted three numbers as image_mean, three as image_std (none of them 0), "
@@ -119,7 +122,8 @@ def clip_pixels(images: Iterable[np.ndarray], settings: PixelSettings) -> np.nda
     # In this order and precision it repeats the reference processors bit for bit; there are only
     # 256 values.
     scaled = (np.arange(256, dtype=np.uint8).astype(np.float64) * settings.rescale).astype(np.float32)
-    tables = [(scaled - np.float32(mean)) / np.float32(std) for mean, std in zip(settings.mean, settings.std)]
+    tables = [(scaled - np.float32(mean)) / np.float32(std)
+              for mean, std in zip(settings.mean, settings.std)]
     pixels = []
     for image in images:
         height, width = image.shape[:2]

@@ -40,7 +40,8 @@ def read_questions(query: str, questions_file: Path | None, num_questions: int) 
         entries = read_lines(questions_file)
     else:
         raise UserError(f"{questions_file}: files of questions end in .txt, .json, .jsonl, .csv or .tsv")
-    questions = [question_of(questions_file, number, entry) for number, entry in enumerate(entries, start=1)]
+    questions = [question_of(questions_file, number, entry)
+                 for number, entry in enumerate(entries, start=1)]
     if not questions:
         raise UserError(f"{questions_file} holds no question; {FORMS}")
     questions = questions[:num_questions if num_questions > 0 else None]
@@ -95,7 +96,8 @@ def as_list(value) -> list:
 def looks_like_table(text: str) -> bool:
     """Whether a text begins with the names of columns, one of which holds questions."""
     head = text.lstrip().splitlines()[0]
-    return any(column.strip().strip('"').lower() in KEYS for column in head.replace("\t", ",").split(","))
+    return any(column.strip().strip('"').lower() in KEYS
+               for column in head.replace("\t", ",").split(","))
 
 
 def read_table(path: Path) -> list[str]:
