@@ -1,6 +1,7 @@
 """The hybrid: memory and adapter mixed. The adapter runs only where the memory is unsure.
 
-Adapter and memory err at different tokens: on real pairs the mixture is right more often than either of them.
+Adapter and memory err at different tokens: on real pairs the mixture is right more often than
+either of them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from drafting.steps import AdapterSteps
 from drafting.tree import MAX_CHILDREN
 from token_adapter import TokenAdapter
 
-MEMORY_SHARES = (0.3, 0.5, 0.7)      # candidates for the memory's share; the run's own validation chooses
-SURE = 0.7                           # probability from which the memory's best token is taken without the adapter
-MEMORY_CHOICES = 16                  # tokens of the memory that a node of a tree mixes with the adapter's
+# candidates for the memory's share; the run's own validation chooses
+MEMORY_SHARES = (0.3, 0.5, 0.7)
+SURE = 0.7  # probability from which the memory's best token is taken without the adapter
+MEMORY_CHOICES = 16  # tokens of the memory that a node of a tree mixes with the adapter's
 
 
 def mixed(ids: list[int], probabilities: list[float], memory: dict[int, float], share: float) -> dict[int, float]:
@@ -56,7 +58,9 @@ class Hybrid:
 
 
 class LiveHybrid(LiveMemory):
-    """Live: a chain like the memory's. The adapter runs where the memory is unsure enough to be worth one step."""
+    """Live: a chain like the memory's. The adapter runs where the memory is unsure enough to be
+    worth one step.
+    """
 
     def __init__(self, ngrams: NGrams, adapter: TokenAdapter, share: float):
         super().__init__(ngrams)
@@ -71,9 +75,11 @@ class LiveHybrid(LiveMemory):
         return mixed(ids, probabilities, memory, self.share) if ids else memory
 
     def second_opinion(self, tokens: list[int], sure: float, reached: float, price: float) -> tuple[list, list]:
-        """The adapter's ids and probabilities after these tokens; empty where a step isn't worth its time.
+        """The adapter's ids and probabilities after these tokens; empty where a step isn't worth
+        its time.
 
-        sure: probability of the memory's best token: the adapter wins tokens only where the memory fails.
+        sure: probability of the memory's best token: the adapter wins tokens only where the memory
+        fails.
         """
         doubt = 1 - sure
         worth_a_step = doubt > 1 - SURE and reached * doubt >= self.costs.adapter_step_s * price

@@ -1,7 +1,9 @@
-"""The memory: an n-gram model of the target's earlier answers that learns each answer once it is verified.
+"""The memory: an n-gram model of the target's earlier answers that learns each answer once it is
+verified.
 
-Answers come in clip order: consecutive clips of a drive get similar answers, so that the last verified answers are
-the best source of proposals there is. Simulated and live drafter stand side by side; save and load at the end.
+Answers come in clip order: consecutive clips of a drive get similar answers, so that the last
+verified answers are the best source of proposals there is. Simulated and live drafter stand side by
+side; save and load at the end.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from pairs.formats import MAX_ANSWER
 from pairs.pairs import Pairs
 from pairs.splits import MAX_VOCAB_SIZE, clip_order
 
-FORMAT = 1                           # of memory.npz; absent: of versions before formats were counted
-MAX_TRAINING_ANSWERS = 20_000        # answers that a memory begins with: 1,403 real ones take 38 MiB
+FORMAT = 1  # of memory.npz; absent: of versions before formats were counted
+MAX_TRAINING_ANSWERS = 20_000  # answers that a memory begins with: 1,403 real ones take 38 MiB
 MAX_TRAINING_TOKENS = 2**20          # in all of them: 20,000 real ones have 50 tokens each
 MAX_FILE_BYTES = 2**26               # of memory.npz
 MAX_UNPACKED_BYTES = 2**27           # of memory.npz: half a million answers of 50 tokens
@@ -37,23 +39,29 @@ def top_of(distribution: dict[int, float]) -> list[int]:
     return best + [NOTHING] * (TOP - len(best))
 
 
-# ----------------------------------------------------------------------------------------------------- counts
+# ------------------------------------------------------------------------------------------- counts
 def number_remembered(lengths: np.ndarray) -> int:
-    """How many of the last answers a memory begins with; lengths (N,): their tokens. 1 at least, of at least 1."""
+    """How many of the last answers a memory begins with; lengths (N,): their tokens. 1 at least, of
+    at least 1.
+    """
     last = lengths[::-1][:MAX_TRAINING_ANSWERS]
     return max(int((np.cumsum(last, dtype=np.int64) <= MAX_TRAINING_TOKENS).sum()), min(1, len(last)))
 
 
 def remembered(training: Pairs) -> Iterator[list[int]]:
-    """The target answers that a memory begins with: all, or the last in clip order that the limits allow."""
+    """The target answers that a memory begins with: all, or the last in clip order that the limits
+    allow.
+    """
     order = clip_order(training.sequence, training.clip)
     count = number_remembered(training.lengths("target")[order])
     return (training if count == len(training) else training.select(order[-count:])).answers("target")
 
 
-# --------------------------------------------------------------------------------------------------- drafters
+# ----------------------------------------------------------------------------------------- drafters
 class Memory:
-    """Simulated: counts of the training answers and, with `streaming`, of these pairs' answers once verified."""
+    """Simulated: counts of the training answers and, with `streaming`, of these pairs' answers once
+    verified.
+    """
 
     def __init__(self, training: NGrams, pairs: Pairs, streaming: bool = True):
         self.ngrams, self.pairs, self.streaming = NGrams(before=training), pairs, streaming
@@ -62,7 +70,9 @@ class Memory:
         return np.array([top_of(distribution) for distribution in self.distributions(number)], np.int32)
 
     def distributions(self, number: int) -> Iterator[dict[int, float]]:
-        """{token: probability} at each position of answer `number`, given the true tokens before it."""
+        """{token: probability} at each position of answer `number`, given the true tokens before
+        it.
+        """
         state = self.ngrams.begin()
         for token in self.pairs.answer("target", number):
             yield self.ngrams.distribution_at(state)
@@ -80,7 +90,7 @@ class LiveMemory(NoDrafts):
         self.ngrams = ngrams
 
     def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
-        tokens, reached = list(prefix), 1.0                    # probability that every token before is right
+        tokens, reached = list(prefix), 1.0  # probability that every token before is right
         state = self.ngrams.at(prefix)
         while len(tokens) < len(prefix) + gamma:
             probabilities = self.distribution(tokens, state, reached, price)
@@ -95,7 +105,9 @@ class LiveMemory(NoDrafts):
         return tokens[len(prefix):]
 
     def distribution(self, tokens: list[int], state: State, reached: float, price: float) -> dict[int, float]:
-        """{token: probability} after these tokens, whose state is given; reached and price as in `propose`."""
+        """{token: probability} after these tokens, whose state is given; reached and price as in
+        `propose`.
+        """
         return self.ngrams.distribution_at(state)
 
     def place_after(self, prefix: list[int]) -> Any:
@@ -111,26 +123,30 @@ class LiveMemory(NoDrafts):
         self.ngrams.add(answer)
 
 
-# --------------------------------------------------------------------------------------------------- factories
+# ---------------------------------------------------------------------------------------- factories
 def training_counts(parts: SimulationParts) -> NGrams | None:
-    """Counts of the training answers, which every memory begins with; None without training pairs."""
-    if parts.training_answers is not None:
-        return parts.once("training counts", lambda: NGrams(parts.training_answers))
-    return parts.training and parts.once("training counts", lambda: NGrams(remembered(parts.training)))
+    """Counts of the training answers, which every memory begins with; None without training pairs.
+    """
+    answers: Iterable[list[int]] | None = parts.training_answers
+    if answers is None and parts.training:
+        answers = remembered(parts.training)
+    return None if answers is None else parts.once("training counts", lambda: NGrams(answers))
 
 
 def simulated_ngram(parts: SimulationParts) -> Memory | None:
     counts = training_counts(parts)
-    return counts and Memory(counts, parts.pairs, streaming=False)
+    return Memory(counts, parts.pairs, streaming=False) if counts else None
 
 
 def simulated_memory(parts: SimulationParts) -> Memory | None:
     counts = training_counts(parts)
-    return counts and Memory(counts, parts.pairs, parts.streaming)
+    return Memory(counts, parts.pairs, parts.streaming) if counts else None
 
 
 def live_counts(parts: LiveParts) -> NGrams:
-    """A drafter's own counts: of the training answers, which all drafters share, and of earlier decodings."""
+    """A drafter's own counts: of the training answers, which all drafters share, and of earlier
+    decodings.
+    """
     counts = NGrams(before=parts.once("training counts", lambda: NGrams(parts.training_answers)))
     for answer in parts.verified_answers:
         counts.add(answer)
@@ -141,7 +157,7 @@ def live_memory(parts: LiveParts) -> LiveMemory:
     return LiveMemory(live_counts(parts))
 
 
-# ------------------------------------------------------------------------------------------------------- file
+# --------------------------------------------------------------------------------------------- file
 def save_memory(answers: Iterable[list[int]], path: Path) -> None:
     """Write the target answers that a memory begins with when it decodes, in their order."""
     answers = list(answers)
@@ -156,7 +172,9 @@ def save_memory(answers: Iterable[list[int]], path: Path) -> None:
 
 
 def load_memory(path: Path) -> list[list[int]]:
-    """The answers of save_memory as token lists: all, or the last that the limits of a memory allow."""
+    """The answers of save_memory as token lists: all, or the last that the limits of a memory
+    allow.
+    """
     check_plain(path)
     try:
         flat, start, number = _arrays(path)
@@ -171,7 +189,9 @@ def load_memory(path: Path) -> list[list[int]]:
 
 
 def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray, int | None]:
-    """(all tokens int32, start of each answer and the end, format): checked before they are unpacked, and after."""
+    """(all tokens int32, start of each answer and the end, format): checked before they are
+    unpacked, and after.
+    """
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"it has more than {MAX_FILE_BYTES:,} bytes")
     with zipfile.ZipFile(path) as archive:

@@ -1,22 +1,28 @@
-"""Counts of the tokens that follow contexts, made for building trees: a place in an answer is a state that moves on.
+"""Counts of the tokens that follow contexts, made for building trees: a place in an answer is a
+state that moves on.
 
-A context is the last 1 to MAX_ORDER tokens. Contexts form a trie with suffix links (as in a suffix automaton): the
-longest context that occurred holds all shorter ones by its links, and the state after one more token is found by one
-or two look-ups. Each context lists its commonest tokens, so that its best continuations are read off.
+A context is the last 1 to MAX_ORDER tokens. Contexts form a trie with suffix links (as in a suffix
+automaton): the longest context that occurred holds all shorter ones by its links, and the state
+after one more token is found by one or two look-ups. Each context lists its commonest tokens, so
+that its best continuations are read off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# Chosen on the training drives of 1,100 real 1s pairs, leaving one drive out at a time (WORKFLOW.md, section 6).
+# Chosen on the training drives of 1,100 real 1s pairs, leaving one drive out at a time
+# (WORKFLOW.md, section 6).
 MAX_ORDER = 12                       # tokens of the longest context
-TRAINING_WEIGHT = 0.05               # a training answer counts 1/20 of an answer verified in this stream
+TRAINING_WEIGHT = 0.05               # of a training answer; an answer of this stream counts 1
 BACK_OFF = 0.3                       # share of the Witten-Bell weight that goes to shorter contexts
 
 TOP_TOKENS = 8                       # commonest tokens that a context lists
 MAX_CONTEXTS = 2**19                 # of a level; when it is full the level before it is forgotten
-NEGLIGIBLE = 0.004                   # weight of shorter contexts at which `best` stops: no rank changes in 99.9 %
+NEGLIGIBLE = 0.004                   # weight of the shorter contexts at which `best` stops
+
+
+NONE_LONGER: dict[int, Context] = {}     # of contexts without a longer one, never written to
 
 
 class Context:
@@ -25,17 +31,23 @@ class Context:
     __slots__ = ("counts", "longer", "order", "suffix", "top", "total")
 
     def __init__(self, order: int, suffix: Context | None, older: Context | None = None):
-        """suffix: the context without its first token. older: the same context in an older level, copied."""
+        """suffix: this context without its first token. older: this context in an older level."""
         self.order, self.suffix = order, suffix
-        self.longer: dict[int, Context] = {}                         # by one more token at the end
+        self.longer: dict[int, Context] = NONE_LONGER                # by one more token at the end
         self.counts: dict[int, float] = dict(older.counts) if older else {}
-        self.total = older.total if older else 0.0
-        self.top: list[int] = list(older.top) if older else []       # the commonest tokens, the commonest first
+        self.total: float = older.total if older else 0.0
+        # The commonest tokens, the commonest first; None for a single token, which nearly all
+        # contexts have.
+        self.top: list[int] | None = list(older.top) if older and older.top else None
 
     def rank(self, token: int) -> None:
         """Move a token whose count has grown to its place among the commonest."""
         counts, top = self.counts, self.top
         count = counts[token]
+        if top is None:
+            if len(counts) == 1:
+                return
+            top = self.top = [other for other in counts if other != token]
         if token in top:
             at = top.index(token)
         elif len(top) < TOP_TOKENS:
@@ -51,21 +63,25 @@ class Context:
         top[at] = token
 
 
-State = tuple[Context, ...]          # of a place in an answer: the longest context that occurred, in each level
+# of a place in an answer: the longest context that occurred, in each level
+State = tuple[Context, ...]
 
 
 class NGrams:
-    """Counts interpolated over context lengths (Witten and Bell 1991), in levels: the newest copies what it changes.
+    """Counts interpolated over context lengths (Witten and Bell 1991), in levels: the newest copies
+    what it changes.
 
-    A level holds at most MAX_CONTEXTS contexts. When the newest is full, a new level begins and all but the full
-    level are forgotten: memory is bounded, and what came up recently is kept.
+    A level holds at most MAX_CONTEXTS contexts. When the newest is full, a new level begins and all
+    but the full level are forgotten: memory is bounded, and what came up recently is kept.
     """
 
     BEGIN = -2                       # precedes every answer: a context token like any other
 
     def __init__(self, training: Iterable[list[int]] = (), before: NGrams | None = None):
-        """training: token lists of the training answers. before: counts to begin with, which stay unchanged."""
-        self.levels = [Context(0, None), *(before.levels if before else ())]
+        """training: token lists of the training answers. before: counts to begin with, which stay
+        unchanged.
+        """
+        self.levels: list[Context] = [Context(0, None), *(before.levels if before else ())]
         self.size = 0                                                # contexts in the newest level
         for answer in training:
             self.add(answer, TRAINING_WEIGHT)
@@ -76,36 +92,31 @@ class NGrams:
             self.levels = [Context(0, None), self.levels[0]]
             self.size = 0
         root, older = self.levels[0], tuple(self.levels[1:])
-        chain: list[Context] = []                                    # contexts of order 1, 2, ... before the token
+        chain: list[Context] = []  # contexts of order 1, 2, ... before the token
         before = self.BEGIN
         for token in answer:
             if older:
                 older = self.after(older, before)
-            suffix, chain = root, [root, *chain[:MAX_ORDER - 1]]
+            suffix, chain, copied = root, [root, *chain[:MAX_ORDER - 1]], None
             for at, parent in enumerate(chain):
                 context = parent.longer.get(before)
                 if context is None:
-                    context = parent.longer[before] = Context(at + 1, suffix, self._of_order(older, at + 1))
+                    if copied is None:
+                        copied = by_order(older)
+                    context = Context(at + 1, suffix, copied.get(at + 1))
+                    if parent.longer is NONE_LONGER:
+                        parent.longer = {}
+                    parent.longer[before] = context
                     self.size += 1
                 counts = context.counts
                 counts[token] = counts.get(token, 0.0) + weight
                 context.total += weight
-                if not context.top or context.top[0] != token:
+                if context.top is None or context.top[0] != token:
                     context.rank(token)
                 chain[at] = suffix = context
             before = token
 
-    @staticmethod
-    def _of_order(state: State, order: int) -> Context | None:
-        """The context of this order in the first level that has it."""
-        for context in state:
-            while context.order > order:
-                context = context.suffix
-            if context.order == order:
-                return context
-        return None
-
-    # ------------------------------------------------------------------------------------------------- states
+    # --------------------------------------------------------------------------------------- states
     def begin(self) -> State:
         """The state at the beginning of an answer."""
         return self.after(tuple(self.levels), self.BEGIN)
@@ -121,19 +132,22 @@ class NGrams:
         return state
 
     def contexts(self, state: State) -> list[Context]:
-        """Contexts of orders n, n - 1, ..., 1 of a state; of each order the one in the newest level that has it."""
+        """Contexts of orders n, n - 1, ..., 1 of a state; of each order the one in the newest level
+        that has it.
+        """
         newest, contexts = state[0], []
         if len(state) == 2:
-            older = state[1]
-            while older.order > newest.order:
-                contexts.append(older)
-                older = older.suffix
+            context: Context | None = state[1]
+            while context and context.order > newest.order:
+                contexts.append(context)
+                context = context.suffix
         elif len(state) > 2:
-            longest = max(context.order for context in state)
-            contexts = [self._of_order(state, order) for order in range(longest, newest.order, -1)]
-        while newest.order:
-            contexts.append(newest)
-            newest = newest.suffix
+            older = by_order(state[1:])
+            contexts = [older[order] for order in range(max(older, default=0), newest.order, -1)]
+        context = newest
+        while context and context.order:
+            contexts.append(context)
+            context = context.suffix
         return contexts
 
     def distribution_at(self, state: State) -> dict[int, float]:
@@ -141,7 +155,8 @@ class NGrams:
         contexts = self.contexts(state)
         if not contexts:
             return {}
-        probabilities, weight = dict.fromkeys(contexts[-1].counts, 0.0), 1.0     # a shorter context knows all tokens
+        # a shorter context knows all tokens
+        probabilities, weight = dict.fromkeys(contexts[-1].counts, 0.0), 1.0
         for context in contexts:
             counts = context.counts
             back_off = BACK_OFF * len(counts)
@@ -152,18 +167,22 @@ class NGrams:
         return probabilities
 
     def distribution(self, prefix: list[int]) -> dict[int, float]:
-        """{token: probability} of the token after BEGIN + prefix, interpolated over all contexts that occurred."""
+        """{token: probability} of the token after BEGIN + prefix, interpolated over all contexts
+        that occurred.
+        """
         return self.distribution_at(self.at(prefix))
 
     def best(self, state: State, count: int) -> list[tuple[float, int]]:
-        """(probability, token) of the next token, best first: of TOP_TOKENS tokens of each context, approximately."""
+        """(probability, token) of the next token, best first: of TOP_TOKENS tokens of each context,
+        approximately.
+        """
         probabilities: dict[int, float] = {}
         weight = 1.0
         for context in self.contexts(state):
             counts = context.counts
             back_off = BACK_OFF * len(counts)
             share = weight / (context.total + back_off)
-            for token in context.top:
+            for token in context.top or counts:
                 probabilities[token] = probabilities.get(token, 0.0) + share * counts[token]
             weight = share * back_off
             if weight < NEGLIGIBLE:
@@ -180,3 +199,14 @@ def following(context: Context, token: int) -> Context:
         if context.suffix is None:
             return context
         context = context.suffix
+
+
+def by_order(state: State) -> dict[int, Context]:
+    """order -> the context of that order, from the first level that has it."""
+    contexts: dict[int, Context] = {}
+    for longest in reversed(state):
+        context = longest
+        while context.suffix is not None:
+            contexts[context.order] = context
+            context = context.suffix
+    return contexts

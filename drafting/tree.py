@@ -1,8 +1,9 @@
-"""A tree of proposals: the tokens that are most likely to be reached, several where a drafter is unsure.
+"""A tree of proposals: the tokens that are most likely to be reached, several where a drafter is
+unsure.
 
-One pass of the target verifies all nodes; the longest path of right nodes is accepted. A chain is a single path.
-Simulation and the live loop both build trees by `build_tree`. OPT-Tree (Wang et al. 2024) and EAGLE-2 (Li et al.
-2024) choose nodes by the same product of probabilities.
+One pass of the target verifies all nodes; the longest path of right nodes is accepted. A chain is a
+single path. Simulation and the live loop both build trees by `build_tree`. OPT-Tree (Wang et al.
+2024) and EAGLE-2 (Li et al. 2024) choose nodes by the same product of probabilities.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import dataclasses
 import heapq
 from typing import Any, Protocol
 
+from drafting.contract import Drafter
+
 MAX_DEPTH = 24                 # tokens on one path
 MAX_CHILDREN = 6               # of one node
 
 
-class Branching(Protocol):
-    """A drafter that has second choices. A place is a point in an answer, in any form that the drafter likes."""
+class Branching(Drafter, Protocol):
+    """A live drafter that has second choices. A place is a point in an answer, in any form that the
+    drafter likes.
+    """
 
     def place_after(self, prefix: list[int]) -> Any:
         """The place after a verified prefix."""
@@ -27,7 +32,8 @@ class Branching(Protocol):
     def choices(self, place: Any, reached: float, price: float) -> list[tuple[float, int]]:
         """(probability, token) of at most MAX_CHILDREN next tokens, best first.
 
-        reached: probability that the place is reached; price: tokens per second, as for `Drafter.propose`.
+        reached: probability that the place is reached; price: tokens per second, as for
+        `Drafter.propose`.
         """
 
 
@@ -36,8 +42,10 @@ class Tree:
     """Nodes in the order they were chosen: a parent stands before its children."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)
-    parents: list[int] = dataclasses.field(default_factory=list)       # number of the parent node; -1: the prefix
-    reached: list[float] = dataclasses.field(default_factory=list)     # probability that the path up to it is right
+    # number of the parent node; -1: the prefix
+    parents: list[int] = dataclasses.field(default_factory=list)
+    # probability that the path up to it is right
+    reached: list[float] = dataclasses.field(default_factory=list)
 
     def accepted(self, answer: list[int]) -> int:
         """Length of the longest path of nodes that an answer begins with."""
@@ -60,7 +68,7 @@ class Tree:
         chain, parent = [], -1
         children: dict[int, int] = {}
         for node, above in enumerate(self.parents):
-            children.setdefault(above, node)                           # the first child is the most probable
+            children.setdefault(above, node)  # the first child is the most probable
         while parent in children:
             parent = children[parent]
             chain.append(parent)
@@ -72,10 +80,12 @@ class Tree:
 
 def build_tree(drafter: Branching, prefix: list[int], nodes: int, depth: int = MAX_DEPTH, price: float = 0.0,
                least: float = 0.0) -> Tree:
-    """The `nodes` tokens that are most likely to be reached after the prefix, by the drafter's own probabilities.
+    """The `nodes` tokens that are most likely to be reached after the prefix, by the drafter's own
+    probabilities.
 
-    One node is expanded at a time, the most probable first: expanding several together fills the tree with unlikely
-    siblings and loses all of the gain. least: nodes that are reached with less probability are left out.
+    One node is expanded at a time, the most probable first: expanding several together fills the
+    tree with unlikely siblings and loses all of the gain. least: nodes that are reached with less
+    probability are left out.
     """
     tree, heap, number = Tree(), [], 0
 

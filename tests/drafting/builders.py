@@ -18,7 +18,8 @@ def counts_of(ngrams: NGrams) -> dict[tuple[int, ...], dict[int, float]]:
 
 
 class PlainNGrams:
-    """NGrams as they are defined: one table of contexts, walked from the shortest to the longest."""
+    """NGrams as they are defined: one table of contexts, walked from the shortest to the longest.
+    """
 
     def __init__(self, training=()):
         self.counts: dict[tuple[int, ...], dict[int, float]] = {}

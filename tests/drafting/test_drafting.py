@@ -37,7 +37,7 @@ def test_the_memory_learns_an_answer_only_when_told_and_then_prefers_it():
     assert memory.predict(1)[2, 0] in (7, 9)             # what training answers said after 5 6
     memory.learn(0)
     assert memory.predict(1)[2:4, 0].tolist() == [30, 31]
-    assert memory.predict(1)[4, 0] == 32                 # the last clip's word, though this clip's is 33
+    assert memory.predict(1)[4, 0] == 32  # the last clip's word, though this clip's is 33
 
 
 def test_the_memory_of_the_past_does_not_change_when_later_answers_do():
