@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import acceptance.evaluation as evaluation
 import train_and_evaluate
 import training.loop as loop
 from base import ROOT, UserError
