@@ -1,4 +1,4 @@
-"""Which files the models see of each clip, as digests of names and sizes: what answers go on with, and what not.
+"""Which files the models see of each clip, as digests of names and sizes: tells whether old answers still hold.
 
 Cheap enough for ten thousand clips at every start. Times are left out: copying a data set changes them.
 """
@@ -40,7 +40,7 @@ def key_of(row: dict) -> str:
 
 
 def as_of(failed: list[dict], samples: list[Sample], content: Content) -> Content:
-    """The content now, but for the clips that failed: theirs as it was then. So a clip that was mended is no change.
+    """The content now, but that of failed clips as it was when they failed: mending one is no change.
 
     failed: rows of an earlier output; those of earlier versions say nothing of content.
     """
@@ -49,7 +49,7 @@ def as_of(failed: list[dict], samples: list[Sample], content: Content) -> Conten
         if row.get("content"):
             for model, digest in row["content"].items():
                 then[model][key_of(row)] = digest
-        elif "content" in row and not samples[row["sample_idx"]].trouble:      # its row was unusable, and is mended
+        elif "content" in row and not samples[row["sample_idx"]].trouble:     # its row was mended since
             for digests in then.values():
                 digests.pop(key_of(row), None)
     return then
@@ -57,4 +57,5 @@ def as_of(failed: list[dict], samples: list[Sample], content: Content) -> Conten
 
 def fingerprint(content: Content) -> str:
     """One digest of all clips."""
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

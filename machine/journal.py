@@ -4,7 +4,7 @@
     {..., "of": 1234, "crc": 5678}                        of: the checksum of the first line
 
     file = JournalFile(path, is_entry)
-    places = list(file.lines())              # what an earlier run left: (offset, value); its first line is file.head
+    places = list(file.lines())              # (offset, value) of an earlier run's lines; file.head: the first line
     file.begin({"settings": ...})            # drops what is torn, damaged or of another run
     offsets = file.append([{...}, {...}])
     value = file.read(offsets[0])
@@ -122,7 +122,7 @@ class JournalFile:
         """Whether a line is of this run; takes the mark that says so out of its value."""
         if "format" in self.head:
             return value.pop("of", None) == self.checksum
-        # Format 1 marks no line. A second first line shows that files were joined: what follows it is of another run.
+        # Format 1 marks no line. A second first line shows that files were joined: the rest is another run's.
         return not self.counts.foreign and "of" not in value and "settings" not in value
 
     def begin(self, head: dict, values: Iterable[dict] = ()) -> bool:
@@ -146,7 +146,7 @@ class JournalFile:
         return anew
 
     def _write_anew(self, head: dict, values: Iterable[dict]) -> None:
-        """Replace the file by one with this first line, its good lines and these values, with new checksums."""
+        """Replace the file by one with this first line, its good lines and these values."""
         # "run" tells the journals of two runs of one command apart: they may differ in the models' weights.
         first = line_of({"format": FORMAT, "run": secrets.token_hex(8), **head})
 
@@ -163,8 +163,12 @@ class JournalFile:
 
     # ------------------------------------------------------------------------------------------- open
     def append(self, values: list[dict]) -> list[int]:
-        """Put the values on the disk, all or none; returns the offset of each line. Call check_place after it."""
+        """Put the values on the disk, all or none; returns the offset of each line.
+
+        Call check_place afterwards.
+        """
         lines = [line_of(value, self.checksum) for value in values]
+        assert max(map(len, lines), default=0) <= MAX_LINE, max(map(len, lines))
         offsets, offset = [], self.writer.tell()
         self._write(b"".join(lines))
         for line in lines:
@@ -173,23 +177,23 @@ class JournalFile:
         return offsets
 
     def _write(self, data: bytes) -> None:
-        """Write all of it: a full disk or a signal in the middle leaves no half of a line."""
+        """Write all of it, or nothing where a full disk or a signal interrupts."""
         end, left = self.writer.tell(), memoryview(data)
         try:
             while left:
                 left = left[self.writer.write(left):]
             os.fsync(self.writer.fileno())
         except BaseException as error:
-            if left or isinstance(error, OSError):
-                with contextlib.suppress(OSError):       # if this fails too, the next start cuts it off
-                    self.writer.truncate(end)
+            with contextlib.suppress(OSError):           # if this fails too, the next start cuts it off
+                self.writer.truncate(end)
+                self.writer.seek(end)
             if isinstance(error, OSError):
                 error.filename = str(self.path)          # a failed write doesn't say of which file
             raise
 
     def check_place(self) -> None:
-        """A UserError when another file or none is at the path: what is written would be lost or not be found."""
-        with contextlib.suppress(OSError):
+        """A UserError when another file or none is at the path: what is written would not be found again."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if os.path.samestat(os.fstat(self.writer.fileno()), os.stat(self.path)):
                 return
         raise UserError(f"{self.path} was removed or renamed while this run writes it: put it (or its folder) "
@@ -209,7 +213,7 @@ class JournalFile:
 
 
 def next_data(file: BinaryIO, offset: int, size: int) -> int:
-    """The first offset from here on that is in no hole: a sparse file can have any size, and its holes no lines."""
+    """The first offset from here on that is in no hole of a sparse file, which can have any size."""
     position = os.lseek(file.fileno(), 0, os.SEEK_CUR)             # the buffered reader counts on it
     try:
         return os.lseek(file.fileno(), offset, os.SEEK_DATA)

@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import extract_tokens_train
 from base import UserError
 from clips.limits import MediaError
 from extraction import output as output_module
-from extraction.ledger import earlier_revision
+from extraction.model_pass import earlier_revision
 from machine.journal import line_of
 from pairs.journal import Journal
 from tests.conftest import ROOT, rows_of
@@ -104,7 +103,7 @@ def test_a_finished_output_of_a_data_set_that_changed_since_is_not_called_finish
 
 def test_a_finished_output_needs_no_model_and_no_heavy_import(extract, tmp_path, monkeypatch):
     extract()
-    monkeypatch.setattr(extract_tokens_train, "extract", None)
+    monkeypatch.setattr(Role, "load", None)
     extract()
     code = ("import sys, extract_tokens_train\nextract_tokens_train.main()\n"
             "assert not {'torch', 'transformers', 'av'} & set(sys.modules)")
@@ -408,9 +407,10 @@ def test_the_resume_line_survives_being_pasted(demo, tmp_path):
     folder.mkdir()
     words = ["extract_tokens_train.py", "--dataset_dir", str(demo.test_1s), "--output_file", str(folder / "o.json"),
              "--query", "What's  *this* $HOME?", "--draft_model", str(demo.models / "eventgpt")]
-    code = ("import base, extract_tokens_train, os, signal\n"
-            "extract_tokens_train.extract = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
-            "base.run(extract_tokens_train.main)")
+    code = ("import extract_tokens_train, os, signal\n"
+            "from machine import device, running\n"
+            "device.Runtime.choose = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+            "running.run(extract_tokens_train.main)")
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.argv = {words!r}\n{code}"], cwd=ROOT, text=True,
                           capture_output=True)
     assert done.returncode == 143, done.stderr
