@@ -1,13 +1,14 @@
-"""Step 1: both models answer the same questions about the same clips; their tokens become a JSON file of pairs.
+"""Step 1: both models answer the same questions about the same clips; writes their tokens as pairs.
 
     python extract_tokens_train.py --dataset_dir data/my_egpt_dsec_train/my_egpt_dsec_train_1s \\
         --output_file train_tokens_full.json --draft_model models/EventGPT-7b
 
-EventGPT answers for every clip first and is unloaded, then Video-LLaVA answers for those that succeeded:
-only one model is in memory at a time. Each answer is appended to a journal beside the output as soon as it
-is there, so the same command goes on where a stopped run was; the output itself is written whole at the end.
-A clip whose picture or video can't be read, or whose answer would come from logits that are no numbers, goes
-to the list `failed` with the reason and stops nothing; the same command, given again, tries it once more.
+EventGPT answers for every clip first and is unloaded, then Video-LLaVA answers for those that
+succeeded: only one model is in memory at a time. Each answer is appended to a journal beside the
+output as soon as it is there, so the same command goes on where a stopped run was; the output
+itself is written whole at the end. A clip whose picture or video can't be read, or whose answer
+would come from logits that are no numbers, goes to the list `failed` with the reason and stops
+nothing; the same command, given again, tries it once more.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vlm.roles import ROLES, Role, View
 
 @dataclasses.dataclass(frozen=True)
 class ExtractConfig:
-    """Extract both models' answer tokens for the clips of a data set folder into a JSON file of pairs."""
+    """Write both models' answer tokens for the clips of a data set folder into a JSON file of pairs."""
 
     dataset_dir: Path = required("data set folder, with event_image/ and mp4/", answers="both")
     output_file: Path = required("the JSON file to write")
@@ -37,18 +38,20 @@ class ExtractConfig:
     query: str = option(
         "What are the key elements in this scene?", "the question asked about every clip")
     questions_file: Path | None = option(
-        None, "ask the questions of this file instead: JSON list of strings or {question, ...}, or lines")
+        None, "ask the questions of this file instead: JSON, JSON Lines, CSV, or one question a line")
     num_questions: int = option(-1, "use only the first so many questions of the file; -1: all")
     draft_model: Path | None = option(None, "folder of the EventGPT checkpoint", answers="draft")
     target_model: str = option(
         "LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA", answers="target")
     quantization: Literal["auto", "4bit", "8bit", "none"] = option(
-        "auto", "auto: 4bit on a GPU (4.2 GiB a 7B model; a tenth slower than none in large batches, a third "
-        "one by one), none on a CPU; none: 13.2 GiB, for large cards; 8bit: 7.2 GiB, slow", answers="both")
+        "auto", "auto: 4bit on a GPU (4.2 GiB a 7B model; a tenth slower than none in large batches, "
+        "a third one by one), none on a CPU; none: 13.2 GiB, for large cards; 8bit: 7.2 GiB, slow",
+        answers="both")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "auto: bfloat16 on a GPU, else float32", answers="both")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    batch_size: int | None = option(None, "clips at a time; default: as many as the free memory holds")
+    batch_size: int | None = option(
+        None, "clips at a time; default: as many as the free memory holds")
     num_frames: int = option(8, "video frames shown to the target", answers="target")
     event_images: Literal["first", "all"] = option(
         "first", "event pictures shown to the draft", answers="draft")
@@ -71,9 +74,10 @@ class ExtractConfig:
         if self.parity_check < 0:
             raise UserError(f"--parity_check must be 0 (none) or more, got {self.parity_check}")
         if self.draft_model is None or not self.draft_model.is_dir():
-            got = f"no such folder: {self.draft_model}" if self.draft_model else "no --draft_model given"
-            raise UserError(f"{got}; wanted the folder of the EventGPT checkpoint, which is linked from "
-                            "https://github.com/XduSyL/EventGPT")
+            folder = self.draft_model
+            got = f"no such folder: {folder}" if folder else "no --draft_model given"
+            raise UserError(f"{got}; wanted the folder of the EventGPT checkpoint, which is linked "
+                            "from https://github.com/XduSyL/EventGPT")
 
     def name_of(self, role: Role) -> str:
         """The folder or hub id of this role's model."""
@@ -90,13 +94,14 @@ class ExtractConfig:
                 values[role.flag] = str(Path(self.name_of(role)).resolve())
         settings = {"questions": Setting(questions, models_of("both"))}
         for field in dataclasses.fields(self):
-            if field.metadata["answers"] and values[field.name] != "auto":
-                settings[field.name] = Setting(values[field.name], models_of(field.metadata["answers"]))
+            name, answers = field.name, field.metadata["answers"]
+            if answers and values[name] != "auto":
+                settings[name] = Setting(values[name], models_of(answers))
         return settings
 
 
 def models_of(answers: str) -> tuple[str, ...]:
-    """The names, in files, of the models whose answers depend on a field: option(..., answers=...)."""
+    """The names, in files, of the models whose answers depend on a field: option(answers=...)."""
     return tuple(role.name for role in ROLES.values() if answers in (role.role, "both"))
 
 
@@ -129,7 +134,7 @@ def main():
             return
         goes_on_with([word for word in sys.argv if word != "--restart"])
 
-        import torch                     # from here on, because a finished output needs none
+        import torch  # from here on, because a finished output needs none
 
         from extraction.model_pass import Models, Pace, answer_all
         from machine.device import Runtime

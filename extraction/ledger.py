@@ -1,4 +1,4 @@
-"""What one model has answered and what is missing: answers go into the journal, failed clips onto a list."""
+"""What one model has answered and what not: answers go into the journal, failed clips onto a list."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What an extraction asks about: clips, questions, and what the models are shown of the clips."""
+    """What an extraction asks about: clips, questions, and what the models see of the clips."""
 
     samples: list[Sample]
     questions: list[str]
@@ -32,7 +32,8 @@ class Ledger:
         """samples: those of the survey that this model is asked about."""
         self.role, self.survey, self.samples, self.journal = role, survey, samples, journal
         self.usable = [sample for sample in samples if not sample.trouble]
-        self.failed = [self._failure(sample, sample.trouble) for sample in samples if sample.trouble]
+        unusable = [sample for sample in samples if sample.trouble]
+        self.failed = [self._failure(sample, sample.trouble) for sample in unusable]
         wanted = len(self.usable) * len(survey.questions)
         self.done = wanted - sum(len(self.missing(sample)) for sample in self.usable)
         self.progress = Progress(f"extract | {role.name}", wanted, self.done, "answers")
@@ -57,7 +58,7 @@ class Ledger:
     def tokens_of(self, sample: Sample, number: int) -> list[int]:
         return self.answer(sample, number)["tokens"]
 
-    # ------------------------------------------------------------------------------------- the model
+    # ----------------------------------------------------------------------------------- the model
     @property
     def facts(self) -> dict:
         """What was recorded last of the model; empty before that."""
@@ -66,7 +67,7 @@ class Ledger:
     def record(self, facts: dict) -> None:
         self.journal.append([facts])
 
-    # ------------------------------------------------------------------------------------- its answers
+    # --------------------------------------------------------------------------------- its answers
     def keep(self, answered: list[tuple[Sample, list[Answer]]]) -> None:
         """Write the answers that are missing into the journal."""
         rows = [{"model": self.role.name, "key": sample.key, "question_idx": number,
@@ -83,7 +84,7 @@ class Ledger:
         log(f"extract | {self.role.name} | WARNING | clip {sample.key} failed: {reason}")
 
     def _failure(self, sample: Sample, reason: str | None) -> dict:
-        """content: digests of its files, so that an output with this row knows whether they are mended."""
+        """A row of `failed`; content: digests of the clip's files, which tell whether it was mended."""
         return {"sample_idx": sample.index, "sample_id": sample.id, "sequence": sample.sequence,
                 "clip": sample.clip, "model": self.role.name, "reason": reason,
                 "content": digests_of(sample, self.survey.content)}

@@ -1,4 +1,4 @@
-"""Each model's pass over the clips: load it, let it answer what is missing, check parity, unload it."""
+"""Each model's pass over the clips: load it, answer what is missing, check parity, unload it."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ class Models:
     runtime: Runtime
 
     def check(self, survey: Survey, max_new_tokens: int) -> None:
-        """A UserError for what would end either model's pass and can be known before the first one's hours."""
+        """A UserError for all that would end either pass and can be known without loading weights."""
         for role in ROLES.values():
             role.check(self.names[role.role], survey.questions, survey.view, max_new_tokens)
 
     def check_weights(self, journal: Journal) -> None:
         """A UserError unless the models that have answered so far have the same weights now."""
         for role in ROLES.values():
+            name = self.names[role.role]
             if journal.has_any(role.name):
-                check_weights(journal, role, self.names[role.role], role.revision(self.names[role.role]))
+                check_weights(journal, role, name, role.revision(name))
 
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How long answers may be, how many clips are answered at a time, and how many answers are compared."""
+    """How long answers may be, and how many clips are answered at a time and compared."""
 
     max_new_tokens: int
     num_workers: int                 # threads that read clips ahead
@@ -74,7 +75,7 @@ def run_model(ledger: Ledger, models: Models, pace: Pace) -> None:
 
 
 def answer(ledger: Ledger, model: VisionLanguageModel, facts: dict, pace: Pace) -> None:
-    """Let a loaded model answer what is missing, compare some answers, record its facts, and unload it."""
+    """Let a loaded model answer what is missing, compare some answers, record facts, unload it."""
     from vlm.batches import clips_that_fit
 
     role, view, questions = ledger.role, ledger.survey.view, ledger.survey.questions
@@ -86,8 +87,8 @@ def answer(ledger: Ledger, model: VisionLanguageModel, facts: dict, pace: Pace) 
     facts["batch_size"] = size
     ledger.record(facts)
     log(f"extract | {role.name} | {at_once} clips at a time, {pace.num_workers} threads reading ahead")
-    job = Job(role.name, functools.partial(role.pictures, view=view), questions, pace.max_new_tokens,
-              pace.num_workers)
+    read = functools.partial(role.pictures, view=view)
+    job = Job(role.name, read, questions, pace.max_new_tokens, pace.num_workers)
     answering = Answering(model, job, at_once, ledger)
     answering.run(todo)
     final = dict(facts)
@@ -104,17 +105,18 @@ def answered_by(ledger: Ledger) -> list[Sample]:
     """The samples with an answer to every question; a UserError if there is none."""
     role, samples, failed = ledger.role, ledger.samples, ledger.failed
     answered = ledger.answered()
-    assert len(answered) + len(failed) == len(samples), f"{len(answered)} + {len(failed)} of {len(samples)}"
-    log(f"extract | {role.name} | {len(answered)} of {len(samples)} clips answered, {len(failed)} failed")
+    total = len(samples)
+    assert len(answered) + len(failed) == total, f"{len(answered)} + {len(failed)} of {total}"
+    log(f"extract | {role.name} | {len(answered)} of {total} clips answered, {len(failed)} failed")
     if not answered:
-        raise UserError(f"{role.name}: none of {len(samples)} clips could be answered; the first reason: "
+        raise UserError(f"{role.name}: none of {total} clips could be answered; the first reason: "
                         f"{failed[0]['reason']}")
     return answered
 
 
-# ------------------------------------------------------------------------------------------- weights
+# ----------------------------------------------------------------------------------------- weights
 def check_weights(journal: Journal, role: Role, name: str, revision: str) -> None:
-    """A UserError unless the weights of this folder or hub id are those that have answered so far."""
+    """A UserError unless these weights of a folder or hub id are those that answered so far."""
     recorded = journal.models.get(role.name, {}).get("revision")
     if not journal.has_any(role.name) or same_weights(recorded, revision):
         return
@@ -126,7 +128,7 @@ def check_weights(journal: Journal, role: Role, name: str, revision: str) -> Non
 
 
 def earlier_revision(folder: Path) -> str | None:
-    """The revision as earlier versions recorded it: names and sizes of weight files. None for a hub id."""
+    """The revision as earlier versions recorded it: names and sizes of files. None for a hub id."""
     if not (folder / "config.json").is_file():
         return None
     digest = hashlib.sha256((folder / "config.json").read_bytes())

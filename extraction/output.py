@@ -1,7 +1,7 @@
-"""The pair file of an extraction: written whole at the end; an earlier one is recognised and continued.
+"""The pair file of an extraction: written whole at the end; an earlier one is continued.
 
-A whole output without failed clips is finished. One with failed clips gives its answers to a new journal,
-and the clips that failed are tried again.
+A whole output without failed clips is finished. One with failed clips gives its answers to a new
+journal, and the clips that failed are tried again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REPLACE = "choose another --output_file, or --restart to replace it"
 FIELDS: tuple[Literal["tokens", "text", "finished"], ...] = ("tokens", "text", "finished")
 
 
-# ---------------------------------------------------------------------------------- an earlier output
+# ------------------------------------------------------------------------------- an earlier output
 @dataclasses.dataclass(frozen=True)
 class Earlier:
     """A whole output of these clips and questions that is there already."""
@@ -44,11 +44,16 @@ class Earlier:
     def models(self) -> dict[str, dict]:
         """The facts that were recorded of each model, by its name."""
         models = self.beside.get("models")
-        models = models if isinstance(models, dict) else {}
-        return {name: {**facts, "model": name} for name, facts in models.items() if isinstance(facts, dict)}
+        if not isinstance(models, dict):
+            return {}
+        known = {name: facts for name, facts in models.items() if isinstance(facts, dict)}
+        return {name: {**facts, "model": name} for name, facts in known.items()}
 
     def differs(self, settings: dict, survey: Survey) -> str:
-        """In what it was made differently, in words. Clips that failed may have been mended since."""
+        """In what it was made differently, in words.
+
+        Clips that failed may have been mended since.
+        """
         failed = self.failed if is_failed(self.beside.get("failed"), survey) else []
         wanted = {**settings, "total_samples": len(survey.samples)}
         if "dataset_content" in self.beside:         # outputs of earlier versions don't record it
@@ -57,10 +62,10 @@ class Earlier:
         return differences({**self.beside, **recorded}, wanted)
 
     def check_again(self, settings: dict, survey: Survey) -> None:
-        """A UserError unless its failed clips can be tried again with these settings, none left to "auto"."""
+        """A UserError unless its failed clips can be tried again with these settings, all resolved."""
         if differs := self.differs(settings, survey):
-            raise UserError(f"{self.path} has {len(self.failed)} failed clips, which can be tried again with "
-                            f"its own settings alone ({differs}): give those, or {REPLACE}")
+            raise UserError(f"{self.path} has {len(self.failed)} failed clips, which can be tried again "
+                            f"with its own settings alone ({differs}): give those, or {REPLACE}")
 
     def entries(self, survey: Survey) -> Iterator[dict]:
         """The lines of a journal that goes on from here: facts of the models, then all answers."""
@@ -83,15 +88,16 @@ class Earlier:
 def find_earlier(path: Path, settings: dict, survey: Survey) -> Earlier | None:
     """The output that is at this path already, if there is one that no journal stands beside.
 
-    A journal beside an output is of a later run with --restart, which goes on; or the machine stopped
-    between the writing of the output and the end of its journal, then going on writes it again. A UserError
-    for an output that is not whole, or was made of other clips or with other settings.
+    A journal beside an output is of a later run with --restart, which goes on; or the machine
+    stopped between the writing of the output and the end of its journal, then going on writes it
+    again. A UserError for an output that is not whole, or was made of other clips or with other
+    settings.
     """
     if not path.exists() or Journal.path_of(path).exists():
         return None
     rows = JsonRows(path)
     try:
-        pairs = sum(1 for _ in rows)             # what a file says beside its rows is known after them
+        pairs = sum(1 for _ in rows)             # what stands beside rows is known after them
     except UserError as error:
         raise UserError(f"{error}; nothing goes on from there: {REPLACE}") from error
     earlier, recorded = Earlier(path, pairs, rows.beside), rows.beside.get(f"{TARGET.name}_success")
@@ -99,7 +105,7 @@ def find_earlier(path: Path, settings: dict, survey: Survey) -> Earlier | None:
         raise UserError(f"{path} exists and was made differently ({differs}); {REPLACE}")
     if pairs != recorded or not is_failed(rows.beside.get("failed"), survey):
         raise UserError(f"{path} was changed: it holds {pairs} pairs and says that it has {recorded}; "
-                        f"{REPLACE}")
+                        + REPLACE)
     return earlier
 
 
@@ -136,7 +142,7 @@ def is_readable(sample: Sample, role: Role, view: View) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------------------- writing
 def write_output(path: Path, head: dict, survey: Survey,
                  ledgers: dict[Literal["draft", "target"], Ledger]) -> None:
     """Write the output file, whole: a head, one row a line in `results`, then `failed`.
