@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from base import MACHINE_TROUBLE
 from clips import limits
 from clips.containers import check_whole
 from clips.limits import MediaError, check_size, reading_media
 from machine.files import write_whole
+from machine.running import MACHINE_TROUBLE
 
 MAX_FRAMES = 100_000       # 83 minutes at 20 fps; DSEC has clips of up to 320 frames
 MAX_DECODING_S = 600       # of one video; 100,000 frames of 1440 x 1080 px take about as long
