@@ -138,8 +138,8 @@ def read_row(places: Places, number: int, row) -> Sample:
     if not stems:
         trouble = "the row names no event_data, video_data or event_image"
         return Sample(number, sample_id, "", "", trouble=trouble)
-    sequence, _, clip = stems[0].rpartition("/")
-    clip = int(clip) if clip.isascii() and clip.isdigit() and len(clip) <= MAX_DIGITS else clip
+    sequence, _, name = stems[0].rpartition("/")
+    clip = int(name) if name.isascii() and name.isdigit() and len(name) <= MAX_DIGITS else name
 
     try:
         images = [places.inside("event_image", name) for name in pictures]
@@ -164,13 +164,14 @@ def digest_of(paths: Iterable[Path | None]) -> str:
     """
     digest = hashlib.blake2b(digest_size=4)
     for path in paths:
-        try:
-            size = os.stat(path).st_size if path else -1
-        except OSError as error:
-            if is_machine_trouble(error):
-                raise machine_trouble(path, error) from error
-            size = -1                 # missing: the clip will fail, and may be mended later
-        digest.update(f"{path.name if path else ''}\0{size}\0".encode(errors="surrogateescape"))
+        name, size = (path.name if path else ""), -1
+        if path:
+            try:
+                size = os.stat(path).st_size
+            except OSError as error:      # missing: the clip will fail, and may be mended later
+                if is_machine_trouble(error):
+                    raise machine_trouble(path, error) from error
+        digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -191,6 +192,8 @@ def draft_pictures(sample: Sample, which: Literal["first", "all"]) -> list[np.nd
 
 def target_pictures(sample: Sample, num_frames: int) -> list[np.ndarray]:
     """What Video-LLaVA sees: frames of the clip's MP4, (H, W, 3) uint8 RGB each; raises likewise."""
+    if sample.video is None:
+        raise MediaError("the row names no video")
     return _read_file(sample, sample.video, lambda path: read_video(path, num_frames))
 
 
