@@ -47,8 +47,8 @@ LINES_OF_A_FILE = 400
 COLUMNS, COLUMNS_SELDOM_PASSED = 110, 100
 # Budgets that may only go down: to 0 lines over COLUMNS, and 2 % of all lines over
 # COLUMNS_SELDOM_PASSED.
-WIDE_LINES = 1344
-SHARE_OF_LONG_LINES = 0.136
+WIDE_LINES = 1155
+SHARE_OF_LONG_LINES = 0.112
 
 # Violations that are still to be mended, as the checks below word them. This set may only shrink.
 ALLOWED_FOR_NOW = {
