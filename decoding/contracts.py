@@ -37,11 +37,21 @@ class Target(Protocol):
     def ask(self, prompt: Any) -> None:
         """Set the prompt of the next answer. prompt: as the model's prompt_embeds gives it, (1, L, H)."""
 
-    def prefill(self, proposed: list[int]) -> Following:
-        """Read the prompt and the proposals -> what follows the prompt and each proposal: n = len(proposed) + 1."""
+    def prefill(self, proposed: list[int], parents: list[int] | None = None) -> Following:
+        """Read the prompt and the proposals -> what follows the prompt and each proposal: n = len(proposed) + 1.
 
-    def verify(self, tokens: list[int]) -> Following:
-        """Append these tokens, at least one -> what follows each of them: n = len(tokens)."""
+        parents: as for verify, where position 0 is the prompt's last token.
+        """
+
+    def verify(self, tokens: list[int], parents: list[int] | None = None) -> Following:
+        """Append these tokens, at least one -> what follows each of them: n = len(tokens).
+
+        parents: the tokens form a tree: tokens[j] follows tokens[parents[j]], parents[j] < j; parents[0] is -1. Then
+        keep_path comes next. None: a chain. A loop that proposes chains alone never gives parents.
+        """
+
+    def keep_path(self, path: list[int]) -> None:
+        """Of the positions of the last pass over a tree keep this path alone, from 0 on, as if it had been a chain."""
 
     def keep(self, tokens: int) -> None:
         """Forget everything but the prompt and the first `tokens` tokens of the answer.

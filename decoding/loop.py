@@ -10,10 +10,11 @@ import itertools
 import time
 from collections.abc import Callable
 
-from decoding.contracts import NO_TOKEN, Following, Target
+from decoding.contracts import NO_TOKEN, Target
 from decoding.limits import Limits
-from decoding.rules import Rule, greedy
-from drafting.contract import Drafter, matching
+from decoding.rules import Rule, greedy, greedy_path
+from drafting.contract import Drafter
+from drafting.tree import MAX_DEPTH, Branching, Tree, build_tree
 
 
 @dataclasses.dataclass
@@ -42,16 +43,16 @@ class Decoded:
         self.draft_s += seconds
         self.opening_s += seconds
 
-    def add_pass(self, proposed: list[int], emitted: list[int], draft_s: float, target_s: float) -> None:
-        """Add a pass of the target: the proposals, the tokens it emitted, seconds of drafter and target."""
+    def add_pass(self, proposed: int, accepted: int, emitted: list[int], draft_s: float, target_s: float) -> None:
+        """Add a pass of the target: counts of proposals, the tokens it emitted, seconds of drafter and target."""
         if self.tokens:
             self.draft_s += draft_s
             self.verify_s += target_s
         else:
             self.add_opening_s(draft_s)
             self.prefill_s = target_s
-        self.proposed.append(len(proposed))
-        self.accepted.append(matching(emitted, proposed))
+        self.proposed.append(proposed)
+        self.accepted.append(accepted)
         self.tokens = self.tokens + emitted
 
 
@@ -69,35 +70,56 @@ def decode(target: Target, drafter: Drafter, limits: Limits, price: Callable[[],
     come from logits that are not finite; such logits after a refused proposal change nothing.
     """
     decoded = Decoded([])
+    branches = limits.nodes > 0 and rule is greedy and isinstance(drafter, Branching)
     while not limits.are_reached(decoded.tokens):
         start = time.perf_counter()
-        proposed = proposals(drafter, decoded.tokens, limits, price(), target.vocab_size)
+        propose = proposed_tree if branches else proposed_chain
+        tree = propose(drafter, decoded.tokens, limits, price(), target.vocab_size)
         drafted = time.perf_counter()
-        emitted = limits.cut(rule(decoded.tokens, proposed, next_pass(target, decoded.tokens, proposed)))
-        if NO_TOKEN in emitted and proposed:
+        emitted = verified(target, decoded.tokens, tree, limits, rule)
+        if NO_TOKEN in emitted and tree.tokens:
             # Logits that are no numbers behind one proposal can spoil those before it in the same pass.
-            proposed = []
-            emitted = limits.cut(rule(decoded.tokens, proposed, next_pass(target, decoded.tokens, proposed)))
+            tree = Tree()
+            emitted = verified(target, decoded.tokens, tree, limits, rule)
         if NO_TOKEN in emitted:
             raise target.not_numbers()
-        decoded.add_pass(proposed, emitted, drafted - start, time.perf_counter() - drafted)
+        decoded.add_pass(len(tree.tokens), tree.accepted(emitted), emitted, drafted - start,
+                         time.perf_counter() - drafted)
     start = time.perf_counter()
     drafter.learn(decoded.tokens)
     decoded.draft_s += time.perf_counter() - start
     return decoded
 
 
-def proposals(drafter: Drafter, answer: list[int], limits: Limits, price: float, vocab_size: int) -> list[int]:
-    """What the drafter proposes, up to the first id that the target does not have."""
+def proposed_chain(drafter: Drafter, answer: list[int], limits: Limits, price: float, vocab_size: int) -> Tree:
+    """The chain that the drafter proposes, up to the first id that the target does not have."""
     room = min(limits.gamma, limits.max_new_tokens - len(answer) - 1)      # the last token is the target's own
+    return Tree.chain(drafter.propose(answer, room, price) if room > 0 else []).below(vocab_size)
+
+
+def proposed_tree(drafter: Branching, answer: list[int], limits: Limits, price: float, vocab_size: int) -> Tree:
+    """The tree that the drafter proposes, as deep as the answer has room, without ids that the target does not have."""
+    room = min(MAX_DEPTH, limits.max_new_tokens - len(answer) - 1)         # the last token is the target's own
     if room < 1:
-        return []
-    return list(itertools.takewhile(lambda token: 0 <= token < vocab_size, drafter.propose(answer, room, price)))
+        return Tree()
+    least = price * drafter.costs.token_s        # a node must be reached with this probability to be worth its time
+    return build_tree(drafter, answer, limits.nodes, room, price, least).below(vocab_size)
 
 
-def next_pass(target: Target, answer: list[int], proposed: list[int]) -> Following:
-    """The prefill of a new answer, else a pass over its last token and the proposals."""
+def verified(target: Target, answer: list[int], tree: Tree, limits: Limits, rule: Rule) -> list[int]:
+    """One pass of the target over the proposals -> the tokens to append, cut at EOS.
+
+    The prefill of a new answer, else a pass over its last token and the proposals.
+    """
+    parents = None if tree.is_chain() else tree.positions()
+    extra = () if parents is None else (parents,)
     if not answer:
-        return target.prefill(proposed)
-    target.keep(len(answer) - 1)
-    return target.verify([answer[-1], *proposed])
+        following = target.prefill(tree.tokens, *extra)
+    else:
+        target.keep(len(answer) - 1)
+        following = target.verify([answer[-1], *tree.tokens], *extra)
+    if parents is None:
+        return limits.cut(rule(answer, tree.tokens, following))
+    path, tokens = greedy_path(tree, following)
+    target.keep_path([0, *(node + 1 for node in path)])
+    return limits.cut(tokens)
