@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from drafting.contract import Drafter
 
@@ -18,6 +18,7 @@ MAX_DEPTH = 24                 # tokens on one path
 MAX_CHILDREN = 6               # of one node
 
 
+@runtime_checkable
 class Branching(Drafter, Protocol):
     """A live drafter that has second choices. A place is a point in an answer, in any form that the
     drafter likes.
@@ -46,6 +47,32 @@ class Tree:
     parents: list[int] = dataclasses.field(default_factory=list)
     # probability that the path up to it is right
     reached: list[float] = dataclasses.field(default_factory=list)
+
+    @staticmethod
+    def chain(tokens: list[int]) -> Tree:
+        """A single path."""
+        return Tree(list(tokens), list(range(-1, len(tokens) - 1)))
+
+    def is_chain(self) -> bool:
+        return self.parents == list(range(-1, len(self.tokens) - 1))
+
+    def positions(self) -> list[int]:
+        """For the last known token, position 0, and each node, at its number + 1: the position that
+        it follows.
+        """
+        return [-1, *(parent + 1 for parent in self.parents)]
+
+    def below(self, vocab_size: int) -> Tree:
+        """The tree without ids outside a vocabulary, and without what follows them."""
+        if all(0 <= token < vocab_size for token in self.tokens):
+            return self
+        number, tree = {-1: -1}, Tree()
+        for node, (token, parent) in enumerate(zip(self.tokens, self.parents)):
+            if 0 <= token < vocab_size and parent in number:
+                number[node] = len(tree.tokens)
+                tree.tokens.append(token)
+                tree.parents.append(number[parent])
+        return tree
 
     def accepted(self, answer: list[int]) -> int:
         """Length of the longest path of nodes that an answer begins with."""
