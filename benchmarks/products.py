@@ -13,7 +13,7 @@ from typing import Literal
 
 from base import UserError, log, option
 
-ROWS = (1, 2, 4, 8, 9, 16, 17, 24, 32, 33, 48, 64, 65, 128, 256)
+ROWS = (1, 2, 4, 8, 9, 16, 17, 25, 32, 33, 49, 64, 65, 128, 256)
 LAYERS, DEPTH = 8, 32                # layers in turn, so that none is in the cache; the model's
 REPEATS = 7                          # of which the median is taken
 WAYS = ("fused", "bitsandbytes", "16 bits")

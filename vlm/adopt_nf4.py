@@ -31,7 +31,7 @@ from vlm.nf4 import (
 )
 
 MORE_ROWS = (128, 192, 256)          # beyond FEW_ROWS the kernel is used up to the last that pays
-CHECKED_ROWS = (1, 9, 17, 25, 33)    # one number of rows for each kernel; 64 is the sixth
+CHECKED_ROWS = range(1, FEW_ROWS, 8)                 # a number of rows for each kernel
 TIMES = 9                            # of which a timing is the median
 ERROR = 1.3                          # largest error allowed, in errors of bitsandbytes' own way
 REFUSED: weakref.WeakSet = weakref.WeakSet()         # models that stay with bitsandbytes: told once

@@ -228,7 +228,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST) product(
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
     if (threadIdx.x == 0) *counter = 0;
     // Up to 16 loads of a thread run at once, for each of them takes long.
-    constexpr int GROUP = FRAGMENTS % 4 == 0 ? 4 : FRAGMENTS % 3 == 0 ? 3 : FRAGMENTS % 2 ? 1 : 2;
+    constexpr int GROUP = FRAGMENTS % 3 == 0 && FRAGMENTS % 4 ? 3 : FRAGMENTS < 4 ? FRAGMENTS : 4;
+    constexpr bool EVEN = FRAGMENTS % GROUP == 0;
     constexpr int AT_ONCE = GROUP < 3 ? 8 : 4;
 #pragma unroll 1
     for (int i = 0; i < FRAGMENTS; i += GROUP) {
@@ -239,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST) product(
             for (int z = 0; z < AT_ONCE; z++)
 #pragma unroll
                 for (int j = 0; j < GROUP; j++)
-                    more[z][j] = from + z < gridDim.z
+                    more[z][j] = from + z < gridDim.z && (EVEN || i + j < FRAGMENTS)
                         ? __ldcg(own + (from + z) * size + (i + j) * 32) : make_float4(0, 0, 0, 0);
 #pragma unroll
             for (int z = 0; z < AT_ONCE; z++)
@@ -249,7 +250,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, LEAST) product(
                         total[j].z += more[z][j].z, total[j].w += more[z][j].w;
         }
 #pragma unroll
-        for (int j = 0; j < GROUP; j++) write(i + j, total[j]);
+        for (int j = 0; j < GROUP; j++)
+            if (EVEN || i + j < FRAGMENTS) write(i + j, total[j]);
     }
 }
 

@@ -28,10 +28,10 @@ CODE = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
 # these factors the 16 values lie closest to 16-bit numbers: rounding them costs 0.063 % in bfloat16
 # (0.106 % unstretched) and 0.006 % in float16 (0.016 %).
 STRETCH = {torch.bfloat16: 1.437, torch.float16: 1.6777}
-EIGHTS = (1, 2, 3, 4, 6, 8)          # there are kernels for so many rows of x, in eights
+EIGHTS = range(1, 10)                # there are kernels for so many rows of x, in eights
 MAX_PARTS = 8                        # of K; more cost more to add up than they bring (H100)
 PAIR_BYTES = 256 * 32 * 4            # the table of nf4.cu
-FEW_ROWS = 64                        # the kernel is used up to here until more were measured
+FEW_ROWS = 8 * EIGHTS[-1]            # the kernel is used up to here until more were measured
 
 
 class Linear4bit(Protocol):
@@ -129,8 +129,8 @@ def plan_for(rows: int, n: int, room: int) -> Plan:
     Fastest on an H100 of seven ways to cut, for outputs of 4096, 12288 and 22016. Consumer cards have
     room for 99 KiB, where some must do with blocks=1.
     """
-    eights = next((number for number in EIGHTS if rows <= 8 * number), EIGHTS[-1])
-    plan = Plan(eights, blocks=2)
+    eights = min(-(-rows // 8), EIGHTS[-1])
+    plan = Plan(eights, blocks=2 if eights <= 8 else 1)
     if n > 16384:
         plan = Plan(eights, tiles=2, blocks=2 if eights <= 3 else 1)
     elif n > 8192 and 1 < eights < 8:
@@ -236,7 +236,8 @@ class NF4Linear(nn.Module):
     def few(self, x: torch.Tensor, plan: Plan | None = None) -> torch.Tensor:
         """x (M, K) -> (M, N) by the kernel."""
         (m, k), n, device = x.shape, self.out_features, self.device
-        plan = plan or plan_for(m, n, shared_room(device))
+        groups = -(-m // FEW_ROWS)                   # of rows, as large as each other
+        plan = plan or plan_for(-(-m // groups), n, shared_room(device))
         parts = parts_of(n, k, processors(device))
         x = x.contiguous()
         if x.data_ptr() % 16:                        # the kernel reads 16 bytes at a time
