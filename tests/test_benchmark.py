@@ -133,8 +133,8 @@ def test_warming_up_teaches_nothing(trained, monkeypatch):
 # ----------------------------------------------------------------------------------------------------- figures
 def test_the_output_holds_everything(measured, trained):
     results, _ = measured
-    assert set(results) == {"kind", "date", "size", "device", "dtype", "gamma", "what", "config", "answers",
-                            "peer_answers", "prompt_positions", "limits", "memory_mib", "runs", "costs_ms", "wanted",
+    assert set(results) == {"kind", "date", "size", "device", "dtype", "quantization", "gamma", "what", "config",
+                            "answers", "peer_answers", "prompt_positions", "limits", "memory_mib", "runs", "costs_ms", "wanted",
                             "seconds", "provenance"}
     assert set(results["runs"]) == {*MODES, *LIVE_NAMES}
     assert list(results["costs_ms"]["verify"]) == [str(k) for k in range(1, 18)]

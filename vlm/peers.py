@@ -96,17 +96,22 @@ def random_model(kind: type[LoadedModel], size: Literal["7b", "small"], runtime:
 
 def quantise(model: nn.Module, runtime: Runtime) -> None:
     """The language model's layers in bitsandbytes' 4-bit form, as loading a checkpoint with --quantization 4bit."""
-    import bitsandbytes
-
     for name, module in list(model.named_modules()):
         if "language_model" in name and ".layers." in name and type(module) is nn.Linear:
-            layer = bitsandbytes.nn.Linear4bit(module.in_features, module.out_features, bias=False, device="meta",
-                                               compute_dtype=runtime.dtype, quant_type="nf4")
-            layer.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4",
-                                                      compress_statistics=True).to(runtime.device)
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
+            setattr(model.get_submodule(parent), child, linear_4bit(module.weight.data, runtime))
     check_quantised(model, runtime, [])
+
+
+def linear_4bit(weight: torch.Tensor, runtime: Runtime) -> nn.Module:
+    """bitsandbytes' linear layer with this weight (N, K), in NF4 with nested statistics."""
+    import bitsandbytes
+
+    n, k = weight.shape
+    layer = bitsandbytes.nn.Linear4bit(k, n, bias=False, device="meta", compute_dtype=runtime.dtype, quant_type="nf4")
+    layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4",
+                                              compress_statistics=True).to(runtime.device)
+    return layer
 
 
 class Forced:

@@ -1,4 +1,6 @@
-"""An adapter whose logits are no numbers proposes nothing there, and leaves nothing behind in its cache."""
+"""An adapter whose logits are no numbers proposes nothing there, and leaves nothing behind in its
+cache.
+"""
 
 import math
 
@@ -8,7 +10,8 @@ import torch
 from drafting.adapter import Adapter, LiveAdapter, LiveDraftAdapter
 from drafting.contract import NOTHING
 from drafting.hybrid import Hybrid, LiveHybrid
-from drafting.memory import LiveMemory, Memory, NGrams
+from drafting.memory import LiveMemory, Memory
+from drafting.ngrams import NGrams
 from drafting.steps import AdapterSteps
 from tests.acceptance.builders import pairs_of
 from token_adapter import AdapterConfig, TokenAdapter
@@ -20,7 +23,8 @@ def tiny(conditioning: str, bad: bool = True) -> TokenAdapter:
     torch.manual_seed(0)
     adapter = TokenAdapter(AdapterConfig(20, conditioning, 8, 1, 2, 16, 12, dropout=0.0)).eval()
     if bad:
-        with torch.no_grad():             # the output layer stays as it was: logits are numbers until BAD is fed
+        # the output layer stays as it was: logits are numbers until BAD is fed
+        with torch.no_grad():
             adapter.output_proj[1].weight = torch.nn.Parameter(adapter.output_proj[1].weight.detach().clone())
             adapter.embedding.weight[BAD] = math.nan
     return adapter.requires_grad_(False)
