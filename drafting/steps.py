@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from base import log
 from drafting.contract import Timer, matching
 from drafting.single_step import SingleStep
 from machine.graphs import capture
@@ -30,6 +31,9 @@ def for_proposing(adapter: TokenAdapter) -> TokenAdapter:
     """The adapter itself, on a GPU a copy in bfloat16: half the bytes, and proposals decide about
     time alone.
     """
+    if not all(weight.isfinite().all() for weight in adapter.parameters()):
+        log("drafters | WARNING | the adapter has weights that are no numbers (NaN or infinite): it "
+            "proposes nothing where they count")
     if not adapter.embedding.weight.is_cuda:
         return adapter.eval()
     return copy.deepcopy(adapter).eval().requires_grad_(False).bfloat16()
