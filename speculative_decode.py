@@ -1,14 +1,16 @@
-"""Step 3: the target's own words, sooner: draft, adapter and target decode a data set together, checked and timed.
+"""Step 3: the target's own words, sooner: a data set decoded speculatively, checked and timed.
 
-    python speculative_decode.py --task task/1s_20260128_020530 --draft_model models/EventGPT-7b --compare \\
-        --dataset_dir data/my_egpt_dsec_test/my_egpt_dsec_seq_1s
+    python speculative_decode.py --task task/1s_20260128_020530 --compare \\
+        --draft_model models/EventGPT-7b --dataset_dir data/my_egpt_dsec_test/my_egpt_dsec_seq_1s
 
-EventGPT answers for every clip first and is unloaded. Then Video-LLaVA answers, clip by clip in the order they were
-driven: a drafter proposes tokens, one pass verifies them, and the result is the answer of greedy decoding. With
---compare each answer is also decoded plainly, by transformers and by our own loop, and by every other drafter.
-Writes decode.json, DECODE.md and pictures into a new folder decode_{time} inside the task folder. A journal keeps
-every answer: after a stop or a crash the same command goes on. Exit 3: an answer differs from plain decoding by more
-than rounding.
+EventGPT answers for every clip first and is unloaded. Then Video-LLaVA answers, clip by clip in the
+order they were driven: a drafter proposes tokens, one pass verifies them, and the result is the
+answer of greedy decoding. With --compare each answer is also decoded plainly, by transformers and
+by our own loop, and by every other drafter.
+
+Writes decode.json, DECODE.md and pictures into a new folder decode_{time} inside the task folder. A
+journal holds every answer as soon as it is there: after a stop or a crash the same command goes on.
+Exit 3: an answer differs from plain decoding by more than rounding.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ if TYPE_CHECKING:                  # torch is imported only after the flags are 
     from vlm.roles import Role
 
 # What the answers do not depend on: with other values of these the same journal goes on.
-NOT_OF_THE_ANSWERS = ("num_workers", "plots", "parallel", "draft_device", "output_folder", "restart", "query",
-                      "questions_file", "num_questions")
+NOT_OF_THE_ANSWERS = ("num_workers", "plots", "parallel", "draft_device", "output_folder",
+                      "restart", "query", "questions_file", "num_questions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,30 +52,45 @@ class DecodeConfig:
     task: Path = required("task folder of train_and_evaluate.py")
     dataset_dir: Path = required("data set folder, with event_image/ and mp4/")
     draft_model: Path | None = option(
-        None, "folder of the EventGPT checkpoint; needed where a drafter of this run reads EventGPT's answers")
+        None,
+        "folder of the EventGPT checkpoint; needed where a drafter of this run reads EventGPT's "
+        "answers"
+    )
     target_model: str = option("LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA")
-    drafter: Literal[LIVE_NAMES] = option(                                                  # type: ignore[valid-type]
+    drafter: Literal[LIVE_NAMES] = option(  # type: ignore[valid-type]
         LIVE_NAMES[0], "; ".join(f"{name}: {entry.about}" for name, entry in LIVE.items()))
-    memory: list[Path] | None = option(None, "memory.npz of earlier decodings, known from the start")
-    gamma: str = option("auto", "tokens proposed for each pass, 1 to 16; auto: while they are worth their cost")
-    compare: bool = option(False, "decode plainly too, by transformers and by our loop, and with every drafter")
-    parallel: bool = option(False, "measure both models at work at once too (both in memory), on the first clips")
-    draft_device: str = option("auto", "with --parallel: where EventGPT runs; auto: beside the target, on --device")
+    memory: list[Path] | None = option(None,
+                                       "memory.npz of earlier decodings, known from the start")
+    gamma: str = option(
+        "auto", "tokens proposed for each pass, 1 to 16; auto: while they are worth their cost")
+    compare: bool = option(
+        False, "decode plainly too, by transformers and by our loop, and with every drafter")
+    parallel: bool = option(
+        False, "measure both models at work at once too (both in memory), on the first clips")
+    draft_device: str = option(
+        "auto", "with --parallel: where EventGPT runs; auto: beside the target, on --device")
     max_samples: int = option(-1, "use only the first so many clips; -1: all")
     max_new_tokens: int = option(50, "longest answer, in tokens")
-    query: str = option("What are the key elements in this scene?", "the question asked about every clip")
-    questions_file: Path | None = option(None, "ask these instead: JSON list of strings or {question, ...}, or lines")
+    query: str = option("What are the key elements in this scene?",
+                        "the question asked about every clip")
+    questions_file: Path | None = option(
+        None, "ask these instead: JSON list of strings or {question, ...}, or lines")
     num_questions: int = option(-1, "use only the first so many questions of the file; -1: all")
-    temperature: float = option(0.0, "above 0: sample from the target's distribution instead, just as losslessly")
-    shuffle: bool = option(False, "decode the clips in random order: shows what the order is worth to a memory")
-    quantization: Literal["auto", "4bit", "8bit", "none"] = option("auto", "auto: 4bit on a GPU, none on a CPU")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, else float32")
+    temperature: float = option(
+        0.0, "above 0: sample from the target's distribution instead, just as losslessly")
+    shuffle: bool = option(
+        False, "decode the clips in random order: shows what the order is worth to a memory")
+    quantization: Literal["auto", "4bit", "8bit",
+                          "none"] = option("auto", "auto: 4bit on a GPU, none on a CPU")
+    dtype: Literal["auto", "float32", "bfloat16",
+                   "float16"] = option("auto", "auto: bfloat16 on a GPU, else float32")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     num_frames: int = option(8, "video frames shown to the target")
     event_images: Literal["first", "all"] = option("first", "event pictures shown to the draft")
     num_workers: int = option(4, "threads that read pictures and videos ahead of the model")
     seed: int = option(42, "for --temperature and --shuffle")
-    output_folder: Path | None = option(None, "exactly this folder, instead of a new one in the task folder")
+    output_folder: Path | None = option(
+        None, "exactly this folder, instead of a new one in the task folder")
     restart: bool = option(False, "throw away what a stopped start of this command has decoded")
     plots: bool = option(True, "draw the pictures")
 
@@ -82,21 +99,27 @@ class DecodeConfig:
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature must be 0 or more, got {self.temperature}")
         if 0 < self.temperature < 0.01:
-            raise UserError(f"--temperature must be 0 (greedy) or from 0.01, got {self.temperature}")
+            raise UserError(
+                f"--temperature must be 0 (greedy) or from 0.01, got {self.temperature}")
         if self.temperature and (self.compare or self.parallel):
             flag = "compare" if self.compare else "parallel"
-            raise UserError(f"--{flag} needs greedy answers: sampled ones differ by chance; leave out --temperature")
+            raise UserError(
+                f"--{flag} needs greedy answers: sampled ones differ by chance; leave out "
+                "--temperature"
+            )
         if self.draft_device != "auto" and not self.parallel:
             raise UserError("--draft_device belongs to --parallel: without it both run on --device")
         if not self.query.strip():
             raise UserError("--query is empty: wanted a question")
-        check_counts(self, ("max_new_tokens", "num_frames", "num_workers"), ("max_samples", "num_questions"))
+        check_counts(self, ("max_new_tokens", "num_frames", "num_workers"),
+                     ("max_samples", "num_questions"))
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
         if self.output_folder:
             check_output_folder(self.output_folder)
         if self.draft_model and not self.draft_model.is_dir():
-            raise UserError(f"no such folder: {self.draft_model}; wanted the folder of the EventGPT checkpoint")
+            raise UserError(
+                f"no such folder: {self.draft_model}; wanted the folder of the EventGPT checkpoint")
 
     @property
     def drafters(self) -> tuple[str, ...]:
@@ -110,11 +133,13 @@ class DecodeConfig:
 
 def check_output_folder(folder: Path) -> None:
     if (folder / "DECODE.md").exists() and not journal_of(folder).exists():
-        raise UserError(f"{folder} holds a finished decoding (DECODE.md), nothing was changed; choose another "
-                        "--output_folder")
+        raise UserError(
+            f"{folder} holds a finished decoding (DECODE.md), nothing was changed; choose another "
+            "--output_folder")
     if (folder / "results.json").exists():
-        raise UserError(f"{folder} is a task folder, whose memory.npz would be written over; choose another "
-                        "--output_folder")
+        raise UserError(
+            f"{folder} is a task folder, whose memory.npz would be written over; choose another "
+            "--output_folder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +167,13 @@ def main() -> None:
     clips = open_clips(config)
     revisions = {role: check_unloaded(role, config, task, clips.questions) for role in roles}
     runtime = Runtime.choose(config.device, config.dtype, config.quantization)
-    beside = Runtime.choose(config.draft_device, config.dtype, config.quantization) if config.draft_device != "auto" \
-        else runtime
+    beside = runtime
+    if config.draft_device != "auto":
+        beside = Runtime.choose(config.draft_device, config.dtype, config.quantization)
     clips.content = content_of(clips.samples, roles, config.view)
     settings = settings_of(config, task, clips.questions, runtime)
-    with open_journal(config.output_folder or hidden_folder(task.folder, settings), settings, clips.content,
-                      config.restart) as journal:
+    with open_journal(config.output_folder or hidden_folder(task.folder, settings), settings,
+                      clips.content, config.restart) as journal:
         goes_on_with([word for word in sys.argv if word != "--restart"])
         for role, revision in revisions.items():
             journal.check_revision(role, str(getattr(config, role.flag)), revision)
@@ -163,17 +189,20 @@ def main() -> None:
         sys.exit(3)
 
 
-# ------------------------------------------------------------------------------------------------- inputs
+# ----------------------------------------------------------------------------------------- inputs
 def needs_draft_model(config: DecodeConfig, task: Task) -> bool:
-    """Whether EventGPT answers too. Raises UserError where a drafter reads its answers and no --draft_model is given."""
+    """Whether EventGPT answers too. Raises UserError where a drafter reads its answers and no
+    --draft_model is given.
+    """
     readers = [name for name in config.drafters if LIVE[name].reads_draft(task.conditioning)]
     if config.draft_model is None and (readers or config.parallel):
         reason = f"the drafters {', '.join(readers)} read" if readers else "--parallel measures"
-        raise UserError(f"--draft_model is missing: {reason} EventGPT's answers; wanted the folder of the EventGPT "
-                        "checkpoint, which is linked from https://github.com/XduSyL/EventGPT")
+        raise UserError(
+            f"--draft_model is missing: {reason} EventGPT's answers; wanted the folder of the "
+            "EventGPT checkpoint, which is linked from https://github.com/XduSyL/EventGPT")
     if config.draft_model and not readers and not config.parallel:
-        log(f"decode | {config.drafter} reads nothing of EventGPT's answers: EventGPT runs only to be timed; leave out "
-            "--draft_model to save that")
+        log(f"decode | {config.drafter} reads nothing of EventGPT's answers: EventGPT runs only to "
+            "be timed; leave out --draft_model to save that")
     return config.draft_model is not None
 
 
@@ -189,32 +218,44 @@ def check_unloaded(role: Role, config: DecodeConfig, task: Task, questions: list
 
 
 def open_clips(config: DecodeConfig) -> Clips:
-    """The usable clips in the order of decoding; rows of the data set that are unusable have failed."""
+    """The usable clips in the order of decoding; rows of the data set that are unusable have
+    failed.
+    """
     from clips.dataset import read_dataset
     from clips.questions import read_questions
     from decoding.clips import Clips, failure, in_order
 
     questions = read_questions(config.query, config.questions_file, config.num_questions)
-    samples = read_dataset(config.dataset_dir)[:config.max_samples if config.max_samples > 0 else None]
-    usable = in_order([sample for sample in samples if not sample.trouble], config.seed if config.shuffle else None)
+    samples = read_dataset(
+        config.dataset_dir)[:config.max_samples if config.max_samples > 0 else None]
+    usable = in_order([sample for sample in samples if not sample.trouble],
+                      config.seed if config.shuffle else None)
     failed = [failure(sample, sample.trouble) for sample in samples if sample.trouble]
     return Clips(usable, questions, config.view, config.num_workers, {}, failed)
 
 
 def settings_of(config: DecodeConfig, task: Task, questions: list[str], runtime: Runtime) -> dict:
-    """What answers, figures and times depend on: a journal made with other values of these is not continued."""
+    """What answers, figures and times depend on: a journal made with other values of these is not
+    continued.
+    """
     from machine.device import device_name
 
     def resolved(name: str | Path) -> str:
         return str(Path(name).resolve() if Path(name).is_dir() else name)
 
-    values = {name: value for name, value in as_json(config).items() if name not in NOT_OF_THE_ANSWERS}
-    memories = [hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() for path in config.memory or ()]
+    values = {
+        name: value for name, value in as_json(config).items() if name not in NOT_OF_THE_ANSWERS
+    }
+    memories = [
+        hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+        for path in config.memory or ()
+    ]
     return {**values, "task": f"{task.folder.resolve().name} {task.digest}", "questions": questions,
-            "dataset_dir": resolved(config.dataset_dir), "target_model": resolved(config.target_model),
-            "draft_model": resolved(config.draft_model) if config.draft_model else None, "memory": memories,
-            "dtype": str(runtime.dtype).removeprefix("torch."), "quantization": runtime.quantization,
-            "device": device_name(runtime.device)}
+            "dataset_dir": resolved(config.dataset_dir), "memory": memories,
+            "target_model": resolved(config.target_model),
+            "draft_model": resolved(config.draft_model) if config.draft_model else None,
+            "dtype": str(runtime.dtype).removeprefix("torch."),
+            "quantization": runtime.quantization, "device": device_name(runtime.device)}
 
 
 def facts_of(config: DecodeConfig, settings: dict) -> dict:
@@ -223,9 +264,10 @@ def facts_of(config: DecodeConfig, settings: dict) -> dict:
             **{name: settings[name] for name in ("dtype", "quantization", "device")}}
 
 
-# ------------------------------------------------------------------------------------------------- stages
+# ----------------------------------------------------------------------------------------- stages
 @contextlib.contextmanager
-def loaded(role: Role, config: DecodeConfig, stages: Stages, runtime: Runtime) -> Iterator[VisionLanguageModel]:
+def loaded(role: Role, config: DecodeConfig, stages: Stages,
+           runtime: Runtime) -> Iterator[VisionLanguageModel]:
     """A role's model, of the vocabulary that the task was trained for; unloaded at the end."""
     from decoding.task import check_model
 
@@ -241,15 +283,19 @@ def loaded(role: Role, config: DecodeConfig, stages: Stages, runtime: Runtime) -
 
 
 def draft_all(config: DecodeConfig, stages: Stages) -> dict:
-    """EventGPT's tokens and seconds by clip and question; from the journal where it has answered before."""
+    """EventGPT's tokens and seconds by clip and question; from the journal where it has answered
+    before.
+    """
     from decoding.drafts import Drafting, missing_drafts
 
     clips, journal = stages.clips, stages.journal
     if not stages.needs_draft_model:
-        return {(sample.key, number): ([], 0.0) for sample in clips.samples for number in range(len(clips.questions))}
+        return {(sample.key, number): ([], 0.0) for sample in clips.samples
+                for number in range(len(clips.questions))}
     if missing_drafts(clips, journal):
         with loaded(DRAFT, config, stages, stages.runtime) as model:
-            Drafting(model, clips, limits_of("1", config.max_new_tokens, model.eos_ids), journal).run()
+            Drafting(model, clips, limits_of("1", config.max_new_tokens, model.eos_ids),
+                     journal).run()
     if not journal.drafts:
         raise clips.none_left("read")
     return journal.drafts
@@ -262,8 +308,8 @@ def decode_all(config: DecodeConfig, stages: Stages, drafts: dict) -> dict | Non
     clips, journal = stages.clips, stages.journal
     if journal.answers.keys() >= drafts.keys() and not config.parallel:
         return None
-    settings = Settings(config.drafter, config.gamma, config.compare, config.max_new_tokens, config.temperature,
-                        config.seed)
+    settings = Settings(config.drafter, config.gamma, config.compare, config.max_new_tokens,
+                        config.temperature, config.seed)
     with loaded(TARGET, config, stages, stages.runtime) as model:
         stages.task.parts.adapter.to(stages.runtime.device)
         drafters = {name: LIVE[name].make_live(stages.task.parts) for name in config.drafters}
@@ -275,14 +321,18 @@ def decode_all(config: DecodeConfig, stages: Stages, drafts: dict) -> dict | Non
 
 
 def measure_parallel(config: DecodeConfig, stages: Stages, answering: Answering) -> dict | None:
-    """Seconds with both models at work at once, over the first clips that were decoded; None where memory is short."""
+    """Seconds with both models at work at once, over the first clips that were decoded; None where
+    memory is short.
+    """
     from decoding.answers import Question
     from decoding.decoder import open_target
     from decoding.parallel import PARALLEL_CLIPS, Parallel, Side
     from vlm.loading import free_memory, short_of_memory
 
     question, view = stages.clips.questions[0], config.view
-    samples = [sample for sample in stages.clips.samples if (sample.key, 0) in stages.journal.answers][:PARALLEL_CLIPS]
+    samples = [
+        sample for sample in stages.clips.samples if (sample.key, 0) in stages.journal.answers
+    ][:PARALLEL_CLIPS]
     try:
         with loaded(DRAFT, config, stages, stages.draft_runtime) as model:
             pictures = [DRAFT.pictures(sample, view) for sample in samples]
@@ -290,16 +340,21 @@ def measure_parallel(config: DecodeConfig, stages: Stages, answering: Answering)
             limits = limits_of("1", config.max_new_tokens, model.eos_ids)
             draft = Side(model, target, list(map(model.prepare, pictures)), limits)
             pixels = [answering.model.prepare(TARGET.pictures(sample, view)) for sample in samples]
-            parallel = Parallel(draft, Side(answering.model, answering.target, pixels, answering.limits), question)
+            parallel = Parallel(draft,
+                                Side(answering.model, answering.target, pixels, answering.limits),
+                                question)
             answering.measure_model(Question(samples[0], 0, question, pixels[0]))
-            first, answer = parallel.asked(0, parallel.draft_of(0)), stages.journal.answers[samples[0].key, 0]["tokens"]
-            chosen, plain = (answering.new_decoder(LIVE[name].make_live(stages.task.parts), first, answer)
-                             for name in (config.drafter, PLAIN))
+            first, answer = parallel.asked(
+                0, parallel.draft_of(0)), stages.journal.answers[samples[0].key, 0]["tokens"]
+            chosen, plain = (answering.new_decoder(LIVE[name].make_live(stages.task.parts), first,
+                                                   answer) for name in (config.drafter, PLAIN))
             return parallel.measure(chosen, plain)
     except (RuntimeError, MemoryError) as error:
         if not short_of_memory(error):
             raise
-        log(f"decode | WARNING | not measured in parallel: both models don't fit into memory ({first_line(error)})")
+        log("decode | WARNING | not measured in parallel: both models don't fit into memory "
+            f"({first_line(error)})"
+            )
     free_memory()
     return None
 

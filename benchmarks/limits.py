@@ -1,4 +1,6 @@
-"""What a device can do at most, and the memory in use: every benchmark says what share of its limit it reached."""
+"""What a device can do at most, and the memory in use: every benchmark says what share of its limit
+it reached.
+"""
 
 import torch
 
@@ -6,7 +8,8 @@ from machine.timing import median_s
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second of a large copy within the device's memory, read and written: its bandwidth."""
+    """Bytes a second of a large copy within the device's memory, read and written: its bandwidth.
+    """
     size = 2**30 if device.type == "cuda" else 2**26
     source = torch.ones(size, dtype=torch.uint8, device=device)
     copy = torch.empty_like(source)
@@ -24,7 +27,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def memory(device: torch.device) -> dict:
-    """MiB: "peak" since this was called last, "held" now that what is not in use was given back; None on a CPU."""
+    """MiB: "peak" since this was called last, "held" now that what is not in use was given back;
+    None on a CPU.
+    """
     if device.type != "cuda":
         return {"peak": None, "held": None}
     from vlm.loading import free_memory

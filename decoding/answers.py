@@ -1,4 +1,6 @@
-"""The target's answers for all clips: by the chosen drafter, and for a comparison by every other way to decode."""
+"""The target's answers for all clips: by the chosen drafter, and for a comparison by every other
+way to decode.
+"""
 
 from __future__ import annotations
 
@@ -55,21 +57,26 @@ class Question:
 class Answering:
     """The target and the drafters of a run at work; rows of decode.json go into the journal."""
 
-    def __init__(self, model: VisionLanguageModel, drafters: dict[str, Drafter], clips: Clips, settings: Settings,
-                 journal: DecodingJournal):
-        """drafters: by name, the chosen one among them; with settings.compare also the one that proposes nothing."""
+    def __init__(self, model: VisionLanguageModel, drafters: dict[str, Drafter], clips: Clips,
+                 settings: Settings, journal: DecodingJournal):
+        """drafters: by name, the chosen one among them; with settings.compare also the one that
+        proposes nothing.
+        """
         from vlm.roles import TARGET
 
-        self.role, self.model, self.clips, self.settings, self.journal = TARGET, model, clips, settings, journal
+        self.role, self.model, self.clips = TARGET, model, clips
+        self.settings, self.journal = settings, journal
         pictures = TARGET.most_pictures(clips.samples, clips.view)
-        self.target = open_target(model, clips.questions, pictures, settings.max_new_tokens + MAX_GAMMA)
+        self.target = open_target(model, clips.questions, pictures,
+                                  settings.max_new_tokens + MAX_GAMMA)
         self.limits = limits_of(settings.gamma, settings.max_new_tokens, model.eos_ids)
         self.drafters = drafters
         self.decoders: dict[str, Decoder] = {}       # none until all costs and the noise are known
         self.costs: ModelCosts | None = None
 
     def run(self, drafts: dict[tuple[str, int], tuple[list[int], float]]) -> None:
-        """Decode every question that has a draft and no answer. After a signal the answer in hand is finished.
+        """Decode every question that has a draft and no answer. After a signal the answer in hand
+        is finished.
 
         drafts: tokens and seconds of the draft model by clip and question.
         """
@@ -78,7 +85,8 @@ class Answering:
             for sample, pixels in self.clips.read(self.role, self.model, self.unanswered(drafts)):
                 for number, text in enumerate(self.clips.questions):
                     question = Question(sample, number, text, pixels)
-                    if question.place in drafts and question.place not in self.journal.answers and not stopping():
+                    is_open = question.place in drafts and question.place not in self.journal.answers
+                    if is_open and not stopping():
                         self._try(question, *drafts[question.place])
                         progress.update(len(self.journal.answers))
                 if stopping():
@@ -101,20 +109,25 @@ class Answering:
             self.clips.fail(self.role, question.sample, str(error), question.number)
             return
         row["eventgpt_s"] = draft_s
-        self.journal.add({"answer": row, "key": question.sample.key, "question_idx": question.number,
-                          "other_tokens": others})
+        self.journal.add({
+            "answer": row, "key": question.sample.key, "question_idx": question.number,
+            "other_tokens": others
+        })
 
     def ask(self, question: Question, draft: list[int]) -> Asked:
         words = self.model.tokenizer(question.text, add_special_tokens=False).input_ids
         return Asked(self.model.prompt_embeds(question.pixels, question.text), draft, words)
 
-    # ------------------------------------------------------------------------------------------- costs
+    # --------------------------------------------------------------------------------------- costs
     def get_ready(self, question: Question, asked: Asked) -> None:
-        """Measure all costs and the noise on this question, then take up the answers of earlier starts."""
+        """Measure all costs and the noise on this question, then take up the answers of earlier
+        starts.
+        """
         from vlm.contract import NotNumbers
 
         costs = self.measure_model(question)
-        if self.settings.compare:                        # transformers' first call is slow and not to be timed
+        # transformers' first call is slow and not to be timed
+        if self.settings.compare:
             self.model.answer([question.pixels], [question.text], 2)
         tokens = Decoder(self.target, NoDrafts()).answer(asked, self.limits).tokens
         noise = NOISE_OVER_ROUNDING * rounding(self.target, self.model, asked.prompt, tokens)
@@ -127,21 +140,26 @@ class Answering:
             if drafter.costs.adapter_step_s:
                 costs_ms["adapter_step"] = 1000 * drafter.costs.adapter_step_s
         self.journal.add({"costs_ms": costs_ms, "noise": noise})
-        log(f"decode | one token takes {costs_ms['verify'][1]:.2f} ms, verifying 9 {costs_ms['verify'][9]:.2f} ms, a "
-            f"proposal of {self.settings.drafter} {costs_ms['proposal'][self.settings.drafter]:.2f} ms | tied: logits "
+        log(f"decode | one token takes {costs_ms['verify'][1]:.2f} ms, verifying 9 "
+            f"{costs_ms['verify'][9]:.2f} ms, a "
+            f"proposal of {self.settings.drafter} "
+            f"{costs_ms['proposal'][self.settings.drafter]:.2f} ms | tied: logits "
             f"within {self.journal.noise:.2g}")
         self.recall()
 
     def measure_model(self, question: Question) -> ModelCosts:
         if self.costs is None:
             sizes = range(1, MAX_GAMMA + 2)
-            self.costs = measure_costs(self.model, self.target, question.pixels, question.text, sizes)
+            self.costs = measure_costs(self.model, self.target, question.pixels, question.text,
+                                       sizes)
         return self.costs
 
     def new_decoder(self, drafter: Drafter, asked: Asked, answer: list[int]) -> Decoder:
-        """The drafter at work on the target, its costs measured; the model's costs must be known."""
+        """The drafter at work on the target, its costs measured; the model's costs must be known.
+        """
         assert self.costs, "the model's costs are measured first"
-        decoder = Decoder(self.target, drafter, Pace(self.costs.verify[1]) if self.settings.gamma == AUTO else None)
+        decoder = Decoder(self.target, drafter,
+                          Pace(self.costs.verify[1]) if self.settings.gamma == AUTO else None)
         decoder.measure(asked, answer, self.costs, self.model.runtime.device)
         return decoder
 
@@ -152,13 +170,19 @@ class Answering:
                 tokens = self.journal.other_tokens[place].get(name, row["tokens"])
                 decoder.recall(decoded_of(row["runs"][name], tokens))
 
-    # ------------------------------------------------------------------------------------------ answers
-    def answer(self, question: Question, asked: Asked, vision_s: float) -> tuple[dict, dict[str, list[int]]]:
-        """(the row of decode.json, tokens of the drafters whose answer is another than the chosen one's)."""
+    # ------------------------------------------------------------------------------------- answers
+    def answer(self, question: Question, asked: Asked,
+               vision_s: float) -> tuple[dict, dict[str, list[int]]]:
+        """(the row of decode.json, tokens of the drafters whose answer is another than the chosen
+        one's).
+        """
         settings, sample = self.settings, question.sample
         rule_seed = f"{sample.key}\0{question.number}"
-        runs = {name: decoder.answer(asked, self.limits, rule_of(settings.temperature, settings.seed, rule_seed))
-                for name, decoder in self.decoders.items()}
+        runs = {
+            name: decoder.answer(asked, self.limits,
+                                 rule_of(settings.temperature, settings.seed, rule_seed))
+            for name, decoder in self.decoders.items()
+        }
         tokens = runs[settings.drafter].tokens
         row = {"sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip,
                "question_idx": question.number, "query": question.text,

@@ -1,6 +1,7 @@
 """What the decoding loop needs of a target model. Imports no torch.
 
-vlm.steps.Prompted is the target of a real model; the tests have one of a few lines. Drafters: drafting/contract.py.
+vlm.steps.Prompted is the target of a real model; the tests have one of a few lines. Drafters:
+drafting/contract.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ NO_TOKEN = -1              # in Following.best, where the largest logit is not f
 
 
 class Following(Protocol):
-    """What the target says after each of n known positions. Valid until the next call of the target."""
+    """What the target says after each of n known positions. Valid until the next call of the
+    target.
+    """
 
     @property
     def logits(self) -> torch.Tensor:
@@ -22,23 +25,30 @@ class Following(Protocol):
 
     @property
     def best(self) -> torch.Tensor:
-        """(n,) int64 on the target's device: ids of the largest logits; NO_TOKEN where that is NaN or infinite."""
+        """(n,) int64 on the target's device: ids of the largest logits; NO_TOKEN where that is NaN
+        or infinite.
+        """
 
 
 class Target(Protocol):
-    """A target model at batch 1 on one prompt at a time. It knows the prompt and the tokens that it was given since.
+    """A target model at batch 1 on one prompt at a time. It knows the prompt and the tokens that it
+    was given since.
 
-    Tokens are ids from 0 to vocab_size - 1. Calls must come from one thread, in the order ask, prefill, then any
-    number of keep and verify.
+    Tokens are ids from 0 to vocab_size - 1. Calls must come from one thread, in the order ask,
+    prefill, then any number of keep and verify.
     """
 
     vocab_size: int
 
     def ask(self, prompt: Any) -> None:
-        """Set the prompt of the next answer. prompt: as the model's prompt_embeds gives it, (1, L, H)."""
+        """Set the prompt of the next answer. prompt: as the model's prompt_embeds gives it, (1, L,
+        H).
+        """
 
     def prefill(self, proposed: list[int]) -> Following:
-        """Read the prompt and the proposals -> what follows the prompt and each proposal: n = len(proposed) + 1."""
+        """Read the prompt and the proposals -> what follows the prompt and each proposal: n =
+        len(proposed) + 1.
+        """
 
     def verify(self, tokens: list[int]) -> Following:
         """Append these tokens, at least one -> what follows each of them: n = len(tokens)."""
@@ -50,7 +60,9 @@ class Target(Protocol):
         """
 
     def not_numbers(self) -> Exception:
-        """The error for an answer that needs a token where the logits are not finite; it names the dtype.
+        """The error for an answer that needs a token where the logits are not finite; it names the
+        dtype.
 
-        Proposals of the same pass may have spoilt them: weight 0 times NaN is NaN. Ask again without them first.
+        Proposals of the same pass may have spoilt them: weight 0 times NaN is NaN. Ask again
+        without them first.
         """

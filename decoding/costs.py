@@ -1,4 +1,6 @@
-"""What the parts of a decoding cost on this machine, how far rounding reaches, and the price of a second."""
+"""What the parts of a decoding cost on this machine, how far rounding reaches, and the price of a
+second.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,18 @@ class ModelCosts:
     def slope_s(self) -> float:
         """Seconds by which a pass grows with one token more."""
         longest = max(self.verify)
-        return max(0.0, (self.verify[longest] - self.verify[1]) / (longest - 1)) if longest > 1 else 0.0
+        return max(0.0,
+                   (self.verify[longest] - self.verify[1]) / (longest - 1)) if longest > 1 else 0.0
 
     def milliseconds(self) -> dict:
         return milliseconds(dataclasses.asdict(self))
 
 
 def milliseconds(seconds: dict) -> dict:
-    return {key: milliseconds(value) if isinstance(value, dict) else 1000 * value for key, value in seconds.items()}
+    return {
+        key: milliseconds(value) if isinstance(value, dict) else 1000 * value
+        for key, value in seconds.items()
+    }
 
 
 def measure_costs(model: VisionLanguageModel, target: Target, pixels: torch.Tensor, question: str,
@@ -54,18 +60,22 @@ def measure_costs(model: VisionLanguageModel, target: Target, pixels: torch.Tens
         target.keep(0)
         target.verify([0] * k).best.tolist()
 
-    for _ in range(3 * REPEATS):                     # a GPU that has waited is slow for its first passes
+    # a GPU that has waited is slow for its first passes
+    for _ in range(3 * REPEATS):
         verify(1)
-    passes = {k: median_s(lambda k=k: verify(k), device) for k in sizes}                    # type: ignore[misc]
+    passes = {k: median_s(lambda k=k: verify(k), device) for k in sizes}  # type: ignore[misc]
     return ModelCosts(vision=median_s(lambda: model.prompt_embeds(pixels, question), device),
-                      prefill=median_s(lambda: target.prefill([]).best.tolist(), device), verify=passes)
+                      prefill=median_s(lambda: target.prefill([]).best.tolist(), device),
+                      verify=passes)
 
 
-def rounding(target: Prompted, model: VisionLanguageModel, embeds: torch.Tensor, tokens: list[int]) -> float:
-    """The largest difference of a logit between four ways to compute it; NaN where one of them gives NaN.
+def rounding(target: Prompted, model: VisionLanguageModel, embeds: torch.Tensor,
+             tokens: list[int]) -> float:
+    """The largest difference of a logit between four ways to compute it; NaN where one of them
+    gives NaN.
 
-    One token at a time, all together, in the prefill, and by transformers' own forward pass. This is the noise of the
-    number format on this device; it decides what counts as a tie.
+    One token at a time, all together, in the prefill, and by transformers' own forward pass. This
+    is the noise of the number format on this device; it decides what counts as a tie.
     """
     tokens = tokens[:ROUNDING_TOKENS]
     target.ask(embeds)
@@ -73,21 +83,27 @@ def rounding(target: Prompted, model: VisionLanguageModel, embeds: torch.Tensor,
     # Copies: a graph writes its next logits over these.
     singly = torch.cat([target.verify([token]).logits.float().clone() for token in tokens])
     target.keep(0)
-    others = [target.verify(tokens).logits.float().clone(), target.prefill(tokens).logits[1:].float()]
+    others = [
+        target.verify(tokens).logits.float().clone(),
+        target.prefill(tokens).logits[1:].float()
+    ]
     decoder, head = model.decoder
     with torch.inference_mode():
         whole = torch.cat([embeds, target.steps.embed(tokens)], 1)
-        others.append(head(decoder(inputs_embeds=whole).last_hidden_state[0, -len(tokens):]).float())
+        others.append(
+            head(decoder(inputs_embeds=whole).last_hidden_state[0, -len(tokens):]).float())
     differences = torch.stack([(singly - other).abs().amax() for other in others])
     return float(differences.amax())                 # unlike Python's max, it keeps a NaN
 
 
 @dataclasses.dataclass
 class Pace:
-    """The price of a second for --gamma auto: the tokens per second of all passes so far but the prefills.
+    """The price of a second for --gamma auto: the tokens per second of all passes so far but the
+    prefills.
 
-    A prefill costs the same whatever is proposed, so neither its tokens nor its seconds count. Begins with one plain
-    step. Renewal-reward theory: the stopping rule that gives most tokens a second compares each cost with that average.
+    A prefill costs the same whatever is proposed, so neither its tokens nor its seconds count.
+    Begins with one plain step. Renewal-reward theory: the stopping rule that gives most tokens a
+    second compares each cost with that average.
     """
 
     seconds: float                     # of one plain step, for one token

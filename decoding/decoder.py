@@ -39,8 +39,11 @@ class Decoder:
     drafter: Drafter
     pace: Pace | None = None         # None: proposals are not weighed against their costs
 
-    def measure(self, asked: Asked, answer: list[int], costs: ModelCosts, device: torch.device) -> Costs:
-        """Measure what proposals cost this drafter on the beginning of a verified answer; it learns nothing."""
+    def measure(self, asked: Asked, answer: list[int], costs: ModelCosts,
+                device: torch.device) -> Costs:
+        """Measure what proposals cost this drafter on the beginning of a verified answer; it learns
+        nothing.
+        """
         def timer(work) -> float:
             return median_s(work, device)
 
@@ -52,7 +55,8 @@ class Decoder:
         self.drafter.begin(asked.draft, asked.question)
         begin_s = time.perf_counter() - start
         self.target.ask(asked.prompt)
-        decoded = decode(self.target, self.drafter, limits, self.pace.price if self.pace else free_of_cost, rule)
+        decoded = decode(self.target, self.drafter, limits,
+                         self.pace.price if self.pace else free_of_cost, rule)
         decoded.add_opening_s(begin_s)
         if self.pace:
             self.pace.add(decoded)
@@ -65,12 +69,16 @@ class Decoder:
             self.pace.add(decoded)
 
 
-def open_target(model: VisionLanguageModel, questions: list[str], pictures: int, more_tokens: int) -> Prompted:
-    """The model's decoder on a static cache, with room for the longest prompt and `more_tokens` behind it."""
+def open_target(model: VisionLanguageModel, questions: list[str], pictures: int,
+                more_tokens: int) -> Prompted:
+    """The model's decoder on a static cache, with room for the longest prompt and `more_tokens`
+    behind it.
+    """
     from vlm.steps import Prompted, Steps
 
     parts = [model.prompt_parts(question) for question in questions]
-    longest = model.visual_tokens(pictures) + max(len(before) + len(after) for before, after in parts)
+    longest = model.visual_tokens(pictures) + max(
+        len(before) + len(after) for before, after in parts)
     steps = Steps(*model.decoder, room=min(longest, model.max_prompt) + more_tokens)
     log(f"decode | keys and values: {steps.bytes / 2**20:,.0f} MiB for {steps.room} positions")
     return Prompted(steps)

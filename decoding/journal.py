@@ -1,16 +1,16 @@
-"""What a decoding has done so far, on the disk, so that the same command goes on with it after a stop or a crash.
+"""What a decoding has done so far, on the disk: after a stop or a crash the same command goes on.
 
-    .decode_<digest of the settings>/journal.jsonl   in the task folder, while the decoding is unfinished
+    .decode_<digest of the settings>/journal.jsonl   in the task folder, until the decoding is done
     <output_folder>/.journal.jsonl                   with --output_folder
 
 After the first line (settings, digests of the clips' files) one entry a line, of these kinds:
 
-    {"start": date, "answers": n}                    a process began; n answers were there already
-    {"model": name, "facts": {...}}                  a model that was loaded
+    {"start": date, "answers": n}             a process began; n answers were there already
+    {"model": name, "facts": {...}}           a model that was loaded
     {"draft": tokens, "seconds": s, "key": clip, "question_idx": n}
-    {"draft_costs_ms": {...}}   {"costs_ms": {...}, "noise": x}
-    {"answer": row of decode.json, "key": clip, "question_idx": n, "other_tokens": {drafter: tokens}}
-    {"folder": name}                                 where the results go
+    {"draft_costs_ms": {...}}                 {"costs_ms": {...}, "noise": x}
+    {"answer": row of decode.json, "key": clip, "question_idx": n, "other_tokens": {name: tokens}}
+    {"folder": name}                          where the results go
 
 Imports no torch.
 """
@@ -43,15 +43,21 @@ KINDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "answer": {"answer": dict, "key": str, "question_idx": int, "other_tokens": dict},
     "folder": {"folder": str}}
 # Of a run in a row of answers: what going on needs.
-RUN_KEYS = {"tokens": int, "proposed": list, "accepted": list, "draft_s": float, "prefill_s": float, "verify_s": float}
+RUN_KEYS = {
+    "tokens": int, "proposed": list, "accepted": list, "draft_s": float, "prefill_s": float,
+    "verify_s": float
+}
 
 JOURNAL, HIDDEN = "journal.jsonl", ".decode_"
 Place = tuple[str, int]                      # a clip's key and the number of a question
 
 
 def hidden_folder(task: Path, settings: dict) -> Path:
-    """Where an unfinished decoding with these settings keeps its journal, in the folder of its task."""
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=6).hexdigest()
+    """Where an unfinished decoding with these settings keeps its journal, in the folder of its
+    task.
+    """
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(),
+                             digest_size=6).hexdigest()
     return task / f"{HIDDEN}{digest}"
 
 
@@ -61,8 +67,10 @@ def journal_of(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def open_journal(folder: Path, settings: dict, content: dict, restart: bool) -> Iterator[DecodingJournal]:
-    """The journal in this folder, which no other process writes meanwhile. One that holds nothing is not kept.
+def open_journal(folder: Path, settings: dict, content: dict,
+                 restart: bool) -> Iterator[DecodingJournal]:
+    """The journal in this folder, which no other process writes meanwhile. One that holds nothing
+    is not kept.
 
     restart: throw away what an earlier start left.
     """
@@ -85,12 +93,16 @@ def open_journal(folder: Path, settings: dict, content: dict, restart: bool) -> 
 
 
 class DecodingJournal:
-    """Drafts and answers in the order in which they came. Everything is in memory too: decode.json holds it whole."""
+    """Drafts and answers in the order in which they came. Everything is in memory too: decode.json
+    holds it whole.
+    """
 
     def __init__(self, path: Path, settings: dict, content: dict[str, dict[str, str]]):
-        """Open the journal or begin one. content: model -> clip's key -> digest of the clip's files now.
+        """Open the journal or begin one. content: model -> clip's key -> digest of the clip's files
+        now.
 
-        Raises UserError, and changes nothing, where the journal is of other settings or other files.
+        Raises UserError, and changes nothing, where the journal is of other settings or other
+        files.
         """
         self.path, self.file = path, JournalFile(path, is_entry)
         self._read()
@@ -100,19 +112,19 @@ class DecodingJournal:
         if self.file.begin({"settings": settings, "clips": {**before, **clips}}):
             self._read()
         if self.drafts or self.answers:
-            log(f"decode | {path} | going on: {len(self.drafts)} drafts and {len(self.answers)} answers are there "
-                "already")
+            log(f"decode | {path} | going on: {len(self.drafts)} drafts and {len(self.answers)} "
+                "answers are there already")
         self.add({"start": now(), "answers": len(self.answers)})
 
     def _read(self) -> None:
         self.starts: list[dict] = []
-        self.facts: dict[str, dict] = {}                         # model -> name, revision, vocab_size, ...
+        self.facts: dict[str, dict] = {}                         # model -> name, revision, ...
         self.drafts: dict[Place, tuple[list[int], float]] = {}   # tokens, seconds
         self.answers: dict[Place, dict] = {}                     # rows of decode.json
         self.other_tokens: dict[Place, dict] = {}
         self.draft_costs_ms: dict | None = None
         self.costs_ms: dict | None = None                        # of the last start
-        self.noise: float | None = None                          # of the first one: all verdicts have one threshold
+        self.noise: float | None = None      # of the first start: all verdicts have one threshold
         self.folder: str | None = None
         for _, entry in self.file.lines():
             self._take(entry)
@@ -136,7 +148,7 @@ class DecodingJournal:
         else:
             self.folder = entry["folder"]
 
-    # ------------------------------------------------------------------------------------------ going on
+    # ------------------------------------------------------------------------------------ going on
     def _check(self, settings: dict, content: dict[str, dict[str, str]]) -> None:
         head = self.file.head or {}
         there, before = head.get("settings", {}), head.get("clips", {})
@@ -144,23 +156,28 @@ class DecodingJournal:
             raise UserError(f"{self.path} is no journal of a decoding; {START_AFRESH}")
         if not self.drafts and not self.answers:
             return
-        changed = sorted({key for model, digests in before.items() for key, digest in digests.items()
-                          if content.get(model, {}).get(key, digest) != digest})
-        reasons = [differences(there, settings),
-                   f"the files of {len(changed)} clips have changed, the first: {changed[0]}" if changed else ""]
+        changed = sorted({
+            key for model, digests in before.items() for key, digest in digests.items()
+            if content.get(model, {}).get(key, digest) != digest
+        })
+        reasons = [differences(there, settings)]
+        if changed:
+            reasons.append(f"the files of {len(changed)} clips have changed, the first: {changed[0]}")
         if differs := "; ".join(filter(None, reasons)):
-            raise UserError(f"{self.path} is the journal of another decoding ({differs}); give that command again, "
-                            f"choose another --output_folder, or {START_AFRESH}")
+            raise UserError(
+                f"{self.path} is the journal of another decoding ({differs}); give that command "
+                f"again, choose another --output_folder, or {START_AFRESH}")
 
     def check_revision(self, role: Role, name: str, revision: str) -> None:
         """A UserError where answers are there that a model of another revision gave."""
         recorded = self.facts.get(role.name, {}).get("revision")
         answered = self.drafts if role.role == "draft" else self.answers
         if answered and not same_weights(recorded, revision):
-            raise UserError(f"{self.path} has answers of other weights of {name} ({recorded} there, {revision} now); "
-                            f"put the former model back, or {START_AFRESH}")
+            raise UserError(
+                f"{self.path} has answers of other weights of {name} ({recorded} there, {revision} "
+                f"now); put the former model back, or {START_AFRESH}")
 
-    # ------------------------------------------------------------------------------------------- entries
+    # ------------------------------------------------------------------------------------- entries
     def add(self, entry: dict) -> None:
         """Put an entry on the disk, then take it up."""
         assert is_entry(entry), f"no entry of a decoding's journal: {entry}"
@@ -177,8 +194,8 @@ class DecodingJournal:
     def __exit__(self, kind, error, trace) -> None:
         self.file.close()
         if kind is not None and (self.drafts or self.answers):
-            log(f"decode | {len(self.drafts)} drafts and {len(self.answers)} answers are kept in {self.path}; the same "
-                "command goes on from there")
+            log(f"decode | {len(self.drafts)} drafts and {len(self.answers)} answers are kept in "
+                f"{self.path}; the same command goes on from there")
 
 
 def is_content(value: object) -> bool:
@@ -199,7 +216,8 @@ def is_row(row: dict) -> bool:
     """Whether this is a row of decode.json, as far as going on with it needs."""
     runs = row.get("runs")
     return are_tokens(row.get("tokens")) and isinstance(runs, dict) and all(
-        isinstance(run, dict) and all(isinstance(run.get(key), kind) for key, kind in RUN_KEYS.items())
+        isinstance(run, dict) and all(
+            isinstance(run.get(key), kind) for key, kind in RUN_KEYS.items())
         for run in runs.values())
 
 

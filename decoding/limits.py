@@ -7,8 +7,8 @@ import dataclasses
 from base import UserError
 
 AUTO = "auto"                      # --gamma: as many as are worth their cost
-PLAIN = "none"                     # the drafter that proposes nothing: every other answer is held against its
-MAX_GAMMA = 16                     # proposals a pass with --gamma auto: verifying 17 costs little more than one
+PLAIN = "none"                     # the drafter that proposes nothing; all others are compared with it
+MAX_GAMMA = 16                     # with --gamma auto: verifying 17 tokens costs little more than one
 
 
 def check_gamma(gamma: str) -> None:

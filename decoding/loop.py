@@ -1,6 +1,7 @@
 """Speculative decoding of one answer. Whatever a drafter proposes, the answer is the target's own.
 
-The loop knows target and drafter by their Protocols alone: decoding/contracts.py and drafting/contract.py.
+The loop knows target and drafter by their Protocols alone: decoding/contracts.py and
+drafting/contract.py.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from drafting.contract import Drafter, matching
 
 @dataclasses.dataclass
 class Decoded:
-    """One answer and how it came about. Pass 0 is the prefill, which verifies the opening proposals."""
+    """One answer and how it came about. Pass 0 is the prefill, which verifies the opening
+    proposals.
+    """
 
     tokens: list[int]
-    proposed: list[int] = dataclasses.field(default_factory=list)     # tokens proposed to each pass of the target
-    accepted: list[int] = dataclasses.field(default_factory=list)     # and how many of them were right
+    # tokens proposed to each pass of the target
+    proposed: list[int] = dataclasses.field(default_factory=list)
+    # and how many of them were right
+    accepted: list[int] = dataclasses.field(default_factory=list)
     draft_s: float = 0.0             # seconds in the drafter, learning included
     opening_s: float = 0.0           # of these before the prefill
     prefill_s: float = 0.0           # in the prefill
@@ -42,8 +47,11 @@ class Decoded:
         self.draft_s += seconds
         self.opening_s += seconds
 
-    def add_pass(self, proposed: list[int], emitted: list[int], draft_s: float, target_s: float) -> None:
-        """Add a pass of the target: the proposals, the tokens it emitted, seconds of drafter and target."""
+    def add_pass(self, proposed: list[int], emitted: list[int], draft_s: float,
+                 target_s: float) -> None:
+        """Add a pass of the target: the proposals, the tokens it emitted, seconds of drafter and
+        target.
+        """
         if self.tokens:
             self.draft_s += draft_s
             self.verify_s += target_s
@@ -60,24 +68,30 @@ def free_of_cost() -> float:
     return 0.0
 
 
-def decode(target: Target, drafter: Drafter, limits: Limits, price: Callable[[], float] = free_of_cost,
+def decode(target: Target,
+           drafter: Drafter,
+           limits: Limits,
+           price: Callable[[], float] = free_of_cost,
            rule: Rule = greedy) -> Decoded:
     """Decode one answer to the prompt that the target was asked, and let the drafter learn it.
 
-    The answer ends exactly where plain decoding ends it. price: called before each pass; tokens per second that
-    decoding reaches so far, 0 if proposing is free. Raises target.not_numbers() where a token of the answer would
-    come from logits that are not finite; such logits after a refused proposal change nothing.
+    The answer ends exactly where plain decoding ends it. price: called before each pass; tokens per
+    second that decoding reaches so far, 0 if proposing is free. Raises target.not_numbers() where a
+    token of the answer would come from logits that are not finite; such logits after a refused
+    proposal change nothing.
     """
     decoded = Decoded([])
     while not limits.are_reached(decoded.tokens):
         start = time.perf_counter()
         proposed = proposals(drafter, decoded.tokens, limits, price(), target.vocab_size)
         drafted = time.perf_counter()
-        emitted = limits.cut(rule(decoded.tokens, proposed, next_pass(target, decoded.tokens, proposed)))
+        emitted = limits.cut(
+            rule(decoded.tokens, proposed, next_pass(target, decoded.tokens, proposed)))
         if NO_TOKEN in emitted and proposed:
             # Logits that are no numbers behind one proposal can spoil those before it in the same pass.
             proposed = []
-            emitted = limits.cut(rule(decoded.tokens, proposed, next_pass(target, decoded.tokens, proposed)))
+            emitted = limits.cut(
+                rule(decoded.tokens, proposed, next_pass(target, decoded.tokens, proposed)))
         if NO_TOKEN in emitted:
             raise target.not_numbers()
         decoded.add_pass(proposed, emitted, drafted - start, time.perf_counter() - drafted)
@@ -87,12 +101,16 @@ def decode(target: Target, drafter: Drafter, limits: Limits, price: Callable[[],
     return decoded
 
 
-def proposals(drafter: Drafter, answer: list[int], limits: Limits, price: float, vocab_size: int) -> list[int]:
+def proposals(drafter: Drafter, answer: list[int], limits: Limits, price: float,
+              vocab_size: int) -> list[int]:
     """What the drafter proposes, up to the first id that the target does not have."""
-    room = min(limits.gamma, limits.max_new_tokens - len(answer) - 1)      # the last token is the target's own
+    # the last token is the target's own
+    room = min(limits.gamma, limits.max_new_tokens - len(answer) - 1)
     if room < 1:
         return []
-    return list(itertools.takewhile(lambda token: 0 <= token < vocab_size, drafter.propose(answer, room, price)))
+    return list(
+        itertools.takewhile(lambda token: 0 <= token < vocab_size,
+                            drafter.propose(answer, room, price)))
 
 
 def next_pass(target: Target, answer: list[int], proposed: list[int]) -> Following:

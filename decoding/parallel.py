@@ -1,4 +1,6 @@
-"""Both models at work at once: the draft model answers for the next clip while the target decodes this one."""
+"""Both models at work at once: the draft model answers for the next clip while the target decodes
+this one.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class Side:
 
 
 class Parallel:
-    """Decodes the same clips in two ways, each as a whole by one clock: with drafts made meanwhile, and plainly."""
+    """Decodes the same clips in two ways, each as a whole by one clock: with drafts made meanwhile,
+    and plainly.
+    """
 
     def __init__(self, draft: Side, target: Side, question: str):
         self.draft, self.target, self.question = draft, target, question
@@ -58,7 +62,8 @@ class Parallel:
         """The draft model's answer for a clip, on a stream of its own."""
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             decoder = Decoder(self.draft.target, NoDrafts())
-            return decoder.answer(Asked(self.draft.embeds(number, self.question), [], []), self.draft.limits).tokens
+            return decoder.answer(Asked(self.draft.embeds(number, self.question), [], []),
+                                  self.draft.limits).tokens
 
     def asked(self, number: int, draft: list[int]) -> Asked:
         return Asked(self.target.embeds(number, self.question), draft, self.words)

@@ -17,11 +17,13 @@ from reports.decode_report import write_decode_report
 
 def rows_in_order(clips: Clips, journal: DecodingJournal) -> list[dict]:
     """The rows of all answers in the order of the clips, however often the run was broken."""
-    places = [(sample.key, number) for sample in clips.samples for number in range(len(clips.questions))]
+    places = [(sample.key, number) for sample in clips.samples
+              for number in range(len(clips.questions))]
     return [journal.answers[place] for place in places if place in journal.answers]
 
 
-def results_of(task: Task, clips: Clips, journal: DecodingJournal, parallel: dict | None, more: dict) -> dict:
+def results_of(task: Task, clips: Clips, journal: DecodingJournal, parallel: dict | None,
+               more: dict) -> dict:
     """The content of decode.json. more: settings and facts of this run."""
     from vlm.roles import DRAFT, TARGET
 
@@ -29,29 +31,24 @@ def results_of(task: Task, clips: Clips, journal: DecodingJournal, parallel: dic
     costs_ms = dict(journal.costs_ms or {})
     if journal.draft_costs_ms:
         costs_ms[DRAFT.name] = journal.draft_costs_ms
-    return without_nan({
-        "kind": "decoding", "format": FORMAT, "task": task.folder.resolve().name, "date": now(), **more,
-        "memory_share": task.parts.memory_share,
-        "reads_draft": [name for name, entry in LIVE.items() if entry.reads_draft(task.conditioning)],
-        "simulated_tau": task.simulated, "target": journal.facts[TARGET.name], "models": journal.facts,
-        "starts": [{"date": entry["start"], "answers": entry["answers"]} for entry in journal.starts],
-        "interrupted": len(journal.starts) > 1, "noise": journal.noise, "costs_ms": costs_ms, "answers": rows, "failed": clips.failed,
-        "totals": {**totals(rows), "parallel": parallel}, "provenance": provenance()})
-
-
-def without_nan(value):
-    """The value with None in place of each number that JSON does not have: NaN and the infinities."""
-    if isinstance(value, dict):
-        return {key: without_nan(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(part) for part in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
+    starts = [{"date": entry["start"], "answers": entry["answers"]} for entry in journal.starts]
+    return {
+        "kind": "decoding", "format": FORMAT, "task": task.folder.resolve().name, "date": now(),
+        **more, "memory_share": task.parts.memory_share,
+        "reads_draft": [
+            name for name, entry in LIVE.items() if entry.reads_draft(task.conditioning)
+        ],
+        "simulated_tau": task.simulated, "target": journal.facts[TARGET.name],
+        "models": journal.facts, "starts": starts, "interrupted": len(starts) > 1,
+        "noise": journal.noise, "costs_ms": costs_ms, "answers": rows, "failed": clips.failed,
+        "totals": {**totals(rows), "parallel": parallel}, "provenance": provenance()
+    }
 
 
 def results_folder(task: Task, journal: DecodingJournal, output_folder: Path | None) -> Path:
-    """The output folder, or a new one in the task folder; one that an earlier start began to fill is used again."""
+    """The output folder, or a new one in the task folder; one that an earlier start began to fill
+    is used again.
+    """
     if output_folder:
         return output_folder
     if journal.folder and (task.folder / journal.folder).is_dir():

@@ -1,4 +1,6 @@
-"""The task that is decoded with: what training left, and whether these are the models that it was trained for."""
+"""The task that is decoded with: what training left, and whether these are the models that it was
+trained for.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,16 @@ SIMULATED = {"tau": optional(NUMBER)}
 
 @dataclasses.dataclass
 class Task:
-    """What training left: the adapter, what a memory begins with, and what results.json says of both models."""
+    """What training left: the adapter, what a memory begins with, and what results.json says of
+    both models.
+    """
 
     folder: Path
     parts: LiveParts
-    simulated: dict[str, dict[str, float]]       # drafter's name in results.json -> gamma -> tau on the test pairs
-    models: dict[str, list[dict]]                # name of the model -> facts that the training files recorded of it
+    # drafter's name in results.json -> gamma -> tau on the test pairs
+    simulated: dict[str, dict[str, float]]
+    # name of the model -> facts that the training files recorded of it
+    models: dict[str, list[dict]]
     digest: str = ""                             # of results.json, which no two trainings share
 
     @property
@@ -47,7 +53,8 @@ class Task:
 
 
 def read_task(folder: Path, memories: Iterable[Path] = ()) -> Task:
-    """The finished task of this folder. memories: memory.npz of earlier decodings, whose answers count as fresh ones.
+    """The finished task of this folder. memories: memory.npz of earlier decodings, whose answers
+    count as fresh ones.
 
     Raises UserError for whatever is missing, unfinished or damaged.
     """
@@ -67,9 +74,12 @@ def read_task(folder: Path, memories: Iterable[Path] = ()) -> Task:
     verified_answers = [answer for path in memories for answer in load_memory(path)]
     test = results["metrics"]["test"]
     share = (test.get("memory_share") or {}).get("hybrid")
-    parts = LiveParts(adapter, training_answers, verified_answers, MEMORY_SHARE if share is None else share)
-    simulated = {name: {gamma: row["tau"] for gamma, row in (drafter.get("simulated") or {}).items()}
-                 for name, drafter in test["drafters"].items()}
+    parts = LiveParts(adapter, training_answers, verified_answers,
+                      MEMORY_SHARE if share is None else share)
+    simulated = {
+        name: {gamma: row["tau"] for gamma, row in (drafter.get("simulated") or {}).items()}
+        for name, drafter in test["drafters"].items()
+    }
     digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
     return Task(folder, parts, simulated, recorded_models(results), digest)
 
@@ -79,7 +89,8 @@ def read_results(folder: Path) -> dict:
     file = folder / "results.json"
     results = read_json(file)
     if isinstance(results, dict) and results.get("unfinished"):
-        raise UserError(f"{folder} is unfinished: go on with train_and_evaluate.py --resume {folder}")
+        raise UserError(
+            f"{folder} is unfinished: go on with train_and_evaluate.py --resume {folder}")
     test = (results.get("metrics") or {}).get("test") if isinstance(results, dict) else None
     if not isinstance(test, dict) or not isinstance(test.get("drafters"), dict):
         raise UserError(f"{file} is not the results.json of train_and_evaluate.py")
@@ -93,7 +104,9 @@ def read_results(folder: Path) -> dict:
 
 
 def recorded_models(results: dict) -> dict[str, list[dict]]:
-    """Name of the model -> the facts that each training file recorded of it; different ones once each."""
+    """Name of the model -> the facts that each training file recorded of it; different ones once
+    each.
+    """
     models: dict[str, list[dict]] = {}
     for file in (results.get("files") or {}).get("train") or []:
         for name, facts in (file.get("models") or {}).items():
@@ -103,20 +116,23 @@ def recorded_models(results: dict) -> dict[str, list[dict]]:
 
 
 def check_model(task: Task, role: Role, name: str, facts: dict) -> None:
-    """A UserError unless the adapter was trained on answers of this model, as far as its pair files tell.
+    """A UserError unless the adapter was trained on answers of this model, as far as its pair files
+    tell.
 
     facts: vocab_size and revision of the model, or one of both.
     """
     for recorded in task.models.get(role.name, ()):
         for key in [key for key in ("vocab_size", "revision") if key in facts]:
             trained, loaded = recorded.get(key), facts[key]
-            if trained is None:                                        # of a version that did not record it
+            # of a version that did not record it
+            if trained is None:
                 continue
             is_same = same_weights(trained, loaded) if key == "revision" else trained == loaded
             if is_same is None:
-                log(f"decode | WARNING | {name}: nothing tells whether its revision, {loaded}, is {trained}, which "
-                    "the task was trained for")
+                log(f"decode | WARNING | {name}: nothing tells whether its revision, {loaded}, is "
+                    f"{trained}, which the task was trained for")
             elif not is_same:
-                raise UserError(f"{task.folder} was trained on answers of {recorded.get('name')} ({key} {trained}), "
-                                f"but {name} has {key} {loaded}; decode with that model, or train on pairs of this "
-                                "one")
+                raise UserError(
+                    f"{task.folder} was trained on answers of {recorded.get('name')} ({key} "
+                    f"{trained}), but {name} has {key} {loaded}; decode with that model, or train "
+                    "on pairs of this one")

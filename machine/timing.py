@@ -15,7 +15,9 @@ Result = TypeVar("Result")
 
 
 def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """(the result of work(), seconds). The device has nothing left to do when the clock starts and when it stops."""
+    """(the result of work(), seconds). The device has nothing left to do when the clock starts and
+    when it stops.
+    """
     wait_for(device)
     start = time.perf_counter()
     result = work()

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import decoding.answers
+import decoding.costs
 import decoding.parallel
 import decoding.rules
 import speculative_decode
@@ -22,7 +23,6 @@ from base import UserError
 from decoding.clips import in_order
 from decoding.costs import Pace
 from decoding.loop import Decoded
-from decoding.results import without_nan
 from decoding.task import Task, check_model, read_task
 from decoding.verdict import judge
 from drafting.parts import LiveParts
@@ -237,9 +237,11 @@ def test_an_answer_without_numbers_fails_and_the_others_are_those_of_a_run_witho
     assert sum(results["totals"]["verdicts"].values()) == 2 * (len(LIVE_NAMES) + 1)
 
 
-def test_a_nan_figure_is_null_in_decode_json():
-    value = {"a": [1.0, math.nan, (math.inf, -math.inf)], "b": {"c": 0, "d": "nan"}}
-    assert without_nan(value) == {"a": [1.0, None, [None, None]], "b": {"c": 0, "d": "nan"}}
+def test_a_figure_that_is_nan_is_null_in_decode_json(monkeypatch, demo, task, tmp_path):
+    monkeypatch.setattr(decoding.costs, "median_s", lambda *_: math.nan)
+    results = run_main(monkeypatch, demo, task, tmp_path / "out", "--gamma", "2", "--max_samples", "1")
+    assert results["costs_ms"]["prefill"] is None and results["costs_ms"]["verify"]["9"] is None
+    assert (tmp_path / "out" / "DECODE.md").exists()
 
 
 def test_one_token_each_shows_no_speed_up(monkeypatch, demo, task, tmp_path):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SERVER = """
 import gc, json, os, sys
 import torch
-import base, extract_tokens_train, matplotlib.pyplot, speculative_decode, train_and_evaluate
+import extract_tokens_train, machine.running, matplotlib.pyplot, speculative_decode, train_and_evaluate
 import acceptance.evaluation, decoding.answers, decoding.drafts, decoding.results, drafting.hybrid, reports.task_report
 import training.loop, training.phases
 from clips import dataset
