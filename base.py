@@ -297,7 +297,7 @@ check_python()
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or not (ROOT / sys.argv[1]).is_file():
         raise UserError("usage: python base.py requirements.txt")
     check_packages(sys.argv[1])
 

@@ -116,7 +116,7 @@ def agreement(runtime) -> dict:
     from vlm.nf4 import packed
     from vlm.peers import TEXT_7B, WORDS_7B, linear_4bit
 
-    shares = {}
+    shares: dict[str, dict] = {}
     for kind in ("random", "near-tied"):
         weight = random_weight(WORDS_7B, TEXT_7B["hidden_size"], runtime)
         if kind == "near-tied":                      # each output has a twin about a rounding away

@@ -115,6 +115,7 @@ def find_recording(root: Path, split: str, sequence: str) -> Recording:
         zips = sorted(path.name for path in archives)
         raise MediaError(f"half downloaded: no {', no '.join(missing)}"
                          + (f"; unpack {', '.join(zips)}" if zips else ""))
+    assert events and folder and times
     pictures, times_us = list_pictures(folder), read_times(times)
     if len(pictures) != len(times_us):
         raise MediaError(f"{len(pictures)} pictures in {folder}, but {len(times_us)} timestamps in {times}: "

@@ -9,6 +9,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -144,7 +145,11 @@ def _scalar(dtype: np.dtype, data: bytes) -> np.generic:
     return np.frombuffer(data, dtype)[0]
 
 
-class _ArraysOnly(pickle._Unpickler):
+# The class in Python; the types of the standard library know the one in C alone.
+_Unpickler: Any = pickle._Unpickler
+
+
+class _ArraysOnly(_Unpickler):
     """Unpickles dicts, lists, numbers, texts and NumPy arrays of numbers; calls nothing by its name.
 
     Arrays are made by the functions above, because NumPy's own trust the lengths and pointers in a
@@ -160,7 +165,7 @@ class _ArraysOnly(pickle._Unpickler):
                   "BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING BINBYTES "
                   "SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND "
                   "APPENDS EMPTY_DICT")
-    dispatch = {code: pickle._Unpickler.dispatch[code]  # noqa: RUF012
+    dispatch = {code: _Unpickler.dispatch[code]  # noqa: RUF012
                 for code in (getattr(pickle, name)[0] for name in OPERATIONS.split())}
 
     def find_class(self, module: str, name: str):

@@ -2,6 +2,7 @@
 
 import io
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image, ImageOps
 
 from clips.limits import MediaError, check_bytes, check_size, reading_media
 from machine.files import write_whole
+
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")    # damaged metadata
 
 WHITE = (255, 255, 255)
 # Told apart by content. Pillow's other readers are not needed, and one of them (EPS) starts another
@@ -34,7 +37,7 @@ class TimedFile(io.FileIO):
         self.seconds = seconds
         self.end = time.monotonic() + seconds
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         if time.monotonic() > self.end:
             raise MediaError(f"it takes more than {self.seconds:g} s to decode")
         return super().read(size)

@@ -81,9 +81,10 @@ def _parse(where: str, values, image_size: int) -> PixelSettings:
         steps = ", ".join(f"{name} is {values[name]!r}" for name in off + more)
         raise UserError(f"{where}: {steps}; wanted pictures that are resized, cropped, rescaled and "
                         "normalised, and nothing else")
-    size, crop = _side(values.get("size"), "shortest_edge"), _side(values.get("crop_size"), "height", "width")
+    size = _side(values.get("size"), "shortest_edge")
+    crop = _side(values.get("crop_size"), "height", "width")
     resample = values.get("resample", int(Image.Resampling.BICUBIC))
-    fits = type(crop) is type(size) is int and crop == image_size and crop <= size <= 8 * crop
+    fits = crop == image_size and crop <= size <= 8 * crop
     if not fits or type(resample) is not int or resample != Image.Resampling.BICUBIC:
         raise UserError(f"{where}: size {values.get('size')}, crop_size {values.get('crop_size')} and "
                         f"resample {resample} can't be used: wanted the shortest edge and a square, bicubic "
@@ -100,14 +101,14 @@ def _parse(where: str, values, image_size: int) -> PixelSettings:
     return PixelSettings(size, crop, tuple(mean), tuple(std), rescale)
 
 
-def _side(value, *keys: str) -> int | None:
-    """px, of a number or of a dict with exactly these keys; transformers' 224 where there is none."""
+def _side(value, *keys: str) -> int:
+    """px, of a number or of a dict with exactly these keys; transformers' 224 for None, -1 for others."""
     if value is None:
         return 224
     if isinstance(value, dict):
-        sides = {value[key] for key in keys} if set(value) == set(keys) else set()
-        return sides.pop() if len(sides) == 1 else None
-    return value
+        sides = [value[key] for key in keys] if set(value) == set(keys) else []
+        value = sides[0] if sides and all(side == sides[0] for side in sides) else None
+    return value if type(value) is int else -1
 
 
 def _is_number(value) -> bool:

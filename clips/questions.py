@@ -13,7 +13,7 @@ from pathlib import Path
 
 from base import UserError
 from clips.limits import check_input
-from machine.files import not_json
+from machine.files import read_json
 
 MAX_QUESTIONS_BYTES = 2**26
 KEYS = ("question", "text", "prompt", "turns")
@@ -31,7 +31,7 @@ def read_questions(query: str, questions_file: Path | None, num_questions: int) 
     check_input(questions_file, MAX_QUESTIONS_BYTES)
     suffix = questions_file.suffix.lower()
     if suffix == ".json" and not is_json_lines(questions_file):
-        entries = read_value(questions_file)
+        entries = read_json(questions_file)
         if not isinstance(entries, list):
             raise UserError(f"{questions_file}: found {type(entries).__name__}; {FORMS}")
     elif suffix in (".csv", ".tsv"):
@@ -56,13 +56,6 @@ def read_text(path: Path) -> str:
         raise UserError(f"no such file: {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read {path}: {error}") from error
-
-
-def read_value(path: Path):
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise not_json(path, error) from error
 
 
 def is_json_lines(path: Path) -> bool:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,12 @@ from demo.data_sets import NUM_PICTURES, seed_of
 from demo.world import random_scene
 
 QUESTION = "What are the key elements in this scene?"
-LANGUAGE = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2,
+LANGUAGE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 0}
-VISION = {"hidden_size": 96, "num_attention_heads": 4, "projection_dim": 96,
+VISION: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 4, "projection_dim": 96,
           "hidden_act": "quick_gelu"}
 EVENT_VISION = {**VISION, "num_hidden_layers": 2, "intermediate_size": 192, "image_size": 96,
                 "patch_size": 24}
@@ -104,12 +105,12 @@ class Student:
     """One of the two models in training, with all that differs between them."""
 
     name: str
-    model: object                  # the torch module
+    model: Any                     # the torch module
     vision: list                   # its modules: the tower first, then what leads to the language model
     language: list                 # its modules: LLaMA's body and head
     features: Callable             # pixels (B, F, 3, S, S) float32 -> visual tokens (B, N, H)
     pixels: Callable               # (scene, clip_seed, num_frames) -> pixels (F, 3, S, S) float32
-    tokenizer: object
+    tokenizer: Any
     prompt: tuple[list[int], list[int]]      # the ids before and after the visual tokens
     text: Callable                 # scene -> the answer to learn
     phrases: dict                  # the contents of that answer: attribute -> value -> words

@@ -54,7 +54,8 @@ class AdapterSteps:
         # Row of each slot: ids (int64) and probabilities (float32) of the token after it, for one
         # copy to the host.
         self.top_k = min(top_k, self.config.outputs)
-        self.rows = torch.zeros(len(self.cache.slots), 4 * self.top_k, dtype=torch.int32, device=device)
+        size = len(self.cache.slots), 4 * self.top_k
+        self.rows = torch.zeros(size, dtype=torch.int32, device=device)
         self.ids, self.probabilities = self._parts(self.rows)
         self.single = SingleStep(self.adapter, self.cache)
         self.draft = torch.zeros(1, self.config.max_seq_len, dtype=torch.long, device=device)
@@ -114,7 +115,8 @@ class AdapterSteps:
                 self._run(1)
         ids, probabilities = self._parts(self.rows[last:last + further + 1].cpu())
         self.fed = prefix + ids[:-1, 0].tolist()
-        rows = [row if math.isfinite(row[1][0]) else ([], []) for row in zip(ids.tolist(), probabilities.tolist())]
+        rows = [row if math.isfinite(row[1][0]) else ([], [])
+                for row in zip(ids.tolist(), probabilities.tolist())]
         self.holds_nan = self.holds_nan or not all(ids for ids, _ in rows)
         self.known.update({len(prefix) + k: row for k, row in enumerate(rows)})
         return rows
@@ -156,7 +158,8 @@ class AdapterSteps:
 
     def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids (n, K) int64 and probabilities (n, K) float32 of rows (n, 4 * K) int32, as views."""
-        return rows.view(torch.long)[:, :self.top_k], rows.view(torch.float32)[:, 2 * self.top_k:3 * self.top_k]
+        probabilities = rows.view(torch.float32)[:, 2 * self.top_k:3 * self.top_k]
+        return rows.view(torch.long)[:, :self.top_k], probabilities
 
     def _run(self, size: int | str) -> None:
         if size in self.graphs:

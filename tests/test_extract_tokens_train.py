@@ -256,7 +256,7 @@ def test_all_event_pictures_may_differ_in_number(extract, copy):
     assert len(rows_of(extract("--event_images", "all", dataset_dir=copy))) == 5
 
 
-# -------------------------------------------------------------------------------- bad data, nothing lost
+# -------------------------------------------------------------------------- bad data, nothing lost
 def test_clips_with_bad_media_fail_alone_and_say_why(extract, copy):
     rows = json.loads((copy / "EventGPT_Instruction_Subset.json").read_text())
     (copy / "event_image" / rows[0]["event_image"][0]).write_bytes(b"")
@@ -360,7 +360,7 @@ def test_two_writers_are_kept_apart(extract, tmp_path):
     assert len(rows_of(extract())) == 5                         # the lock is free: its file may stay
 
 
-# ------------------------------------------------------------------------------------------ user mistakes
+# ----------------------------------------------------------------------------------- user mistakes
 @pytest.mark.parametrize("flags, message", [
     (("--draft_model", "nowhere"), "no such folder: nowhere"),
     (("--target_model", "./nowhere"), "no such model folder: ./nowhere"),

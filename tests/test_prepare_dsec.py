@@ -410,7 +410,7 @@ def test_blocks_are_neighbours_of_one_sequence_and_frames_are_decoded_once(prepa
 # ----------------------------------------------------------------------------------------- packages
 @pytest.mark.parametrize("package", ["h5py", "hdf5plugin"])
 def test_a_missing_package_is_one_clear_line(one, package, tmp_path):
-    code = (f"import sys; sys.modules[{package!r}] = None; import base, prepare_dsec\n"
+    code = (f"import sys; sys.modules[{package!r}] = None; import machine.running, prepare_dsec\n"
             f"sys.argv = ['prepare_dsec.py', '--dsec_root', {str(one[0])!r}, '--split', 'test', "
             f"'--duration', '1s', "
             f"'--output_root', {str(tmp_path / 'data')!r}]\nmachine.running.run(prepare_dsec.main)")

@@ -10,13 +10,25 @@ import os
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from base import first_line, log
-from vlm.nf4 import BLOCK, EIGHTS, FEW_ROWS, STRETCH, NF4Linear, kernel, packed, plan_for, shared_room
+from vlm.nf4 import (
+    BLOCK,
+    EIGHTS,
+    FEW_ROWS,
+    STRETCH,
+    Linear4bit,
+    NF4Linear,
+    kernel,
+    packed,
+    plan_for,
+    shared_room,
+)
 
 MORE_ROWS = (128, 192, 256)          # beyond FEW_ROWS the kernel is used up to the last that pays
 CHECKED_ROWS = (1, 9, 17, 25, 33)    # one number of rows for each kernel; 64 is the sixth
@@ -25,7 +37,7 @@ ERROR = 1.3                          # largest error allowed, in errors of bitsa
 REFUSED: weakref.WeakSet = weakref.WeakSet()         # models that stay with bitsandbytes: told once
 
 
-def adopt(language_model: nn.Module, dtype: torch.dtype) -> bool:
+def adopt(language_model: Any, dtype: torch.dtype) -> bool:
     """Pack a LlamaModel's Linear4bit layers into NF4Linear where it is right and faster; say if done.
 
     Layers are packed group by group, and each group's old form is freed before the next.
@@ -42,6 +54,7 @@ def adopt(language_model: nn.Module, dtype: torch.dtype) -> bool:
         first_layer = [[getattr(parent, name) for name in names] for parent, names in groups[:4]]
         with torch.cuda.device(device):
             few_rows = trial(first_layer, dtype)
+        del first_layer              # else its old form would stay
     # No compiler library, a device that it does not know, a wrong result, nothing gained.
     except (RuntimeError, OSError) as error:
         REFUSED.add(language_model)
@@ -49,6 +62,7 @@ def adopt(language_model: nn.Module, dtype: torch.dtype) -> bool:
         return False
     for number, (parent, names) in enumerate(groups):
         replace(parent, names, dtype, few_rows[number % len(few_rows)])
+    torch.cuda.empty_cache()         # the old form lies in pieces that no large tensor fits into
     return True
 
 
@@ -63,8 +77,8 @@ def replace(parent: nn.Module, names: list[str], dtype: torch.dtype, few_rows: i
         first = last
 
 
-def groups_of(layer: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """(parent, names) of the linear layers of one LLaMA layer that read the same input."""
+def groups_of(layer: Any) -> list[tuple[nn.Module, list[str]]]:
+    """(parent, names) of the linear layers of a LlamaDecoderLayer that read the same input."""
     attention, mlp = layer.self_attn, layer.mlp
     return [(attention, ["q_proj", "k_proj", "v_proj"]), (attention, ["o_proj"]),
             (mlp, ["gate_proj", "up_proj"]), (mlp, ["down_proj"])]
@@ -88,7 +102,7 @@ def unfit(parent: nn.Module, names: list[str], dtype: torch.dtype) -> str:
 
 # --------------------------------------------------------------------------------------- trial
 @torch.inference_mode()
-def trial(groups: list[list[nn.Module]], dtype: torch.dtype) -> list[int]:
+def trial(groups: list[list[Linear4bit]], dtype: torch.dtype) -> list[int]:
     """The most rows to use the kernel for, by group; RuntimeError unless it is right and faster.
 
     groups: of the first LLaMA layer, which the other layers are like.
@@ -120,7 +134,7 @@ def compile_all(device: torch.device, dtype: torch.dtype, sizes: set[int]) -> No
         list(pool.map(lambda plan: kernel(device, dtype, "product", plan), plans))
 
 
-def check(fused: NF4Linear, layers: list[nn.Module]) -> None:
+def check(fused: NF4Linear, layers: list[Linear4bit]) -> None:
     """RuntimeError unless the kernels give what bitsandbytes' weights give in float32.
 
     The error may be ERROR times that of bitsandbytes' way, and a row must not depend on the others.
@@ -147,7 +161,7 @@ def check(fused: NF4Linear, layers: list[nn.Module]) -> None:
             raise RuntimeError(f"{rows} rows alone differ from the same rows among others")
 
 
-def time_both(fused: NF4Linear, layers: list[nn.Module], rows: int) -> tuple[float, float]:
+def time_both(fused: NF4Linear, layers: list[Linear4bit], rows: int) -> tuple[float, float]:
     """us of the kernel and of bitsandbytes' products."""
     x = torch.randn(rows, fused.in_features, device=fused.device, dtype=fused.dtype)
     return microseconds(lambda: fused.few(x)), microseconds(lambda: [layer(x) for layer in layers])

@@ -25,8 +25,8 @@ from vlm.llama import NO_NUMBER, SAME, Llama, Next, apart, position_bytes
 from vlm.loading import check_positions, free_gib
 from vlm.model import answer_of, cut_at_end
 
-READ_TOKENS = 16_384               # prompt positions that pass the layers at once: enough to fill a GPU
-ASKED, ROWS = 16, 256              # questions per clip, and rows in all, side by side: more gain little
+READ_TOKENS = 16_384  # prompt positions that pass the layers at once: enough to fill a GPU
+ASKED, ROWS = 16, 256  # questions per clip, and rows in all, side by side: more gain little
 CPU_CLIPS = 8                      # clips at a time on a CPU, where more are no faster
 LOOK = 8                           # steps from one check of the ends to the next
 FILLED = 0.9                       # share of the free memory that may be used
@@ -51,7 +51,8 @@ class Batches(Llama):
         self.slots = torch.arange(max(self.shared, room - self.shared), device=self.device)
         self.row = torch.arange(clips * self.asked, device=self.device)
         self.eos = torch.tensor(vlm.eos_ids, device=self.device)
-        # The state of a step, row by row: last id, tokens in `said`, whether the end is still to come.
+        # The state of a step, row by row: last id, tokens in `said`, whether the end is still to
+        # come.
         self.ids = torch.zeros_like(self.row)
         self.lengths = torch.zeros_like(self.row)
         self.open = self.row >= 0
@@ -64,8 +65,11 @@ class Batches(Llama):
         self.must = bool(graphs)
 
     @torch.inference_mode()
-    def answer(self, pixels: Sequence[torch.Tensor], meanwhile: Callable = lambda: None) -> Callable:
-        """Start answering all questions about at most `clips` clips; -> a function that waits for the answers.
+    def answer(
+        self, pixels: Sequence[torch.Tensor], meanwhile: Callable = lambda: None
+    ) -> Callable:
+        """Start answering all questions about at most `clips` clips; -> a function that waits for
+        the answers.
 
         pixels: of each clip as prepare() gives them. The function returns an entry per clip: a list
         with an Answer per question, or a NotNumbers (not raised) where the logits of any answer of
@@ -113,24 +117,33 @@ class Batches(Llama):
                 shape = (len(keys), self.shared, *queries.shape[1:])
                 return causal(queries.view(shape), keys, values, planned=True).flatten(0, 1)
 
-            places = torch.arange(rows.start * self.shared, rows.stop * self.shared, device=self.device)
-            self.layers(embeds.flatten(0, 1), positions.repeat(len(part)), self.seen, places, attend,
-                        follow=False)
+            places = torch.arange(
+                rows.start * self.shared, rows.stop * self.shared, device=self.device
+            )
+            self.layers(
+                embeds.flatten(0, 1),
+                positions.repeat(len(part)),
+                self.seen,
+                places,
+                attend,
+                follow=False,
+            )
 
     def _ask(self, questions: list[list[int]], read: int) -> torch.Tensor:
-        """Answer these questions about the first `read` clips -> new tokens (clips, questions, max_new_tokens).
+        """Answer these questions about the first `read` clips -> new tokens (clips, questions,
+        max_new_tokens).
 
         questions: ids of the rest of the prompt for each question.
         """
         asked, clips, wanted = len(questions), read, len(questions)
-        if self.fixed:                                         # the graph's size: filled up with any question
+        if self.fixed:  # the graph's size: filled up with any question
             asked, clips = self.asked, self.clips
             questions = (questions + self.after[:1] * asked)[:asked]
         rows, width = clips * asked, max(map(len, questions))
         ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in questions])
         ids = ids.to(self.device).repeat(clips, 1)
         lengths = torch.tensor([len(ids) for ids in questions]).to(self.device).repeat(clips)
-        self.said.zero_()                                      # a NaN that an earlier answer left would reach this one
+        self.said.zero_()  # a NaN that an earlier answer left would reach this one
         x = self._forward(ids, self.slots[:width].expand(rows, -1), clips)
         best = self.following(x.view(rows, width, -1)[self.row[:rows], lengths - 1]).best
         is_wanted = (self.row[:rows] // asked < read) & (self.row[:rows] % asked < wanted)
@@ -147,7 +160,9 @@ class Batches(Llama):
 
     # ----------------------------------------------------------------------------------- the answer
     def _forward(self, ids: torch.Tensor, slots: torch.Tensor, clips: int) -> torch.Tensor:
-        """ids (rows, T), to be cached at slots (rows, T) of each row -> (rows * T, D) before the last norm."""
+        """ids (rows, T), to be cached at slots (rows, T) of each row -> (rows * T, D) before the
+        last norm.
+        """
         rows = len(ids)
         places = self.row[:rows, None] * self.said.shape[4] + slots
 
@@ -185,7 +200,7 @@ class Batches(Llama):
                 self._next(rows, clips)
             if number % LOOK == 0:
                 if copied:
-                    copied.synchronize()         # the copy of the check before: the device still has work
+                    copied.synchronize()  # the copy of the check before: the device still has work
                 if not still_open:
                     return
                 still_open.copy_(self.open[:rows].any(), non_blocking=True)
@@ -194,7 +209,9 @@ class Batches(Llama):
                     copied.record()
 
     def _capture(self) -> None:
-        """Capture one step; trust it only if it gives what an eager step gives (4-bit kernels are not PyTorch's)."""
+        """Capture one step; trust it only if it gives what an eager step gives (4-bit kernels are
+        not PyTorch's).
+        """
         state = (self.ids, self.lengths, self.open, self.number)
         before = [part.clone() for part in state]
 
@@ -225,7 +242,9 @@ class Batches(Llama):
 
 def answers_of(rows: list[list[int]], eos_ids: list[int], tokenizer,
                dtype: torch.dtype) -> list[Answer] | NotNumbers:
-    """The answers about one clip. rows: its new tokens for each question, with anything behind their ends."""
+    """The answers about one clip. rows: its new tokens for each question, with anything behind
+    their ends.
+    """
     tokens = [cut_at_end(row, eos_ids) for row in rows]
     if any(NO_NUMBER in row for row in tokens):
         return NotNumbers(dtype)
@@ -238,16 +257,22 @@ def asked_at_once(questions: int) -> int:
     return math.ceil(questions / math.ceil(questions / ASKED))
 
 
-def prompt_of(vlm: VisionLanguageModel, questions: list[str], pictures: int) -> tuple[int, list[list[int]]]:
+def prompt_of(
+    vlm: VisionLanguageModel, questions: list[str], pictures: int
+) -> tuple[int, list[list[int]]]:
     """(positions of the prompt up to the end of the pictures, ids of the rest for each question)."""
     parts = [vlm.prompt_parts(question) for question in questions]
     first = parts[0][0]
-    assert all(before == first for before, _ in parts), "the ids before the pictures depend on the question"
+    assert all(before == first for before, _ in parts), (
+        "the ids before the pictures depend on the question"
+    )
     before = len(first) + vlm.visual_tokens(pictures)
     return before, [after[:max(1, vlm.max_prompt - before)] for _, after in parts]
 
 
-def clips_that_fit(vlm: VisionLanguageModel, questions: list[str], max_new_tokens: int, pictures: int) -> int:
+def clips_that_fit(
+    vlm: VisionLanguageModel, questions: list[str], max_new_tokens: int, pictures: int
+) -> int:
     """How many clips at a time the free memory has room for; on a CPU a fixed number."""
     device, dtype, config = vlm.runtime.device, vlm.runtime.dtype, vlm.decoder[0].config
     asked = asked_at_once(len(questions))

@@ -1,9 +1,10 @@
-"""A model's folder, or its snapshot in the hub's cache, examined without loading weights. Imports
-no torch.
+"""A model's folder, or its snapshot in the hub's cache, examined without its weights.
 
-    checkpoint = open_checkpoint(name)         # a UserError for whatever is missing, cut short or too large
-    checkpoint.config                          # config.json, without the keys that would choose code to run
-    checkpoint.revision()                      # the hub's commit, or a digest of the folder's content
+    checkpoint = open_checkpoint(name)     # a UserError for what is missing, cut short or too large
+    checkpoint.config                      # config.json, without keys that would choose code to run
+    checkpoint.revision()                  # the hub's commit, or a digest of the folder's content
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str | Path, from_hub: bool = True) -> Checkpoint:
-    """The model of this folder, or else of this hub id (downloaded where the hub's cache lacks it)."""
+    """The model of this folder, or else of this hub id (downloaded if the hub's cache lacks it)."""
     folder, commit = Path(name), None
     if not folder.is_dir():
         if not from_hub or not hub.is_id(str(name)):
@@ -139,35 +140,34 @@ def check_sizes(config: dict, file: Path) -> None:
 
 
 def check_unquantised(name: str | Path, config: dict) -> None:
-    """A UserError for weights that were quantised before they were saved: --quantization is applied
-    to plain ones.
-    """
-    configs = [config, *(value for value in config.values() if isinstance(value, dict))]
-    for settings in configs:
-        found = settings.get("quantization_config") or settings.get("compression_config")
-        if found:
-            method = (
-                found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
-            )
-            bits = isinstance(found, dict) and [
-                bits for bits in (4, 8) if found.get(f"load_in_{bits}bit")
-            ]
+    """A UserError for weights that were saved quantised: --quantization applies to plain ones."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        settings = part.get("quantization_config") or part.get("compression_config")
+        if settings:
             raise UserError(
-                f"{name} is quantised already (quantization_config in config.json: {method!s:.40}"
-                f"{f', {bits[0]} bit' if bits else ''}): wanted the unquantised weights (float16 or "
-                "bfloat16), which --quantization 4bit or 8bit quantises while loading"
+                f"{name} is quantised already (quantization_config in config.json: "
+                f"{_method_of(settings)}): wanted the unquantised weights (float16 or bfloat16), "
+                "which --quantization 4bit or 8bit quantises while loading"
             )
+
+
+def _method_of(settings: object) -> str:
+    """The method and bits of a quantization_config, for a message."""
+    if not isinstance(settings, dict):
+        return f"{settings!s:.40}"
+    bits = next((f", {bits} bit" for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), "")
+    return f"{settings.get('quant_method', 'an unnamed method')!s:.40}{bits}"
 
 
 # ------------------------------------------------------------------------------ is everything there
 def lacks(folder: Path) -> str | None:
-    """What is missing, cut short or unusable in a model folder, in words; None if it looks whole."""
+    """What is missing, cut short or unusable in a model folder; None if it looks whole."""
     if not (folder / "config.json").is_file():
         return "it has no config.json"
     if (folder / "adapter_config.json").exists():
         return (
-            "it has an adapter_config.json: adapters (LoRA) are not applied; merge the adapter into the weights "
-            "and remove that file"
+            "it has an adapter_config.json: adapters (LoRA) are not applied; merge the adapter into "
+            "the weights and remove that file"
         )
     for file in sorted(folder.iterdir()):
         if (
@@ -192,7 +192,7 @@ def too_large(file: Path) -> str | None:
 
 
 def pointer(file: Path) -> str | None:
-    """Git without LFS leaves a note in place of each large file: the commonest half of a download."""
+    """Git without LFS leaves a note in place of each large file: the commonest half download."""
     with open(file, "rb") as opened:
         is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
     if not is_pointer:
@@ -221,8 +221,8 @@ def incomplete(file: Path) -> str | None:
     size = begin + max((end for _, end in tensors.values()), default=0)
     if file.stat().st_size != size:
         return (
-            f"the weight file {file.name} has {file.stat().st_size:,} bytes, its header says {size:,}: it is cut "
-            "short or damaged; download it again"
+            f"the weight file {file.name} has {file.stat().st_size:,} bytes, its header says "
+            f"{size:,}: it is cut short or damaged; download it again"
         )
     return None
 
@@ -234,8 +234,8 @@ def weight_files(folder: Path) -> list[Path]:
     name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if name is None:
         raise UserError(
-            "it has no weights (model.safetensors or pytorch_model.bin, or their index.json); download "
-            "the folder again, whole"
+            "it has no weights (model.safetensors or pytorch_model.bin, or their index.json); "
+            "download the folder again, whole"
         )
     if not name.endswith(".json"):
         return [folder / name]

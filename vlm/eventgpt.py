@@ -33,7 +33,13 @@ from vlm.fits import why_not
 from vlm.loading import check_prompts, load_checked, weights_mib
 from vlm.model import LoadedModel, generate_greedily
 from vlm.roles import View, most_event_pictures
-from vlm.tokenizers import check_ids, check_tokenizer, ids_of, load_tokenizer, warn_of_special_tokens
+from vlm.tokenizers import (
+    check_ids,
+    check_tokenizer,
+    ids_of,
+    load_tokenizer,
+    warn_of_special_tokens,
+)
 
 EVENT, EVENT_ID = "<event>", -200  # the id is a place holder in input_ids and never embedded
 START, END, PATCH = "<ev_start>", "<ev_end>", "<ev_patch>"
@@ -54,8 +60,16 @@ KEEP = ["visual_tower", "visual_projector", "feature_adaptor", "language_model.l
 
 # Used where config.json's mm_visual_tower names no folder that is there: OpenAI's CLIP ViT-L/14 at
 # 336 px.
-CLIP_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-              "patch_size": 14, "image_size": 336, "hidden_act": "quick_gelu", "projection_dim": 768}
+CLIP_L_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 336,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 768,
+}
 
 
 def prompt(query: str) -> str:
@@ -199,7 +213,7 @@ def read_config(name: str | Path) -> tuple[EventGPTConfig, PixelSettings, Checkp
 
 
 def read_tokenizer(checkpoint: Checkpoint, config: EventGPTConfig):
-    """The tokenizer with the tokens that config.json adds; a UserError unless it fits the config."""
+    """The tokenizer with the tokens that config.json adds; a UserError unless both fit."""
     tokenizer, name, settings = (
         load_tokenizer(checkpoint.folder),
         checkpoint.name,
@@ -212,7 +226,8 @@ def read_tokenizer(checkpoint: Checkpoint, config: EventGPTConfig):
     size = config.text_config.vocab_size + len(added)
     if len(tokenizer) > size:
         raise UserError(
-            f"{name}: the tokenizer has {len(tokenizer):,} ids, the model {config.text_config.vocab_size:,}"
+            f"{name}: the tokenizer has {len(tokenizer):,} ids, the model "
+            f"{config.text_config.vocab_size:,}"
             f" and {len(added)} added ones: its files belong to another model"
         )
     check_tokenizer(tokenizer, name, len(tokenizer))
@@ -275,11 +290,11 @@ class EventGPT(LoadedModel):
         config, pixels, checkpoint = read_config(name)
         tokenizer = read_tokenizer(checkpoint, config)
         model = load_checked(EventGPTModel, checkpoint, config, runtime, KEEP, KEY_MAPPING)
-        # as EventGPT's inference does
-        if len(tokenizer) != model.get_input_embeddings().num_embeddings:
+        embeddings = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) != embeddings:  # resized as EventGPT's inference does
             log(
-                f"load | WARNING | {name} | resizing {model.get_input_embeddings().num_embeddings} embeddings to "
-                f"the tokenizer's {len(tokenizer)} ids"
+                f"load | WARNING | {name} | resizing {embeddings} embeddings to the tokenizer's "
+                f"{len(tokenizer)} ids"
             )
             model.language_model.resize_token_embeddings(len(tokenizer))
         log(f"load | {name} | weights {weights_mib(model):,.1f} MiB")
@@ -343,7 +358,8 @@ def _vision_settings(folder: Path, tower: str) -> tuple[dict, PixelSettings]:
             vision = {"hidden_act": "quick_gelu", **vision}
             return vision, PixelSettings.of_folder(place, vision["image_size"], kinds=("image",))
     log(
-        f"load | {folder} | no folder {tower!r} for the CLIP tower's settings: taking those of CLIP ViT-L/14-336"
+        f"load | {folder} | no folder {tower!r} for the CLIP tower's settings: taking those of "
+        "CLIP ViT-L/14-336"
     )
     return dict(CLIP_L_336), PixelSettings(CLIP_L_336["image_size"], CLIP_L_336["image_size"])
 

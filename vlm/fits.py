@@ -1,4 +1,4 @@
-"""Whether a language model is one that vlm/llama.py can run: all that is LLaMA's alone stands here."""
+"""Whether vlm/llama.py can run a language model: every assumption about LLaMA is checked here."""
 
 from collections.abc import Iterator
 
@@ -43,5 +43,6 @@ def _reasons(config, language_model: nn.Module | None) -> Iterator[str]:
             if parts != wanted:
                 yield (
                     f"the {name} of layer {number} has {', '.join(sorted(parts ^ wanted))} "
-                    f"{'beside' if parts > wanted else 'other than'} LLaMA's {', '.join(sorted(wanted))}"
+                    f"{'beside' if parts > wanted else 'other than'} "
+                    f"LLaMA's {', '.join(sorted(wanted))}"
                 )

@@ -59,9 +59,9 @@ def snapshot(name: str, lacks: Callable[[Path], str | None]) -> tuple[Path, str 
         log(f"load | WARNING | {name} | taken from the hub's cache as it is: {failure}")
         return folder, commit_of(folder)
     raise UserError(
-        f"no such model folder: {name}; as a model of the hub it can't be loaded either: {reason}, and it "
-        f"can't be downloaded ({failure}); give the folder of a copy, or download it where there is a "
-        "network and set HF_HUB_OFFLINE=1 here"
+        f"no such model folder: {name}; as a model of the hub it can't be loaded either: {reason}, "
+        f"and it can't be downloaded ({failure}); give the folder of a copy, or download it where "
+        "there is a network and set HF_HUB_OFFLINE=1 here"
     )
 
 
@@ -100,6 +100,7 @@ def _download(name: str) -> Path:
             if not file.endswith((".bin", ".bin.index.json"))
         }
     log(
-        f"load | {name} | from the hub: {len(files)} files, {sum(files.values()) / 1e9:.1f} GB, commit {info.sha}"
+        f"load | {name} | from the hub: {len(files)} files, {sum(files.values()) / 1e9:.1f} GB, "
+        f"commit {info.sha}"
     )
     return Path(snapshot_download(name, revision=info.sha, allow_patterns=sorted(files)))

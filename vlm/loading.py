@@ -39,8 +39,11 @@ def load_checked(model_class, checkpoint: Checkpoint, config, runtime: Runtime, 
     quantization = None
     if runtime.quantization != "none":
         quantization = BitsAndBytesConfig(
-            load_in_4bit=runtime.quantization == "4bit", load_in_8bit=runtime.quantization == "8bit",
-            bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=runtime.dtype,
+            load_in_4bit=runtime.quantization == "4bit",
+            load_in_8bit=runtime.quantization == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=runtime.dtype,
             llm_int8_skip_modules=keep)
     name, needed_gib = checkpoint.name, check_room(model_class, checkpoint, config, runtime)
     try:
@@ -131,9 +134,9 @@ def check_room(model_class, checkpoint: Checkpoint, config, runtime: Runtime) ->
     )
     if count / 2 > size:  # no format takes less than half a byte each
         raise UserError(
-            f"can't load the model {name}: its config.json describes {count:,} weights, far more than "
-            f"fit into its {len(files)} weight files of {size:,} bytes: one is cut short or missing, or "
-            "this is the config.json of other weights"
+            f"can't load the model {name}: its config.json describes {count:,} weights, far more "
+            f"than fit into its {len(files)} weight files of {size:,} bytes: one is cut short or "
+            "missing, or this is the config.json of other weights"
         )
     bits = 8 * runtime.dtype.itemsize
     needed_gib = (
@@ -156,10 +159,11 @@ def check_room(model_class, checkpoint: Checkpoint, config, runtime: Runtime) ->
 
 def no_room(name: str | Path, runtime: Runtime, needed_gib: float, more: str = "") -> UserError:
     return UserError(
-        f"not enough memory for {name} on {runtime.device}: its weights take about {needed_gib:.1f} GiB "
+        f"not enough memory for {name} on {runtime.device}: its weights take about "
+        f"{needed_gib:.1f} GiB "
         f"({dtype_name(runtime.dtype)}, quantization {runtime.quantization}), "
-        f"{free_gib(runtime.device):.1f} GiB are free{more}; try --quantization 4bit or --dtype bfloat16, end what "
-        "else uses the memory, or use a larger device"
+        f"{free_gib(runtime.device):.1f} GiB are free{more}; try --quantization 4bit or --dtype "
+        "bfloat16, end what else uses the memory, or use a larger device"
     )
 
 
@@ -217,12 +221,13 @@ def check_prompts(name: str | Path, parts: list[tuple[int, int]], max_new_tokens
     )
     if max_prompt < max_positions and before >= max_prompt:
         raise UserError(
-            f"{name} keeps {max_prompt:,} positions of a prompt, the pictures alone take {before:,}: "
-            "use fewer pictures"
+            f"{name} keeps {max_prompt:,} positions of a prompt, the pictures alone take "
+            f"{before:,}: use fewer pictures"
         )
     if max_prompt < min(longest, max_positions):
         log(
-            f"load | WARNING | {name} | a prompt has {longest:,} positions: its end is cut off after {max_prompt:,}"
+            f"load | WARNING | {name} | a prompt has {longest:,} positions: its end is cut off "
+            f"after {max_prompt:,}"
         )
     if max_prompt < max_positions:
         longest = min(longest, max_prompt)
@@ -233,6 +238,6 @@ def check_positions(prompt: int, max_new_tokens: int, positions: int) -> None:
     if prompt + max_new_tokens > positions:
         raise UserError(
             f"the prompt ({prompt} tokens) and --max_new_tokens {max_new_tokens} need "
-            f"{prompt + max_new_tokens} positions, the model has {positions}: use fewer pictures or "
-            "tokens, or a shorter question"
+            f"{prompt + max_new_tokens} positions, the model has {positions}: use fewer pictures "
+            "or tokens, or a shorter question"
         )

@@ -11,7 +11,7 @@ rows (prompts) are multiplied as bitsandbytes does it: with the weights written 
 import functools
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,17 @@ EIGHTS = (1, 2, 3, 4, 6, 8)          # there are kernels for so many rows of x, 
 MAX_PARTS = 8                        # of K; more cost more to add up than they bring (H100)
 PAIR_BYTES = 256 * 32 * 4            # the table of nf4.cu
 FEW_ROWS = 64                        # the kernel is used up to here until more were measured
+
+
+class Linear4bit(Protocol):
+    """What is used of bitsandbytes' layer."""
+
+    in_features: int
+    out_features: int
+    weight: Any                      # .data, uint8, and .quant_state
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
 # ------------------------------------------------------------------------------------- packing
@@ -82,15 +93,16 @@ def scales_of(state) -> torch.Tensor:
 
 
 @torch.no_grad()         # not inference_mode: a model must not be left with inference tensors
-def packed(layers: list[nn.Module], dtype: torch.dtype) -> "NF4Linear":
-    """One layer of the outputs of these Linear4bit layers, side by side."""
+def packed(layers: list[Linear4bit], dtype: torch.dtype) -> "NF4Linear":
+    """One layer of the outputs of these, side by side."""
     words, scales = [], []
     for layer in layers:
         n, k = layer.out_features, layer.in_features
         words.append(pack(layer.weight.data.view(torch.uint8).view(n, k // 2)))
         scales.append(scales_of(layer.weight.quant_state).view(n, k // BLOCK))
-    bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
-    return NF4Linear(torch.cat(words), *pack_scales(torch.cat(scales)), bias, dtype)
+    biases = [layer.bias.data for layer in layers if layer.bias is not None]
+    return NF4Linear(torch.cat(words), *pack_scales(torch.cat(scales)),
+                     torch.cat(biases) if biases else None, dtype)
 
 
 # --------------------------------------------------------------------------------- the kernels

@@ -18,6 +18,7 @@ from machine.device import Runtime
 from vlm.eventgpt import CLIP_L_336, EventGPTConfig, EventGPTModel
 from vlm.loading import check_quantised
 from vlm.model import LoadedModel
+from vlm.nf4 import Linear4bit
 from vlm.video_llava import VIDEO, VideoLlava
 
 SEED = 42                            # of the weights, and of the benchmark's pictures
@@ -103,7 +104,7 @@ def quantise(model: nn.Module, runtime: Runtime) -> None:
     check_quantised(model, runtime, [])
 
 
-def linear_4bit(weight: torch.Tensor, runtime: Runtime) -> nn.Module:
+def linear_4bit(weight: torch.Tensor, runtime: Runtime) -> Linear4bit:
     """bitsandbytes' linear layer with this weight (N, K), in NF4 with nested statistics."""
     import bitsandbytes
 

@@ -67,15 +67,15 @@ def check_tokenizer(tokenizer, name: str | Path, vocab_size: int) -> None:
     for kind, token in (("BOS", tokenizer.bos_token_id), ("EOS", tokenizer.eos_token_id)):
         if type(token) is not int or not 0 <= token < vocab_size:
             raise UserError(
-                f"the tokenizer of {name} has no {kind} that the model knows ({token!r}, wanted an id "
-                f"below {vocab_size:,}): tokenizer_config.json or special_tokens_map.json is missing or "
-                "belongs to another model"
+                f"the tokenizer of {name} has no {kind} that the model knows ({token!r}, wanted an "
+                f"id below {vocab_size:,}): tokenizer_config.json or special_tokens_map.json is "
+                "missing or belongs to another model"
             )
     first, second = (ids_of(tokenizer, name, word, vocab_size) for word in WORDS)
     if first == second:
         raise UserError(
-            f"the tokenizer of {name} knows no words: {' and '.join(WORDS)} both become {first[:8]}; its "
-            "files are damaged or of another model"
+            f"the tokenizer of {name} knows no words: {' and '.join(WORDS)} both become "
+            f"{first[:8]}; its files are damaged or of another model"
         )
     with silent_panics():
         guarded(f"the tokenizer of {name} can't decode its own ids",
@@ -109,6 +109,6 @@ def warn_of_special_tokens(tokenizer, name: str | Path, questions: list[str]) ->
     for question in questions:
         if marks := sorted(mark for mark in special if mark and mark in question):
             log(
-                f"load | WARNING | the question {question[:60]!r} contains {', '.join(marks)}: {name} reads that "
-                "as a control token and not as text"
+                f"load | WARNING | the question {question[:60]!r} contains {', '.join(marks)}: "
+                f"{name} reads that as a control token and not as text"
             )

@@ -44,7 +44,8 @@ def prompt(query: str) -> str:
     """
     if VIDEO in query or IMAGE in query:
         raise UserError(
-            f"the question may contain neither {VIDEO} nor {IMAGE}, which stand for pictures: {query!r}"
+            f"the question may contain neither {VIDEO} nor {IMAGE}, which stand for pictures: "
+            f"{query!r}"
         )
     return f"USER: {VIDEO}\n{query} ASSISTANT:"
 
@@ -131,8 +132,8 @@ def split(tokenizer, query: str, video_id: int) -> tuple[list[int], list[int]]:
     ids = prompt_ids(tokenizer, query, 1)
     if ids.count(video_id) != 1:
         raise UserError(
-            f"the tokenizer reads {VIDEO} as {ids.count(video_id)} tokens of id {video_id}, wanted 1: its "
-            "files are damaged or of another model"
+            f"the tokenizer reads {VIDEO} as {ids.count(video_id)} tokens of id {video_id}, wanted "
+            "1: its files are damaged or of another model"
         )
     return ids[:ids.index(video_id)], ids[ids.index(video_id) + 1:]
 

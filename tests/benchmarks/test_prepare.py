@@ -73,6 +73,6 @@ def test_a_mistake_is_one_line(flags, words, tmp_path):
 
 
 def test_a_recording_that_would_not_fit_is_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "painting", lambda config: {})
+    monkeypatch.setattr(prepare, "time_painting", lambda events, seed: {})
     with pytest.raises(UserError, match="set TMPDIR to a folder with more room"):
         prepare.measure(Config(events=10**13))
