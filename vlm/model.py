@@ -7,6 +7,7 @@ visual_features, decoder, max_positions, max_prompt and answer.
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class LoadedModel:
     """The parts of a model that is ready to answer; vlm.contract.VisionLanguageModel says what each is."""
 
     model: nn.Module
-    tokenizer: object
+    tokenizer: Any
     pixels: PixelSettings
     runtime: Runtime
     revision: str
