@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from base import UserError, as_json, check_counts, first_line, log, option, parse_config, required
 from decoding.journal import hidden_folder, journal_of, open_journal
-from decoding.limits import PLAIN, check_gamma, limits_of
+from decoding.limits import PLAIN, check_gamma, check_tree, limits_of
 from drafting.table import LIVE, LIVE_NAMES
 from machine.running import goes_on_with, run
 from vlm.roles import DRAFT, TARGET, View
@@ -63,6 +63,9 @@ class DecodeConfig:
                                        "memory.npz of earlier decodings, known from the start")
     gamma: str = option(
         "auto", "tokens proposed for each pass, 1 to 16; auto: while they are worth their cost")
+    tree: str = option(
+        "auto", "nodes of the tree proposed for each pass, where the drafter has second choices; "
+        "0: chains; auto: up to 64, those that are worth their cost")
     compare: bool = option(
         False, "decode plainly too, by transformers and by our loop, and with every drafter")
     parallel: bool = option(
@@ -98,6 +101,7 @@ class DecodeConfig:
 
     def __post_init__(self):
         check_gamma(self.gamma)
+        check_tree(self.tree)
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature must be 0 or more, got {self.temperature}")
         if 0 < self.temperature < 0.01:
@@ -262,7 +266,7 @@ def settings_of(config: DecodeConfig, task: Task, questions: list[str], runtime:
 
 def facts_of(config: DecodeConfig, settings: dict) -> dict:
     """What decode.json says of the run itself."""
-    return {"config": as_json(config), "drafter": config.drafter, "gamma": config.gamma,
+    return {"config": as_json(config), "drafter": config.drafter, "gamma": config.gamma, "tree": config.tree,
             **{name: settings[name] for name in ("dtype", "quantization", "device")}}
 
 
@@ -310,7 +314,7 @@ def decode_all(config: DecodeConfig, stages: Stages, drafts: dict) -> dict | Non
     clips, journal = stages.clips, stages.journal
     if journal.answers.keys() >= drafts.keys() and not config.parallel:
         return None
-    settings = Settings(config.drafter, config.gamma, config.compare, config.max_new_tokens,
+    settings = Settings(config.drafter, config.gamma, config.tree, config.compare, config.max_new_tokens,
                         config.temperature, config.seed)
     with loaded(TARGET, config, stages, stages.runtime) as model:
         stages.task.adapter.to(stages.runtime.device)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from base import check_counts, log, option, required
-from benchmarks.decode_table import one_line, show, summarise, wanted
-from decoding.limits import check_gamma
+from benchmarks.decode_table import TREE, one_line, show, summarise, wanted
+from decoding.limits import check_gamma, check_tree
 from decoding.task import Task, read_task
 from drafting.parts import SimulationParts
 from drafting.table import LIVE
@@ -59,6 +59,9 @@ class Config:
     max_answers: int = option(-1, "use only the first so many answers, in clip order; -1: all")
     gamma: str = option(
         "auto", "tokens proposed for each pass, 1 to 16; auto: while they are worth their cost")
+    tree: str = option(
+        "auto", "nodes of the trees of drafters with second choices, 0 to 64; auto: while they are "
+        "worth their cost")
     peer_answers: int = option(
         20, "the first so many, for transformers and for ours that learn from none; -1: all")
     output: Path = option(Path("benchmark_decode.json"), "where all numbers go")
@@ -72,6 +75,7 @@ class Config:
 
     def __post_init__(self):
         check_gamma(self.gamma)
+        check_tree(self.tree)
         check_counts(self, (), ("max_answers", "peer_answers"))
 
 
@@ -134,6 +138,7 @@ def measure(config: Config) -> dict:
     import torch
 
     from benchmarks.replay import Ours, run_mode, transformers_modes
+    from drafting.tree import Branching
     from machine.device import Runtime, device_name
     from vlm.peers import QUERY, SEED, random_model
     from vlm.video_llava import VideoLlava
@@ -145,7 +150,7 @@ def measure(config: Config) -> dict:
     part = len(pairs) if config.peer_answers == -1 else min(config.peer_answers, len(pairs))
     results = {
         "size": config.size, "device": device_name(runtime.device), "dtype": config.dtype,
-        "quantization": config.quantization, "gamma": config.gamma, "what": [
+        "quantization": config.quantization, "gamma": config.gamma, "tree": config.tree, "what": [
             *WHAT,
             f"Part: transformers' modes and {', '.join(ON_A_PART)} ran on the first {part} of "
             f"{len(pairs)} answers, one contiguous part, the same for all; whoever is compared "
@@ -160,8 +165,11 @@ def measure(config: Config) -> dict:
     runs = {name: run_mode(name, mode, model, pixels, answers[:part])
             for name, mode in transformers_modes(model, config.gamma, config.compile).items()}
     task.adapter.to(runtime.device)
-    ours = Ours(model, pixels, {name: entry.make_live(task.parts) for name, entry in LIVE.items()},
-                config.gamma, max(map(len, answers)))
+    drafters = {name: entry.make_live(task.parts) for name, entry in LIVE.items()}
+    if config.tree != "0":               # each with a memory of its own
+        drafters |= {f"{name}{TREE}": LIVE[name].make_live(task.parts)
+                     for name, drafter in drafters.items() if isinstance(drafter, Branching)}
+    ours = Ours(model, pixels, drafters, config.gamma, config.tree, max(map(len, answers)))
     ours.warm_up(recorded)
     proposing = ours.proposing_ms(*recorded[0])
     our_runs = ours.run(recorded, ON_A_PART, part)

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from base import Progress, log
+from benchmarks.decode_table import TREE
 from benchmarks.limits import memory
+from decoding.contracts import NO_TOKEN
 from decoding.costs import ModelCosts, Pace, measure_costs
 from decoding.decoder import Asked, Decoder, open_target
-from decoding.limits import AUTO, MAX_GAMMA, limits_of
-from drafting.contract import Drafter, NoDrafts, matching
+from decoding.limits import AUTO, MAX_NODES, MEASURED_SIZES, limits_of
+from drafting.contract import Drafter, NoDrafts
+from drafting.tree import Branching
 from machine.timing import median_s, timed
 from vlm import peers
 from vlm.peers import QUERY, QUESTION
@@ -97,10 +100,10 @@ def replay(recorded: list[int]):
     """A rule for decode(): it waits for the target's choice as `greedy` does, then takes the
     recorded tokens.
     """
-    def rule(answer: list[int], proposed: list[int], following) -> list[int]:
+    def rule(answer: list[int], depths: list[int], following) -> list[int]:
         following.best.tolist()
-        true = recorded[len(answer):]
-        return true[:matching(proposed, true) + 1]
+        true = [*recorded[len(answer):], *[NO_TOKEN] * len(depths)]
+        return [true[depth] for depth in depths]
 
     return rule
 
@@ -118,18 +121,32 @@ class Untaught(NoDrafts):
         return self.drafter.propose(prefix, gamma, price)
 
 
+class UntaughtTree(Untaught):
+    """The same of a drafter that has second choices."""
+
+    def place_after(self, prefix: list[int]):
+        return self.drafter.place_after(prefix)
+
+    def next_place(self, place, token: int):
+        return self.drafter.next_place(place, token)
+
+    def choices(self, place, reached: float, price: float) -> list[tuple[float, int]]:
+        return self.drafter.choices(place, reached, price)
+
+
 class Ours:
     """Our loop on the model, with every drafter on each answer in turn."""
 
     def __init__(self, model: VisionLanguageModel, pixels: torch.Tensor, drafters: dict[str, Drafter],
-                 gamma: str, longest: int):
-        """longest: tokens of the longest answer."""
-        self.model, self.pixels, self.gamma, self.device = model, pixels, gamma, model.runtime.device
+                 gamma: str, tree: str, longest: int):
+        """tree: of the drafters whose name ends in TREE; longest: tokens of the longest answer."""
+        self.model, self.pixels, self.device = model, pixels, model.runtime.device
+        self.gamma, self.tree = gamma, tree
         self.question = [token % model.tokenizer.words for token in QUESTION]
         self.memory_before = memory(self.device)["held"]
-        self.target = open_target(model, [QUERY], len(pixels), longest + MAX_GAMMA)
+        self.target = open_target(model, [QUERY], len(pixels), longest + MAX_NODES)
         self.costs: ModelCosts = measure_costs(model, self.target, pixels, QUERY,
-                                               range(1, MAX_GAMMA + 2))
+                                               MEASURED_SIZES)
         self.decoders = {name: Decoder(self.target, drafter) for name, drafter in drafters.items()}
 
     def warm_up(self, recorded: list[tuple[list[int], list[int]]]) -> None:
@@ -139,11 +156,12 @@ class Ours:
         embeds = self.model.prompt_embeds(self.pixels, QUERY)
         for name, decoder in self.decoders.items():
             for draft, answer in recorded[:WARM_UPS]:
-                self.row_of(name, Decoder(self.target, Untaught(decoder.drafter)), embeds, draft,
+                untaught = UntaughtTree if isinstance(decoder.drafter, Branching) else Untaught
+                self.row_of(name, Decoder(self.target, untaught(decoder.drafter)), embeds, draft,
                             answer)
             draft, answer = recorded[0]
             decoder.measure(Asked(embeds, draft, self.question), answer, self.costs, self.device)
-            if self.gamma == AUTO:
+            if AUTO in (self.gamma, self.tree if name.endswith(TREE) else ""):
                 decoder.pace = Pace(self.costs.verify[1])
 
     def run(self, recorded: list[tuple[list[int], list[int]]], only_part: tuple[str, ...],
@@ -164,9 +182,9 @@ class Ours:
 
     def row_of(self, name: str, decoder: Decoder, embeds: torch.Tensor, draft: list[int],
                answer: list[int]) -> dict:
-        asked, limits = Asked(embeds, draft, self.question), limits_of(self.gamma,
-                                                                       len(answer),
-                                                                       eos_ids=())
+        asked = Asked(embeds, draft, self.question)
+        tree = self.tree if name.endswith(TREE) else "0"
+        limits = limits_of(self.gamma, len(answer), eos_ids=(), tree=tree)
         decoded, seconds = timed(lambda: decoder.answer(asked, limits, replay(answer)), self.device)
         assert decoded.tokens == answer, f"{name} gave {decoded.tokens} for {answer}"
         return {

@@ -13,7 +13,7 @@ from decoding.clips import Clips
 from decoding.costs import NOISE_OVER_ROUNDING, ModelCosts, Pace, measure_costs, rounding
 from decoding.decoder import Asked, Decoder, open_target
 from decoding.journal import DecodingJournal
-from decoding.limits import AUTO, MAX_GAMMA, PLAIN, limits_of
+from decoding.limits import AUTO, MAX_NODES, MEASURED_SIZES, PLAIN, limits_of
 from decoding.loop import Decoded
 from decoding.rules import rule_of
 from decoding.verdict import judge
@@ -34,6 +34,7 @@ class Settings:
 
     drafter: str                     # the chosen one: its tokens are the answers
     gamma: str                       # auto, or a number
+    tree: str                        # auto, or a number of nodes; 0: chains
     compare: bool                    # judge every drafter's answers, and transformers'
     max_new_tokens: int
     temperature: float
@@ -68,8 +69,9 @@ class Answering:
         self.settings, self.journal = settings, journal
         pictures = TARGET.most_pictures(clips.samples, clips.view)
         self.target = open_target(model, clips.questions, pictures,
-                                  settings.max_new_tokens + MAX_GAMMA)
-        self.limits = limits_of(settings.gamma, settings.max_new_tokens, model.eos_ids)
+                                  settings.max_new_tokens + MAX_NODES)
+        self.limits = limits_of(settings.gamma, settings.max_new_tokens, model.eos_ids,
+                                settings.tree)
         self.drafters = drafters
         self.decoders: dict[str, Decoder] = {}       # none until all costs and the noise are known
         self.costs: ModelCosts | None = None
@@ -149,9 +151,8 @@ class Answering:
 
     def measure_model(self, question: Question) -> ModelCosts:
         if self.costs is None:
-            sizes = range(1, MAX_GAMMA + 2)
             self.costs = measure_costs(self.model, self.target, question.pixels, question.text,
-                                       sizes)
+                                       MEASURED_SIZES)
         return self.costs
 
     def new_decoder(self, drafter: Drafter, asked: Asked, answer: list[int]) -> Decoder:
@@ -159,7 +160,7 @@ class Answering:
         """
         assert self.costs, "the model's costs are measured first"
         decoder = Decoder(self.target, drafter,
-                          Pace(self.costs.verify[1]) if self.settings.gamma == AUTO else None)
+                          Pace(self.costs.verify[1]) if AUTO in (self.settings.gamma, self.settings.tree) else None)
         decoder.measure(asked, answer, self.costs, self.model.runtime.device)
         return decoder
 

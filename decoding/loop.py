@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from decoding.contracts import NO_TOKEN, Target
 from decoding.limits import Limits
-from decoding.rules import Rule, greedy, greedy_path
+from decoding.rules import Rule, greedy
 from drafting.contract import Drafter
 from drafting.tree import MAX_DEPTH, Branching, Tree, build_tree
 
@@ -80,7 +80,7 @@ def decode(target: Target,
     proposal change nothing.
     """
     decoded = Decoded([])
-    branches = limits.nodes > 0 and rule is greedy and isinstance(drafter, Branching)
+    branches = limits.nodes > 0 and isinstance(drafter, Branching)
     propose = proposed_tree if branches else proposed_chain
     while not limits.are_reached(decoded.tokens):
         start = time.perf_counter()
@@ -133,8 +133,7 @@ def verified(target: Target, answer: list[int], proposed: Tree, limits: Limits,
         following = target.verify([answer[-1], *proposed.tokens], *tree)
     else:
         following = target.prefill(proposed.tokens, *tree)
-    if not tree:
-        return limits.cut(rule(answer, proposed.tokens, following))
-    path, tokens = greedy_path(proposed, following)
-    target.keep_path([0, *(node + 1 for node in path)])
+    path, tokens = proposed.follow(rule(answer, proposed.depths(), following))
+    if tree:
+        target.keep_path([0, *(node + 1 for node in path)])
     return limits.cut(tokens)

@@ -1,9 +1,9 @@
 """Rules that verify proposals: greedy decoding, and sampling at a temperature. Both are lossless.
 
-A rule is called with (answer so far, proposed tokens, what the target says after the answer and
-after each proposal) and returns the tokens to append: the proposals that are right, then one token
-of the target's own. It returns NO_TOKEN in place of a token that would come from logits that are
-not finite.
+A rule is called with (answer so far, depths of k positions, what the target says after each) and
+returns the token that follows each position: the answer's end is position 0 at depth 0, a proposal
+of a chain or a tree lies as deep as its path is long. It returns NO_TOKEN where logits are not
+finite. The loop follows these tokens through the proposals.
 """
 
 from __future__ import annotations
@@ -14,33 +14,13 @@ from collections.abc import Callable
 import torch
 
 from decoding.contracts import NO_TOKEN, Following
-from drafting.contract import matching
-from drafting.tree import Tree
 
 Rule = Callable[[list[int], list[int], Following], list[int]]
 
 
-def greedy(answer: list[int], proposed: list[int], following: Following) -> list[int]:
-    """The proposals that greedy decoding would have chosen too, and its next token."""
-    best = following.best.tolist()
-    return best[:matching(proposed, best) + 1]
-
-
-def greedy_path(tree: Tree, following: Following) -> tuple[list[int], list[int]]:
-    """The nodes that greedy decoding would have chosen too, and their tokens with its next token behind them.
-
-    following: what the target says at position 0, before the tree, and after each node (node j is position j + 1).
-    """
-    best = following.best.tolist()
-    children = {(parent, token): node for node, (token, parent) in reversed([*enumerate(zip(tree.tokens, tree.parents))])}
-    path, tokens, node = [], [], -1
-    while True:
-        token = best[node + 1]
-        tokens.append(token)
-        if (node, token) not in children:
-            return path, tokens
-        node = children[node, token]
-        path.append(node)
+def greedy(answer: list[int], depths: list[int], following: Following) -> list[int]:
+    """The token that greedy decoding chooses after each position."""
+    return following.best.tolist()
 
 
 class Sampling:
@@ -51,7 +31,7 @@ class Sampling:
     softmax. The noise belongs to the position in the answer, so the draw does not depend on
     proposals; a proposal is accepted if it equals the draw. Its chance of that is the target's
     probability of it, as in speculative sampling (Leviathan et al. 2023; Chen et al. 2023) from a
-    drafter that puts all its weight on one token.
+    drafter that puts all its weight on one token. In a tree all nodes of one depth share a draw.
     """
 
     def __init__(self, temperature: float, seed: int):
@@ -61,20 +41,19 @@ class Sampling:
         self.positions = 0
         self.is_begun = False                            # whether this answer has a token
 
-    def __call__(self, answer: list[int], proposed: list[int], following: Following) -> list[int]:
+    def __call__(self, answer: list[int], depths: list[int], following: Following) -> list[int]:
         if not answer and self.is_begun:                 # a new answer
-            self.noise, self.positions, self.is_begun = {}, 0, False
+            self.noise, self.positions = {}, 0
         self.noise = {
             position: row for position, row in self.noise.items() if position >= len(answer)
         }
         logits = following.logits.double().cpu()
         noise = torch.stack(
-            [self._noise_at(len(answer) + k, logits.shape[-1]) for k in range(len(logits))])
+            [self._noise_at(len(answer) + depth, logits.shape[-1]) for depth in depths])
         is_number = logits.amax(-1).isfinite()           # the largest of logits with a NaN is NaN
         drawn = (logits / self.temperature + noise).argmax(-1).where(is_number, NO_TOKEN).tolist()
-        emitted = drawn[:matching(proposed, drawn) + 1]
-        self.is_begun = self.is_begun or NO_TOKEN not in emitted
-        return emitted
+        self.is_begun = bool(answer) or NO_TOKEN not in drawn    # else the pass may be asked again
+        return drawn
 
     def _noise_at(self, position: int, vocab_size: int) -> torch.Tensor:
         """Made in the order of the positions, so that it doesn't depend on how many are asked for

@@ -62,6 +62,28 @@ class Tree:
         """
         return [-1, *(parent + 1 for parent in self.parents)]
 
+    def depths(self) -> list[int]:
+        """Depth of position 0 and of each node: tokens of the path that ends there."""
+        depths = [0]
+        for parent in self.parents:
+            depths.append(depths[parent + 1] + 1)
+        return depths
+
+    def follow(self, chosen: list[int]) -> tuple[list[int], list[int]]:
+        """The path of nodes that the target would have chosen too, and their tokens with its own
+        next token behind them. chosen: the target's token after position 0 and after each node.
+        """
+        children: dict[tuple[int, int], int] = {}
+        for node, (token, parent) in enumerate(zip(self.tokens, self.parents)):
+            children.setdefault((parent, token), node)
+        path, tokens = [], [chosen[0]]
+        node = children.get((-1, chosen[0]))
+        while node is not None:
+            path.append(node)
+            tokens.append(chosen[node + 1])
+            node = children.get((node, tokens[-1]))
+        return path, tokens
+
     def below(self, vocab_size: int) -> Tree:
         """The tree without ids outside a vocabulary, and without what follows them."""
         if all(0 <= token < vocab_size for token in self.tokens):
@@ -85,10 +107,7 @@ class Tree:
 
     def depth(self) -> int:
         """Tokens of the longest path."""
-        depths: list[int] = []
-        for parent in self.parents:
-            depths.append(1 + (depths[parent] if parent >= 0 else 0))
-        return max(depths, default=0)
+        return max(self.depths())
 
     def chain_first(self) -> Tree:
         """The same tree with its most probable path first, which is verified like a chain."""

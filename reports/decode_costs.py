@@ -102,7 +102,7 @@ def break_even(results: dict) -> list[str]:
     # then the adapter is asked only where it pays
     if results["gamma"] == "auto" and run["proposed"]:
         proposal_ms, how = 1000 * run["draft_s"] / run["proposed"], "the average of this run"
-    for gamma in range(1, max(verify_ms)):
+    for gamma in (size - 1 for size in verify_ms if size > 1):
         round_ms = verify_ms[gamma + 1] + gamma * proposal_ms
         even, simulated = round_ms / verify_ms[1], simulated_taus.get(str(gamma))
         if simulated:

@@ -19,6 +19,7 @@ from drafting.hybrid import Hybrid, LiveHybrid
 from drafting.memory import LiveMemory, Memory, load_memory, save_memory
 from drafting.ngrams import NGrams
 from drafting.steps import AdapterSteps
+from drafting.tree import Tree
 from pairs.pairs import Pairs
 from tests.conftest import flat
 from tests.drafting.builders import counts_of
@@ -159,9 +160,10 @@ def test_sampling_gives_the_targets_own_distribution_whatever_is_proposed():
         counts = collections.Counter()
         for rule in (rule for seed in seeds for rule in [Sampling(temperature, seed)] * draws):
             rows = np.stack([first, *(second[token] for token in proposed)])
-            emitted = rule([], proposed, Following(None, torch.from_numpy(rows)))
+            tree = Tree.chain(proposed)
+            emitted = tree.follow(rule([], tree.depths(), Following(None, torch.from_numpy(rows))))[1]
             if len(emitted) == 1:                                   # the second token comes from a plain pass
-                emitted = emitted + rule(emitted, [], Following(None, torch.from_numpy(second[emitted[0]][None])))
+                emitted = emitted + rule(emitted, [0], Following(None, torch.from_numpy(second[emitted[0]][None])))
             counts[emitted[0] * 5 + emitted[1]] += 1
         observed = np.array([counts[cell] for cell in range(25)])
         rare = expected < 5                                   # too few for chi-square one by one: taken together

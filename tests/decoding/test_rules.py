@@ -30,15 +30,15 @@ def test_a_pass_that_is_asked_again_draws_the_same_tokens():
     logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(1))
     spoilt, rule = logits.clone(), Sampling(1.0, 3)
     spoilt[0] = torch.nan
-    assert rule([], [4, 5], Following(None, spoilt)) == [NO_TOKEN]
-    again = rule([], [], Following(None, logits[:1]))
-    assert again == Sampling(1.0, 3)([], [], Following(None, logits[:1]))
+    assert rule([], [0, 1, 2], Following(None, spoilt))[0] == NO_TOKEN
+    again = rule([], [0], Following(None, logits[:1]))
+    assert again == Sampling(1.0, 3)([], [0], Following(None, logits[:1]))
 
 
 def test_each_answer_has_a_seed_of_its_own_and_no_temperature_is_greedy():
     assert rule_of(0.0, 42, "a") is greedy
     logits = torch.zeros(1, 10**6)
-    draws = [rule_of(1.0, seed, name)([], [], Following(None, logits))
+    draws = [rule_of(1.0, seed, name)([], [0], Following(None, logits))
              for seed, name in ((1, "a"), (1, "a"), (1, "b"), (2, "a"))]
     assert draws[0] == draws[1] and len({tuple(draw) for draw in draws}) == 3
 

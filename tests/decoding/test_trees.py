@@ -10,7 +10,7 @@ from acceptance.simulation import simulate_trees
 from base import UserError
 from decoding.limits import MAX_NODES, Limits, check_tree, limits_of
 from decoding.loop import decode
-from decoding.rules import greedy_path
+from decoding.rules import Sampling
 from drafting.contract import Costs, NoDrafts
 from drafting.hybrid import LiveHybrid
 from drafting.memory import LiveMemory
@@ -123,7 +123,7 @@ def test_a_tree_that_is_a_chain_is_verified_as_a_chain(quality):
 @pytest.mark.parametrize("kind", ["memory", "hybrid"])
 @pytest.mark.parametrize("nodes", [1, 4, 16, 32])
 def test_live_trees_need_the_passes_that_simulation_foretells(world, kind, nodes):  # noqa: F811
-    target, training, test, prompts = world
+    _, training, test, prompts = world
     branched = Branched(7, 5)
     answers = list(training.answers("target"))
 
@@ -157,9 +157,22 @@ def test_a_node_that_is_not_worth_its_time_is_left_out(world):  # noqa: F811
 
 def test_the_path_goes_along_the_first_of_equal_siblings_and_ends_with_the_targets_own_token():
     tree = Tree([4, 4, 7, 8, 9], [-1, -1, 0, 1, 2])
-    best = torch.tensor([4, 7, 8, 9, 1, 3])              # after the prefix, then after each node
-    assert greedy_path(tree, Following(best)) == ([0, 2, 4], [4, 7, 9, 3])
-    assert greedy_path(Tree(), Following(best[:1])) == ([], [4])
+    chosen = [4, 7, 8, 9, 1, 3]                          # after the prefix, then after each node
+    assert tree.follow(chosen) == ([0, 2, 4], [4, 7, 9, 3]) and tree.depths() == [0, 1, 1, 2, 2, 3]
+    assert Tree().follow([4]) == ([], [4])
+
+
+@pytest.mark.parametrize("nodes", [1, 5, 24])
+def test_a_sampled_answer_does_not_depend_on_the_tree(nodes):
+    """One draw for each place in the answer: with trees as without proposals."""
+    target = Branched(5, 5)
+    for seed, prompt in enumerate(PROMPTS):
+        target.ask(prompt)
+        plain = decode(target, NoDrafts(), Limits(20, (EOS,), 1), rule=Sampling(1.3, 7)).tokens
+        target.ask(prompt)
+        decoded = decode(target, Guessing(plain, seed, 0.7), Limits(20, (EOS,), 1, nodes),
+                         rule=Sampling(1.3, 7))
+        assert decoded.tokens == plain and (nodes == 1 or any(decoded.accepted))
 
 
 def test_ids_that_the_target_does_not_have_leave_the_tree_with_what_follows_them():
