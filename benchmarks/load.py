@@ -1,8 +1,9 @@
-"""Very many pairs from a file to metrics and back, their time and memory: `python benchmark.py load`.
+"""Very many pairs from a file to metrics and back, their time and memory: `python benchmark.py
+load`.
 
-Makes pair files of several sizes, in the format of extract_tokens_train.py, and works through each in processes of
-their own, so that a peak of memory is that of one size alone. Beside it runs the plain way on the same file:
-json.load, and lists of its answers.
+Makes pair files of several sizes, in the format of extract_tokens_train.py, and works through each
+in processes of their own, so that a peak of memory is that of one size alone. Beside it runs the
+plain way on the same file: json.load, and lists of its answers.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ import numpy as np
 from base import ROOT, UserError, check_counts, log, option
 from machine.files import write_json
 from machine.running import run
-from pairs.formats import CHUNK, load_pairs, write_rows
+from pairs.formats import load_pairs
+from pairs.rows import write_rows
 
-IDS, ANSWERS = 633, 997              # distinct ids, as in 1,100 real pairs; distinct answers, which come in turn
+# distinct ids, as in 1,100 real pairs; distinct answers, which come in turn
+IDS, ANSWERS = 633, 997
 CLIPS, SEGMENTS = 100, 3             # clips of a sequence, sequences of a drive
 WORDS = ("car", "street", "the", "scene", "traffic", "with", "building", "and", "parked", "tree", "road", "is", "a",
          "pedestrian", "bicycle", "crossing", "along", "sidewalk", "light", "vehicle", "driving", "include", "one")
-WARM_UP = 300                        # pairs that each process works through before its memory counts
-ROW_BYTES = 30                       # of the file, for each token and its share of the texts: about 27 were measured
-PLAIN_BYTES = 8                      # memory of json.load for each byte of the file, so that it is not tried in vain
+WARM_UP = 300                       # pairs that each process works through before its memory counts
+ROW_BYTES = 30      # of the file, for each token and its share of the texts: about 27 were measured
+PLAIN_BYTES = 8     # memory of json.load for each byte of the file, so that it is not tried in vain
 JSON_ROWS = 10_000                   # rows by which json's own time is measured
 MAX_SEQ_LEN, TRAINED_AT_A_TIME, PREDICTED_AT_A_TIME, SCORED = 128, 32, 64, 64
 
@@ -64,9 +67,11 @@ class Config:
             raise UserError(f"--seed must be 0 or more, got {self.seed}")
 
 
-# ------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 def rows(count: int, tokens: int, seed: int) -> Iterator[dict]:
-    """Rows as extraction writes them: ids of five digits, texts of three words for four tokens, clips of drives."""
+    """Rows as extraction writes them: ids of five digits, texts of three words for four tokens,
+    clips of drives.
+    """
     random = np.random.default_rng(seed)
     ids = np.sort(random.choice(np.arange(259, 29_954), IDS, replace=False))
 
@@ -86,15 +91,19 @@ def rows(count: int, tokens: int, seed: int) -> Iterator[dict]:
                "vl_tokens": target, "vl_text": target_text, "vl_finished": False}
 
 
-# ------------------------------------------------------------------------- in a process of its own, one size each
+# ----------------------------------------------------------- in a process of its own, one size each
 def resident_mib(which: str) -> float:
-    """VmRSS now, VmHWM at its highest. Not getrusage: a new process begins there with the peak of who started it."""
+    """VmRSS now, VmHWM at its highest. Not getrusage: a new process begins there with the peak of
+    who started it.
+    """
     found = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
     return int(found.split()[1]) / 1024
 
 
 class Parts:
-    """Runs the parts of a size one after the other: seconds of each, and the highest memory up to its end."""
+    """Runs the parts of a size one after the other: seconds of each, and the highest memory up to
+    its end.
+    """
 
     def __init__(self):
         self.seconds, self.peak_mib, self.before = {}, {}, resident_mib("VmRSS")
@@ -166,10 +175,12 @@ def ours(path: Path, count: int, tokens: int, seed: int) -> dict:
 
 
 def read_alone(path: Path) -> float:
-    """Seconds of reading the file's bytes and nothing else; just written, they come from the page cache."""
+    """Seconds of reading the file's bytes and nothing else; just written, they come from the page
+    cache.
+    """
     start = time.monotonic()
     with open(path, "rb", buffering=0) as file:
-        while file.read(CHUNK):
+        while file.read(2**20):
             pass
     return time.monotonic() - start
 
@@ -197,9 +208,11 @@ def plain(path: Path, count: int, tokens: int, seed: int) -> dict:
     return parts.results()
 
 
-# ---------------------------------------------------------------------------------------------------- measure
+# ------------------------------------------------------------------------------------------ measure
 def one_size(count: int, config: Config, folder: Path) -> dict:
-    """{"write", "ours", "plain"}: what each of these processes found; None for a plain way that wouldn't fit."""
+    """{"write", "ours", "plain"}: what each of these processes found; None for a plain way that
+    wouldn't fit.
+    """
     path, found = folder / f"pairs_{count}.json", {}
     for part in (write, ours, plain):
         name, result = part.__name__, folder / "result.json"
@@ -228,8 +241,10 @@ def available_bytes() -> int:
 
 
 def exponent(small: float, large: float, times: float) -> float | None:
-    """1 where `times` as many pairs take as many times the time or memory, 2 where they take its square."""
-    if min(small, large) <= 0:                               # a few pairs may not raise the memory by one page
+    """1 where `times` as many pairs take as many times the time or memory, 2 where they take its
+    square.
+    """
+    if min(small, large) <= 0:                    # a few pairs may not raise the memory by one page
         return None
     return math.log(large / small) / math.log(times)
 

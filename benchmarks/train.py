@@ -1,8 +1,9 @@
-"""Training: our loop beside a plain one, on the same pairs in the same run: `python benchmark.py train`.
+"""Training: our loop beside a plain one, on the same pairs in the same run: `python benchmark.py
+train`.
 
-The plain loop is what one would write first: float32 (TF32 off), a data set of single pairs padded to the longest
-answer there may be, all logits, and the loss read after every step. Same adapter, same pairs, same number of epochs;
-afterwards both are measured on the same validation pairs.
+The plain loop is what one would write first: float32 (TF32 off), a data set of single pairs padded
+to the longest answer there may be, all logits, and the loss read after every step. Same adapter,
+same pairs, same number of epochs; afterwards both are measured on the same validation pairs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from base import Progress, UserError, check_counts, log, option
-from pairs.formats import Pairs, load_pairs
+from pairs.formats import load_pairs
+from pairs.pairs import Pairs
 from pairs.splits import check_ids
 
 if TYPE_CHECKING:                    # torch is imported only after the flags are read
@@ -29,9 +31,10 @@ if TYPE_CHECKING:                    # torch is imported only after the flags ar
 
 CONDITIONINGS = ("prefix+draft", "prefix", "draft")
 EPOCHS, PAIRS = 50, 5208             # of the training that the project's numbers are for
-SENTENCES, CHOICES, ALTERNATIVES = 12, 14, 4      # made pairs: sentences, places in each that vary, words for each
+# made pairs: sentences, places in each that vary, words for each
+SENTENCES, CHOICES, ALTERNATIVES = 12, 14, 4
 TARGET, DRAFT = 50, 47               # tokens, as in the real pairs
-OPTIMIZER_BYTES = 28                 # AdamW reads weight, gradient and two moments and writes all but the gradient
+OPTIMIZER_BYTES = 28  # AdamW reads weight, gradient and two moments and writes all but the gradient
 
 WHAT = (
     "Plain: float32, TF32 off, padded to --max_seq_len, a data set of single pairs with the default collate, "
@@ -79,12 +82,13 @@ class Config:
             raise UserError(f"--num_heads must divide --embed_dim, got {self.num_heads} and {self.embed_dim}")
 
 
-# ------------------------------------------------------------------------------------------------------ pairs
+# -------------------------------------------------------------------------------------------- pairs
 def make_rows(count: int, vocab_size: int, seed: int) -> list[dict]:
-    """Rows of a pair file: sentences of which some words vary; the draft, in other words, tells half of these.
+    """Rows of a pair file: sentences of which some words vary; the draft, in other words, tells
+    half of these.
 
-    So a prefix tells most of what follows, a draft some more, and the rest nothing. The seed varies the rows alone:
-    the sentences are the same for training and validation.
+    So a prefix tells most of what follows, a draft some more, and the rest nothing. The seed varies
+    the rows alone: the sentences are the same for training and validation.
     """
     fixed, rng = np.random.default_rng(0), np.random.default_rng(seed)
     sentences, drafts = (fixed.integers(3, vocab_size, (SENTENCES, size)) for size in (TARGET, DRAFT))
@@ -119,16 +123,15 @@ def read_or_make(config: Config) -> tuple[Pairs, Pairs]:
     return tuple(found)
 
 
-# ------------------------------------------------------------------------------------------------------ loops
+# -------------------------------------------------------------------------------------------- loops
 def new_adapter(name: str, config: Config, device: torch.device) -> TokenAdapter:
-    import torch
+    from token_adapter import AdapterConfig
+    from training.adapters import new_adapter as random_adapter
 
-    from token_adapter import AdapterConfig, TokenAdapter
-
-    torch.manual_seed(config.seed)
-    return TokenAdapter(AdapterConfig(
-        config.vocab_size, name, config.embed_dim, config.num_layers, config.num_heads, 4 * config.embed_dim,
-        config.max_seq_len, dropout=0.1 if name == "draft" else 0.3)).to(device)
+    sizes = AdapterConfig(
+        config.vocab_size, name, config.embed_dim, config.num_layers, config.num_heads,
+        4 * config.embed_dim, config.max_seq_len, dropout=0.1 if name == "draft" else 0.3)
+    return random_adapter(sizes, config.seed).to(device)
 
 
 def peak_rate(name: str) -> float:
@@ -141,14 +144,16 @@ def train_plainly(adapter: TokenAdapter, pairs: Pairs, config: Config, device: t
     import torch.nn.functional as F
 
     from token_adapter import NOT_SCORED
-    from training.loop import DRAFT_DROPOUT, MAX_GRADIENT_NORM, learning_rate_factor
+    from training.loop import MAX_GRADIENT_NORM, check_finite, learning_rate_factor
+    from training.loss import DRAFT_DROPOUT
 
     width, sees_prefix = config.max_seq_len, adapter.config.sees_prefix
     inside = np.arange(width) < pairs.lengths("target")[:, None]
     targets = np.where(inside, pairs.padded("target", width), NOT_SCORED).astype(np.int64)
     drafts, lengths = pairs.padded("draft", width).astype(np.int64), pairs.lengths("draft").clip(max=width)
     data = [{"draft": torch.from_numpy(draft), "length": int(length), "target": torch.from_numpy(target)}
-            for draft, length, target in zip(drafts, lengths, targets)]      # any list is a data set of single pairs
+            # any list is a data set of single pairs
+            for draft, length, target in zip(drafts, lengths, targets)]
     loader = torch.utils.data.DataLoader(data, config.batch_size, shuffle=True)
     optimizer = torch.optim.AdamW(
         adapter.parameters(), peak_rate(adapter.config.conditioning), weight_decay=0.1 if sees_prefix else 0.01,
@@ -157,7 +162,7 @@ def train_plainly(adapter: TokenAdapter, pairs: Pairs, config: Config, device: t
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     for _ in range(config.num_epochs):
         adapter.train()
-        total = 0.0
+        losses = []
         for batch in loader:
             draft, length, target = (batch[key].to(device) for key in ("draft", "length", "target"))
             if sees_prefix:
@@ -175,8 +180,9 @@ def train_plainly(adapter: TokenAdapter, pairs: Pairs, config: Config, device: t
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            total += loss.item()
-        yield total / len(loader)
+            losses.append(loss.item())
+        check_finite(losses)
+        yield sum(losses) / len(losses)
 
 
 def train_ours(adapter: TokenAdapter, tokens: TokenTensors, config: Config):
@@ -193,24 +199,26 @@ def train_ours(adapter: TokenAdapter, tokens: TokenTensors, config: Config):
 
 
 def run_one(epochs, what: str, adapter: TokenAdapter, steps: int, validation: TokenTensors, config: Config) -> dict:
-    """epochs: a generator that trains one epoch each time -> everything measured of it; steps: of an epoch."""
-    import decoding.loop as decoding
+    """epochs: a generator that trains one epoch each time -> everything measured of it; steps: of
+    an epoch.
+    """
     from acceptance.metrics import measure
     from acceptance.tensors import predict
     from benchmarks.limits import memory
+    from machine.timing import timed
 
     device, seconds, losses = validation.device, [], []
     memory(device)
     progress = Progress(f"benchmark | {what}", config.num_epochs, unit="epochs")
     for epoch in range(config.num_epochs):
-        loss, epoch_s = decoding.timed(lambda: next(epochs), device)
+        loss, epoch_s = timed(lambda: next(epochs), device)
         seconds.append(epoch_s)
         losses.append(loss)
         progress.update(epoch + 1)
     epochs.close()                                    # with its optimizer and graphs
     peak = memory(device)["peak"]
     predict(adapter, validation, config.batch_size)
-    (top1, top5, loss), validation_s = decoding.timed(
+    (top1, top5, loss), validation_s = timed(
         lambda: predict(adapter, validation, config.batch_size), device)
     step_s = statistics.median(seconds[1:]) / steps
     return {"steps_per_epoch": steps, "step_ms": 1000 * step_s, "steps_per_s": 1 / step_s, "epoch_s": step_s * steps,
@@ -220,7 +228,7 @@ def run_one(epochs, what: str, adapter: TokenAdapter, steps: int, validation: To
             "validation_alpha": measure(top1, validation.lengths, top5)["alpha"], "peak_memory_mib": peak}
 
 
-# ---------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 def limits(adapter: TokenAdapter, pairs: Pairs, config: Config, rates: dict) -> dict:
     """What a step of these pairs needs at least; the mean over an epoch."""
     kind, blocks = adapter.config, sum(weight.numel() for weight in adapter.transformer.parameters())
@@ -279,7 +287,7 @@ def one_line(results: dict) -> str:
         for name, found in results["runs"].items())
 
 
-# ----------------------------------------------------------------------------------------------------- measure
+# ------------------------------------------------------------------------------------------ measure
 def measure(config: Config) -> dict:
     pairs, validation_pairs = read_or_make(config)
 

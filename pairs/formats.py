@@ -1,294 +1,54 @@
-"""Pairs of answers: the files that hold them, read and written row by row, and their tokens as flat arrays.
+"""Pair files: rows of three formats, told apart by their content, become Pairs.
 
-A million pairs fit: json.load of such a file takes some twenty times the memory of its tokens, so no file is ever in
-memory as a whole, and no answer as a Python list for longer than it is looked at. Imports no torch.
+    extraction    egpt_tokens, vl_tokens: what extract_tokens_train.py writes
+    benchmark     eventgpt.output_tokens, videollava.output_tokens
+    inference     egpt_token_ids, videollava_token_ids (or llava_token_ids)
+
+A million pairs fit in memory: rows come one by one (pairs/rows.py), their tokens go into flat arrays.
 """
 
 from __future__ import annotations
 
 import array
-import codecs
 import collections
-import dataclasses
-import hashlib
 import json
-import os
-import re
 import sys
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 
-from base import Progress, UserError, drive_of, log
-from machine.files import check_plain, not_json, write_whole
+from base import UserError, log
+from pairs.pairs import Pairs, digest
+from pairs.rows import JsonRows
 
-Which = Literal["draft", "target"]
 FORMATS = ("extraction", "benchmark", "inference")
-RECORDED = {"vocab_size": int, "dataset_dir": str, "dataset_name": str}      # what a file may say of all its rows
+# Facts that a file may state of all its rows, and of each model.
+RECORDED = {"vocab_size": int, "dataset_dir": str, "dataset_name": str}
+MODEL_FACTS = {"name": str, "revision": str, "vocab_size": int, "bos_id": int}
 MAX_ANSWER = 2**15             # tokens; the models' contexts have 4096 positions
-MAX_DIGITS = 18                # of a clip's number; a longer one is a name
-BLOCK = 2**13                  # pairs that are worked on at a time where an array of all would be large
-CHUNK = 2**20                  # bytes read at a time
-CUT = 16                       # a value that is cut fails so close to the cut: -Infinity has 9 letters, \u12ab 6
-AFTER = 3                      # letters wanted after a value: "12" may go on as "12e+3", of which "12" is valid alone
-WHITE_SPACE = re.compile(r"[ \t\n\r]*")
+MAX_DIGITS = 18                # of a clip number; a longer one is taken as a name
+LLAMA_BOS = 1                  # of LLaMA's tokenizer; in Qwen's vocabulary 1 is a quotation mark
+MAYBE_BOS = (f"starts with id {LLAMA_BOS}; if that is the tokenizer's BOS, drop such rows with "
+             f"--bos_id {LLAMA_BOS}")
+LOOP, NO_DRAFT, SHORT_TARGET = "one id repeated", "empty draft", "target under 4 tokens"
+FLAGS = (LOOP, NO_DRAFT, SHORT_TARGET, MAYBE_BOS)
 
 
-# ---------------------------------------------------------------------------------------------------- tokens
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """N pairs of answers; the tokens of pair i are draft[draft_start[i]:][:draft_length[i]], the target's likewise.
+class Row(NamedTuple):
+    """A usable row of a pair file."""
 
-    Generated tokens only: no prompt, no BOS; EOS where the model produced it. The flat arrays are those of all pairs
-    that were read, and whatever is selected from them shares them: a flat array may hold tokens of other pairs.
-    """
-
-    draft: np.ndarray                # (all draft tokens,) int32
-    draft_start: np.ndarray          # (N,) int64
-    draft_length: np.ndarray         # (N,) int32
-    target: np.ndarray               # (all target tokens,) int32
-    target_start: np.ndarray         # (N,) int64
-    target_length: np.ndarray        # (N,) int32
-    sequence: list[str]              # N recording names ("" where the file says none), e.g. zurich_city_14_a
-    clip: list[int | str]            # N clip numbers within the sequence
-    files: list[dict]                # per file: path, format, rows, used, largest_id, dropped and flagged {reason: n}
-    vocab_size: int | None = None    # of the models, where the files record it
-
-    def __len__(self) -> int:
-        return len(self.sequence)
-
-    def lengths(self, which: Which) -> np.ndarray:
-        """(N,) int64 tokens in each answer."""
-        return getattr(self, f"{which}_length").astype(np.int64)
-
-    def padded(self, which: Which, width: int) -> np.ndarray:
-        """(N, width) int32: the answers cut at `width`, filled up with 0. Lengths say where each one ends.
-
-        Takes five times its own size for a moment: for very many pairs go through `parts`.
-        """
-        flat, start, length = self._flat(which)
-        inside = np.arange(width) < length[:, None]
-        out = np.zeros((len(self), width), np.int32)
-        out[inside] = flat[(start[:, None] + np.arange(width))[inside]]
-        return out
-
-    def answer(self, which: Which, number: int) -> list[int]:
-        """The tokens of one answer."""
-        flat, start, length = self._flat(which)
-        return flat[start[number]:start[number] + length[number]].tolist()
-
-    def answers(self, which: Which) -> Iterator[list[int]]:
-        """The token lists of all pairs, one after the other."""
-        return (tokens.tolist() for tokens in self.views(which))
-
-    def views(self, which: Which) -> Iterator[np.ndarray]:
-        """The same as int32 arrays that share the memory."""
-        flat, start, length = self._flat(which)
-        return (flat[first:first + count] for first, count in zip(start, length))
-
-    def ids(self, which: Which) -> np.ndarray:
-        """The distinct token ids of these answers, in order, int32."""
-        found = np.zeros(0, np.int32)
-        for part in self.parts():
-            found = np.union1d(found, np.concatenate(list(part.views(which))))
-        return found
-
-    def select(self, rows: np.ndarray) -> Pairs:
-        """The pairs at these row numbers, in that order. No token is copied."""
-        rows = np.asarray(rows, np.int64)
-        parts = {name: getattr(self, name)[rows]
-                 for name in ("draft_start", "draft_length", "target_start", "target_length")}
-        return dataclasses.replace(self, **parts, sequence=[self.sequence[i] for i in rows],
-                                   clip=[self.clip[i] for i in rows])
-
-    def parts(self, size: int = BLOCK) -> Iterator[Pairs]:
-        """All pairs in their order, so many at a time."""
-        return (self.select(np.arange(first, min(first + size, len(self)))) for first in range(0, len(self), size))
-
-    def largest_ids(self) -> list[tuple[int, str]]:
-        """(largest id, path) of each file they were read from, for an error that names the file."""
-        return [(file["largest_id"], file["path"]) for file in self.files]
-
-    def _flat(self, which: Which) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return getattr(self, which), getattr(self, f"{which}_start"), getattr(self, f"{which}_length")
+    draft: list[int]
+    target: list[int]
+    sequence: str
+    clip: int | str
 
 
-def numbered(names: list[str]) -> tuple[list[str], np.ndarray]:
-    """(the distinct names, sorted; (N,) int64: which of them each row has)."""
-    distinct = sorted(set(names))
-    number = {name: i for i, name in enumerate(distinct)}
-    return distinct, np.fromiter(map(number.__getitem__, names), np.int64, len(names))
-
-
-def numbered_drives(sequences: list[str]) -> tuple[list[str], np.ndarray]:
-    """The same of the drives that these recordings belong to."""
-    names, sequence = numbered(sequences)
-    drives, drive = numbered([drive_of(name) for name in names])
-    return drives, drive[sequence]
-
-
-def digest(data: bytes | np.ndarray) -> int:
-    """64 bits that stand for these bytes: that any two of a million different ones meet has a chance of 3 in 10^8."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-# ------------------------------------------------------------------------------------------- JSON as a stream
-class JsonRows:
-    """The rows of a JSON file, one at a time: a list, or the list under the key "results" of an object.
-
-    What else the object says, before or after its rows, is in `beside` once the rows have been walked through.
-    """
-
-    def __init__(self, path: Path, chunk: int | None = None):
-        self.path, self.chunk = path, chunk or CHUNK
-        self.beside: dict = {}
-        self.has_rows = False                   # whether there is a list of rows at all
-        self.decode = json.JSONDecoder().raw_decode
-        self.to_text = codecs.getincrementaldecoder("utf-8")()
-        self.text, self.at, self.ended = "", 0, False            # what was read last, and how far it is used
-        self.bytes_read = 0
-        self.before, self.lines, self.newline = 0, 0, -1         # letters and lines given up, the last line's start
-
-    def __iter__(self) -> Iterator:
-        check_plain(self.path)
-        try:
-            with open(self.path, "rb") as self.file:
-                size = os.fstat(self.file.fileno()).st_size // 2**20 + 1
-                self.progress = Progress(f"data | {self.path}", size, unit="MiB")
-                yield from self._rows()
-        except FileNotFoundError as error:
-            raise UserError(f"no such file: {self.path}") from error
-        except OSError as error:
-            raise UserError(f"can't read {self.path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:            # of the text alone: an int of 5,000 digits too
-            raise not_json(self.path, error) from error
-
-    def _rows(self) -> Iterator:
-        kind = self._next()
-        if kind == "\ufeff":
-            raise self._error("Unexpected UTF-8 BOM (decode using utf-8-sig)", self.at)
-        if kind == "[":
-            yield from self._items()
-        elif kind == "{":
-            for key in self._keys():
-                if key != "results":
-                    self.beside[key] = self._value()
-                elif self.has_rows:
-                    raise self._error("the key 'results' stands there twice", self.at)
-                elif self._next() == "[":
-                    yield from self._items()
-                else:
-                    self._value()
-        else:
-            self._value()
-        if self._next():
-            raise self._error("Extra data", self.at)
-
-    def _items(self) -> Iterator:
-        self.has_rows = True
-        self.at += 1
-        if self._next() == "]":
-            self.at += 1
-            return
-        while True:
-            yield self._value()
-            if self._goes_on("]"):
-                return
-
-    def _keys(self) -> Iterator[str]:
-        """Each key of an object, with its value next; whoever asks takes that before the next key."""
-        self.at += 1
-        if self._next() == "}":
-            self.at += 1
-            return
-        while True:
-            if self._next() != '"':
-                raise self._error("Expecting property name enclosed in double quotes", self.at)
-            key = self._value()
-            if self._next() != ":":
-                raise self._error("Expecting ':' delimiter", self.at)
-            self.at += 1
-            yield key
-            if self._goes_on("}"):
-                return
-
-    def _goes_on(self, end: str) -> bool:
-        """Step over the comma or the end that must come now: whether it was the end."""
-        found = self._next()
-        if found not in (",", end):
-            raise self._error("Expecting ',' delimiter", self.at)
-        self.at += 1
-        return found == end
-
-    def _next(self) -> str:
-        """The next letter that is no white space, "" at the end of the file."""
-        while True:
-            self.at = WHITE_SPACE.match(self.text, self.at).end()
-            if self.at < len(self.text) or self.ended:
-                return self.text[self.at:self.at + 1]
-            self._read()
-
-    def _value(self):
-        """The value that stands next, however long; a cut one is tried again with more of the file."""
-        self._next()
-        while True:
-            try:
-                value, end = self.decode(self.text, self.at)
-            except json.JSONDecodeError as error:
-                cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - CUT
-                if self.ended or not cut:
-                    raise self._error(error.msg, error.pos) from error
-            except ValueError as error:
-                raise self._error(str(error), self.at) from error
-            else:
-                if self.ended or len(self.text) - end >= AFTER:
-                    self.at = end
-                    return value
-            self._read()
-
-    def _read(self) -> None:
-        """Give up what was used and read on: as much again as is left, so that one long value is tried few times."""
-        self.lines += self.text.count("\n", 0, self.at)
-        newline = self.text.rfind("\n", 0, self.at)
-        self.newline = self.newline if newline == -1 else self.before + newline
-        self.before += self.at
-        self.text, self.at = self.text[self.at:], 0
-        chunk, waiting = self.file.read(max(self.chunk, len(self.text))), len(self.to_text.getstate()[0])
-        try:
-            self.text += self.to_text.decode(chunk, final=not chunk)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"'utf-8' codec can't decode byte 0x{error.object[error.start]:02x} in position "
-                             f"{self.bytes_read - waiting + error.start}: {error.reason}") from error
-        self.bytes_read, self.ended = self.bytes_read + len(chunk), not chunk
-        if self.bytes_read // 2**20 < self.progress.total:
-            self.progress.update(self.bytes_read // 2**20)
-
-    def _error(self, message: str, at: int) -> ValueError:
-        """An error that says where in the file, in json's words."""
-        newline = self.text.rfind("\n", 0, at)
-        newline = self.newline if newline == -1 else self.before + newline
-        line = self.lines + self.text.count("\n", 0, at) + 1
-        return ValueError(f"{message}: line {line} column {self.before + at - newline} (char {self.before + at})")
-
-
-def write_rows(path: Path, head: dict, rows: Iterable[dict], failed: list[dict]) -> None:
-    """A pair file, whole, as a stream: the head (never empty), one row a line in `results`, then `failed`."""
-    def write(temporary: Path) -> None:
-        # Half a character, as a name may hold one, gets JSON's own escape: \\ud83d.
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(json.dumps(head, indent=1).removesuffix("\n}") + ',\n "results": [')
-            for number, row in enumerate(rows):
-                file.write((",\n" if number else "\n") + json.dumps(row, ensure_ascii=False))
-            file.write("\n ],\n \"failed\": [" + ",\n".join(json.dumps(entry) for entry in failed) + "]\n}\n")
-
-    write_whole(path, write)
-
-
-# ------------------------------------------------------------------------------------------------- pair files
+# ------------------------------------------------------------------------------------------ one row
 def _answers(row: dict, form: str) -> tuple:
-    """(draft tokens, draft text, target tokens, target text) of one row; None where the row lacks them."""
+    """(draft tokens, draft text, target tokens, target text) of a row, None where it lacks them."""
     if form == "extraction":
         return row.get("egpt_tokens"), row.get("egpt_text"), row.get("vl_tokens"), row.get("vl_text")
     if form == "benchmark":
@@ -304,7 +64,7 @@ def _answers(row: dict, form: str) -> tuple:
 
 
 def _format_of(row: dict) -> str | None:
-    """Which of the three formats a row with tokens is in, told by its keys."""
+    """The format of a row that has tokens, told by its keys; None for a row without tokens."""
     for form in FORMATS:
         draft, _, target, _ = _answers(row, form)
         if draft is not None and target is not None:
@@ -312,8 +72,8 @@ def _format_of(row: dict) -> str | None:
     return None
 
 
-def _why_unusable(tokens, text) -> str | None:
-    """Why one answer can't be used, or None."""
+def _why_unusable(tokens, text, bos_id: int | None) -> str | None:
+    """The reason why one answer can't be used, or None."""
     if not isinstance(tokens, list):
         return "no token list"
     if len(tokens) > MAX_ANSWER:
@@ -322,136 +82,201 @@ def _why_unusable(tokens, text) -> str | None:
         return "token ids that are not whole numbers"
     if tokens and (min(tokens) < 0 or max(tokens) >= 2**31):
         return "negative or absurd token ids"
-    if tokens[:1] == [1] and len(tokens) > 1:
+    if bos_id is not None and tokens[:1] == [bos_id] and len(tokens) > 1:
         return "prompt included (starts with BOS)"
-    # A LLaMA token never spans white space, so a text of n words has at least n tokens.
+    # No token of the usual vocabularies spans white space: n words are n tokens at least.
     if isinstance(text, str) and len(text.split()) > len(tokens):
         return "fewer tokens than words in the text"
     return None
 
 
-def _why_dropped(draft, draft_text, target, target_text) -> str | None:
-    return (_why_unusable(draft, draft_text) or _why_unusable(target, target_text)
-            or (None if target else "empty target"))
-
-
 def _is_degenerate(tokens: list[int]) -> bool:
-    """One id makes up most of the answer, as in a decoding loop gone wrong; real answers stay far below."""
-    few = len(set(tokens)) <= len(tokens) / 2 + 1            # soon told, and true of every such answer
-    return few and len(tokens) >= 8 and max(collections.Counter(tokens).values()) > len(tokens) / 2
+    """One id makes up over half of an answer of 8 tokens or more: the model was in a loop."""
+    if len(tokens) < 8 or len(set(tokens)) > len(tokens) / 2 + 1:        # quicker than counting
+        return False
+    return max(collections.Counter(tokens).values()) > len(tokens) / 2
 
 
-def _where(row: dict) -> tuple[str, int | str]:
-    """(sequence, clip) of a row, from its own keys or from its event path: interlaken_00_c/000000.npy."""
-    where = row.get("event_data")
-    where = where if isinstance(where, str) else ""
+def _place_of(row: dict) -> tuple[str, int | str]:
+    """(sequence, clip) of a row, by its keys or its event path: interlaken_00_c/000000.npy."""
+    path = row.get("event_data")
+    path = path if isinstance(path, str) else ""
     sequence = row.get("sequence")
     if not isinstance(sequence, str):
-        sequence = str(Path(where).parent) if "/" in where else ""
+        sequence = str(Path(path).parent) if "/" in path else ""
     clip = row.get("clip")
-    clip = str(clip) if isinstance(clip, (int, str)) else Path(where).stem
-    return sys.intern(sequence), int(clip) if clip.isascii() and clip.isdigit() and len(clip) <= MAX_DIGITS else clip
+    clip = str(clip) if isinstance(clip, (int, str)) else Path(path).stem
+    is_number = clip.isascii() and clip.isdigit() and len(clip) <= MAX_DIGITS
+    return sys.intern(sequence), int(clip) if is_number else clip
 
 
 def _row_key(row: dict) -> int | None:
-    """What two rows about the same clip and question have in common; None where a row doesn't say."""
-    key = (row.get("sample_idx"), row.get("question_idx")) if "sample_idx" in row else (row.get("id"),)
-    kinds = (int, float, str, type(None)) if "sample_idx" in row else str
-    return digest(repr(key).encode(errors="surrogatepass")) if all(isinstance(part, kinds) for part in key) else None
+    """Equal for two rows about the same clip and question; None where a row doesn't tell."""
+    if "sample_idx" in row:
+        key, kinds = (row["sample_idx"], row.get("question_idx")), (int, float, str, type(None))
+    else:
+        key, kinds = (row.get("id"),), str
+    if not all(isinstance(part, kinds) for part in key):
+        return None
+    return digest(repr(key).encode(errors="surrogatepass"))
 
 
-def _usable_rows(path: Path, report: dict) -> Iterator[tuple[list[int], list[int], str, int | str]]:
-    """Yield (draft, target, sequence, clip) for each usable row of one file; count the others in `report`."""
-    rows, seen = JsonRows(path), set()
-    # The format is that of the first row with tokens: until it is there, reasons are counted for each.
-    early = {form: collections.Counter() for form in FORMATS}
-    for row in rows:
-        report["rows"] += 1
-        row = row if isinstance(row, dict) else {}
-        if report["format"] is None:
-            report["format"] = _format_of(row)
+# ----------------------------------------------------------------------------------------- one file
+class _File:
+    """Iterates over the usable rows of a pair file; counts the others by reason, in `report`."""
+
+    def __init__(self, path: Path, bos_id: int | None):
+        """bos_id: as for load_pairs."""
+        self.path, self.bos_id, self.rows = path, bos_id, JsonRows(path)
+        # of the draft and the target model
+        self.bos_ids: tuple[int | None, int | None] = (bos_id, bos_id)
+        self.identity = 0            # a checksum of what identifies each usable row: clip, question
+        self.report = {"path": str(path), "format": None, "rows": 0, "used": 0, "largest_id": -1,
+                       "dropped": collections.Counter(), "flagged": dict.fromkeys(FLAGS, 0)}
+
+    def __iter__(self) -> Iterator[Row]:
+        report, seen = self.report, set()
+        # The format is that of the first row with tokens: until it is known, reasons are counted
+        # for each format.
+        early = {form: collections.Counter() for form in FORMATS}
+        for row in self.rows:
+            report["rows"] += 1
+            row = row if isinstance(row, dict) else {}
+            if report["rows"] == 1 and self.bos_id is None:
+                models = _model_facts(self.rows.beside)
+                self.bos_ids = tuple(models.get(name, {}).get("bos_id")
+                                     for name in ("eventgpt", "videollava"))
             if report["format"] is None:
-                for form in FORMATS:
-                    early[form][_why_dropped(*_answers(row, form))] += 1
-                continue
-            report["dropped"].update(early[report["format"]])
-        draft, _, target, _ = answers = _answers(row, report["format"])
-        if why := _why_dropped(*answers):
-            report["dropped"][why] += 1
-            continue
-        if (key := _row_key(row)) is not None:
-            if key in seen:
-                report["dropped"]["duplicate row"] += 1
+                report["format"] = _format_of(row)
+                if report["format"] is None:
+                    for form in FORMATS:
+                        early[form][self._why_dropped(_answers(row, form))] += 1
+                    continue
+                report["dropped"].update(early[report["format"]])
+            answers = _answers(row, report["format"])
+            reason = self._why_dropped(answers)
+            key = None if reason else _row_key(row)
+            if key is not None and key in seen:
+                reason = "duplicate row"
+            if reason:
+                report["dropped"][reason] += 1
                 continue
             seen.add(key)
-        report["flagged"]["one id repeated"] += _is_degenerate(draft) or _is_degenerate(target)
-        report["flagged"]["empty draft"] += not draft
-        report["flagged"]["target under 4 tokens"] += len(target) < 4
-        yield draft, target, *_where(row)
-    _check_and_record(path, rows, report)
+            self._flag(draft=answers[0], target=answers[2])
+            identity = repr((key, row.get("query"))).encode(errors="surrogatepass")
+            self.identity = zlib.crc32(identity, self.identity)
+            yield Row(answers[0], answers[2], *_place_of(row))
+        self._check_rows()
+        self._record()
+
+    def _why_dropped(self, answers: tuple) -> str | None:
+        draft, draft_text, target, target_text = answers
+        reason = _why_unusable(draft, draft_text, self.bos_ids[0])
+        reason = reason or _why_unusable(target, target_text, self.bos_ids[1])
+        return reason or (None if target else "empty target")
+
+    def _flag(self, draft: list[int], target: list[int]) -> None:
+        """Count what is suspicious about a row that is used."""
+        flagged = self.report["flagged"]
+        flagged[LOOP] += _is_degenerate(draft) or _is_degenerate(target)
+        flagged[NO_DRAFT] += not draft
+        flagged[SHORT_TARGET] += len(target) < 4
+        flagged[MAYBE_BOS] += any(
+            tokens[:1] == [LLAMA_BOS] and len(tokens) > 1 and bos_id is None
+            for tokens, bos_id in zip((draft, target), self.bos_ids))
+
+    def _check_rows(self) -> None:
+        """A UserError for a file without any row of a known format."""
+        path, report, beside = self.path, self.report, self.rows.beside
+        if not self.rows.has_rows:
+            raise UserError(f"{path} holds no pairs: wanted a list of rows, an object with a list "
+                            "'results', or JSON Lines")
+        if not report["rows"]:
+            errors, first = beside.get("errors"), ""
+            if isinstance(errors, list) and errors:
+                first = f"; it lists {len(errors)} errors, the first: {json.dumps(errors[0])[:200]}"
+            raise UserError(f"{path} has no usable rows: its list of results is empty{first}")
+        if report["format"] is None:
+            raise UserError(
+                f"{path} has no usable rows: none of its {report['rows']} rows has tokens under the keys of "
+                "the formats extraction (egpt_tokens, vl_tokens), benchmark (eventgpt.output_tokens, "
+                "videollava.output_tokens) or inference (egpt_token_ids, videollava_token_ids)")
+
+    def _record(self) -> None:
+        """Add the facts that the file states of all its rows to the report."""
+        beside = self.rows.beside
+        self.report["identity"] = self.identity
+        self.report.update(_of_kinds(RECORDED, beside))
+        self.report["models"] = _model_facts(beside)
 
 
-def _check_and_record(path: Path, rows: JsonRows, report: dict) -> None:
-    """What only the end of a file tells: whether it holds pairs at all, and what it says beside them."""
-    if not rows.has_rows:
-        raise UserError(f"{path} holds no pairs: wanted a list of rows or an object with a list 'results'")
-    if not report["rows"]:
-        errors, first = rows.beside.get("errors"), ""
-        if isinstance(errors, list) and errors:
-            first = f"; it lists {len(errors)} errors, the first: {json.dumps(errors[0])[:200]}"
-        raise UserError(f"{path} has no usable rows: its list of results is empty{first}")
-    if report["format"] is None:
-        raise UserError(f"{path} has no usable rows: none of its {report['rows']} rows has tokens under the keys "
-                        "of the formats extraction (egpt_tokens, vl_tokens), benchmark (eventgpt.output_tokens, "
-                        "videollava.output_tokens) or inference (egpt_token_ids, videollava_token_ids)")
-    report.update({key: rows.beside[key] for key, kind in RECORDED.items() if type(rows.beside.get(key)) is kind})
-    models = rows.beside.get("models") if isinstance(rows.beside.get("models"), dict) else {}
-    kinds = {"name": str, "revision": str, "vocab_size": int}
-    report["models"] = {which: {key: found[key] for key, kind in kinds.items() if type(found.get(key)) is kind}
-                        for which, found in models.items() if isinstance(found, dict)}
+def _model_facts(beside: dict) -> dict[str, dict]:
+    """{"eventgpt": {"name": ..., ...}, ...}, as far as the file records them in the right types."""
+    models = beside.get("models") if isinstance(beside.get("models"), dict) else {}
+    return {which: _of_kinds(MODEL_FACTS, facts)
+            for which, facts in models.items() if isinstance(facts, dict)}
 
 
-def _largest(tokens: array.array, first: int) -> int:
-    """The largest token from `first` on, -1 if there is none."""
-    return int(np.asarray(tokens)[first:].max(initial=-1))       # not kept: an array that numpy looks at can't grow
+def _of_kinds(kinds: dict[str, type], facts: dict) -> dict:
+    """The facts under these keys that are of the right type."""
+    return {key: facts[key] for key, kind in kinds.items() if type(facts.get(key)) is kind}
 
 
-def load_pairs(paths: list[Path]) -> Pairs:
-    """Read pair files of any of the three formats (told apart by content) into one set of pairs.
+# ---------------------------------------------------------------------------------------- all files
+class _Answers:
+    """The answers of one model, one after the other in arrays that grow in place."""
 
-    Rows that can't be used are dropped, suspicious ones kept; both are counted by reason, logged and returned
-    in `files`. Raises UserError for a file without any usable row.
+    def __init__(self):
+        self.flat, self.length = array.array("i"), array.array("i")
+
+    def append(self, tokens: list[int]) -> None:
+        self.flat.fromlist(tokens)
+        self.length.append(len(tokens))
+
+    def largest(self, first: int) -> int:
+        """The largest token from position `first` on, -1 if there is none."""
+        return int(np.asarray(self.flat)[first:].max(initial=-1))     # a stored view would forbid growing
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(flat, start, length) as numpy views: nothing can be appended afterwards."""
+        length = np.asarray(self.length)
+        return np.asarray(self.flat), np.cumsum(length, dtype=np.int64) - length, length
+
+
+def load_pairs(paths: list[Path], bos_id: int | None = None) -> Pairs:
+    """Read pair files of any of the three formats into one set of pairs.
+
+    Unusable rows are dropped, suspicious ones kept; `files` counts both by reason.
+    bos_id: drop rows with an answer that starts with this id, since it includes the prompt; None: the
+    ids that the file records for its models. Where it records none, rows that start with LLaMA's BOS
+    are kept and flagged.
+    Raises UserError for a file without any usable row.
     """
-    # These grow in place, by a sixteenth at a time, and numpy then looks at them without a copy.
-    draft, target, draft_length, target_length = (array.array("i") for _ in range(4))
-    sequence, clip, files, sizes = [], [], [], []
+    draft, target = _Answers(), _Answers()
+    sequence, clip, files = [], [], []
     for path in paths:
-        report = {"path": str(path), "format": None, "rows": 0, "used": 0, "largest_id": -1,
-                  "dropped": collections.Counter(), "flagged": collections.Counter()}
-        first = len(draft), len(target)
-        for one_draft, one_target, one_sequence, one_clip in _usable_rows(path, report):
-            draft.fromlist(one_draft)
-            target.fromlist(one_target)
-            draft_length.append(len(one_draft))
-            target_length.append(len(one_target))
-            sequence.append(one_sequence)
-            clip.append(one_clip)
-            report["used"] += 1
-        report["largest_id"] = max(_largest(draft, first[0]), _largest(target, first[1]))
-        reasons = ", ".join(f"{n} x {why}" for why, n in report["dropped"].items())
-        if not report["used"]:
-            raise UserError(f"{path} has no usable rows: {report['rows']} rows, all dropped ({reasons})")
-        log(f"data | {path} | {report['format']} | {report['used']} of {report['rows']} rows used"
-            + (f" | dropped {reasons}" if reasons else ""))
-        for flag, n in report["flagged"].items():
-            if n:
-                log(f"data | WARNING | {path} | {n} of {report['used']} rows: {flag}")
-        if isinstance(report.get("vocab_size"), int):
-            sizes.append(report["vocab_size"])
-        flagged = {flag: n for flag, n in report["flagged"].items() if n}
-        files.append({**report, "dropped": dict(report["dropped"]), "flagged": flagged})
-    answers = []
-    for flat, length in ((draft, draft_length), (target, target_length)):
-        length = np.asarray(length)
-        answers += [np.asarray(flat), np.cumsum(length, dtype=np.int64) - length, length]
-    return Pairs(*answers, sequence, clip, files, max(sizes, default=None))
+        file, first = _File(path, bos_id), (len(draft.flat), len(target.flat))
+        for row in file:
+            draft.append(row.draft)
+            target.append(row.target)
+            sequence.append(row.sequence)
+            clip.append(row.clip)
+            file.report["used"] += 1
+        file.report["largest_id"] = max(draft.largest(first[0]), target.largest(first[1]))
+        files.append(_finished(file.report))
+    sizes = [report["vocab_size"] for report in files if "vocab_size" in report]
+    return Pairs(*draft.arrays(), *target.arrays(), sequence, clip, files, max(sizes, default=None))
+
+
+def _finished(report: dict) -> dict:
+    """Log a file's report -> the same with plain dicts; a UserError if no row could be used."""
+    path, used = report["path"], report["used"]
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in report["dropped"].items())
+    if not used:
+        raise UserError(f"{path} has no usable rows: {report['rows']} rows, all dropped ({reasons})")
+    log(f"data | {path} | {report['format']} | {used} of {report['rows']} rows used"
+        + (f" | dropped {reasons}" if reasons else ""))
+    flagged = {flag: count for flag, count in report["flagged"].items() if count}
+    for flag, count in flagged.items():
+        log(f"data | WARNING | {path} | {count} of {used} rows: {flag}")
+    return {**report, "dropped": dict(report["dropped"]), "flagged": flagged}

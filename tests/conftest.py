@@ -183,3 +183,31 @@ def two(tmp_path):
     """A root with a good sequence and one to be damaged, 1.25 s each: one window of 1 s."""
     root = tmp_path / "dsec"
     return root, write_sequence(root, GOOD, frames=26), write_sequence(root, BAD, frames=26, seed=1)
+
+
+# ------------------------------------------------------------------------------------------- extraction
+@pytest.fixture
+def extract(demo, tmp_path, monkeypatch):
+    """Call main() of extract_tokens_train.py with flags; returns the output as JSON, or None if there is none."""
+    import extract_tokens_train
+
+    def call(*flags, dataset_dir=demo.test_1s, output_file=tmp_path / "pairs.json"):
+        defaults = {"--dataset_dir": dataset_dir, "--output_file": output_file, "--max_samples": 5,
+                    "--draft_model": demo.models / "eventgpt", "--target_model": demo.models / "video_llava",
+                    "--max_new_tokens": 80, "--device": "cpu"}
+        given = dict(zip(flags[::2], flags[1::2]))
+        words = [str(word) for item in {**defaults, **given}.items() for word in item if word is not None]
+        monkeypatch.setattr(sys, "argv", ["extract_tokens_train.py", *words])
+        extract_tokens_train.main()
+        return json.loads(output_file.read_text()) if output_file.exists() else None
+    return call
+
+
+@pytest.fixture
+def copy(demo, tmp_path):
+    """A data set folder that a test may damage."""
+    return shutil.copytree(demo.test_1s, tmp_path / "set")
+
+
+def rows_of(output: dict) -> list[dict]:
+    return output["results"]

@@ -1,4 +1,6 @@
-"""Training that is killed, and out of room, at any moment: it goes on to the same numbers, bit for bit."""
+"""Training that is killed, and out of room, at any moment: it goes on to the same numbers, bit for
+bit.
+"""
 
 import errno
 import json
@@ -65,9 +67,11 @@ def epochs_of(task: Path) -> list[int]:
     return [epoch["epoch"] for epoch in results["history"]]
 
 
-# ----------------------------------------------------------------------------------------------------- kill -9
+# ------------------------------------------------------------------------------------------ kill -9
 def kill_at_random(demo: Demo, warm: Warm, folder: Path, undisturbed: tuple, kills: int, each: int) -> dict:
-    """Trainings that are killed `each` times and then left to end, until there were so many kills: the losses."""
+    """Trainings that are killed `each` times and then left to end, until there were so many kills:
+    the losses.
+    """
     wanted, seconds = undisturbed
     found = dict.fromkeys(("kills", "lost", "twice", "unusable", "different"), 0)
     moments, number = random.Random(1), 0
@@ -110,7 +114,7 @@ def test_kill_9_at_fifty_random_moments_changes_nothing(demo, warm, undisturbed,
     assert found == {"kills": 50, "lost": 0, "twice": 0, "unusable": 0, "different": 0}
 
 
-# -------------------------------------------------------------------------------------------------------- disk
+# --------------------------------------------------------------------------------------------- disk
 @pytest.mark.parametrize(("kib", "there"), [(100, {"results.json"}), (250, {"results.json", "best_model.pt"})])
 def test_with_room_a_training_goes_on_that_met_a_full_disk(demo, warm, undisturbed, disk, tmp_path, kib, there):
     task, log = disk(f"size={kib}k") / "task", tmp_path / "log"

@@ -1,4 +1,6 @@
-"""The TokenAdapter is the original architecture, and a checkpoint file is either understood or refused."""
+"""The TokenAdapter is the original architecture, and a checkpoint file is either understood or
+refused.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -10,6 +12,7 @@ from torch import nn
 from base import UserError
 from token_adapter import (
     CONTRACTS,
+    FORMAT,
     NOT_SCORED,
     ORIGINAL_CONTRACT,
     AdapterConfig,
@@ -26,7 +29,8 @@ PREFIX = ("prefix", "prefix+draft")
 def tiny_adapter(conditioning: str = "draft") -> TokenAdapter:
     torch.manual_seed(0)
     adapter = TokenAdapter(dataclasses.replace(TINY, conditioning=conditioning, contract="")).eval()
-    for parameter in adapter.parameters():      # biases start at 0, norms at 1: that could hide a mix-up
+    # biases start at 0, norms at 1: that could hide a mix-up
+    for parameter in adapter.parameters():
         nn.init.normal_(parameter, std=0.2)
     return adapter
 
@@ -79,7 +83,7 @@ def test_a_checkpoint_of_the_original_suite_loads_and_is_marked_with_its_own_con
     assert load_adapter(tmp_path / "bare.pt").config.num_heads == 8
 
 
-# ------------------------------------------------------------------------------------------ prefix conditioning
+# ------------------------------------------------------------------------------ prefix conditioning
 DRAFT_LENGTHS = torch.tensor([12, 0, 5])
 
 
@@ -181,6 +185,41 @@ def test_a_damaged_map_of_a_draft_vocabulary_is_refused(tmp_path, ids):
 def test_the_budget_of_the_original_is_kept():
     with torch.device("meta"):
         assert TokenAdapter(AdapterConfig(vocab_size=32000)).num_parameters() < 45.5e6
+
+
+# ------------------------------------------------------------------------------------------ formats
+def saved(folder: Path, state: dict | None = None, **facts) -> Path:
+    config = dataclasses.asdict(TINY)
+    torch.save({"model_state_dict": state or tiny_adapter().state_dict(), "config": config, **facts}, folder / "a.pt")
+    return folder / "a.pt"
+
+
+def test_a_checkpoint_of_today_and_one_from_before_the_format_number_load(tmp_path):
+    save_adapter(tiny_adapter(), tmp_path / "now.pt")
+    assert torch.load(tmp_path / "now.pt", weights_only=True)["format"] == FORMAT == 1
+    for path in (tmp_path / "now.pt", saved(tmp_path, epoch=3, validation_alpha=0.5), saved(tmp_path, format=0)):
+        assert load_adapter(path).config == TINY
+
+
+@pytest.mark.parametrize("number", [FORMAT + 1, 10**30, -1, "1", 1.0])
+def test_a_checkpoint_of_an_unknown_format_is_refused(tmp_path, number):
+    with pytest.raises(UserError, match=rf"a\.pt has format {number!r}"):
+        load_adapter(saved(tmp_path, format=number))
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_a_user_error(tmp_path, dtype):
+    state = {name: tensor.to(dtype) for name, tensor in tiny_adapter().state_dict().items()}
+    with pytest.raises(UserError, match="embedding.weight must be torch.float16 or"):
+        load_adapter(saved(tmp_path, state))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite_in_float32_are_a_user_error(tmp_path, value):
+    state = {name: tensor.double() for name, tensor in tiny_adapter().state_dict().items()}
+    state["transformer.layers.1.norm2.bias"][3] = value
+    with pytest.raises(UserError, match="weights that are not finite"):
+        load_adapter(saved(tmp_path, state))
 
 
 class NotPlain:

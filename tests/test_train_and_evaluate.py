@@ -1,4 +1,5 @@
-"""Training learns what the draft tells, chooses by validation alone, and leaves whole files always."""
+"""Training learns what the draft tells, chooses by validation alone, and leaves whole files always.
+"""
 
 import json
 import shutil
@@ -12,20 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-import speculative_decode
+import acceptance.evaluation as evaluation
 import train_and_evaluate
-import training.loop as training
+import training.loop as loop
 from base import ROOT, UserError
+from decoding.task import read_task
 from machine.device import choose_device
 from machine.files import only_writer
 from pairs.formats import load_pairs
-from pairs.splits import load_data
+from pairs.splits import ValidationSplit, load_data
 from reports import task_figures as report
 from tests.conftest import names_of, write_pairs
 from tests.vlm.test_steps import needs_gpu
 from token_adapter import load_adapter
 from train_and_evaluate import TrainConfig
-from training.checkpoints import Resume
+from training.checkpoints import Fingerprint, Resume
 
 SMALL = ["--embed_dim", "32", "--num_layers", "1", "--num_heads", "2", "--num_epochs", "8", "--batch_size", "8",
          "--learning_rate", "1e-2", "--max_seq_len", "9", "--device", "cpu", "--no-plots",
@@ -48,7 +50,7 @@ def trained(files, tmp_path_factory) -> tuple[Path, dict]:
         return run_main(monkeypatch, tmp_path_factory.mktemp("task"), files["train"], files["test"])
 
 
-# --------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 def test_the_adapter_learns_what_the_draft_tells_and_no_constant_string_could(trained):
     task, results = trained
     test = results["metrics"]["test"]
@@ -76,19 +78,19 @@ def test_the_same_seed_gives_the_same_numbers_whatever_is_tested_on(trained, mon
 
 
 def test_training_stops_early_without_better_validation(monkeypatch, tmp_path, files):
-    monkeypatch.setattr(training, "learning_rate_factor", lambda step, total: 0.0)
+    monkeypatch.setattr(loop, "learning_rate_factor", lambda step, total: 0.0)
     _, results = run_main(monkeypatch, tmp_path, files["train"], files["test"], "--early_stopping", "2")
     assert len(results["history"]) == 3 and results["best_epoch"] == 1
 
 
 def test_the_learning_rate_rises_and_then_falls_to_nothing():
-    rates = [training.learning_rate_factor(step, 100) for step in range(101)]
+    rates = [loop.learning_rate_factor(step, 100) for step in range(101)]
     assert rates.index(max(rates)) in (4, 5) and max(rates) == 1 and rates[-1] == 0
     assert rates[:5] == sorted(rates[:5]) and rates[5:] == sorted(rates[5:], reverse=True)
 
 
 def test_a_loss_that_is_no_number_names_epoch_and_step_and_keeps_the_best_model(monkeypatch, tmp_path, files):
-    monkeypatch.setattr(training, "learning_rate_factor", lambda step, _: 1.0 if step < 10 else 1e35)
+    monkeypatch.setattr(loop, "learning_rate_factor", lambda step, _: 1.0 if step < 10 else 1e35)
     words = r"epoch 2: the loss became \w+ in step \d of 8; .*best_model.pt"
     with pytest.raises(UserError, match=words):
         run_main(monkeypatch, tmp_path, files["train"], files["test"])
@@ -113,12 +115,12 @@ def test_a_kill_leaves_a_best_model_that_loads_and_no_temporary(tmp_path, files)
     load_adapter(task / "best_model.pt")
     assert names_of(task) == ["best_model.pt", "results.json", "resume.pt"]
     assert json.loads((task / "results.json").read_text())["unfinished"] is True
-    for program in (report.read_results, speculative_decode.read_task):
+    for program in (report.read_results, read_task):
         with pytest.raises(UserError, match=r"is unfinished: go on with train_and_evaluate\.py --resume"):
             program(task)
 
 
-# ----------------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------- resume
 PHASES = ["--conditioning", "prefix+draft", "--num_epochs", "4", "--early_stopping", "0", "--dropout", "0.2",
           "--draft_text", "0.5", "--no-online"]
 
@@ -130,7 +132,9 @@ def straight(files, tmp_path_factory) -> tuple[Path, dict]:
 
 
 def stopped(monkeypatch, folder: Path, files: dict, after: int, *flags: str) -> Path:
-    """The task folder of the same training, stopped as by a kill when resume.pt was written so often."""
+    """The task folder of the same training, stopped as by a kill when resume.pt was written so
+    often.
+    """
     write, times = Resume.write, []
 
     def write_and_die(self, **state):
@@ -152,7 +156,8 @@ def resume(monkeypatch, task: Path, *flags: str) -> dict:
     return json.loads((task / "results.json").read_text())
 
 
-@pytest.mark.parametrize("after", [1, 3, 4, 5, 6])        # 4 epochs without drafts, 2 with; then all again, refitted
+# 4 epochs without drafts, 2 with; then all again, refitted
+@pytest.mark.parametrize("after", [1, 3, 4, 5, 6])
 def test_a_resumed_training_gives_the_same_numbers_bit_for_bit(straight, monkeypatch, tmp_path, files, after):
     task, before = stopped(monkeypatch, tmp_path / "task", files, after), Path.cwd()
     assert json.loads((task / "results.json").read_text())["unfinished"] and len(load_adapter(
@@ -211,14 +216,83 @@ def test_what_cannot_be_resumed_is_refused(monkeypatch, tmp_path, files):
     with pytest.raises(UserError, match=r"resume\.pt can't be used: .*; delete it to begin this training anew"):
         resume(monkeypatch, task)
     (task / "resume.pt").unlink()
-    assert len(resume(monkeypatch, task)["history"]) == 6       # killed before it was written: from the beginning
+    # killed before it was written: from the beginning
+    assert len(resume(monkeypatch, task)["history"]) == 6
+
+
+def changed_rows(path: Path, change) -> None:
+    pairs = json.loads(path.read_text())
+    for number, row in enumerate(pairs["results"]):
+        change(number, row)
+    path.write_text(json.dumps(pairs))
+
+
+TURNED = dict(zip(["zurich_00_a", "zurich_00_b", "thun_01_a", "bern_02_a"],
+                  ["thun_01_a", "bern_02_a", "zurich_00_a", "zurich_00_b"]))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda number, row: row.update(sequence=TURNED[row["sequence"]]), "split, train sequence names"),
+    (lambda number, row: row.update(clip=row["clip"] + 1), "train clip names"),
+    (lambda number, row: row.update(sample_idx=number + 1), "train questions"),
+    (lambda number, row: row.update(query="Is it dark?"), "train questions"),
+    (lambda number, row: row.update(egpt_tokens=row["egpt_tokens"][:-1]), "train rows, train tokens")])
+def test_pairs_of_the_same_tokens_with_other_names_are_not_resumed_with(monkeypatch, tmp_path, files, change, words):
+    """With the sequences renamed, other drives are validated on: those that were trained on."""
+    local = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}
+    task = stopped(monkeypatch, tmp_path / "task", local, 2)
+    changed_rows(local["train"], change)
+    with pytest.raises(UserError, match=rf"are not those that .* began with \(other .*{words}"):
+        resume(monkeypatch, task)
+    shutil.copy(files["train"], local["train"])
+    assert len(resume(monkeypatch, task)["history"]) == 6
+
+
+def test_a_training_begun_by_an_older_version_goes_on_to_the_same_numbers(straight, monkeypatch, tmp_path, files):
+    """No file had a format number then, results.json no bos_id, and resume.pt another fingerprint.
+    """
+    task = stopped(monkeypatch, tmp_path / "task", files, 2)
+    results = json.loads((task / "results.json").read_text())
+    del results["format"], results["config"]["bos_id"]
+    (task / "results.json").write_text(json.dumps(results))
+    state = torch.load(task / "resume.pt", weights_only=True)
+    data = load_data([files["train"]], [files["test"]], ValidationSplit(0.15, 42))
+    del state["format"]
+    torch.save({**state, "data": Fingerprint.of(data).format_0}, task / "resume.pt")
+    resumed = resume(monkeypatch, task)
+    for ours, theirs in zip(resumed["history"], straight[1]["history"], strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    assert resumed["metrics"]["test"]["adapter"] == straight[1]["metrics"]["test"]["adapter"]
+
+
+@pytest.mark.parametrize("name", ["results.json", "resume.pt", "pairs"])
+def test_a_file_of_a_newer_version_is_refused_in_one_line(monkeypatch, tmp_path, files, name):
+    local = {kind: Path(shutil.copy(path, tmp_path)) for kind, path in files.items()}
+    task = stopped(monkeypatch, tmp_path / "task", local, 2)
+    path = local["train"] if name == "pairs" else task / name
+    if name == "resume.pt":
+        torch.save({**torch.load(path, weights_only=True), "format": 99}, path)
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    with pytest.raises(UserError, match="has format 99, this version reads formats up to 1") as raised:
+        resume(monkeypatch, task)
+    assert path.name in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_resume_file_larger_than_its_training_can_write_is_not_read(monkeypatch, tmp_path, files):
+    task = stopped(monkeypatch, tmp_path / "task", files, 2)
+    with open(task / "resume.pt", "r+b") as file:
+        file.truncate(20 * 2**30)
+    with pytest.raises(UserError, match=r"resume\.pt can't be used: it has 20480 MiB, wanted at most \d+;"):
+        resume(monkeypatch, task)
 
 
 @pytest.mark.parametrize("change", [
     lambda found: found.pop("history"), lambda found: found.update(phase="nope"), lambda found: found.update(best=5),
     lambda found: found["adapter"].popitem(), lambda found: found.update(order=torch.zeros(3)),
     lambda found: found["best"]["prefix"].pop("adapter"), lambda found: found["optimizer"]["state"][1].pop("step"),
-    lambda found: found["optimizer"]["state"][1].update(exp_avg=torch.zeros(3))])    # read beyond its end, if used
+    # read beyond its end, if used
+    lambda found: found["optimizer"]["state"][1].update(exp_avg=torch.zeros(3))])
 def test_a_state_that_does_not_fit_is_refused(monkeypatch, tmp_path, files, change):
     task = stopped(monkeypatch, tmp_path / "task", files, 2)
     found = torch.load(task / "resume.pt", weights_only=True)
@@ -231,7 +305,7 @@ def test_a_state_that_does_not_fit_is_refused(monkeypatch, tmp_path, files, chan
 def test_nobody_else_writes_into_a_task_and_no_unfinished_one_is_begun_anew(monkeypatch, tmp_path, files, trained):
     task = stopped(monkeypatch, tmp_path / "task", files, 2)
     before = {path: path.read_bytes() for path in task.glob("[!.]*")}
-    with only_writer(task), pytest.raises(UserError, match=r"is being written by process \d+ since .*; wait for it$"):
+    with only_writer(task), pytest.raises(UserError, match=r"is being written by process \d+ on .* since .*: wait for it$"):
         resume(monkeypatch, task)
     for flags in ([], ["--checkpoint", str(trained[0] / "best_model.pt")]):
         flags += ["--task_folder", str(task)]
@@ -242,7 +316,7 @@ def test_nobody_else_writes_into_a_task_and_no_unfinished_one_is_begun_anew(monk
         run_main(monkeypatch, tmp_path / "other", files["train"], files["test"], "--task_folder", str(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 def test_a_measured_checkpoint_gives_the_numbers_of_its_training(trained, monkeypatch, tmp_path, files):
     task, results = trained
     flags = ["--checkpoint", str(task / "best_model.pt")]
@@ -262,6 +336,31 @@ def test_a_checkpoint_of_another_conditioning_or_without_drafts_is_refused(train
         run_main(monkeypatch, tmp_path, None, tmp_path / "no_drafts.json", *flags)
 
 
+def test_a_checkpoint_whose_logits_overflow_is_a_user_error(trained, monkeypatch, tmp_path, files):
+    checkpoint = torch.load(trained[0] / "best_model.pt", weights_only=True)
+    checkpoint["model_state_dict"]["output_proj.1.weight"] *= 1e38
+    checkpoint["model_state_dict"]["output_proj.0.weight"] *= 1e10
+    torch.save(checkpoint, tmp_path / "huge.pt")
+    with pytest.raises(UserError, match="logits on the test pairs are no numbers"):
+        run_main(monkeypatch, tmp_path, None, files["test"], "--checkpoint", str(tmp_path / "huge.pt"))
+
+
+def test_a_figure_that_is_no_number_is_written_as_null_and_named(monkeypatch, tmp_path, files, capsys):
+    monkeypatch.setattr(evaluation, "step_ms", lambda adapter, pairs: float("nan"))
+    task, results = run_main(monkeypatch, tmp_path, files["train"], files["test"], "--conditioning", "prefix",
+                             "--num_epochs", "1", "--no-refit", "--no-online")
+    assert results["metrics"]["test"]["step_ms"] is None and (task / "RESULTS.md").exists()
+    warning = "no finite numbers, written as null: metrics.test.step_ms"
+    assert warning in capsys.readouterr().out
+
+
+def test_the_smallest_width_trains_and_is_measured(monkeypatch, tmp_path, files):
+    for conditioning in ("prefix+draft", "draft"):
+        _, results = run_main(monkeypatch, tmp_path / conditioning, files["train"], files["test"], "--max_seq_len", "2",
+                              "--conditioning", conditioning, "--num_epochs", "1")
+        assert results["metrics"]["test"]["adapter"]["alpha"] >= 0
+
+
 def test_an_original_checkpoint_is_measured_by_its_own_contract(trained, monkeypatch, tmp_path, files):
     checkpoint = torch.load(trained[0] / "best_model.pt", weights_only=True)
     torch.save({**checkpoint, "config": {"num_heads": 2}}, tmp_path / "old.pt")
@@ -273,13 +372,14 @@ def test_an_original_checkpoint_is_measured_by_its_own_contract(trained, monkeyp
     assert results["metrics"]["train"]["pairs"] == 80
 
 
-# ------------------------------------------------------------------------------------------- vocabulary, flags
+# -------------------------------------------------------------------------------- vocabulary, flags
 @pytest.mark.parametrize(("recorded", "flag", "wanted"), [({}, 0, 64), ({"vocab_size": 70}, 0, 70), ({}, 45, 45)])
 def test_the_vocabulary_is_the_flag_else_recorded_else_from_the_ids(tmp_path, recorded, flag, wanted):
     path = write_pairs(tmp_path / "pairs.json", ["a_a", "b_b"], **recorded)
     config = TrainConfig(test_benchmark=[path], train_benchmark=[path], vocab_size=flag, embed_dim=8)
-    data = load_data(config)
-    assert training.make_adapter(config, data, data.train).config.vocab_size == wanted
+    data = train_and_evaluate.open_data(config)
+    make = train_and_evaluate.adapter_maker(config, data, torch.device("cpu"))
+    assert make(data.train).config.vocab_size == wanted
 
 
 def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_path, files):
@@ -289,11 +389,12 @@ def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_pat
         config = TrainConfig(test_benchmark=[files["test"], odd], train_benchmark=[files["train"]],
                              vocab_size=vocab_size)
         with pytest.raises(UserError, match=rf"odd\.json holds the token id 2000000, .* size {size};"):
-            data = load_data(config)
-            training.make_adapter(config, data, data.train)
+            data = train_and_evaluate.open_data(config)
+            train_and_evaluate.adapter_maker(config, data, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("flags", "words"), [
+    ({"max_seq_len": 1}, "--max_seq_len must be 2 or more"), ({"bos_id": -1}, "--bos_id must be 0 or more"),
     ({"num_epochs": 0}, "--num_epochs must be 1 or more, got 0"), ({"num_heads": 7}, "--num_heads must divide"),
     ({"val_fraction": 1.0}, "--val_fraction"), ({"learning_rate": float("nan")}, "--learning_rate"),
     ({"max_train_samples": 1}, "--max_train_samples"), ({"device": "gpu"}, "--device"), ({"seed": -1}, "--seed"),
@@ -320,10 +421,12 @@ def test_a_finished_task_folder_is_not_touched(monkeypatch, tmp_path, trained, f
     assert {path: path.read_bytes() for path in trained[0].glob("[!.]*")} == before
 
 
-# --------------------------------------------------------------------------------------- prefix conditioning
+# ------------------------------------------------------------------------------ prefix conditioning
 @pytest.fixture(scope="module")
 def by_conditioning(files, tmp_path_factory) -> dict:
-    """results.json and folder of one small run each; online steps and a second training on all pairs included."""
+    """results.json and folder of one small run each; online steps and a second training on all
+    pairs included.
+    """
     runs = {}
     for name, flags in (("prefix", ["--no-refit"]), ("prefix+draft", []),
                         ("no stream", ["--no-refit", "--no-stream"]), ("draft_vocab", ["--draft_vocab"])):

@@ -18,8 +18,9 @@ SERVER = """
 import gc, json, os, sys
 import machine.running
 import torch
-import base, extract_tokens_train, matplotlib.pyplot, train_and_evaluate
-import acceptance.evaluation, drafting.hybrid, reports.task_report, training.loop
+import extract_tokens_train, machine.running, matplotlib.pyplot, speculative_decode, train_and_evaluate
+import acceptance.evaluation, decoding.answers, decoding.drafts, decoding.results, drafting.hybrid, reports.task_report
+import training.loop, training.phases
 from clips import dataset
 from vlm import batches, eventgpt, video_llava
 torch.set_num_threads(1)

@@ -1,34 +1,40 @@
-"""What training keeps on the disk while it runs: best_model.pt, and resume.pt to go on from when it was stopped.
+"""What training keeps on the disk while it runs: best_model.pt, and resume.pt to go on from.
 
-Both are written whole, and no more often than a twentieth of the time allows. resume.pt holds all that the next step
-depends on (weights, optimizer, random numbers, the best so far): 2 epochs and 2 resumed ones are the same as 4, bit
-for bit on a CPU. It goes when the task is whole.
+Both are written whole, and together take no more than a tenth of the time. resume.pt holds all that
+the next step depends on (weights, optimizer, random numbers, the best so far): 2 epochs and 2
+resumed ones equal 4, bit for bit on a CPU. It is removed when the task is whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from base import UserError, log
-from machine.files import reading
-from pairs.formats import Pairs
-from token_adapter import TokenAdapter, read_tensors, save_adapter, write_tensors
+from machine.files import check_format, reading
+from machine.tensors import check_weights, read_tensors, write_tensors
+from pairs.splits import Data
+from token_adapter import TokenAdapter, save_adapter
 
+FORMAT = 1       # of resume.pt; one without the number counts as 0: its fingerprint has fewer parts
 ANEW = "delete it to begin this training anew"
-# What resume.pt holds: the best epochs; and of the last one, what the next depends on.
-KINDS = {"data": list, "history": list, "best": dict, "phase": str, "epoch": int, "over": bool, "adapter": dict,
-         "optimizer": dict, "done": int, "order": torch.Tensor, "random": list}
-SAVING_SHARE = 0.05        # of the time may go into writing each: 350 MB a second where that is all
+# What resume.pt holds: the best epochs; and of the last epoch, all that the next one depends on.
+KINDS = {"data": (dict, list), "history": list, "best": dict, "phase": str, "epoch": int, "over": bool,
+         "adapter": dict, "optimizer": dict, "done": int, "order": torch.Tensor, "random": list}
+SAVING_SHARE = 0.05   # of the time may go into writing each file: 350 MB a second where that is all
+# of the weights in resume.pt: itself, two moments, the best of two phases, tied ones twice
+MAX_COPIES = 8
 
 
 class Writing:
-    """When the next writing is due: after one, only when it has cost its share of the time."""
+    """Tells when a file may be written again, so that writing takes only its share of the time."""
 
     due = 0.0
 
@@ -45,13 +51,13 @@ class Writing:
 
 
 class Checkpoint(Writing):
-    """best_model.pt: written at once while that costs next to nothing, else some seconds later at most."""
+    """best_model.pt: written at once while that costs next to nothing, else when it is due."""
 
     def __init__(self, path: Path):
         self.path, self.waiting = path, None
 
     def offer(self, adapter: TokenAdapter, **facts) -> None:
-        """To be written instead of what was; until then the adapter may only change for a better offer."""
+        """Queue this adapter for writing, instead of a queued one; don't modify it before that."""
         self.waiting = adapter, facts
         self.write_if_due()
 
@@ -67,59 +73,96 @@ class Checkpoint(Writing):
             self.waiting = None
 
 
-def fingerprint(*all_pairs: Pairs | None) -> list[int]:
-    """Tells other pairs from those that a training began with."""
-    return [zlib.crc32(part) for pairs in all_pairs if pairs
-            for part in (pairs.draft, pairs.target, pairs.draft_start, pairs.target_start, pairs.target_length)]
+# -------------------------------------------------------------------------------------- fingerprint
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """Checksums of all the data that training depends on."""
+
+    parts: dict[str, int]          # by the name that an error message gives to each part
+    # of format 0, which missed the names and so the split that follows from them
+    format_0: list[int]
+
+    @classmethod
+    def of(cls, data: Data) -> Fingerprint:
+        parts, format_0 = {}, []
+        for which, pairs in (("train", data.all_train), ("test", data.test)):
+            starts = (pairs.draft_start, pairs.target_start, pairs.target_length)
+            parts |= {f"{which} tokens": zlib.crc32(pairs.target, zlib.crc32(pairs.draft)),
+                      f"{which} rows": _checksum([*map(zlib.crc32, (*starts, pairs.draft_length))]),
+                      f"{which} sequence names": _checksum(pairs.sequence),
+                      f"{which} clip names": _checksum(pairs.clip),
+                      f"{which} questions": _checksum([file["identity"] for file in pairs.files])}
+            format_0 += [zlib.crc32(part) for part in (pairs.draft, pairs.target, *starts)]
+        split = [data.split, zlib.crc32(data.validation.target_start)]
+        parts |= {"split": _checksum(split), "vocabulary size": _checksum(data.vocab_size)}
+        return cls(parts, format_0)
+
+    def differences(self, before: dict | list) -> list[str]:
+        """The names of the parts in which the data of a file differs from ours."""
+        if isinstance(before, list):
+            return [] if before == self.format_0 else ["tokens or rows"]
+        return sorted(name for name in self.parts.keys() | before.keys()
+                      if self.parts.get(name) != before.get(name))
 
 
+def _checksum(value) -> int:
+    return zlib.crc32(json.dumps(value).encode())
+
+
+# ------------------------------------------------------------------------------------------- resume
 class Resume(Writing):
-    """Where it is kept, and what was found there."""
+    """resume.pt of a task folder; `found`: what it held when the program started."""
 
-    def __init__(self, path: Path, data: list[int]):
-        """data: the fingerprint of the pairs."""
+    def __init__(self, path: Path, data: Fingerprint, num_parameters: int):
+        """num_parameters: of the adapter; a file larger than its training can write is refused."""
         self.path, self.data = path, data
+        self.max_bytes = 2**26 + MAX_COPIES * 4 * num_parameters
         self.found: dict | None = None
 
     def read(self) -> None:
         if not self.path.exists():
             log(f"train | {self.path} is not there yet: training begins anew")
             return
-        found = read_tensors(self.path, f"can't be used: {{}}; {ANEW}")
+        found = read_tensors(self.path, self.max_bytes, f"can't be used: {{reason}}; {ANEW}")
         with reading(self.path, ANEW):
             if any(not isinstance(found[name], kind) for name, kind in KINDS.items()):
                 raise TypeError(f"wanted {', '.join(KINDS)}")
-            before = found["data"]
-        if before != self.data:
-            raise UserError(f"the pair files are not those that {self.path.parent} began with; bring those back, or "
-                            "train into a new task folder")
+            check_format(self.path, found.get("format"), FORMAT)
+            changed = self.data.differences(found["data"])
+        if changed:
+            raise UserError(f"the pair files are not those that {self.path.parent} began with (other "
+                            f"{', '.join(changed)}); restore those, or train into a new task folder")
         self.found = {**found, "file": self.path}
         log(f"train | going on after epoch {found['epoch']} of {found['phase']}")
 
     def of(self, phase: str) -> dict | None:
-        """What was found, if it was found in this phase."""
+        """What was found, if it was written in this phase."""
         return self.found if self.found and self.found["phase"] == phase else None
 
     def write(self, **state) -> None:
         with self.timed():
-            write_tensors(self.path, {"data": self.data, **state})
+            write_tensors(self.path, {"format": FORMAT, "data": self.data.parts, **state})
 
-    def remove(self) -> None:
-        """The task is whole."""
-        self.path.unlink(missing_ok=True)
+
+@dataclasses.dataclass(frozen=True)
+class TaskFiles:
+    """What training keeps up to date in a task folder."""
+
+    checkpoint: Checkpoint
+    resume: Resume
+    show: Callable[[list[dict]], None]     # called with the history whenever resume.pt was written
 
 
 def load_weights(model: TokenAdapter, state: dict) -> None:
-    """load_state_dict, but a ValueError where that raises a RuntimeError, as it does without memory."""
-    wanted = {name: weight.shape for name, weight in model.state_dict().items()}
-    if {name: weight.shape for name, weight in state.items()} != wanted:
-        raise ValueError("the weights have other names or shapes")
+    """load_state_dict, but with a ValueError for weights of another model."""
+    check_weights(state, integers=("output_ids",), wanted=model.state_dict())
     model.load_state_dict(state)
 
 
 def random_state() -> list:
-    """Of PyTorch's generators that training draws from."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+    """The states of PyTorch's generators that training draws from."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *on_gpus]
 
 
 def set_random_state(states: list) -> None:

@@ -12,7 +12,7 @@ from acceptance.metrics import number_right
 from acceptance.simulation import simulate
 from acceptance.tensors import TokenTensors, predict
 from drafting.baselines import commonest_tokens, direct_copy
-from pairs.formats import Pairs
+from pairs.pairs import Pairs
 from tests.acceptance.builders import CONTRACT, Oracle, pairs_of, random_pairs
 from token_adapter import ORIGINAL_CONTRACT
 from training.loop import Trainer, train_epoch

@@ -1,4 +1,6 @@
-"""The benchmark of very many pairs: its rows are those of extraction, every part is measured, figures are as said."""
+"""The benchmark of very many pairs: its rows are those of extraction, every part is measured,
+figures are as said.
+"""
 
 import json
 import os
@@ -12,7 +14,8 @@ import benchmark
 from base import ROOT, UserError
 from benchmarks import load
 from benchmarks.load import Config
-from pairs.formats import JsonRows, load_pairs
+from pairs.formats import load_pairs
+from pairs.rows import JsonRows
 from tests.test_extract_tokens_train import ROW_KEYS
 
 SIZES = (120, 480)
@@ -23,9 +26,9 @@ def measured(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("load")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("TMPDIR", str(folder))
-        monkeypatch.setattr(load.tempfile, "tempdir", None)                 # what TMPDIR said before is remembered
+        monkeypatch.setattr(load.tempfile, "tempdir", None)  # what TMPDIR said before is remembered
         benchmark.measure("load", Config(pairs=[*SIZES], tokens=8, output=folder / "out.json"))
-    assert os.listdir(folder) == ["out.json"]                               # the pair files are gone
+    assert os.listdir(folder) == ["out.json"]                              # the pair files are gone
     return json.loads((folder / "out.json").read_text())
 
 
@@ -49,7 +52,7 @@ def test_every_part_of_every_size_is_measured(measured):
             assert list(found[name]["seconds"]) == list(found[name]["peak_mib"]) == parts
             assert all(value >= 0 for value in found[name]["seconds"].values())
         peaks = list(found["ours"]["peak_mib"].values())
-        assert peaks == sorted(peaks)                                       # each is that of all parts up to there
+        assert peaks == sorted(peaks)                        # each is that of all parts up to there
         assert 8 * 4 * count < found["ours"]["token_mib"] * 2**20 <= 2 * 8 * 4 * count
         assert 0 < found["ours"]["share_of_read"] < 1 and found["ours"]["peak_over_tokens"] >= 0
     assert all(value > 0 for value in measured["limits"].values()) and len(measured["wanted"]) == 4
@@ -84,7 +87,7 @@ def test_a_plain_way_that_would_not_fit_is_left_out(tmp_path, monkeypatch):
 def test_growth_is_told_by_its_exponent():
     assert load.exponent(3.0, 300.0, 100) == pytest.approx(1)
     assert load.exponent(1.0, 10_000.0, 100) == pytest.approx(2)
-    assert load.exponent(0.0, 1.0, 100) is None                             # so little that it was not seen
+    assert load.exponent(0.0, 1.0, 100) is None                     # so little that it was not seen
 
 
 @pytest.mark.parametrize(("flags", "words"), [

@@ -1,4 +1,6 @@
-"""Plain and ours are timed on the same work: they learn alike, propose alike, and all figures are written."""
+"""Plain and ours are timed on the same work: they learn alike, propose alike, and all figures are
+written.
+"""
 
 import json
 import math
@@ -22,7 +24,8 @@ FIGURES = {"steps_per_epoch", "step_ms", "steps_per_s", "epoch_s", "first_epoch_
 def trained(tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("benchmark") / "train.json"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(train, "peak_rate", lambda name: 1e-2)       # small and short: it must learn faster
+        # small and short: it must learn faster
+        monkeypatch.setattr(train, "peak_rate", lambda name: 1e-2)
         benchmark.measure("train", train.Config(**SMALL, made_pairs=150, num_epochs=20, max_seq_len=52, output=output,
                                                 batch_size=16))
     return json.loads(output.read_text())
@@ -87,7 +90,7 @@ def test_the_users_pairs_are_trained_on_and_must_fit_the_vocabulary(tmp_path, fi
         train.measure(train.Config(**{**config, "test_pairs": [odd]}))
 
 
-# ---------------------------------------------------------------------------------------------------- adapter
+# ------------------------------------------------------------------------------------------ adapter
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("benchmark") / "adapter.json"
@@ -117,5 +120,5 @@ def test_the_output_of_adapter_holds_everything(asked):
     assert least["eight"] == pytest.approx(8 * least["step"]) and least["draft_pass"] >= least["step"]
     weights = adapter.new_adapter("prefix", adapter.Config(**SMALL, max_seq_len=48), torch.device("cpu"))
     read = [weight for name, weight in weights.named_parameters() if name.startswith(("transformer", "output_proj"))]
-    tied = weights.embedding.weight                                          # read as the output layer's
+    tied = weights.embedding.weight                                     # read as the output layer's
     assert asked["limits"]["step_weights_mib"] * 2**20 == sum(weight.nbytes for weight in [*read, tied])

@@ -1,4 +1,5 @@
-"""Validation is whole drives, an overlap of train and test is said, and streams keep their order."""
+"""Validation is whole drives, an overlap of train and test is said, and streams keep their order.
+"""
 
 import json
 
@@ -7,9 +8,15 @@ import pytest
 
 from base import drive_of
 from pairs.formats import load_pairs
-from pairs.splits import clip_order, load_data, shortened, split_validation
+from pairs.splits import (
+    ValidationSplit,
+    clip_order,
+    load_data,
+    natural_key,
+    shortened,
+    split_validation,
+)
 from tests.conftest import write_pairs
-from train_and_evaluate import TrainConfig
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -44,8 +51,7 @@ def test_neither_side_of_the_split_is_ever_empty(files, tmp_path, fraction):
     ("thun_01_c", ["share 1 drives: thun_01"]), ("", ["can't be seen"]), ("basel_03_a", [])])
 def test_an_overlap_of_train_and_test_is_said_in_log_and_results(files, tmp_path, capsys, test_sequence, words):
     test = write_pairs(tmp_path / "test.json", [test_sequence])
-    config = TrainConfig(test_benchmark=[test], train_benchmark=[files["train"]])
-    warnings = load_data(config).warnings
+    warnings = load_data([files["train"]], [test], ValidationSplit(0.15, 42)).warnings
     assert len(warnings) == len(words) and all(word in warning for word, warning in zip(words, warnings))
     assert capsys.readouterr().out.count("WARNING") == len(words)
 
@@ -60,9 +66,8 @@ def test_without_sequence_names_a_random_split_is_seen_by_the_answers_it_repeats
     order = rng.permutation(120) if random_split else np.arange(120)
     for name, part in (("train", order[:90]), ("test", order[90:])):
         (tmp_path / name).write_text(json.dumps({"results": [rows[i] for i in part]}))
-    config = TrainConfig(test_benchmark=[tmp_path / "test"], train_benchmark=[tmp_path / "train"])
-    found = [warning for warning in load_data(config).warnings if "word for word" in warning]
-    assert len(found) == random_split
+    data = load_data([tmp_path / "train"], [tmp_path / "test"], ValidationSplit(0.15, 42))
+    assert sum("word for word" in warning for warning in data.warnings) == random_split
 
 
 def test_what_is_shortened_keeps_the_first_clips_of_every_sequence(tmp_path):
@@ -75,13 +80,33 @@ def test_what_is_shortened_keeps_the_first_clips_of_every_sequence(tmp_path):
 def test_clips_come_sequence_by_sequence_as_they_were_driven(kind):
     rng = np.random.default_rng(0)
     sequences = [["b_a", "a_a", "", "c"][i] for i in rng.integers(4, size=200)]
-    clips = rng.integers(0, 3 * 10**6, 200).tolist()
+    numbers = rng.integers(0, 3 * 10**6, 200).tolist()
+    clips = numbers
     if kind != "numbers":
-        clips = [f"clip{number}" if number % 3 or kind == "texts" else number for number in clips]
+        clips = [f"zurich_city_14_a_{n}" if n % 3 or kind == "texts" else n for n in numbers]
     first = {name: sequences.index(name) for name in set(sequences)}
-    wanted = sorted(range(200), key=lambda i: (first[sequences[i]], str(clips[i]).zfill(12)))
-    assert clip_order(sequences, clips).tolist() == wanted
+    in_order = sorted(range(200), key=lambda i: (first[sequences[i]], isinstance(clips[i], str), numbers[i]))
+    assert clip_order(sequences, clips).tolist() == in_order
     assert clip_order([], []).tolist() == []
+
+
+def test_names_are_ordered_by_the_value_of_their_numbers():
+    names = ["", "0", 7, "9", "10", "0000000011", 12, "9" * 40, "1" + "0" * 40, "a", "a_9_b2", "a_9_b10",
+             "a_0010_b1", "zurich_city_14_a_9", "zurich_city_14_a_10", "zurich_city_14_a_100"]
+    mixed = np.random.default_rng(0).permutation(len(names))
+    assert sorted((names[i] for i in mixed), key=natural_key) == names
+    assert clip_order(["s"] * len(names), [names[i] for i in mixed]).tolist() == np.argsort(mixed).tolist()
+
+
+def test_the_last_block_of_a_single_sequence_is_the_last_in_time(tmp_path):
+    """Files whose clips were ordered as text hold _10 before _9."""
+    rows = [{"sample_idx": i, "sequence": "thun_01_a", "clip": f"thun_01_a_{clip}", "egpt_tokens": [4],
+             "vl_tokens": [5, 6, 7, 8]} for i, clip in enumerate(sorted(range(20), key=str))]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    pairs = load_pairs([tmp_path / "pairs.json"])
+    train, validation, _ = split_validation(pairs, 0.25, 42)
+    assert sorted(int(pairs.clip[row].split("_")[-1]) for row in validation) == [15, 16, 17, 18, 19]
+    assert sorted([*train, *validation]) == list(range(20))
 
 
 def test_a_sequence_is_shortened_to_its_share_even_when_its_clips_are_scattered(tmp_path):

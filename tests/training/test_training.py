@@ -1,5 +1,9 @@
-"""A training step learns from exactly the loss that is meant, from a CUDA graph as well; what is best is kept."""
+"""A training step learns from exactly the loss that is meant, from a CUDA graph as well; what is
+best is kept.
+"""
 
+import copy
+import dataclasses
 import math
 import os
 import subprocess
@@ -11,13 +15,18 @@ import torch
 import torch.nn.functional as F
 
 import training.checkpoints as checkpoints
-import training.loop as training
+import training.loop as loop
+import training.loss as loss_module
 from acceptance.tensors import TokenTensors
-from base import ROOT
+from base import ROOT, UserError
+from pairs.splits import Data
 from tests.acceptance.builders import pairs_of
 from token_adapter import NOT_SCORED, AdapterConfig, TokenAdapter, load_adapter
-from training.checkpoints import SAVING_SHARE, Checkpoint
-from training.loop import Best, LinearCrossEntropy, Trainer, loss_of, train_epoch
+from training.adapters import new_adapter
+from training.checkpoints import SAVING_SHARE, Checkpoint, Fingerprint
+from training.loop import Trainer, train_epoch
+from training.loss import LinearCrossEntropy, loss_of
+from training.phases import Best
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CONDITIONINGS = ("prefix", "prefix+draft", "draft")
@@ -44,11 +53,11 @@ def batch_of(tokens: TokenTensors, rows: torch.Tensor) -> tuple:
     return (tokens.targets(rows, tokens.width), tokens.drafts(rows, tokens.draft_width), tokens.draft_lengths[rows])
 
 
-# ------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 @pytest.mark.parametrize(("kind", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("chunk", [1, 7 * 11, 2**20])
 def test_the_fused_loss_and_its_gradients_are_those_of_cross_entropy(monkeypatch, kind, tolerance, chunk):
-    monkeypatch.setitem(training.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(loss_module.LOGITS_AT_A_TIME, "cpu", chunk)
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (3 * torch.randn(*size, generator=generator, dtype=kind) for size in ((23, 5), (11, 5), (11,)))
     labels = torch.randint(0, 11, (23,), generator=generator)
@@ -76,7 +85,9 @@ def test_a_label_without_any_chance_costs_what_it_should_and_no_number_stays_non
 
 
 def plain_loss(adapter, target, draft, lengths, draft_text: float) -> tuple:
-    """The definition, in two passes over whole logits: (loss to learn from, loss of the answers, hits)."""
+    """The definition, in two passes over whole logits: (loss to learn from, loss of the answers,
+    hits).
+    """
     if not adapter.config.sees_prefix:
         logits = adapter(draft)
     else:
@@ -96,7 +107,7 @@ def plain_loss(adapter, target, draft, lengths, draft_text: float) -> tuple:
 @pytest.mark.parametrize("draft_text", [0.0, 0.5])
 @pytest.mark.parametrize("conditioning", [*CONDITIONINGS, "draft_vocab"])
 def test_one_pass_over_answers_and_drafts_learns_what_two_passes_would(monkeypatch, conditioning, draft_text):
-    monkeypatch.setattr(training, "DRAFT_DROPOUT", 0.0)
+    monkeypatch.setattr(loss_module, "DRAFT_DROPOUT", 0.0)
     vocab = conditioning == "draft_vocab"
     adapter = small_adapter("prefix+draft" if vocab else conditioning, draft_vocab=vocab)
     tokens = answers(9)
@@ -119,11 +130,11 @@ def test_one_pass_over_answers_and_drafts_learns_what_two_passes_would(monkeypat
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_a_batch_that_was_filled_up_for_a_graph_gives_the_numbers_of_its_own_rows(monkeypatch, conditioning):
-    monkeypatch.setattr(training, "DRAFT_DROPOUT", 0.0)
+    monkeypatch.setattr(loss_module, "DRAFT_DROPOUT", 0.0)
     adapter, tokens, rows = small_adapter(conditioning), answers(9), torch.tensor([3, 8, 1])
     trainer = Trainer(adapter, batch_size=5, rate=1e-3, steps=3, draft_text=0.5)
     width = int(tokens.lengths[rows].max())
-    before = trainer._fill(tokens, torch.arange(5), width)                       # what other rows leave there
+    before = trainer._fill(tokens, torch.arange(5), width)             # what other rows leave there
     widths = trainer._fill(tokens, rows, width)
     assert widths == before and len(trainer.buffers) == 1 and len(trainer.buffers[widths][0]) == 5
     draft = tokens.drafts(rows, width if conditioning == "draft" else tokens.draft_width)
@@ -136,7 +147,7 @@ def test_a_batch_that_was_filled_up_for_a_graph_gives_the_numbers_of_its_own_row
 @pytest.mark.parametrize(("width", "longest", "most", "wanted"), [
     (1, 50, 128, 16), (17, 50, 128, 32), (50, 50, 128, 56), (97, 98, 100, 100), (5, 5, 128, 8)])
 def test_widths_are_few_and_never_beyond_what_the_adapter_holds(width, longest, most, wanted):
-    assert training.rounded(width, longest, most) == wanted
+    assert loop.rounded(width, longest, most) == wanted
 
 
 def test_half_of_the_drafts_are_hidden_in_training_alone():
@@ -149,10 +160,10 @@ def test_half_of_the_drafts_are_hidden_in_training_alone():
     assert 0.2 < (seen[0][had] > 0).float().mean() < 0.8 and not (seen[0] > batch[2]).any()
 
 
-# ---------------------------------------------------------------------------------------------------- keeping
+# ------------------------------------------------------------------------------------------ keeping
 def test_what_was_best_is_not_changed_by_further_training():
     adapter, best = small_adapter("prefix"), Best()
-    for alpha in (0.1, 0.2):                                      # the second time into the memory of the first
+    for alpha in (0.1, 0.2):                          # the second time into the memory of the first
         with torch.no_grad():
             adapter.begin.fill_(alpha)
         best.take(adapter, alpha, epoch=1, number=1)
@@ -195,7 +206,68 @@ def test_a_checkpoint_is_written_at_once_then_when_it_is_due_and_in_the_end(tmp_
     assert epoch() == 3 and clock[0] == 3 + wait
 
 
-# ------------------------------------------------------------------------------------------------------ graphs
+# ----------------------------------------------------------------------------------------- resuming
+@pytest.mark.parametrize("settings", [
+    {"capturable": True, "lr": torch.tensor(0.7)}, {"fused": None, "foreach": True}, {"amsgrad": True, "maximize": True},
+    {"betas": (0.5, 0.5), "eps": 1.0, "weight_decay": 9.0}, {"differentiable": True}])
+def test_a_resumed_optimizer_keeps_the_settings_of_this_machine(settings):
+    """A state that was written on a GPU says capturable, and its learning rate is a tensor; on a
+    CPU neither.
+    """
+    def trainer() -> Trainer:
+        return Trainer(small_adapter("prefix"), batch_size=4, rate=1e-3, steps=9)
+
+    tokens, writer, reader, unchanged = answers(8), trainer(), trainer(), trainer()
+    rows = torch.arange(4)
+    writer.step(tokens, rows, tokens.width)
+    state = writer.optimizer.state_dict()
+    odd = {**state, "param_groups": [{**group, **settings} for group in state["param_groups"]]}
+    for other, saved in ((reader, odd), (unchanged, state)):
+        before = [{**group, "params": None} for group in other.optimizer.param_groups]
+        other.adapter.load_state_dict(writer.adapter.state_dict())
+        other.take_up(copy.deepcopy(saved), 1)           # whose tensors it goes on with
+        assert [{**group, "params": None} for group in other.optimizer.param_groups] == before
+        torch.manual_seed(3)
+        other.step(tokens, rows, tokens.width)
+    assert all(torch.equal(one, two) for one, two in zip(reader.weights, unchanged.weights))
+
+
+def data_of(train, test, **facts) -> Data:
+    facts = {"split": {"by": "drive"}, "vocab_size": 40, **facts}
+    return Data(train, train, train, test, files={}, warnings=[], largest_ids=[], **facts)
+
+
+def test_a_fingerprint_tells_everything_that_training_depends_on():
+    train = pairs_of([[5, 6], [7], []], [[1, 2, 3], [4], [5, 6]])
+    train = dataclasses.replace(train, files=[{"identity": 1}])
+    test = dataclasses.replace(pairs_of([[5]], [[6]]), files=[{"identity": 2}])
+    data = data_of(train, test)
+    ours = Fingerprint.of(data)
+
+    def differences(**changes) -> list[str]:
+        pairs = {"train": train, "test": test, **changes}
+        return Fingerprint.of(data_of(**pairs)).differences(ours.parts)
+
+    assert differences() == [] and ours.differences(ours.format_0) == []
+    assert differences(train=dataclasses.replace(train, sequence=["b"] * 3)) == ["train sequence names"]
+    assert differences(test=dataclasses.replace(test, clip=["0"])) == ["test clip names"]
+    assert differences(train=dataclasses.replace(train, files=[{"identity": 3}])) == ["train questions"]
+    assert differences(train=train.select([1, 0, 2])) == ["split", "train clip names", "train rows"]
+    shorter = dataclasses.replace(train, draft_length=train.draft_length * 0)
+    assert differences(train=shorter) == ["train rows"]
+    assert differences(split={"by": "sequence"}) == ["split"]
+    assert differences(vocab_size=41) == ["vocabulary size"]
+    changed = dataclasses.replace(train, target=train.target + 1)
+    assert differences(train=changed) == ["train tokens"]
+    assert Fingerprint.of(data_of(changed, test)).differences(ours.format_0) == ["tokens or rows"]
+
+
+def test_an_adapter_that_no_checkpoint_could_hold_is_refused_before_it_takes_memory():
+    with pytest.raises(UserError, match=r"has \d+\.\d GiB, wanted at most 3; choose a smaller --embed_dim"):
+        new_adapter(AdapterConfig(2**20, embed_dim=16384, num_heads=8), seed=1)
+
+
+# ------------------------------------------------------------------------------------------- graphs
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a driver is there, which might do it")
 def test_without_graphs_every_step_runs_eagerly_after_one_warning(capsys):
     """On a CPU a capture is refused, as by a driver that can't."""
@@ -212,7 +284,9 @@ def test_without_graphs_every_step_runs_eagerly_after_one_warning(capsys):
 
 
 def run(conditioning: str, graphs: bool, dropout: float = 0.0, epochs: int = 4) -> tuple:
-    """(trainer, [(loss, alpha) of each epoch]) of a small training on the GPU: several widths, a last batch of 3."""
+    """(trainer, [(loss, alpha) of each epoch]) of a small training on the GPU: several widths, a
+    last batch of 3.
+    """
     tokens = answers(43, "cuda")
     vocab = conditioning == "draft_vocab"
     adapter = small_adapter("prefix+draft" if vocab else conditioning, dropout, vocab).cuda()
@@ -225,7 +299,7 @@ def run(conditioning: str, graphs: bool, dropout: float = 0.0, epochs: int = 4) 
 @needs_gpu
 @pytest.mark.parametrize("conditioning", [*CONDITIONINGS, "draft_vocab"])
 def test_cuda_graphs_learn_what_eager_steps_learn(monkeypatch, conditioning):
-    monkeypatch.setattr(training, "DRAFT_DROPOUT", 0.0)
+    monkeypatch.setattr(loss_module, "DRAFT_DROPOUT", 0.0)
     (graphed, ours), (eager, theirs) = (run(conditioning, graphs) for graphs in (True, False))
     assert len(graphed.graphs) >= 2 and all(graphed.graphs.values()) and eager.graphs is None
     assert np.allclose(ours, theirs, rtol=0.005, atol=0.02) and ours[-1][0] < ours[0][0] - 0.1
@@ -235,7 +309,7 @@ def test_cuda_graphs_learn_what_eager_steps_learn(monkeypatch, conditioning):
 
 @needs_gpu
 def test_cuda_steps_learn_what_cpu_steps_learn(monkeypatch):
-    monkeypatch.setattr(training, "DRAFT_DROPOUT", 0.0)
+    monkeypatch.setattr(loss_module, "DRAFT_DROPOUT", 0.0)
     _, ours = run("prefix+draft", graphs=True)
     tokens, adapter = answers(43), small_adapter("prefix+draft")
     trainer, generator = Trainer(adapter, 8, 3e-3, 24, 0.5), torch.Generator().manual_seed(1)
@@ -249,7 +323,7 @@ def test_cuda_graphs_draw_new_random_numbers_each_time_and_follow_the_rate(condi
     trainer, losses = run(conditioning, graphs=True, dropout=0.3)
     assert all(trainer.graphs.values()) and losses[-1][0] < losses[0][0]
     tokens, before = answers(43, "cuda"), [weight.clone() for weight in trainer.adapter.parameters()]
-    trainer.peak = 0.0                                            # neither steps nor decay: the weights stay
+    trainer.peak = 0.0                                   # neither steps nor decay: the weights stay
     with trainer.on_stream():
         rows, width, _ = next(iter(tokens.batches(8)))
         losses = {float(trainer.step(tokens, rows, width)[0]) for _ in range(5)}
@@ -258,25 +332,27 @@ def test_cuda_graphs_draw_new_random_numbers_each_time_and_follow_the_rate(condi
 
 
 def train_where_captures_fail() -> None:
-    """Run by the test below in a process of its own: PyTorch's allocator may not get over a capture that failed."""
-    training.DRAFT_DROPOUT, whole = 0.0, training.loss_of
+    """Run by the test below in a process of its own: PyTorch's allocator may not get over a capture
+    that failed.
+    """
+    loss_module.DRAFT_DROPOUT, whole = 0.0, loop.loss_of
     _, wanted = run("prefix", graphs=False)
 
     def waiting(*arguments) -> tuple:
         loss, found = whole(*arguments)
         if torch.cuda.is_current_stream_capturing():
-            found.tolist()                                        # waits for the device: no capture allows it
+            found.tolist()                              # waits for the device: no capture allows it
         return loss, found
 
-    training.loss_of = waiting
+    loop.loss_of = waiting
     trainer, found = run("prefix", graphs=True)
     assert trainer.graphs is None and np.allclose(found, wanted, rtol=0.005, atol=0.02), (found, wanted)
-    run("prefix", graphs=True, dropout=0.3)                       # random numbers are still to be had
+    run("prefix", graphs=True, dropout=0.3)                     # random numbers are still to be had
 
 
 @needs_gpu
 def test_cuda_capture_that_fails_leaves_training_eager_and_right():
-    code = "import tests.test_training as test; test.train_where_captures_fail()"
+    code = "import tests.training.test_training as test; test.train_where_captures_fail()"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=300)
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stdout.count("WARNING | no CUDA graphs, every step runs eagerly") == 2
