@@ -8,6 +8,7 @@ visual_tokens, visual_features, decoder, max_positions, max_prompt and answer.
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +17,17 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from clips.pixels import PixelSettings, clip_pixels
 from machine.device import Runtime
-from vlm.contract import Answer, NotNumbers
+from vlm.contract import Answer, NotNumbers, VisionLanguageModel
 from vlm.loading import dtype_name, free_memory, quantization_of
 from vlm.tokenizers import guarded
 
 
 @dataclasses.dataclass
-class LoadedModel:
-    """The parts of a model that is ready to answer; vlm.contract.VisionLanguageModel says what each
-    is.
-    """
+class LoadedModel(VisionLanguageModel):
+    """The parts of a loaded model; the contract, which it inherits, says what each of them is."""
 
     model: nn.Module
-    tokenizer: object
+    tokenizer: Any
     pixels: PixelSettings
     runtime: Runtime
     revision: str
