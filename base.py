@@ -130,14 +130,18 @@ class Progress:
 
 
 # -------------------------------------------------------------------------------- config -> flags
-def option(default, help: str):
-    """A config field with its help text; the default applies when the flag is not given."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default, help: str, answers: str | None = None):
+    """A config field with its help text; the default applies when the flag is not given.
+
+    answers: whose answers depend on the flag: "draft", "target" or "both". A run that goes on with
+    recorded answers compares these fields.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "answers": answers})
 
 
-def required(help: str, positional: bool = False):
+def required(help: str, positional: bool = False, answers: str | None = None):
     """A config field without default: a flag that must be given, or a bare value if positional."""
-    return dataclasses.field(metadata={"help": help, "positional": positional})
+    return dataclasses.field(metadata={"help": help, "positional": positional, "answers": answers})
 
 
 # A larger value is a slip of the hand, which would show only when the memory is full.
@@ -293,7 +297,7 @@ check_python()
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or not (ROOT / sys.argv[1]).is_file():
         raise UserError("usage: python base.py requirements.txt")
     check_packages(sys.argv[1])
 

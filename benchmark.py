@@ -1,14 +1,15 @@
-"""How fast: each part of the suite and the plain way to do the same, side by side in one run; and two runs compared.
+"""How fast: each part of the suite beside the plain way to do the same; and two runs compared.
 
-    python benchmark.py decode --pairs extraction_1s_val.json --task task/1s_20260128_020530 --output decode.json
+    python benchmark.py decode --pairs val.json --task task/1s_20260128_020530 --output decode.json
     python benchmark.py load
     python benchmark.py train
     python benchmark.py adapter
     python benchmark.py prepare
+    python benchmark.py products
     python benchmark.py compare old.json decode.json
 
-Prints a table and writes all numbers as JSON, with device, versions and what the device could do at most. `compare`
-prints old, new and their ratio. Each part is a file of benchmarks/.
+Prints a table and writes all numbers as JSON, with device, versions and the limits of the device.
+`compare` prints old, new and their ratio. Each part is a file of benchmarks/.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from base import UserError, as_json, log, now, parse_config, provenance, require
 from machine.files import make_folder, read_json, write_json
 from machine.running import run
 
-BENCHMARKS = ("prepare", "extract", "train", "adapter", "decode", "load")
+BENCHMARKS = ("prepare", "extract", "train", "adapter", "products", "decode", "load")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,8 @@ def read_benchmark(path: Path) -> dict:
 
 
 def figures(value, name: str = "") -> dict[str, float]:
-    """{dotted name: number} of all numbers that are not those of single answers, flags or versions."""
+    """{dotted name: number} of all numbers that are not those of single answers, flags or versions.
+    """
     if isinstance(value, dict):
         parts = (figures(part, f"{name}.{key}" if name else str(key)) for key, part in value.items()
                  if key not in ("config", "provenance"))
@@ -69,11 +71,17 @@ def compare(config: Compare) -> None:
 
 
 def measure(name: str, config) -> None:
-    """One file of benchmarks/: measure(config) -> its numbers, show(results) logs its table, one_line(results)."""
+    """One file of benchmarks/: measure(config) -> its numbers, show(results) logs its table,
+    one_line(results).
+    """
     benchmark, start = importlib.import_module(f"benchmarks.{name}"), time.monotonic()
     make_folder(config.output.resolve().parent)
-    old = read_benchmark(config.compare) if config.compare else None         # before it may be written over
-    results = {"kind": f"benchmark {name}", "date": now(), "config": as_json(config), **benchmark.measure(config)}
+    # before it may be written over
+    old = read_benchmark(config.compare) if config.compare else None
+    results = {
+        "kind": f"benchmark {name}", "date": now(), "config": as_json(config),
+        **benchmark.measure(config)
+    }
     results |= {"seconds": time.monotonic() - start, "provenance": provenance()}
     write_json(config.output, results)
     benchmark.show(results)
@@ -89,11 +97,18 @@ def measure(name: str, config) -> None:
 def main() -> None:
     program, name, flags = sys.argv[0], (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if name in ("-h", "--help"):
-        print(f"{__doc__}\n    python benchmark.py {'|'.join((*BENCHMARKS, 'compare'))} --help     the flags of each")
+        print(
+            f"{__doc__}\n    python benchmark.py {'|'.join((*BENCHMARKS, 'compare'))} --help     "
+            "the flags of each"
+        )
         return
     if name not in (*BENCHMARKS, "compare"):
-        raise UserError(f"{name!r}: wanted one of {', '.join((*BENCHMARKS, 'compare'))} (see benchmark.py --help)")
-    config_class = Compare if name == "compare" else importlib.import_module(f"benchmarks.{name}").Config
+        raise UserError(
+            f"{name!r}: wanted one of {', '.join((*BENCHMARKS, 'compare'))} (see benchmark.py "
+            "--help)"
+        )
+    config_class = Compare if name == "compare" else importlib.import_module(
+        f"benchmarks.{name}").Config
     sys.argv[0] = f"{program} {name}"                # argparse names the program by it
     try:
         config = parse_config(config_class, flags)

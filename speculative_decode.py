@@ -1,57 +1,48 @@
-"""Step 3: the target's own words, sooner: draft, adapter and target decode a data set together, checked and timed.
+"""Step 3: the target's own words, sooner: a data set decoded speculatively, checked and timed.
 
-    python speculative_decode.py --task task/1s_20260128_020530 --draft_model models/EventGPT-7b --compare \\
-        --dataset_dir data/my_egpt_dsec_test/my_egpt_dsec_seq_1s
+    python speculative_decode.py --task task/1s_20260128_020530 --compare \\
+        --draft_model models/EventGPT-7b --dataset_dir data/my_egpt_dsec_test/my_egpt_dsec_seq_1s
 
-EventGPT answers for every clip first and is unloaded. Then Video-LLaVA answers, clip by clip in the order they were
-driven: a drafter proposes tokens, one pass verifies them, and what comes out is what greedy decoding says. With
---compare each answer is also decoded plainly, by transformers and by our own loop, and by every other drafter.
-Writes decode.json, DECODE.md and pictures into a new folder decode_{time} inside the task folder. Exit 3: an answer
-differs from plain decoding by more than rounding.
+EventGPT answers for every clip first and is unloaded. Then Video-LLaVA answers, clip by clip in the
+order they were driven: a drafter proposes tokens, one pass verifies them, and the result is the
+answer of greedy decoding. With --compare each answer is also decoded plainly, by transformers and
+by our own loop, and by every other drafter.
+
+Writes decode.json, DECODE.md and pictures into a new folder decode_{time} inside the task folder. A
+journal holds every answer as soon as it is there: after a stop or a crash the same command goes on.
+Exit 3: an answer differs from plain decoding by more than rounding.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import copy
 import dataclasses
+import hashlib
 import math
-import random
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from base import (
-    Progress,
-    UserError,
-    as_json,
-    check_counts,
-    log,
-    now,
-    option,
-    parse_config,
-    provenance,
-    required,
-)
-from drafting.table import LIVE, LIVE_NAMES, LiveParts
-from machine.files import make_folder, new_task_folder, only_writer, read_json, reading, write_json
-from machine.running import run
-from pairs.splits import clip_order
-from reports.decode_figures import one_line, totals
-from reports.decode_report import write_decode_report
-from reports.task_figures import REMEASURE
+from base import UserError, as_json, check_counts, first_line, log, option, parse_config, required
+from decoding.journal import hidden_folder, journal_of, open_journal
+from decoding.limits import PLAIN, check_gamma, limits_of
+from drafting.table import LIVE, LIVE_NAMES
+from machine.running import goes_on_with, run
+from vlm.roles import DRAFT, TARGET, View
 
-if TYPE_CHECKING:                  # torch and vlm are imported only after the flags are read
-    from clips.dataset import Sample
-    from decoding.loop import Decoded
+if TYPE_CHECKING:                  # torch is imported only after the flags are read
+    from decoding.answers import Answering
+    from decoding.clips import Clips
+    from decoding.journal import DecodingJournal
+    from decoding.task import Task
+    from machine.device import Runtime
+    from vlm.contract import VisionLanguageModel
+    from vlm.roles import Role
 
-DRAFTERS = LIVE_NAMES
-MAX_GAMMA = 16                     # proposals a pass with --gamma auto: verifying 17 costs little more than one
-SLACK = 8                          # positions by which a clip's prompt may be longer than the first clip's
-PARALLEL_CLIPS = 32                # clips that --parallel reads beforehand and decodes
+# What the answers do not depend on: with other values of these the same journal goes on.
+NOT_OF_THE_ANSWERS = ("num_workers", "plots", "parallel", "draft_device", "output_folder",
+                      "restart", "query", "questions_file", "num_questions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,30 +51,49 @@ class DecodeConfig:
 
     task: Path = required("task folder of train_and_evaluate.py")
     dataset_dir: Path = required("data set folder, with event_image/ and mp4/")
-    draft_model: Path = required("folder of the EventGPT checkpoint")
+    draft_model: Path | None = option(
+        None,
+        "folder of the EventGPT checkpoint; needed where a drafter of this run reads EventGPT's "
+        "answers"
+    )
     target_model: str = option("LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA")
-    drafter: Literal[LIVE_NAMES] = option(
-        "hybrid", "adapter and memory together, either alone, prompt lookup, EventGPT's own tokens, or nothing")
-    memory: list[Path] | None = option(None, "memory.npz of earlier decodings, known from the start")
-    gamma: str = option("auto", "tokens proposed for each pass, 1 to 16; auto: while they are worth their cost")
-    compare: bool = option(False, "decode plainly too, by transformers and by our loop, and with every drafter")
-    parallel: bool = option(False, "measure both models at work at once too (both in memory), on the first clips")
-    draft_device: str = option("auto", "with --parallel: where EventGPT runs; auto: beside the target, on --device")
+    drafter: Literal[LIVE_NAMES] = option(  # type: ignore[valid-type]
+        LIVE_NAMES[0], "; ".join(f"{name}: {entry.about}" for name, entry in LIVE.items()))
+    memory: list[Path] | None = option(None,
+                                       "memory.npz of earlier decodings, known from the start")
+    gamma: str = option(
+        "auto", "tokens proposed for each pass, 1 to 16; auto: while they are worth their cost")
+    compare: bool = option(
+        False, "decode plainly too, by transformers and by our loop, and with every drafter")
+    parallel: bool = option(
+        False, "measure both models at work at once too (both in memory), on the first clips")
+    draft_device: str = option(
+        "auto", "with --parallel: where EventGPT runs; auto: beside the target, on --device")
+    allow_links: list[Path] | None = option(
+        None, "folders outside dataset_dir that links in it may lead to; default: none")
     max_samples: int = option(-1, "use only the first so many clips; -1: all")
     max_new_tokens: int = option(50, "longest answer, in tokens")
-    query: str = option("What are the key elements in this scene?", "the question asked about every clip")
-    questions_file: Path | None = option(None, "ask these instead: JSON list of strings or {question, ...}, or lines")
+    query: str = option("What are the key elements in this scene?",
+                        "the question asked about every clip")
+    questions_file: Path | None = option(
+        None, "ask these instead: JSON list of strings or {question, ...}, or lines")
     num_questions: int = option(-1, "use only the first so many questions of the file; -1: all")
-    temperature: float = option(0.0, "above 0: sample from the target's distribution instead, just as losslessly")
-    shuffle: bool = option(False, "decode the clips in random order: shows what the order is worth to a memory")
-    quantization: Literal["auto", "4bit", "8bit", "none"] = option("auto", "auto: 4bit on a GPU, none on a CPU")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: bfloat16 on a GPU, else float32")
+    temperature: float = option(
+        0.0, "above 0: sample from the target's distribution instead, just as losslessly")
+    shuffle: bool = option(
+        False, "decode the clips in random order: shows what the order is worth to a memory")
+    quantization: Literal["auto", "4bit", "8bit",
+                          "none"] = option("auto", "auto: 4bit on a GPU, none on a CPU")
+    dtype: Literal["auto", "float32", "bfloat16",
+                   "float16"] = option("auto", "auto: bfloat16 on a GPU, else float32")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     num_frames: int = option(8, "video frames shown to the target")
     event_images: Literal["first", "all"] = option("first", "event pictures shown to the draft")
     num_workers: int = option(4, "threads that read pictures and videos ahead of the model")
     seed: int = option(42, "for --temperature and --shuffle")
-    output_folder: Path | None = option(None, "exactly this folder, instead of a new one in the task folder")
+    output_folder: Path | None = option(
+        None, "exactly this folder, instead of a new one in the task folder")
+    restart: bool = option(False, "throw away what a stopped start of this command has decoded")
     plots: bool = option(True, "draw the pictures")
 
     def __post_init__(self):
@@ -91,398 +101,264 @@ class DecodeConfig:
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"--temperature must be 0 or more, got {self.temperature}")
         if 0 < self.temperature < 0.01:
-            raise UserError(f"--temperature must be 0 (greedy) or from 0.01, got {self.temperature}")
+            raise UserError(
+                f"--temperature must be 0 (greedy) or from 0.01, got {self.temperature}")
         if self.temperature and (self.compare or self.parallel):
-            raise UserError(f"--{'compare' if self.compare else 'parallel'} needs greedy answers: sampled ones "
-                            "differ by chance; leave out --temperature")
+            flag = "compare" if self.compare else "parallel"
+            raise UserError(
+                f"--{flag} needs greedy answers: sampled ones differ by chance; leave out "
+                "--temperature"
+            )
         if self.draft_device != "auto" and not self.parallel:
             raise UserError("--draft_device belongs to --parallel: without it both run on --device")
         if not self.query.strip():
             raise UserError("--query is empty: wanted a question")
-        check_counts(self, ("max_new_tokens", "num_frames", "num_workers"), ("max_samples", "num_questions"))
+        check_counts(self, ("max_new_tokens", "num_frames", "num_workers"),
+                     ("max_samples", "num_questions"))
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
-        if self.output_folder and (self.output_folder / "DECODE.md").exists():
-            raise UserError(f"{self.output_folder} holds a finished decoding (DECODE.md), nothing was changed; "
-                            "choose another --output_folder")
-        if self.output_folder and (self.output_folder / "results.json").exists():
-            raise UserError(f"{self.output_folder} is a task folder, whose memory.npz would be written over; choose "
-                            "another --output_folder")
-        if not self.draft_model.is_dir():
-            raise UserError(f"no such folder: {self.draft_model}; wanted the folder of the EventGPT checkpoint")
+        if self.output_folder:
+            check_output_folder(self.output_folder)
+        if self.draft_model and not self.draft_model.is_dir():
+            raise UserError(
+                f"no such folder: {self.draft_model}; wanted the folder of the EventGPT checkpoint")
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """The names of the drafters that run."""
+        return LIVE_NAMES if self.compare else (self.drafter,)
+
+    @property
+    def view(self) -> View:
+        return View(self.num_frames, self.event_images)
 
 
-def check_gamma(gamma: str) -> None:
-    if gamma != "auto" and gamma not in map(str, range(1, MAX_GAMMA + 1)):
-        raise UserError(f"--gamma must be auto or from 1 to {MAX_GAMMA}, got {gamma[:40]}")
+def check_output_folder(folder: Path) -> None:
+    if (folder / "DECODE.md").exists() and not journal_of(folder).exists():
+        raise UserError(
+            f"{folder} holds a finished decoding (DECODE.md), nothing was changed; choose another "
+            "--output_folder")
+    if (folder / "results.json").exists():
+        raise UserError(
+            f"{folder} is a task folder, whose memory.npz would be written over; choose another "
+            "--output_folder")
 
 
-# ------------------------------------------------------------------------------------------------------- task
-@dataclasses.dataclass
-class Task:
-    """What training left: the adapter, its memory, and what is known of both."""
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """What all stages of a decoding share."""
 
-    folder: Path
-    adapter: object                        # TokenAdapter
-    answers: list[list[int]]               # target answers of training: what a memory begins with
-    verified: list[list[int]]              # and those of earlier decodings, which count as fresh ones
-    share: float                           # of the memory in the hybrid
-    simulated: dict                        # drafter -> gamma -> tau on the test pairs
-    models: dict                           # eventgpt, videollava -> recorded name, revision, vocab_size; {} if none
-
-
-def read_task(folder: Path, memories: list[Path] = ()) -> Task:
-    from drafting.memory import load_memory
-    from token_adapter import load_adapter
-
-    for name in ("best_model.pt", "results.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is no finished task: it has no {name}; wanted a folder that "
-                            "train_and_evaluate.py wrote")
-    results = read_json(folder / "results.json")
-    if isinstance(results, dict) and results.get("unfinished"):
-        raise UserError(f"{folder} is unfinished: go on with train_and_evaluate.py --resume {folder}")
-    test = (results.get("metrics") or {}).get("test") if isinstance(results, dict) else None
-    if not isinstance(test, dict) or not isinstance(test.get("drafters"), dict):
-        raise UserError(f"{folder / 'results.json'} is not the results.json of train_and_evaluate.py")
-    adapter = load_adapter(folder / "best_model.pt")
-    memory = folder / "memory.npz"
-    if not memory.exists():
-        log(f"decode | {folder} has no memory.npz: the memory begins without training answers")
-    verified = [answer for path in memories for answer in load_memory(path)]
-    with reading(folder / "results.json", REMEASURE):
-        trained_on = [file.get("models") or {} for file in (results.get("files") or {}).get("train") or []]
-        models = {which: dict(facts) for which, facts in next(filter(None, trained_on), {}).items()}
-        share = (test.get("memory_share") or {}).get("hybrid")
-        simulated = {name: {gamma: float(found["tau"]) for gamma, found in drafter.get("simulated", {}).items()}
-                     for name, drafter in test["drafters"].items()}
-        share = 0.5 if share is None else float(share)
-    return Task(folder, adapter, load_memory(memory) if memory.exists() else [], verified, share, simulated, models)
-
-
-def check_model(task: Task, which: Literal["eventgpt", "videollava"], name: str, revision: str,
-                vocab_size: int) -> None:
-    """The adapter was trained on this model's answers, as far as its pair files say whose they were."""
-    recorded = task.models.get(which) or {}
-    for key, found in (("vocab_size", vocab_size), ("revision", revision)):
-        trained = recorded.get(key)
-        if trained in (None, "local", "unknown", found):         # "local": before digests were recorded
-            continue
-        if key == "revision" and str(trained).startswith("local ") != found.startswith("local "):
-            log(f"decode | WARNING | {name}: whether {found} is {trained}, which the task was trained for, can't be "
-                "told: one is a folder, the other a hub's")
-            continue
-        raise UserError(f"{task.folder} was trained on answers of {recorded.get('name')} ({key} {trained}), but "
-                        f"{name} has {key} {found}; decode with that model, or train on pairs of this one")
-
-
-def make_drafter(name: str, task: Task):
-    return LIVE[name].make_live(LiveParts(task.adapter, task.answers, task.verified, task.share))
-
-
-def reads_draft(name: str, task: Task) -> bool:
-    """Whether this drafter needs EventGPT's answer at all."""
-    return LIVE[name].reads_draft(task.adapter.config.conditioning)
-
-
-# ------------------------------------------------------------------------------------------------ both models
-def clips(model, read: Callable, samples: list[Sample], failed: list[dict], which: str,
-          config: DecodeConfig) -> Iterator[tuple]:
-    """Yield (sample, pixels) in order; a clip that can't be read is added to `failed`."""
-    from clips.dataset import read_ahead
-
-    ahead = 2 * config.num_workers
-    for sample, pixels in read_ahead(lambda sample: model.prepare(read(sample)), samples, config.num_workers, ahead):
-        if isinstance(pixels, Exception):
-            failed.append({"sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip, "model": which,
-                           "reason": str(pixels)})
-            log(f"decode | {which} | WARNING | clip {sample.key} failed: {pixels}")
-        else:
-            yield sample, pixels
-
-
-def prompted(model, pixels, questions: list[str], config: DecodeConfig):
-    """The model's decoder on a static cache with room for the longest prompt, an answer and a round's proposals."""
-    from vlm.loading import check_positions
-    from vlm.steps import Prompted, Steps
-
-    longest = max(model.prompt_embeds(pixels, question).shape[1] for question in questions)
-    room = longest + SLACK + config.max_new_tokens + MAX_GAMMA
-    check_positions(longest, config.max_new_tokens, model.max_positions)
-    steps = Steps(*model.decoder, room=room)
-    log(f"decode | keys and values: {steps.bytes / 2**20:,.0f} MiB for {room} positions")
-    return Prompted(steps)
-
-
-def draft_all(samples: list[Sample], questions: list[str], failed: list[dict], task: Task, runtime,
-              config: DecodeConfig) -> tuple[dict, dict]:
-    """EventGPT's answer for every clip and question: {(key, question number): (tokens, seconds)}, and its costs."""
-    import functools
-
-    import decoding.loop as decoding
-    from clips.dataset import draft_pictures
-    from drafting.contract import NoDrafts
-    from vlm.eventgpt import EventGPT
-
-    model = EventGPT.load(config.draft_model, runtime)
-    check_model(task, "eventgpt", str(config.draft_model), model.revision, model.vocab_size)
-    target, drafts, costs, eos = None, {}, {}, model.tokenizer.eos_token_id
-    progress = Progress("decode | drafts", len(samples) * len(questions), unit="answers")
-    for sample, pixels in clips(model, functools.partial(draft_pictures, which=config.event_images), samples, failed,
-                                "eventgpt", config):
-        if target is None:
-            target = prompted(model, pixels, questions, config)
-            costs = decoding.measure_costs(target, model, pixels, questions[0], runtime.device, sizes=(1,))
-        for number, question in enumerate(questions):
-            def answer(target=target, pixels=pixels, question=question) -> Decoded:
-                target.ask(model.prompt_embeds(pixels, question))
-                return decoding.decode(target, NoDrafts(), config.max_new_tokens, eos, 1)
-
-            found, seconds = decoding.timed(answer, runtime.device)
-            drafts[sample.key, number] = found.tokens, seconds
-            progress.update(len(drafts))
-    answer = target = None                              # they hold the weights
-    model.unload()
-    if not drafts:
-        raise UserError(f"none of {len(samples)} clips could be read; the first reason: {failed[0]['reason']}")
-    return drafts, costs
-
-
-# --------------------------------------------------------------------------------------------------- decoding
-class Decoder:
-    """One drafter at work: its memory and its pace go from answer to answer."""
-
-    def __init__(self, name: str, task: Task, target, costs: dict, eos: int, config: DecodeConfig):
-        import decoding.loop as decoding
-
-        self.name, self.target, self.eos, self.config = name, target, eos, config
-        self.drafter = make_drafter(name, task)
-        self.gamma = MAX_GAMMA if config.gamma == "auto" else int(config.gamma)
-        self.rule = decoding.Sampling(config.temperature, config.seed) if config.temperature else decoding.greedy
-        self.costs, self.pace = costs, None
-
-    def set_pace(self, draft: list[int], question: list[int], answer: list[int], device) -> None:
-        """Measure what proposals cost this drafter; with --gamma auto it weighs them from now on."""
-        import decoding.loop as decoding
-
-        verify = self.costs["verify"]
-        slope_s = max(0.0, (verify[max(verify)] - verify[1]) / (max(verify) - 1))
-        found = self.drafter.measure(draft, question, answer, lambda work: decoding.median_s(work, device), slope_s)
-        self.costs.setdefault("proposal", {})[self.name] = found.proposal_s
-        if found.adapter_step_s:
-            self.costs["adapter_step"] = found.adapter_step_s
-        if self.config.gamma == "auto":
-            self.pace = decoding.Pace(verify[1])
-
-    def answer(self, embeds, draft: list[int], question: list[int]) -> Decoded:
-        import decoding.loop as decoding
-
-        start = time.perf_counter()
-        self.drafter.begin(draft, question)
-        begin_s = time.perf_counter() - start
-        self.target.ask(embeds)
-        price = self.pace.price if self.pace else lambda: 0.0
-        found = decoding.decode(self.target, self.drafter, self.config.max_new_tokens, self.eos, self.gamma, price,
-                                self.rule)
-        found.draft_s += begin_s
-        if self.pace:
-            self.pace.add(found)
-        return found
-
-
-def decode_all(samples: list[Sample], questions: list[str], drafts: dict, failed: list[dict], task: Task, runtime,
-               config: DecodeConfig) -> dict:
-    """Every answer by the chosen drafter, and with --compare by all of them and by transformers."""
-    import functools
-
-    import torch
-
-    import decoding.loop as decoding
-    from clips.dataset import target_pictures
-    from vlm.video_llava import VideoLlava
-
-    model = VideoLlava.load(config.target_model, runtime)
-    check_model(task, "videollava", config.target_model, model.revision, model.vocab_size)
-    task.adapter.to(runtime.device)
-    device, target, decoders, rows, costs, noise = runtime.device, None, [], [], {}, 0.0
-    progress = Progress("decode | answers", len(drafts), unit="answers")
-    for sample, pixels in clips(model, functools.partial(target_pictures, num_frames=config.num_frames), samples,
-                                failed, "videollava", config):
-        for number, question in enumerate(questions):
-            draft, draft_s = drafts[sample.key, number]
-            words = model.tokenizer(question, add_special_tokens=False).input_ids
-            if target is None:
-                target = prompted(model, pixels, questions, config)
-                costs = decoding.measure_costs(target, model, pixels, question, device, range(1, MAX_GAMMA + 2))
-                decoders, noise = begin(target, model, pixels, question, draft, words, costs, task, config)
-            embeds, vision_s = decoding.timed(
-                lambda pixels=pixels, question=question: model.prompt_embeds(pixels, question), device)
-            found = {decoder.name: decoder.answer(embeds, draft, words) for decoder in decoders}
-            ours = found[config.drafter].tokens
-            row = {"sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip, "question_idx": number,
-                   "query": question, "text": model.tokenizer.decode(ours, skip_special_tokens=True).strip(),
-                   "tokens": ours, "vision_s": vision_s, "eventgpt_s": draft_s, "runs": {}}
-            for name, decoded in found.items():
-                row["runs"][name] = {**dataclasses.asdict(decoded), "tokens": len(decoded.tokens)}
-                if config.compare:
-                    row["runs"][name] |= decoding.judge(decoded.tokens, found["none"].tokens, target, embeds, noise)
-            if config.compare:
-                def generate(length: int, pixels=pixels, question=question) -> list[int]:
-                    return model.answer([pixels], [question], length)[0].tokens
-
-                tokens, all_s = decoding.timed(lambda generate=generate: generate(config.max_new_tokens), device)
-                row["generate"] = {"tokens": len(tokens), "all_s": all_s,
-                                   "first_token_s": decoding.timed(lambda generate=generate: generate(1), device)[1],
-                                   **decoding.judge(found["none"].tokens, tokens, target, embeds, noise)}
-            rows.append(row)
-            progress.update(len(rows))
-    if not rows:
-        raise UserError(f"none of {len(samples)} clips could be decoded; the first reason: {failed[0]['reason']}")
-    decoded = {(row["sequence"], row["clip"]) for row in rows}
-    both = [sample for sample in samples if (sample.sequence, sample.clip) in decoded][:PARALLEL_CLIPS]
-    try:
-        together = config.parallel and in_parallel(both, questions[0], model, target, task, costs, runtime, config)
-    except torch.OutOfMemoryError as error:
-        log(f"decode | WARNING | not measured in parallel: both models don't fit into memory ({error})")
-        together = None
-    facts = {"name": config.target_model, "revision": model.revision, "vocab_size": model.vocab_size}
-    decoders = target = None                              # they hold the weights
-    model.unload()
-    return {"target": facts, "noise": noise, "costs": costs, "answers": rows, "failed": failed,
-            "parallel": together or None}
-
-
-def in_parallel(samples: list[Sample], question: str, model, target, task: Task, costs: dict, runtime,
-                config: DecodeConfig) -> dict:
-    """Seconds for the first clips with EventGPT drafting each next clip while the target decodes, and without drafts.
-
-    Both run whole, one after the other, over clips that are in memory already; the drafter begins anew.
-    """
-    import torch
-
-    import decoding.loop as decoding
-    from clips.dataset import draft_pictures, target_pictures
-    from drafting.contract import NoDrafts
-    from machine.device import Runtime
-    from vlm.eventgpt import EventGPT
-
-    beside = runtime if config.draft_device == "auto" else Runtime.choose(
-        config.draft_device, config.dtype, config.quantization)
-    eventgpt = EventGPT.load(config.draft_model, beside)
-    both = [(eventgpt.prepare(draft_pictures(sample, config.event_images)),
-             model.prepare(target_pictures(sample, config.num_frames))) for sample in samples]
-    short = prompted(eventgpt, both[0][0], [question], config)
-    words, eos = model.tokenizer(question, add_special_tokens=False).input_ids, model.tokenizer.eos_token_id
-    gpu = beside.device.type == "cuda"
-    stream = torch.cuda.Stream(beside.device) if gpu else None
-
-    def draft(number: int) -> list[int]:
-        with torch.cuda.stream(stream) if gpu else contextlib.nullcontext():
-            short.ask(eventgpt.prompt_embeds(both[number][0], question))
-            eos = eventgpt.tokenizer.eos_token_id
-            return decoding.decode(short, NoDrafts(), config.max_new_tokens, eos, 1).tokens
-
-    def speculative(decoder: Decoder) -> None:
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(draft, 0)
-            for number, (_, pixels) in enumerate(both):
-                tokens = coming.result()
-                if number + 1 < len(both):
-                    coming = pool.submit(draft, number + 1)
-                decoder.answer(model.prompt_embeds(pixels, question), tokens, words)
-
-    def plain(decoder: Decoder) -> None:
-        for _, pixels in both:
-            decoder.answer(model.prompt_embeds(pixels, question), [], words)
-
-    first, seconds = draft(0), {}
-    for name, work in ((config.drafter, speculative), ("none", plain)):
-        decoder = Decoder(name, task, target, copy.deepcopy(costs), eos, config)      # those of the run stay
-        decoder.set_pace(first, words, first[:1], runtime.device)
-        seconds[work.__name__] = decoding.timed(lambda work=work, decoder=decoder: work(decoder), runtime.device)[1]
-    log(f"decode | in parallel | {len(both)} clips in {seconds['speculative']:.2f} s, plain {seconds['plain']:.2f} s")
-    short = None                                          # it holds the weights
-    eventgpt.unload()
-    return {"clips": len(both), "all_s": seconds["speculative"], "plain_all_s": seconds["plain"],
-            "draft_device": str(beside.device)}
-
-
-def begin(target, model, pixels, question: str, draft: list[int], words: list[int], costs: dict, task: Task,
-          config: DecodeConfig) -> tuple[list[Decoder], float]:
-    """The drafters with their measured costs, and the gap between two logits up to which they count as tied."""
-    import decoding.loop as decoding
-
-    device, eos = model.runtime.device, model.tokenizer.eos_token_id
-    embeds = model.prompt_embeds(pixels, question)
-    if config.compare:
-        model.answer([pixels], [question], 2)              # transformers' first call is slow and not to be timed
-    plain = Decoder("none", task, target, costs, eos, config)
-    tokens = plain.answer(embeds, draft, words).tokens
-    # Each of two logits may be off either way: twice the rounding, and a margin.
-    noise = 4 * decoding.rounding(target, model, embeds, tokens)
-    names = DRAFTERS if config.compare else (config.drafter,)
-    decoders = [Decoder(name, task, target, costs, eos, config) for name in names]
-    for decoder in decoders:
-        decoder.set_pace(draft, words, tokens[:1], device)
-    verify, proposal_s = costs["verify"], costs["proposal"][config.drafter]
-    log(f"decode | one token takes {1000 * verify[1]:.2f} ms, verifying 9 {1000 * verify[9]:.2f} ms, a proposal of "
-        f"{config.drafter} {1000 * proposal_s:.2f} ms | tied: logits within {noise:.2g}")
-    return decoders, noise
-
-
-# ---------------------------------------------------------------------------------------------------- results
-def in_order(samples: list[Sample], config: DecodeConfig) -> list[Sample]:
-    """As they were driven, sequence by sequence, so that a memory sees yesterday's answers; or shuffled."""
-    if config.shuffle:
-        return random.Random(config.seed).sample(samples, len(samples))
-    order = clip_order([sample.sequence for sample in samples], [sample.clip for sample in samples])
-    return [samples[number] for number in order]
+    task: Task
+    clips: Clips
+    journal: DecodingJournal
+    needs_draft_model: bool
+    runtime: Runtime
+    draft_runtime: Runtime           # of EventGPT beside the target, with --parallel
 
 
 def main() -> None:
     config = parse_config(DecodeConfig)
+
+    from decoding.clips import content_of
+    from decoding.results import results_folder, results_of, write_results
+    from decoding.task import read_task
+    from machine.device import Runtime
+
     task = read_task(config.task, config.memory or [])
-    with only_writer(make_folder(config.output_folder)) if config.output_folder else contextlib.nullcontext():
-        decode_and_measure(task, config)
-
-
-def decode_and_measure(task: Task, config: DecodeConfig) -> None:
-
-    import decoding.loop as decoding
-    from clips.dataset import read_dataset, read_questions
-    from drafting.memory import save_memory
-    from machine.device import Runtime, device_name
-
-    questions = read_questions(config.query, config.questions_file, config.num_questions)
-    samples = read_dataset(config.dataset_dir)[:config.max_samples if config.max_samples > 0 else None]
+    roles = [DRAFT, TARGET] if needs_draft_model(config, task) else [TARGET]
+    clips = open_clips(config)
+    revisions = {role: check_unloaded(role, config, task, clips.questions) for role in roles}
     runtime = Runtime.choose(config.device, config.dtype, config.quantization)
-    failed = [{"sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip, "model": None,
-               "reason": sample.trouble} for sample in samples if sample.trouble]
-    usable = in_order([sample for sample in samples if not sample.trouble], config)
-    if config.parallel:
-        Runtime.choose(config.draft_device, config.dtype, config.quantization)       # a mistake is said before hours
-    if not config.output_folder:
-        make_folder(config.task)
-    drafts, draft_costs = draft_all(usable, questions, failed, task, runtime, config)
-    drafted = [sample for sample in usable if (sample.key, 0) in drafts]
-    found = decode_all(drafted, questions, drafts, failed, task, runtime, config)
-    folder = config.output_folder or new_task_folder(config.task, "decode")
-    costs, together = {**found.pop("costs"), "eventgpt": draft_costs}, found.pop("parallel")
-    results = {
-        "kind": "decoding", "task": config.task.resolve().name, "date": now(),
-        "config": as_json(config), "drafter": config.drafter, "gamma": config.gamma, "memory_share": task.share,
-        "reads_draft": [name for name in DRAFTERS if reads_draft(name, task)],
-        "simulated_tau": task.simulated, "dtype": str(runtime.dtype).removeprefix("torch."),
-        "quantization": runtime.quantization, "device": device_name(runtime.device), **found,
-        "costs_ms": decoding.milliseconds(costs),
-        "totals": {**totals(found["answers"]), "parallel": together}, "provenance": provenance()}
-    write_json(folder / "decode.json", results)
-    save_memory((answer["tokens"] for answer in found["answers"]), folder / "memory.npz")
-    write_decode_report(folder, plots=config.plots)
-    log(f"RESULT | {folder} | {one_line(results)}")
+    beside = runtime
+    if config.draft_device != "auto":
+        beside = Runtime.choose(config.draft_device, config.dtype, config.quantization)
+    clips.content = content_of(clips.samples, roles, config.view)
+    settings = settings_of(config, task, clips.questions, runtime)
+    with open_journal(config.output_folder or hidden_folder(task.folder, settings), settings,
+                      clips.content, config.restart) as journal:
+        goes_on_with([word for word in sys.argv if word != "--restart"])
+        for role, revision in revisions.items():
+            journal.check_revision(role, str(getattr(config, role.flag)), revision)
+        stages = Stages(task, clips, journal, DRAFT in roles, runtime, beside)
+        parallel = decode_all(config, stages, draft_all(config, stages))
+        folder = results_folder(task, journal, config.output_folder)
+        results = results_of(task, clips, journal, parallel, facts_of(config, settings))
+        write_results(folder, results, config.plots)
+        journal.remove()
+    goes_on_with([])
     if results["totals"]["verdicts"].get("WRONG"):
         log("ERROR | an answer differs from plain decoding by more than rounding: see DECODE.md")
         sys.exit(3)
+
+
+# ----------------------------------------------------------------------------------------- inputs
+def needs_draft_model(config: DecodeConfig, task: Task) -> bool:
+    """Whether EventGPT answers too. Raises UserError where a drafter reads its answers and no
+    --draft_model is given.
+    """
+    readers = [name for name in config.drafters if LIVE[name].reads_draft(task.conditioning)]
+    if config.draft_model is None and (readers or config.parallel):
+        reason = f"the drafters {', '.join(readers)} read" if readers else "--parallel measures"
+        raise UserError(
+            f"--draft_model is missing: {reason} EventGPT's answers; wanted the folder of the "
+            "EventGPT checkpoint, which is linked from https://github.com/XduSyL/EventGPT")
+    if config.draft_model and not readers and not config.parallel:
+        log(f"decode | {config.drafter} reads nothing of EventGPT's answers: EventGPT runs only to "
+            "be timed; leave out --draft_model to save that")
+    return config.draft_model is not None
+
+
+def check_unloaded(role: Role, config: DecodeConfig, task: Task, questions: list[str]) -> str:
+    """Check all of a role's model that can be known before it is loaded; its revision."""
+    from decoding.task import check_model
+
+    name = str(getattr(config, role.flag))
+    role.check(name, questions, config.view, config.max_new_tokens)
+    revision = role.revision(name)
+    check_model(task, role, name, {"revision": revision})
+    return revision
+
+
+def open_clips(config: DecodeConfig) -> Clips:
+    """The usable clips in the order of decoding; rows of the data set that are unusable have
+    failed.
+    """
+    from clips.dataset import read_dataset
+    from clips.questions import read_questions
+    from decoding.clips import Clips, failure, in_order
+
+    questions = read_questions(config.query, config.questions_file, config.num_questions)
+    samples = read_dataset(config.dataset_dir, config.allow_links or ())
+    samples = samples[:config.max_samples if config.max_samples > 0 else None]
+    usable = in_order([sample for sample in samples if not sample.trouble],
+                      config.seed if config.shuffle else None)
+    failed = [failure(sample, sample.trouble) for sample in samples if sample.trouble]
+    return Clips(usable, questions, config.view, config.num_workers, {}, failed)
+
+
+def settings_of(config: DecodeConfig, task: Task, questions: list[str], runtime: Runtime) -> dict:
+    """What answers, figures and times depend on: a journal made with other values of these is not
+    continued.
+    """
+    from machine.device import device_name
+
+    def resolved(name: str | Path) -> str:
+        return str(Path(name).resolve() if Path(name).is_dir() else name)
+
+    values = {
+        name: value for name, value in as_json(config).items() if name not in NOT_OF_THE_ANSWERS
+    }
+    memories = [
+        hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+        for path in config.memory or ()
+    ]
+    return {**values, "task": f"{task.folder.resolve().name} {task.digest}", "questions": questions,
+            "dataset_dir": resolved(config.dataset_dir), "memory": memories,
+            "target_model": resolved(config.target_model),
+            "draft_model": resolved(config.draft_model) if config.draft_model else None,
+            "dtype": str(runtime.dtype).removeprefix("torch."),
+            "quantization": runtime.quantization, "device": device_name(runtime.device)}
+
+
+def facts_of(config: DecodeConfig, settings: dict) -> dict:
+    """What decode.json says of the run itself."""
+    return {"config": as_json(config), "drafter": config.drafter, "gamma": config.gamma,
+            **{name: settings[name] for name in ("dtype", "quantization", "device")}}
+
+
+# ----------------------------------------------------------------------------------------- stages
+@contextlib.contextmanager
+def loaded(role: Role, config: DecodeConfig, stages: Stages,
+           runtime: Runtime) -> Iterator[VisionLanguageModel]:
+    """A role's model, of the vocabulary that the task was trained for; unloaded at the end."""
+    from decoding.task import check_model
+
+    name = str(getattr(config, role.flag))
+    model = role.load(name, runtime)
+    check_model(stages.task, role, name, {"vocab_size": model.vocab_size})
+    stages.journal.check_revision(role, name, model.revision)
+    stages.journal.add({"model": role.name, "facts": model.facts(name)})
+    try:
+        yield model
+    finally:
+        model.unload()
+
+
+def draft_all(config: DecodeConfig, stages: Stages) -> dict:
+    """EventGPT's tokens and seconds by clip and question; from the journal where it has answered
+    before.
+    """
+    from decoding.drafts import Drafting, missing_drafts
+
+    clips, journal = stages.clips, stages.journal
+    if not stages.needs_draft_model:
+        return {(sample.key, number): ([], 0.0) for sample in clips.samples
+                for number in range(len(clips.questions))}
+    if missing_drafts(clips, journal):
+        with loaded(DRAFT, config, stages, stages.runtime) as model:
+            Drafting(model, clips, limits_of("1", config.max_new_tokens, model.eos_ids),
+                     journal).run()
+    if not journal.drafts:
+        raise clips.none_left("read")
+    return journal.drafts
+
+
+def decode_all(config: DecodeConfig, stages: Stages, drafts: dict) -> dict | None:
+    """Decode all answers into the journal. Returns what --parallel measured, None without it."""
+    from decoding.answers import Answering, Settings
+
+    clips, journal = stages.clips, stages.journal
+    if journal.answers.keys() >= drafts.keys() and not config.parallel:
+        return None
+    settings = Settings(config.drafter, config.gamma, config.compare, config.max_new_tokens,
+                        config.temperature, config.seed)
+    with loaded(TARGET, config, stages, stages.runtime) as model:
+        stages.task.parts.adapter.to(stages.runtime.device)
+        drafters = {name: LIVE[name].make_live(stages.task.parts) for name in config.drafters}
+        answering = Answering(model, drafters, clips, settings, journal)
+        answering.run(drafts)
+        if not journal.answers:
+            raise clips.none_left("decoded")
+        return measure_parallel(config, stages, answering) if config.parallel else None
+
+
+def measure_parallel(config: DecodeConfig, stages: Stages, answering: Answering) -> dict | None:
+    """Seconds with both models at work at once, over the first clips that were decoded; None where
+    memory is short.
+    """
+    from decoding.answers import Question
+    from decoding.decoder import open_target
+    from decoding.parallel import PARALLEL_CLIPS, Parallel, Side
+    from vlm.loading import free_memory, short_of_memory
+
+    question, view = stages.clips.questions[0], config.view
+    samples = [
+        sample for sample in stages.clips.samples if (sample.key, 0) in stages.journal.answers
+    ][:PARALLEL_CLIPS]
+    try:
+        with loaded(DRAFT, config, stages, stages.draft_runtime) as model:
+            pictures = [DRAFT.pictures(sample, view) for sample in samples]
+            target = open_target(model, [question], max(map(len, pictures)), config.max_new_tokens)
+            limits = limits_of("1", config.max_new_tokens, model.eos_ids)
+            draft = Side(model, target, list(map(model.prepare, pictures)), limits)
+            pixels = [answering.model.prepare(TARGET.pictures(sample, view)) for sample in samples]
+            parallel = Parallel(draft,
+                                Side(answering.model, answering.target, pixels, answering.limits),
+                                question)
+            answering.measure_model(Question(samples[0], 0, question, pixels[0]))
+            first, answer = parallel.asked(
+                0, parallel.draft_of(0)), stages.journal.answers[samples[0].key, 0]["tokens"]
+            chosen, plain = (answering.new_decoder(LIVE[name].make_live(stages.task.parts), first,
+                                                   answer) for name in (config.drafter, PLAIN))
+            return parallel.measure(chosen, plain)
+    except (RuntimeError, MemoryError) as error:
+        if not short_of_memory(error):
+            raise
+        log("decode | WARNING | not measured in parallel: both models don't fit into memory "
+            f"({first_line(error)})"
+            )
+    free_memory()
+    return None
 
 
 if __name__ == "__main__":

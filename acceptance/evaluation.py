@@ -15,26 +15,29 @@ from acceptance.simulation import stream
 from base import log
 from drafting.adapter import Adapter
 from drafting.hybrid import MEMORY_SHARES, Hybrid
-from drafting.memory import MAX_TRAINING_ANSWERS, Memory, NGrams, remembered
-from drafting.table import SIMULATED, SimulationParts
+from drafting.memory import Memory, number_remembered, remembered
+from drafting.ngrams import NGrams
+from drafting.parts import SimulationParts
+from drafting.table import SIMULATED
 from pairs.pairs import Pairs
 from token_adapter import TokenAdapter
 
-COMPARED = ("copy of the draft", "n-gram", "prefix", "adapter, drafts shuffled")     # paired with the adapter
+# paired with the adapter
+COMPARED = ("copy of the draft", "n-gram", "prefix", "adapter, drafts shuffled")
 TIMED_STEPS, WARM_UP_STEPS = 30, 10
 
 
 def measure_drafters(parts: SimulationParts, selected: Selected | None) -> dict:
-    """Every drafter of the table streams over the answers in clip order: {"drafters": {name: ...}, ...}.
+    """Every drafter of the table streams over the answers in clip order: {"drafters": {name: ...},
+    ...}.
 
     selected: what the memory's share in the hybrids is chosen on; None: there are no hybrids.
     """
     if selected and parts.adapter.config.sees_prefix:
         names = ["hybrid", *["hybrid, online"] * parts.online]
         parts.memory_share.update({name: choose_share(selected, parts, name) for name in names})
-    if parts.training and len(parts.training) > MAX_TRAINING_ANSWERS:
-        log(f"drafters | a memory begins with the last {MAX_TRAINING_ANSWERS} of {len(parts.training)} training "
-            "answers")
+    if parts.training and (count := number_remembered(parts.training.lengths("target"))) < len(parts.training):
+        log(f"drafters | a memory begins with the last {count} of {len(parts.training)} training answers")
     figures, hits, lengths = {}, {}, parts.pairs.lengths("target")
     for name, entry in SIMULATED.items():
         start, drafter = time.monotonic(), entry.make_simulated(parts)
@@ -76,10 +79,12 @@ def choose_share(selected: Selected, parts: SimulationParts, name: str) -> float
 
 @torch.inference_mode()
 def step_ms(adapter: TokenAdapter, pairs: Pairs) -> float | None:
-    """Milliseconds of one cached step at batch 1, eager, the median of TIMED_STEPS; None: no position for a step."""
+    """Milliseconds of one cached step at batch 1, eager, the median of TIMED_STEPS; None: no
+    position for a step.
+    """
     device, times = next(adapter.parameters()).device, []
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    draft = torch.from_numpy(pairs.select([0]).padded("draft", adapter.config.max_seq_len)).to(device).long()
+    draft = torch.from_numpy(pairs.select(np.arange(1)).padded("draft", adapter.config.max_seq_len)).to(device).long()
     _, cache = adapter.start(draft, torch.tensor([draft.shape[1]], device=device))
     for _ in range(min(WARM_UP_STEPS + TIMED_STEPS, adapter.config.max_seq_len - 1)):
         start = time.perf_counter()

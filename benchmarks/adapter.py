@@ -1,8 +1,8 @@
 """The adapter at batch 1, as decoding asks it: `python benchmark.py adapter`.
 
-Random weights of the default size: what they say means nothing, what they cost is real. Beside ours (a cache of keys
-and values, from CUDA graphs on a GPU) run the plain ways to ask the same: the module step by step with that cache,
-and whole passes without one, a token at a time.
+Random weights of the default size: what they say means nothing, what they cost is real. Beside ours
+(a cache of keys and values, from CUDA graphs on a GPU) run the plain ways to ask the same: the
+module step by step with that cache, and whole passes without one, a token at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:                    # torch is imported only after the flags ar
 
     from token_adapter import TokenAdapter
 
-REPEATS, PROPOSALS, READ, PREFIX = 30, 8, 5, 20      # timings of each; proposals; tokens read before; verified before
+# timings of each; proposals; tokens read before; verified before
+REPEATS, PROPOSALS, READ, PREFIX = 30, 8, 5, 20
 
 WHAT = (
     f"Step: one proposal more, from chains of {PROPOSALS} and of 2 after {PREFIX} verified tokens. Eight: a chain of "
@@ -34,7 +35,9 @@ WHAT = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the adapter at batch 1: a step, eight proposals, a draft read, the pass of draft conditioning."""
+    """Time the adapter at batch 1: a step, eight proposals, a draft read, the pass of draft
+    conditioning.
+    """
 
     draft_tokens: int = option(47, "of the draft that is read")
     vocab_size: int = option(32000, "ids of the adapter")
@@ -69,18 +72,20 @@ def new_adapter(name: str, config: Config, device: torch.device) -> TokenAdapter
 
 def median_ms(work, device: torch.device, before=lambda: None) -> float:
     """Milliseconds of work(), the median; before(): what is not timed, each time."""
-    import decoding.loop as decoding
+    from machine.timing import timed
 
     times = []
     for _ in range(REPEATS):
         before()
-        times.append(1000 * decoding.timed(work, device)[1])
+        times.append(1000 * timed(work, device)[1])
     return statistics.median(times[REPEATS // 5:])               # the first ones warm up
 
 
-# ------------------------------------------------------------------------------------------------------- ways
+# --------------------------------------------------------------------------------------------- ways
 class Plain:
-    """The module, eager: with the cache of `start` and `step`, or whole passes over everything, again and again."""
+    """The module, eager: with the cache of `start` and `step`, or whole passes over everything,
+    again and again.
+    """
 
     def __init__(self, adapter: TokenAdapter, cached: bool):
         self.adapter, self.cached, self.device = adapter, cached, adapter.begin.device
@@ -133,12 +138,14 @@ class Ours:
 
 
 def time_steps(way, draft: list[int], answer: list[int], device: torch.device) -> tuple[dict, list[int]]:
-    """({"step", "eight", "begin"} in ms, the eight proposals after the answer's first PREFIX + READ tokens)."""
+    """({"step", "eight", "begin"} in ms, the eight proposals after the answer's first PREFIX + READ
+    tokens).
+    """
     import torch
 
     known, longer = answer[:PREFIX], answer[:PREFIX + READ]
 
-    def verified() -> None:                          # begun anew: nothing of the round before is left
+    def verified() -> None:  # begun anew: nothing of the round before is left
         way.begin(draft)
         way.propose(known, 1)
 
@@ -169,7 +176,7 @@ def time_table(adapter: TokenAdapter, draft: list[int], device: torch.device) ->
     return {"plain": median_ms(plainly, device), "ours": median_ms(lambda: table.begin(draft), device), "alike": said}
 
 
-# ---------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 def limits(adapter: TokenAdapter, device: torch.device) -> dict:
     import torch
 
@@ -216,7 +223,7 @@ def one_line(results: dict) -> str:
             f"{results['draft_pass_ms']['ours']:.3f} ms")
 
 
-# ----------------------------------------------------------------------------------------------------- measure
+# ------------------------------------------------------------------------------------------ measure
 def measure(config: Config) -> dict:
     import torch
 

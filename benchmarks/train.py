@@ -202,23 +202,23 @@ def run_one(epochs, what: str, adapter: TokenAdapter, steps: int, validation: To
     """epochs: a generator that trains one epoch each time -> everything measured of it; steps: of
     an epoch.
     """
-    import decoding.loop as decoding
     from acceptance.metrics import measure
     from acceptance.tensors import predict
     from benchmarks.limits import memory
+    from machine.timing import timed
 
     device, seconds, losses = validation.device, [], []
     memory(device)
     progress = Progress(f"benchmark | {what}", config.num_epochs, unit="epochs")
     for epoch in range(config.num_epochs):
-        loss, epoch_s = decoding.timed(lambda: next(epochs), device)
+        loss, epoch_s = timed(lambda: next(epochs), device)
         seconds.append(epoch_s)
         losses.append(loss)
         progress.update(epoch + 1)
     epochs.close()                                    # with its optimizer and graphs
     peak = memory(device)["peak"]
     predict(adapter, validation, config.batch_size)
-    (top1, top5, loss), validation_s = decoding.timed(
+    (top1, top5, loss), validation_s = timed(
         lambda: predict(adapter, validation, config.batch_size), device)
     step_s = statistics.median(seconds[1:]) / steps
     return {"steps_per_epoch": steps, "step_ms": 1000 * step_s, "steps_per_s": 1 / step_s, "epoch_s": step_s * steps,

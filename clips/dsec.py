@@ -1,19 +1,22 @@
-"""Raw DSEC recordings: where their files lie, when their pictures were taken, and their events, read in slices.
+"""Raw DSEC recordings: where their files lie, the times of their pictures, their events in slices.
 
-    <root>/<split>/<sequence>/events/left/events.h5          the tree of DSEC's own guide, or, as the files of its
-                              images/left/rectified/*.png    single zips unpack:
-                              images/timestamps.txt
+    <root>/<split>/<sequence>/events/left/events.h5          the tree of DSEC's own guide, or,
+                              images/left/rectified/*.png    as the files of its single zips
+                              images/timestamps.txt          unpack:
     <root>/<split>/<sequence>/<sequence>_events_left/events.h5
                               <sequence>_images_rectified_left/*.png
                               <sequence>_image_timestamps.txt
 
-The folder <split> may be missing, and flat files may lie in the sequence's folder itself or, with the sequence in
-their name, beside it. Recordings are downloads: nothing in them is trusted, and MediaError says what can't be used.
+The folder <split> may be missing, and flat files may lie in the sequence's folder itself or, with
+the sequence in their name, beside it. Recordings are downloads: nothing in them is trusted.
+MediaError says that a recording can't be used, MachineTrouble that the machine can't read it.
 """
 
 import bisect
 import dataclasses
 import itertools
+import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,16 +24,19 @@ from pathlib import Path
 import numpy as np
 
 from base import UserError
-from clips.media import MediaError
+from clips.events import check_polarity
+from clips.limits import MachineTrouble, MediaError, gone, machine_trouble
+from machine.files import is_machine_trouble
 
 SLICE = 2**20                      # events read at a time: 9 bytes each
-MAX_CHUNK = 2**28                  # bytes; HDF5 unpacks a chunk in one piece, so a hostile size would be allocated
+MAX_CHUNK = 2**28  # bytes; HDF5 unpacks a chunk in one piece, of whatever size the file names
 MAX_RATE = 2**28                   # events a second: ten times what DSEC's cameras can send
 CHUNK_CACHE = 2**25                # bytes of unpacked chunks that HDF5 keeps for each column
 MAX_TIMES = 2**24                  # bytes of a timestamps file: a million pictures, 14 hours
-MAX_SPAN = 6 * 3600 * 10**6        # us from the first picture to the last: a wrong time would make endless windows
+MAX_SPAN = 6 * 3600 * 10**6  # us from the first picture to the last: a wrong time would make too many windows
 BLOSC = 32001                      # the number of its filter in HDF5
 HDF5_ERRORS = (OSError, KeyError, RuntimeError, TypeError, ValueError)     # what h5py makes of a broken file
+SYSTEM_ERROR = re.compile(r"errno = (\d+)")         # HDF5 names the system's error in its message alone
 
 
 def _sequences(text: str) -> tuple[str, ...]:
@@ -50,15 +56,17 @@ SEQUENCES = {
         "zurich_city_15:a"),
 }
 
-EVENTS = ("events/left/events.h5", "{0}_events_left/events.h5", "events_left/events.h5", "events.h5")
+EVENTS = ("events/left/events.h5", "{0}_events_left/events.h5",
+          "events_left/events.h5", "events.h5")
 PICTURES = ("images/left/rectified", "{0}_images_rectified_left", "images_rectified_left", "")
-TIMES = ("images/timestamps.txt", "{0}_image_timestamps.txt", "image_timestamps.txt", "timestamps.txt")
+TIMES = ("images/timestamps.txt", "{0}_image_timestamps.txt", "image_timestamps.txt",
+         "timestamps.txt")
 
 
-# -------------------------------------------------------------------------------------------------------- finding
+# ------------------------------------------------------------------------------------------ finding
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """One sequence: its event file, and its pictures with the times (us, ascending) at which they were taken."""
+    """One sequence: its event file, its pictures, and when they were taken (us, ascending)."""
 
     sequence: str
     events: Path
@@ -76,7 +84,7 @@ def is_name(text: str) -> bool:
 
 
 def other_sequences(root: Path, split: str) -> list[str]:
-    """Folders that DSEC's lists don't name, in the split's folder or, where there is none, in the root itself."""
+    """Folders that DSEC's lists don't name, in the split's folder or else in the root itself."""
     folder = root / split if (root / split).is_dir() else root
     known = "|".join(itertools.chain(*SEQUENCES.values()))
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and is_name(path.name)
@@ -88,28 +96,34 @@ def find_recording(root: Path, split: str, sequence: str) -> Recording:
     folders = [folder for folder in (root / split / sequence, root / sequence) if folder.is_dir()]
     beside = [folder for folder in (root / split, root) if folder.is_dir()]
 
-    def first(names: tuple[str, ...], fits) -> Path | None:
+    def first_fit(names: tuple[str, ...], fits) -> Path | None:
         inside = [folder / name.format(sequence) for folder in folders for name in names]
-        outside = [folder / name.format(sequence) for folder in beside for name in names if name.startswith("{0}")]
+        full = [name.format(sequence) for name in names if name.startswith("{0}")]
+        outside = [folder / name for folder in beside for name in full]
         return next((path for path in inside + outside if fits(path)), None)
 
-    events, times = first(EVENTS, Path.is_file), first(TIMES, Path.is_file)
-    pictures = first(PICTURES, lambda folder: any(folder.glob("[0-9]" * 6 + ".png")))
-    if not (events or times or pictures) and not folders:
+    events, times = first_fit(EVENTS, Path.is_file), first_fit(TIMES, Path.is_file)
+    folder = first_fit(PICTURES, lambda folder: any(folder.glob("[0-9]" * 6 + ".png")))
+    if not (events or times or folder) and not folders:
         raise MediaError("not there")
-    missing = [what for what, found in (("events/left/events.h5", events), ("images/left/rectified/*.png", pictures),
-                                        ("images/timestamps.txt", times)) if not found]
+    parts = {"events/left/events.h5": events, "images/left/rectified/*.png": folder,
+             "images/timestamps.txt": times}
+    missing = [name for name, path in parts.items() if not path]
     if missing:
-        zips = sorted(path.name for folder in folders + beside for path in folder.glob(f"{sequence}_*_left.zip"))
+        archives = itertools.chain(*(place.glob(f"{sequence}_*_left.zip")
+                                     for place in folders + beside))
+        zips = sorted(path.name for path in archives)
         raise MediaError(f"half downloaded: no {', no '.join(missing)}"
                          + (f"; unpack {', '.join(zips)}" if zips else ""))
-    found, taken = list_pictures(pictures), read_times(times)
-    if len(found) != len(taken):
-        raise MediaError(f"{len(found)} pictures in {pictures}, but {len(taken)} timestamps in {times}: which belong "
-                         "together is not known; download both again")
-    if taken[-1] - taken[0] > MAX_SPAN:
-        raise MediaError(f"{times} goes from {taken[0]} to {taken[-1]} us, over {MAX_SPAN / 3.6e9:g} hours")
-    return Recording(sequence, events, found, taken)
+    assert events and folder and times
+    pictures, times_us = list_pictures(folder), read_times(times)
+    if len(pictures) != len(times_us):
+        raise MediaError(f"{len(pictures)} pictures in {folder}, but {len(times_us)} timestamps in {times}: "
+                         "which belong together is not known; download both again")
+    if times_us[-1] - times_us[0] > MAX_SPAN:
+        raise MediaError(f"{times} goes from {times_us[0]} to {times_us[-1]} us, over "
+                         f"{MAX_SPAN / 3.6e9:g} hours")
+    return Recording(sequence, events, pictures, times_us)
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -128,6 +142,8 @@ def read_times(path: Path) -> list[int]:
             raise MediaError(f"{path} has more than {MAX_TIMES} bytes: that is no list of timestamps")
         lines = path.read_text("ascii").split()
     except (OSError, UnicodeDecodeError) as error:
+        if is_machine_trouble(error):
+            raise machine_trouble(path, error) from error
         raise MediaError(f"can't read {path}: {error}") from error
     for number, line in enumerate(lines, start=1):
         if not re.fullmatch(r"[0-9]{1,18}", line):
@@ -139,7 +155,18 @@ def read_times(path: Path) -> list[int]:
     return times
 
 
-# --------------------------------------------------------------------------------------------------------- events
+# ------------------------------------------------------------------------------------------- events
+def broken(path: Path, what: str, error: Exception) -> MediaError | MachineTrouble:
+    """What to raise of an error of HDF5: its file is broken, or the machine can't read it."""
+    named = SYSTEM_ERROR.search(str(error))
+    cause = OSError(int(named[1]), os.strerror(int(named[1]))) if named else error
+    if is_machine_trouble(cause):
+        return machine_trouble(path, cause)
+    if not path.exists():
+        return gone(path)
+    return MediaError(f"{what}: {error}")
+
+
 def check_reader() -> None:
     """Both packages are there and HDF5 can unpack Blosc; otherwise ModuleNotFoundError or UserError."""
     import h5py
@@ -151,7 +178,7 @@ def check_reader() -> None:
 
 
 class EventFile:
-    """events.h5, open: finds the events of a time and reads them in slices, so that memory does not grow with it.
+    """events.h5, open: finds the events of a time and reads them in slices of bounded size.
 
     with EventFile(path) as events:
         for x, y, p in events.slices(*events.between(start_us, end_us)): ...
@@ -162,11 +189,12 @@ class EventFile:
         import hdf5plugin  # noqa: F401  (it registers Blosc with HDF5)
 
         self.path = path
+        self.lowest = 1                  # polarity so far: -1 or 0 stands for darker
         try:
             # No lock: recordings may lie on a read-only or a network disk.
             self.file = h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE, locking=False)
         except OSError as error:
-            raise MediaError(f"{path} is cut short or no HDF5 file: {error}") from error
+            raise broken(path, f"{path} is cut short or no HDF5 file", error) from error
         try:
             self.columns = {name: self._column(f"events/{name}") for name in "xypt"}
             self.ms_to_idx = self._column("ms_to_idx")
@@ -174,12 +202,12 @@ class EventFile:
             self.count = len(self.columns["t"])
             if len({len(column) for column in self.columns.values()}) != 1:
                 raise MediaError(f"{path}: events/x, y, p and t have different lengths")
-        except MediaError:
+        except (MediaError, MachineTrouble):
             self.file.close()
             raise
         except HDF5_ERRORS as error:
             self.file.close()
-            raise MediaError(f"can't read {path}: {error}") from error
+            raise broken(path, f"can't read {path}", error) from error
 
     def __enter__(self) -> "EventFile":
         return self
@@ -188,30 +216,32 @@ class EventFile:
         self.file.close()
 
     def _column(self, name: str):
-        """A dataset of whole numbers in one dimension, in this very file, that can be unpacked piece by piece."""
+        """A one-dimensional dataset of whole numbers in this very file, packed with known filters."""
         import h5py
 
         column = self._dataset(name)
         if column.ndim != 1 or column.dtype.kind not in "iu":
-            raise MediaError(f"{self.path}: {name} is {column.dtype} {column.shape}, wanted whole numbers in a row")
-        if column.chunks and column.chunks[0] * column.dtype.itemsize > MAX_CHUNK:
-            raise MediaError(f"{self.path}: {name} has chunks of {column.chunks[0]} numbers: refused")
-        how = column.id.get_create_plist()
-        for number in (how.get_filter(k)[0] for k in range(how.get_nfilters())):
+            raise MediaError(f"{self.path}: {name} is {column.dtype} {column.shape}, wanted whole numbers in "
+                             "one dimension")
+        filters = column.id.get_create_plist()
+        for number in (filters.get_filter(k)[0] for k in range(filters.get_nfilters())):
             if not h5py.h5z.filter_avail(number):
-                raise MediaError(f"{self.path}: {name} is packed with HDF5's filter {number}, which is not there")
+                raise MediaError(f"{self.path}: {name} is packed with HDF5's filter {number}, which is not "
+                                 "there")
         return column
 
     def _dataset(self, name: str):
         import h5py
 
-        found = self.file.get(name)
-        if not isinstance(found, h5py.Dataset):
+        dataset = self.file.get(name)
+        if not isinstance(dataset, h5py.Dataset):
             raise MediaError(f"{self.path}: {name} is missing")
         # HDF5 lets a file point at others; nothing but this one is to be read.
-        if found.file.id != self.file.id or found.external or found.is_virtual:
+        if dataset.file.id != self.file.id or dataset.external or dataset.is_virtual:
             raise MediaError(f"{self.path}: {name} points at another file: refused")
-        return found
+        if dataset.chunks and (numbers := math.prod(dataset.chunks)) * dataset.dtype.itemsize > MAX_CHUNK:
+            raise MediaError(f"{self.path}: {name} has chunks of {numbers} numbers: refused")
+        return dataset
 
     def _t_offset(self) -> int:
         """As a Python number: a time in uint32 plus a number of this size overflows."""
@@ -227,13 +257,15 @@ class EventFile:
         try:
             return column[start:end]
         except HDF5_ERRORS as error:
-            raise MediaError(f"{self.path}: can't read {column.name} from {start} to {end}: {error}") from error
+            what = f"{self.path}: can't read {column.name} from {start} to {end}"
+            raise broken(self.path, what, error) from error
 
     def between(self, start_us: int, end_us: int) -> tuple[int, int]:
-        """The events with start <= time < end, on the pictures' clock: the first, and the one after the last."""
+        """(first, last + 1) of the events with start <= time < end, on the pictures' clock."""
         first, last = self.place_of(start_us), self.place_of(end_us)
         if last - first > MAX_RATE * (end_us - start_us) / 1e6:
-            raise MediaError(f"{self.path}: {last - first} events in {(end_us - start_us) / 1e6:g} s: refused")
+            raise MediaError(f"{self.path}: {last - first} events in {(end_us - start_us) / 1e6:g} s: "
+                             "refused")
         return first, last
 
     def place_of(self, time_us: int) -> int:
@@ -254,11 +286,27 @@ class EventFile:
         return place
 
     def slices(self, first: int, last: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield x, y, p of at most SLICE events each, oldest first; that their times never fall is checked."""
+        """Yield x, y, p of at most SLICE events each, oldest first; p is 0 or 1.
+
+        That times never fall and what polarities there are is checked.
+        """
         for start in range(first, last, SLICE):
             end, begin = min(start + SLICE, last), max(start - 1, 0)
             times = self._read(self.columns["t"], begin, end)
             if (falls := times[1:] < times[:-1]).any():
                 at = begin + 1 + int(falls.argmax())
-                raise MediaError(f"{self.path}: timestamps are not sorted at event {at} (or they passed 2^32 us)")
-            yield tuple(self._read(self.columns[name], start, end) for name in "xyp")
+                raise MediaError(f"{self.path}: timestamps are not sorted at event {at} (or they passed "
+                                 "2^32 us)")
+            x, y, p = (self._read(self.columns[name], start, end) for name in "xyp")
+            yield x, y, self._polarity(p)
+
+    def _polarity(self, p: np.ndarray) -> np.ndarray:
+        """p as 0 and 1; the same two values must stand for them in all parts of the file."""
+        low = int(p.min()) if len(p) else 1
+        self.lowest = min(self.lowest, low)
+        if low == 0 and self.lowest < 0:
+            raise MediaError(f"{self.path}: events/p has -1 and 0, wanted 0 and 1 or -1 and 1")
+        try:
+            return check_polarity(p)
+        except MediaError as error:
+            raise MediaError(f"{self.path}: events/p: {error}") from error

@@ -1,1 +1,4 @@
-"""The demo's world, what is told of it, and how its two tiny models are trained. May import vlm, clips and below."""
+"""The demo's world (scenes, filmed and described), its data sets, and how its models are trained and checked.
+
+demo/models holds the models. May import vlm, clips and everything below them.
+"""

@@ -112,6 +112,17 @@ def raise_again(unraisable) -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
+def end_without_package(kind, error, trace) -> None:
+    """sys.excepthook: a program imports modules, and they packages, before run() can catch anything."""
+    line = missing_package(error) if isinstance(error, ModuleNotFoundError) else ""
+    if line:
+        end(line, 2)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = end_without_package
+
+
 # ------------------------------------------------------------------------------------------- resume
 def goes_on_with(arguments: list[str]) -> None:
     """Set the command (without python) for the RESUME line of a stopped run; [] when all is done."""

@@ -113,9 +113,10 @@ class Readers:
     def __init__(self, folder: Path):
         import pairs.splits as splits  # noqa: F401
         import report as program
-        import speculative_decode
         import training.phases as training
-        from clips import dataset, media
+        from clips import dataset
+        from clips.pixels import PixelSettings, clip_pixels
+        from decoding.task import read_task
         from drafting.memory import load_memory
         from machine.device import Runtime
         from pairs.formats import load_pairs
@@ -126,15 +127,16 @@ class Readers:
         from vlm import video_llava
 
         self.folder, self.set, self.model = folder, folder / "set", folder / "model"
-        self.cpu, self.media, self.dataset, self.video_llava = Runtime.choose("cpu"), media, dataset, video_llava
+        self.cpu, self.dataset, self.video_llava = Runtime.choose("cpu"), dataset, video_llava
+        self.tower_reads = lambda images: clip_pixels(images, PixelSettings())
         self.load_pairs, self.pt, self.npz = load_pairs, load_adapter, load_memory
         self.Journal, self.Resume, self.training = Journal, Resume, training
         self.Fingerprint = Fingerprint
-        self.report, self.program, self.read_task = report, program, speculative_decode.read_task
+        self.report, self.program, self.read_task = report, program, read_task
 
     def outcome(self, kind: str, content: bytes) -> str:
         from base import UserError
-        from clips.media import MediaError
+        from clips.limits import MediaError
 
         path, whole = self.place(kind), None
         if path.exists():
@@ -173,18 +175,18 @@ class Readers:
 
     def index(self, path: Path) -> None:
         samples = self.dataset.read_dataset(path.parent)
-        self.dataset.content_of(samples, "all")
         for sample in samples:
             paths = (*sample.event_images, *filter(None, (sample.events, sample.video)))
+            self.dataset.digest_of(paths)
             assert all(path.is_relative_to(self.set) for path in paths)
             if not sample.trouble:
-                with contextlib.suppress(self.media.MediaError):
+                with contextlib.suppress(self.dataset.MediaError):
                     self.dataset.draft_pictures(sample, "all")
                     self.dataset.target_pictures(sample, 4)
 
     def journal(self, path: Path) -> None:
         content = {"eventgpt": {"town/1": "a"}, "videollava": {}}
-        with self.Journal(self.folder / "out.json", {}, False, content) as journal:
+        with self.Journal(self.folder / "out.json", {}, content) as journal:
             for (model, number), keys in journal.places.items():
                 assert all(isinstance(journal.read(model, key, number)["tokens"], list) for key in keys)
 
@@ -217,13 +219,13 @@ class Readers:
         trainer.optimizer.step()                 # reads and writes all that was restored
 
     def png(self, path: Path) -> None:
-        self.media.clip_pixels([self.media.read_event_image(path)], self.media.PixelSettings())
+        self.tower_reads([self.dataset.read_event_image(path)])
 
     def npy(self, path: Path) -> None:
-        self.media.clip_pixels(self.media.event_frames(self.media.read_events(path)), self.media.PixelSettings())
+        self.tower_reads(self.dataset.event_frames(self.dataset.read_events(path)))
 
     def mp4(self, path: Path) -> None:
-        self.media.clip_pixels(self.media.read_video(path), self.media.PixelSettings())
+        self.tower_reads(self.dataset.read_video(path))
 
     def config(self, path: Path) -> None:
         self.video_llava.VideoLlava.load(path.parent, self.cpu)

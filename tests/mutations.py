@@ -10,7 +10,7 @@ import zlib
 
 from hypothesis import strategies as st
 
-from pairs.journal import entry_of, line_of
+from machine.journal import checksum_of, line_of, value_of
 
 NUMBERS = [0, -1, 1, 7, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 10**30, 0.5, 1e308, float("inf"), float("nan")]
 TEXTS = ["", "x" * 5000, "../../outside/secret.png", "/etc/passwd", "..", ".", "a\0b", "\ud83d", "9" * 5000, "~",
@@ -47,7 +47,7 @@ def edited(content: bytes, edits: list[tuple]) -> bytes:
 # ------------------------------------------------------------------------------------------------------------ JSON
 def json_of(whole: bytes, lines: bool = False):
     """The same document with odd values in it; sometimes in another encoding, packed, or damaged as text."""
-    values = [entry_of(line) for line in whole.splitlines(keepends=True)] if lines else json.loads(whole)
+    values = [value_of(line) for line in whole.splitlines(keepends=True)] if lines else json.loads(whole)
     change = st.tuples(st.integers(0, 999), st.sampled_from(ODD), st.booleans())
     changed = st.lists(change, min_size=1, max_size=4).map(lambda changes: text_of(values, changes, lines))
     packed = changed.flatmap(lambda text: st.sampled_from([text, text, text, text, gzip.compress(text, 1),
@@ -64,7 +64,9 @@ def text_of(values, changes: list[tuple], lines: bool) -> bytes:
         if twice and isinstance(holder, list):
             holder.append(fresh(odd))
     if lines:
-        return b"".join(map(line_of, values))
+        first = line_of(values[0])
+        return first + b"".join(line_of({**value, "of": checksum_of(first)} if isinstance(value, dict) else value)
+                                for value in values[1:])
     return json.dumps(values).encode()
 
 

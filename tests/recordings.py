@@ -1,4 +1,4 @@
-"""Small recordings in DSEC's true layout whose content a test can tell: events at known places, numbered frames."""
+"""Small recordings in DSEC's true layout: events at known places, frames that show their number."""
 
 import dataclasses
 from pathlib import Path
@@ -13,12 +13,13 @@ FIRST_US = T_OFFSET + 280          # the first picture
 GOOD, BAD = "thun_01_a", "thun_01_b"                # two of DSEC's test list
 SMALL = ("--canvas", "64x48", "--video_size", "64x48", "--workers", "1")
 SIZE = (64, 48)                    # width, height of camera pictures
-COLOURS = np.array([(200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (40, 200, 200), (200, 40, 200)])
+COLOURS = np.array([(200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (40, 200, 200),
+                    (200, 40, 200)])
 
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A sequence's folder and files, and what is in them: x, y, p, t (us on the pictures' clock) in time order."""
+    """A sequence's folder and files, and its events: x, y, p, t (us on the pictures' clock), by time."""
 
     folder: Path
     events: Path
@@ -36,7 +37,7 @@ class Made:
 
 
 def frame(number: int) -> np.ndarray:
-    """The camera picture of this number: (48, 64, 3), a grey half and a coloured half; alike again after 60."""
+    """The camera picture of this number: (48, 64, 3), a grey and a coloured half; repeats after 60."""
     picture = np.empty((SIZE[1], SIZE[0], 3), np.uint8)
     picture[:, :32] = 20 + 22 * (number % 10)
     picture[:, 32:] = COLOURS[number // 10 % 6]
@@ -51,9 +52,10 @@ def number_of(picture: np.ndarray) -> int:
     return round((left.mean() - 20) / 22) + 10 * int(np.abs(COLOURS - right).sum(1).argmin())
 
 
-def write_sequence(root: Path, sequence: str, split: str = "test", frames: int = 46, rate: int = 20_000,
+def write_sequence(root: Path, sequence: str, split: str = "test", frames: int = 46,
+                   rate: int = 20_000,
                    flat: bool = False, seed: int = 0, corner: tuple[int, int] = SIZE) -> Made:
-    """`frames` pictures 50 ms apart and `rate` events a second, from T_OFFSET until 10 ms after the last picture.
+    """`frames` pictures 50 ms apart, `rate` events a second from T_OFFSET to 10 ms after the last one.
 
     flat: as DSEC's single zips unpack. corner: (width, height) within which the events are.
     """
@@ -70,7 +72,8 @@ def write_sequence(root: Path, sequence: str, split: str = "test", frames: int =
 
     random, length_us = np.random.default_rng(seed), 50_000 * (frames - 1) + 10_280
     count = rate * length_us // 1_000_000
-    # Whole 250 ms steps from the first picture are borders of windows: an event lies on each of them.
+    # Whole 250 ms steps from the first picture are borders of windows: an event lies on each of
+    # them.
     borders = np.arange(280, length_us, 250_000)
     t = np.sort(np.concatenate([random.integers(0, length_us, count - len(borders)), borders]))
     x, y = (random.integers(0, side, count) for side in corner)
@@ -87,7 +90,8 @@ def break_picture(made: Made) -> None:
     path.write_bytes(path.read_bytes()[:60])
 
 
-def painted(events: list[tuple[int, int, int]], canvas: tuple[int, int], blue_over_red: bool) -> np.ndarray:
+def painted(events: list[tuple[int, int, int]], canvas: tuple[int, int],
+            blue_over_red: bool) -> np.ndarray:
     """The picture of these events as one would paint it by hand. canvas is (width, height)."""
     picture = np.full((canvas[1], canvas[0], 3), 255, np.uint8)
     if blue_over_red:

@@ -15,10 +15,11 @@ import torch
 import benchmark
 from base import ROOT, UserError
 from benchmark import figures
-from benchmarks import decode
+from benchmarks import decode, replay
 from benchmarks.decode import Config, read_answers
+from decoding.task import read_task
+from drafting.table import LIVE_NAMES
 from machine.device import Runtime
-from speculative_decode import DRAFTERS, read_task
 from tests.test_train_and_evaluate import run_main
 from vlm import peers
 from vlm.peers import generate, random_model
@@ -77,7 +78,7 @@ def test_every_drafter_replays_the_recorded_answers_in_clip_order(measured, trai
     rows = json.loads(trained[0].read_text())["results"]
     lengths = [len(row["vl_tokens"]) for row in sorted(rows, key=lambda row: row["clip"])]
     for name, found in measured[0]["runs"].items():
-        part = PART if name in (*MODES, *decode.BRIEF) else ANSWERS
+        part = PART if name in (*MODES, *decode.ON_A_PART) else ANSWERS
         assert [row["tokens"] for row in found["rows"]] == lengths[:part], name
         assert found["answers"] == part and found["part"]["answers"] == PART
 
@@ -91,7 +92,7 @@ def test_live_tau_is_the_simulated_one(measured):
 
 
 def test_the_passes_of_each_answer_add_up_to_its_tokens(measured):
-    for name in DRAFTERS:
+    for name in LIVE_NAMES:
         for row in measured[0]["runs"][name]["rows"]:
             assert row["accepted"] <= row["proposed"] <= GAMMA * row["passes"]
             assert row["tokens"] - row["passes"] == row["accepted"] or row["tokens"] == 1
@@ -109,12 +110,12 @@ def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so(monkeypatch,
 
     monkeypatch.setattr(peers, "generate", refusing)
     mode, pixels = {"cache_implementation": "static", "disable_compile": False}, torch.randn(8, 3, 28, 28)
-    found = decode.run_mode("static", mode, model, pixels, [[4, 5, 6]])
+    found = replay.run_mode("static", mode, model, pixels, [[4, 5, 6]])
     assert "runs uncompiled: no compiler here" in capsys.readouterr().out
     assert calls[0] is False and all(calls[1:]) and len(found["rows"]) == 1 and not found["compiled"]
-    with pytest.raises(AssertionError, match="said"):             # a wrong answer is no compiler's refusal
+    with pytest.raises(AssertionError, match="gave"):             # a wrong answer is no compiler's refusal
         monkeypatch.setattr(peers, "generate", lambda *_, **__: [1])
-        decode.run_mode("static", {"disable_compile": False}, model, pixels, [[4, 5, 6]])
+        replay.run_mode("static", {"disable_compile": False}, model, pixels, [[4, 5, 6]])
 
 
 def test_warming_up_teaches_nothing(trained, monkeypatch):
@@ -124,24 +125,22 @@ def test_warming_up_teaches_nothing(trained, monkeypatch):
     learnt = []
     monkeypatch.setattr(LiveMemory, "learn", lambda self, answer: learnt.append(answer))
     config = settings(trained, max_answers=3)
-    task = read_task(trained[1])
-    pairs = read_answers(config, task)
-    model = random_model(VideoLlava, config.size, Runtime.choose("cpu"), task.adapter.config.vocab_size)
-    decode.run_ours(model, torch.randn(8, 3, 28, 28), pairs, PART, task, config)
-    assert learnt == [answer for answer in pairs.answers("target") for _ in ("hybrid", "memory")]
+    decode.measure(config)
+    answers = read_answers(config, read_task(trained[1])).answers("target")
+    assert learnt == [answer for answer in answers for _ in ("hybrid", "memory")]
 
 
 # ----------------------------------------------------------------------------------------------------- figures
 def test_the_output_holds_everything(measured, trained):
     results, _ = measured
-    assert set(results) == {"kind", "date", "size", "device", "dtype", "gamma", "what", "config", "answers",
-                            "peer_answers", "prompt_positions", "limits", "memory_mib", "runs", "costs_ms", "wanted",
+    assert set(results) == {"kind", "date", "size", "device", "dtype", "quantization", "gamma", "what", "config",
+                            "answers", "peer_answers", "prompt_positions", "limits", "memory_mib", "runs", "costs_ms", "wanted",
                             "seconds", "provenance"}
-    assert set(results["runs"]) == {*MODES, *DRAFTERS}
+    assert set(results["runs"]) == {*MODES, *LIVE_NAMES}
     assert list(results["costs_ms"]["verify"]) == [str(k) for k in range(1, 18)]
     assert set(results["costs_ms"]["propose_8"]) == {"adapter", "hybrid", "memory"}
     assert all(results["costs_ms"][name] > 0 for name in ("vision", "prefill"))
-    assert (results["costs_ms"]["adapter_step"] is None) == (not read_task(trained[1]).adapter.config.sees_prefix)
+    assert (results["costs_ms"]["adapter_step"] is None) == (not read_task(trained[1]).parts.adapter.config.sees_prefix)
     assert all(value > 0 for value in results["limits"].values())
     assert {"torch", "transformers"} <= set(results["provenance"]["versions"]) and len(results["wanted"]) == 9
     assert "Replayed" in results["what"][1] and f"first {PART} of {ANSWERS} answers" in results["what"][-1]
@@ -151,7 +150,7 @@ def test_the_output_holds_everything(measured, trained):
 
 def test_ratios_are_of_the_same_answers(measured):
     runs = measured[0]["runs"]
-    for name in DRAFTERS:
+    for name in LIVE_NAMES:
         faster = runs[name]["times_faster_than"]
         for peer in (*MODES, "none"):
             for key in ("decode_s", "end_s"):

@@ -1,55 +1,32 @@
 """Extraction on the demo's clips with the shipped tiny models: the pairs, and that nothing is lost."""
 
 import fcntl
-import functools
 import gc
 import json
 import os
 import re
 import shutil
 import signal
-import sys
 import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import extract_tokens_train
 from base import UserError
+from extraction import output as output_module
 from machine.running import Stopped
 from pairs.formats import load_pairs
-from pairs.journal import Journal, line_of
+from pairs.journal import Journal
+from tests.conftest import rows_of
 from tests.vlm.test_steps import needs_gpu
 from vlm import batches as module
 from vlm.batches import Batches
+from vlm.roles import Role
 
 ROW_KEYS = {"sample_idx", "question_idx", "sample_id", "sequence", "clip", "query", "egpt_tokens", "egpt_text",
             "egpt_finished", "vl_tokens", "vl_text", "vl_finished"}
-
-
-@pytest.fixture
-def extract(demo, tmp_path, monkeypatch):
-    """Call main() with flags; returns the output as JSON, or None if there is none."""
-    def call(*flags, dataset_dir=demo.test_1s, output_file=tmp_path / "pairs.json"):
-        defaults = {"--dataset_dir": dataset_dir, "--output_file": output_file, "--max_samples": 5,
-                    "--draft_model": demo.models / "eventgpt", "--target_model": demo.models / "video_llava",
-                    "--max_new_tokens": 80, "--device": "cpu"}
-        given = dict(zip(flags[::2], flags[1::2]))
-        words = [str(word) for item in {**defaults, **given}.items() for word in item if word is not None]
-        monkeypatch.setattr(sys, "argv", ["extract_tokens_train.py", *words])
-        extract_tokens_train.main()
-        return json.loads(output_file.read_text()) if output_file.exists() else None
-    return call
-
-
-@pytest.fixture
-def copy(demo, tmp_path):
-    """A data set folder that a test may damage."""
-    return shutil.copytree(demo.test_1s, tmp_path / "set")
-
-
-def rows_of(output: dict) -> list[dict]:
-    return output["results"]
 
 
 def test_rows_hold_what_the_documentation_says(extract):
@@ -245,7 +222,7 @@ def test_a_parity_check_compares_with_one_by_one(extract, tmp_path, monkeypatch)
         {"answers": 3, "equal": 3}] * 2
     answers_of, other = module.answers_of, tmp_path / "other.json"
     with monkeypatch.context() as stopped:              # after the last answer: the same command checks all the same
-        stopped.setattr(extract_tokens_train, "write_pairs", lambda *_: 1 / 0)
+        stopped.setattr(output_module, "write_output", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             extract(output_file=other)
     output = extract("--parity_check", 2, output_file=other)
@@ -279,7 +256,7 @@ def test_all_event_pictures_may_differ_in_number(extract, copy):
     assert len(rows_of(extract("--event_images", "all", dataset_dir=copy))) == 5
 
 
-# -------------------------------------------------------------------------------- bad data, nothing lost
+# -------------------------------------------------------------------------- bad data, nothing lost
 def test_clips_with_bad_media_fail_alone_and_say_why(extract, copy):
     rows = json.loads((copy / "EventGPT_Instruction_Subset.json").read_text())
     (copy / "event_image" / rows[0]["event_image"][0]).write_bytes(b"")
@@ -304,113 +281,73 @@ def test_when_nothing_succeeds_it_is_an_error_and_no_output(extract, copy):
     assert not (copy.parent / "pairs.json").exists()
 
 
-def test_a_stopped_run_goes_on_where_it_was(extract, tmp_path, monkeypatch):
-    undisturbed = extract("--batch_size", 2, output_file=tmp_path / "whole.json")
-    append, calls = Journal.append, []
-
-    def append_until_killed(journal, entries):
-        append(journal, entries)
-        calls.append(entries)
-        if len(calls) in (3, 7):                    # each load of a model counts as one: after 2 and 1 batches
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "append", append_until_killed)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            extract("--batch_size", 2)
-        assert not (tmp_path / "pairs.json").exists()
-    journal = tmp_path / ".pairs.json.journal.jsonl"
-    journal.write_bytes(journal.read_bytes()[:-9])              # and the last line is torn
-    resumed = extract("--batch_size", 2)
-    assert rows_of(resumed) == rows_of(undisturbed)
-    assert resumed["models"] == undisturbed["models"]
-    assert not journal.exists()
-    answers = [(e["model"], e["key"]) for entries in calls for e in entries if "key" in e]
-    assert len(answers) == len(set(answers)) + 1                # only the torn one was answered twice
-
-
-def test_a_finished_output_is_not_touched_again(extract, tmp_path):
-    extract()
-    before = (tmp_path / "pairs.json").read_bytes()
-    extract()
-    assert (tmp_path / "pairs.json").read_bytes() == before
-    with pytest.raises(UserError, match="max_new_tokens: 80 there, 9 now"):
-        extract("--max_new_tokens", 9)
-    (tmp_path / "pairs.json").write_text('{"results": []}')
-    with pytest.raises(UserError, match="--restart"):
-        extract()
-    assert len(rows_of(extract("--restart", None))) == 5
-
-
-def test_a_finished_output_of_a_data_set_that_changed_since_is_not_called_finished(extract, copy, tmp_path):
-    extract(dataset_dir=copy)
-    before = (tmp_path / "pairs.json").read_bytes()
-    picture = next((copy / "event_image").rglob("*_0.png"))
-    picture.write_bytes(picture.read_bytes() + b"\0")
-    with pytest.raises(UserError, match=r"made differently \(dataset_content: .*--restart"):
-        extract(dataset_dir=copy)
-    assert (tmp_path / "pairs.json").read_bytes() == before
-    old = {**json.loads(before)}
-    del old["dataset_content"]                                # as earlier versions wrote it
-    (tmp_path / "pairs.json").write_text(json.dumps(old))
-    extract(dataset_dir=copy)
-
-
-def test_a_finished_output_needs_no_model_and_no_heavy_import(extract, tmp_path, monkeypatch):
-    extract()
-    for name in ("load_model", "resolve_settings"):
-        monkeypatch.setattr(extract_tokens_train, name, None)
-    extract()
-
-
-def test_clips_that_change_between_two_starts_are_refused_and_mended_ones_are_not(extract, copy, monkeypatch):
-    rows = json.loads((copy / "EventGPT_Instruction_Subset.json").read_text())
-    bad, good = (copy / "mp4" / rows[number]["mp4_data"] for number in (0, 1))
-    whole = bad.read_bytes()
-    bad.write_bytes(b"junk")
-    write = extract_tokens_train.write_pairs
-    monkeypatch.setattr(extract_tokens_train, "write_pairs", lambda *_: exec("raise KeyboardInterrupt"))
-    with pytest.raises(KeyboardInterrupt):
-        extract(dataset_dir=copy)
-    monkeypatch.setattr(extract_tokens_train, "write_pairs", write)
-    video = good.read_bytes()
-    good.write_bytes(video + b"\0")
-    with pytest.raises(UserError, match=r"the files of 1 answered clips have changed, the first: .* \(videollava\)"):
-        extract(dataset_dir=copy)
-    good.write_bytes(video)
-    bad.write_bytes(whole)                                    # it had failed: nothing depends on what it was
-    output = extract(dataset_dir=copy)
-    assert len(rows_of(output)) == 5 and not output["failed"]
-
-
-def test_a_journal_of_other_settings_is_refused(extract, tmp_path):
-    journal = tmp_path / ".pairs.json.journal.jsonl"
-    answer = {"model": "eventgpt", "key": "a/1", "question_idx": 0, "tokens": [2], "text": "", "finished": True}
-    journal.write_bytes(line_of({"settings": {"max_new_tokens": 3}}) + line_of(answer))
-    with pytest.raises(UserError, match="max_new_tokens: 3 there, 80 now"):
-        extract()
-    assert journal.exists()
-
-
 def test_a_mistake_in_the_target_costs_nothing_of_the_draft(extract, tmp_path, monkeypatch):
-    loaded, load = [], extract_tokens_train.load_model
+    loaded, load = [], Role.load
 
-    def counted(which, *rest, broken=()):
-        loaded.append(which)
-        assert which not in broken, "as if the machine had stopped here"
-        return load(which, *rest)
+    def counted(role, *how, broken=()):
+        loaded.append(role.role)
+        assert role.role not in broken, "as if the machine had stopped here"
+        return load(role, *how)
 
-    monkeypatch.setattr(extract_tokens_train, "load_model", counted)
+    monkeypatch.setattr(Role, "load", counted)
     for flags in (("--target_model", tmp_path / "none"), ("--query", "what is <video>?")):
         with pytest.raises(UserError):
             extract(*flags)
     assert not loaded and not (tmp_path / ".pairs.json.journal.jsonl").exists()
-    monkeypatch.setattr(extract_tokens_train, "load_model", functools.partial(counted, broken=("videollava",)))
+    monkeypatch.setattr(Role, "load", lambda role, *how: counted(role, *how, broken=("target",)))
     with pytest.raises(AssertionError):
         extract("--num_frames", 4)
-    monkeypatch.setattr(extract_tokens_train, "load_model", counted)
+    monkeypatch.setattr(Role, "load", counted)
     assert len(rows_of(extract("--num_frames", 8))) == 5          # the draft's answers do not depend on it
-    assert loaded == ["eventgpt", "videollava", "videollava"]
+    assert loaded == ["draft", "target", "target"]
+
+
+def no_tokenizer(folder) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def a_missing_shard(folder) -> None:
+    weights = {name: "model-00001-of-00002.safetensors" for name in load_file(folder / "model.safetensors")}
+    last = list(weights)[-1]
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {**weights, last: "model-00002-of-00002.safetensors"}}))
+
+
+def a_shard_cut_short(folder) -> None:
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 9)
+
+
+def quantised_weights(folder) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
+
+
+@pytest.mark.parametrize("damage, words", [
+    (no_tokenizer, "tokenizer"), (a_missing_shard, "model-00002-of-00002.safetensors"),
+    (a_shard_cut_short, "model.safetensors"), (quantised_weights, "quantised already"),
+    (lambda folder: (folder / "config.json").unlink(), "config.json"), (shutil.rmtree, "no such")])
+@pytest.mark.parametrize("flag", ["--draft_model", "--target_model"])
+def test_half_a_model_is_found_before_either_is_loaded(extract, demo, tmp_path, monkeypatch, flag, damage, words):
+    role = {"--draft_model": "eventgpt", "--target_model": "video_llava"}[flag]
+    folder = shutil.copytree(demo.models / role, tmp_path / "model")
+    damage(folder)
+    monkeypatch.setattr(Role, "load", None)
+    with pytest.raises(UserError, match=words):
+        extract(flag, folder)
+    assert not (tmp_path / ".pairs.json.journal.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--query", "what is <image>?"), "<image>"), (("--query", "what is <event>?"), "<event>"),
+    (("--query", "why " * 3000), "positions"), (("--max_new_tokens", 2040), "positions")])
+def test_questions_that_a_model_can_not_take_are_found_before_either_is_loaded(
+        extract, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr(Role, "load", None)
+    with pytest.raises(UserError, match=words):
+        extract(*flags)
+    assert not (tmp_path / ".pairs.json.journal.jsonl").exists()
 
 
 def test_two_writers_are_kept_apart(extract, tmp_path):
@@ -423,7 +360,7 @@ def test_two_writers_are_kept_apart(extract, tmp_path):
     assert len(rows_of(extract())) == 5                         # the lock is free: its file may stay
 
 
-# ------------------------------------------------------------------------------------------ user mistakes
+# ----------------------------------------------------------------------------------- user mistakes
 @pytest.mark.parametrize("flags, message", [
     (("--draft_model", "nowhere"), "no such folder: nowhere"),
     (("--target_model", "./nowhere"), "no such model folder: ./nowhere"),
@@ -442,7 +379,7 @@ def test_two_writers_are_kept_apart(extract, tmp_path):
     (("--query", "what is <video>?"), "<video>"),
     (("--query", "caf\udce9"), r"--query: 'caf\\udce9' is no text in UTF-8"),
     (("--num_frames", str(10**9)), "--num_frames must be at most 1000"),
-    (("--num_frames", "400"), r"positions, the model has 2048: use fewer pictures"),
+    (("--num_frames", "400"), "positions, the model has 2048: use fewer pictures"),
     (("--output_file", "/dev/null/out.json"), "can't write to the folder"),
 ])
 def test_mistakes_get_a_clear_error(extract, flags, message):
@@ -455,19 +392,6 @@ def test_what_is_no_file_is_not_waited_for(extract, tmp_path):
     for flag in ("--questions_file", "--output_file"):
         with pytest.raises(UserError, match="pipe is a pipe or a device, wanted a file"):
             extract(flag, tmp_path / "pipe")
-
-
-@pytest.mark.parametrize("content", [b"", b'{"results": [', b'{"results": []}'])
-def test_a_damaged_output_says_what_can_be_done(extract, tmp_path, content):
-    output = extract()
-    path = tmp_path / "pairs.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="choose another --output_file, or --restart to replace it"):
-        extract()
-    path.write_text(json.dumps({**output, "results": output["results"][1:]}))
-    with pytest.raises(UserError, match="was changed: it holds 4 pairs and says that it has 5"):
-        extract()
-    assert "--restart" not in sys.argv
 
 
 def test_without_a_draft_model_the_error_says_where_the_weights_are(tmp_path):

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clips.media import write_png, write_video
-from pairs.journal import line_of
+from clips.pictures import write_png
+from clips.videos import write_video
+from machine.journal import checksum_of, line_of
 from tests.conftest import ROOT
 from tests.isolated import Isolated, small_adapter
 
@@ -55,14 +56,17 @@ def whole(world, demo) -> dict[str, bytes]:
              "egpt_text": "a b", "vl_tokens": [7, 8, 9, i], "vl_text": "c d"} for i in range(3)]
     clips = [{"id": f"id {i}", "event_data": f"town_00_a/00000{i}.npy", "video_data": f"town_00_a/00000{i}",
               "mp4_data": f"town_00_a/00000{i}.mp4", "event_image": [f"town_00_a/00000{i}_0.png"]} for i in range(2)]
-    lines = [{"settings": {}, "clips": {"eventgpt": {"town/1": "a"}}}, {"model": "eventgpt", "vocab_size": 64},
+    head = line_of({"format": 2, "run": "a", "settings": {}, "clips": {"eventgpt": {"town/1": "a"}}})
+    lines = [{"model": "eventgpt", "vocab_size": 64},
              *({"model": "eventgpt", "key": f"town/{i}", "question_idx": 0, "tokens": [3, 2], "text": "a",
                 "finished": True} for i in range(3))]
-    events = {**{name: np.arange(25, dtype=np.uint16) % 7 for name in "xytp"}, "time_start": np.int64(7),
+    columns = {name: np.arange(25, dtype=np.uint16) % {"p": 2, "t": 25}.get(name, 7) for name in "xytp"}
+    events = {**columns, "time_start": np.int64(7),
               "duration_ms": 0.5, "image_indices_in_clip": [1, 2]}
     return {
         "pairs": json.dumps({"vocab_size": 64, "models": {"eventgpt": {"name": "x"}}, "results": rows}).encode(),
-        "index": json.dumps(clips).encode(), "journal": b"".join(map(line_of, lines)),
+        "index": json.dumps(clips).encode(),
+        "journal": head + b"".join(line_of(line, checksum_of(head)) for line in lines),
         "png": (place / "event_image" / "town_00_a" / "000000_0.png").read_bytes(),
         "mp4": (place / "mp4" / "town_00_a" / "000000.mp4").read_bytes(),
         "npy": saved(np.save, events, allow_pickle=True), "pt": adapter(world / "adapter.pt"),

@@ -1,9 +1,8 @@
-"""Raw recordings become data set folders: every pixel, every frame, every window; and what is broken is named."""
+"""Raw recordings become data set folders: every pixel, frame and window; what is broken is named."""
 
 import dataclasses
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
@@ -19,11 +18,12 @@ from PIL import Image
 
 import clips.dsec as dsec
 import extract_tokens_train
-import prepare_dsec
 from base import ROOT, UserError
+from clips import windows
 from clips.dataset import INDEX_FILE, read_dataset
+from clips.prepared import blocks_of
+from clips.windows import Recipe, clips_of, window_starts
 from machine.files import only_writer
-from prepare_dsec import PrepareConfig, window_starts
 from tests.conftest import wait_until_gone
 from tests.recordings import (
     BAD,
@@ -37,8 +37,9 @@ from tests.recordings import (
     write_sequence,
 )
 
-# Seconds from the first picture to the last of DSEC's test sequences, and their windows of 500ms, 1s, 2s and 4s. The
-# seconds are known to a tenth; zurich_city_14_c's published counts say that it is a hair shorter than its 59.5.
+# Seconds from the first picture to the last of DSEC's test sequences, and their windows of 500ms,
+# 1s, 2s and 4s. The seconds are known to a tenth; zurich_city_14_c's published counts say that it
+# is a hair shorter than its 59.5.
 TEST_SEQUENCES = {
     "interlaken_00_a": (57.1, 227, 113, 56, 27), "interlaken_00_b": (80.8, 322, 160, 79, 39),
     "interlaken_01_a": (113.1, 451, 225, 112, 55), "thun_01_a": (9.8, 38, 18, 8, 3),
@@ -61,11 +62,12 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-# ---------------------------------------------------------------------------------------------------------- windows
+# ------------------------------------------------------------------------------------------ windows
 def test_windows_of_the_test_sequences_are_counted_as_published():
     for sequence, (seconds, *wanted) in TEST_SEQUENCES.items():
         last_us = FIRST_US + round(seconds * 1e6)
-        found = [len(window_starts(FIRST_US, last_us, ms * 1000, ms * 500)) for ms in (500, 1000, 2000, 4000)]
+        found = [len(window_starts(FIRST_US, last_us, ms * 1000, ms * 500))
+                 for ms in (500, 1000, 2000, 4000)]
         assert found == wanted, sequence
     for ms, total in {500: 2220, 1000: 1100, 2000: 540, 4000: 260, 5000: 205, 8000: 122, 10_000: 93,
                       16_000: 52}.items():
@@ -81,18 +83,22 @@ def test_windows_follow_the_rule_for_any_length():
         for length in map(int, lengths):
             starts = window_starts(FIRST_US, FIRST_US + length, duration, duration // 2)
             assert len(starts) == max(0, (length - duration) // (duration // 2) + 1)
-            assert all(start >= FIRST_US and start + duration <= FIRST_US + length for start in starts)
+            assert all(start >= FIRST_US and start + duration <= FIRST_US + length
+                       for start in starts)
 
 
-# ---------------------------------------------------------------------------------------------------------- content
+# ------------------------------------------------------------------------------------------ content
 @pytest.mark.parametrize("render", ["time", "blue_over_red"])
 @pytest.mark.parametrize("duration, count", [("500ms", 8), ("1s", 3)])
 def test_every_pixel_of_every_event_picture_is_as_painted_by_hand(prepare, one, duration, count, render):
     root, made = one
-    # The small pictures with --canvas, the large ones without: the canvas is fixed, whatever the events fill.
+    # The small pictures with --canvas, the large ones without: the canvas is fixed, whatever the
+    # events fill.
     canvas, length_us = {"500ms": ((64, 48), 500_000), "1s": ((640, 480), 1_000_000)}[duration]
     small = ["--canvas", "64x48"] if duration == "500ms" else []
-    folder, said = prepare("--render", render, "--video_size", "64x48", "--workers", "1", "--sequences", GOOD, *small,
+    folder, said = prepare("--render", render, "--video_size", "64x48", "--workers", "1",
+                           "--sequences",
+                           GOOD, *small,
                            root=root, duration=duration)
     assert len(list((folder / "event_image" / GOOD).iterdir())) == 5 * count
     for clip in range(count):
@@ -116,7 +122,8 @@ def test_every_frame_of_every_video_is_the_right_picture(prepare, one, duration,
             stream = video.streams.video[0]
             assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 20)
             assert (stream.width, stream.height) == SIZE
-            numbers = [number_of(picture.to_ndarray(format="rgb24")) for picture in video.decode(stream)]
+            numbers = [number_of(picture.to_ndarray(format="rgb24"))
+                       for picture in video.decode(stream)]
         first = clip * frames // 2
         assert numbers == list(range(first, first + frames)), path
 
@@ -132,7 +139,8 @@ def test_rows_have_the_published_fields_and_sequence_and_clip(prepare, one):
         "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": ""}],
         "sequence": GOOD, "clip": 1}
     samples = read_dataset(folder)
-    assert [(sample.key, sample.trouble) for sample in samples] == [(f"{GOOD}/{clip}", None) for clip in range(3)]
+    assert [(sample.key, sample.trouble) for sample in samples] == [(f"{GOOD}/{clip}", None)
+                                                                    for clip in range(3)]
     assert len({sample.id for sample in samples}) == 3 and all(sample.video.is_file() for sample in samples)
 
 
@@ -147,13 +155,15 @@ def test_both_layouts_and_any_number_of_workers_give_the_same_files(prepare, one
     write_sequence(tmp_path / "flat", GOOD, flat=True)
     for root in ("flat", "bare", "loose"):
         flags = (*SMALL[:-1], "2" if root == "flat" else "1")
-        folder, said = prepare(*flags, "--sequences", GOOD, root=tmp_path / root, output=tmp_path / f"from_{root}")
+        folder, said = prepare(*flags, "--sequences", GOOD, root=tmp_path / root,
+                               output=tmp_path / f"from_{root}")
         assert contents(folder) == wanted, root
         assert "not in DSEC's" not in said
 
 
 def test_stride_pictures_canvas_and_video_size_do_what_they_say(prepare, one):
-    folder, _ = prepare("--sequences", GOOD, "--stride", "none", "--event_images", "2", "--canvas", "70x50",
+    folder, _ = prepare("--sequences", GOOD, "--stride", "none", "--event_images", "2",
+                        "--canvas", "70x50",
                         "--video_size", "32x24", "--workers", "1", root=one[0], duration="500ms")
     assert len(read_rows(folder)) == 4
     assert sorted(path.name for path in (folder / "event_image" / GOOD).iterdir())[:3] == [
@@ -164,15 +174,18 @@ def test_stride_pictures_canvas_and_video_size_do_what_they_say(prepare, one):
     assert np.array_equal(pixels(folder / "event_image" / GOOD / "000001_1.png"), second)
     with av.open(str(folder / "mp4" / GOOD / "000001.mp4")) as video:
         pictures = [picture.to_ndarray(format="rgb24") for picture in video.decode(video=0)]
-    assert [number_of(picture) for picture in pictures] == [*range(10, 20)] and pictures[0].shape == (24, 32, 3)
-    other, _ = prepare(*SMALL, "--sequences", GOOD, "--stride", "125", root=one[0], output=folder.parent)
+    assert [number_of(picture) for picture in pictures] == [*range(10, 20)] and pictures[0].shape == (24,
+                                                                                                      32, 3)
+    other, _ = prepare(*SMALL, "--sequences", GOOD, "--stride", "125", root=one[0],
+                       output=folder.parent)
     assert len(read_rows(other)) == 11                                      # (2.25 - 1) / 0.125 + 1
 
 
 def test_slices_smaller_than_a_part_change_nothing(prepare, one, tmp_path, monkeypatch):
     wanted = contents(prepare(*SMALL, "--sequences", GOOD, root=one[0])[0])
     monkeypatch.setattr(dsec, "SLICE", 777)
-    assert contents(prepare(*SMALL, "--sequences", GOOD, root=one[0], output=tmp_path / "sliced")[0]) == wanted
+    assert contents(prepare(*SMALL, "--sequences", GOOD, root=one[0],
+                            output=tmp_path / "sliced")[0]) == wanted
 
 
 def test_events_are_read_no_more_than_a_slice_at_a_time(prepare, one, monkeypatch):
@@ -188,8 +201,10 @@ def test_the_folder_goes_straight_through_extraction(prepare, one, tmp_path, mon
     folder, _ = prepare("--sequences", GOOD, "--video_size", "64x48", "--workers", "1", root=one[0])
     models, output = ROOT / "demo" / "models", tmp_path / "pairs.json"
     monkeypatch.setattr(sys, "argv", [
-        "extract_tokens_train.py", "--dataset_dir", str(folder), "--output_file", str(output), "--draft_model",
-        str(models / "eventgpt"), "--target_model", str(models / "video_llava"), "--max_new_tokens", "8",
+        "extract_tokens_train.py", "--dataset_dir", str(folder), "--output_file", str(output),
+        "--draft_model",
+        str(models / "eventgpt"), "--target_model", str(models / "video_llava"),
+        "--max_new_tokens", "8",
         "--device", "cpu"])
     extract_tokens_train.main()
     found = json.loads(output.read_text())
@@ -199,7 +214,7 @@ def test_the_folder_goes_straight_through_extraction(prepare, one, tmp_path, mon
     assert all(row["egpt_tokens"] and row["vl_tokens"] for row in found["results"])
 
 
-# ---------------------------------------------------------------------------------------------------- what is missing
+# ---------------------------------------------------------------------------------- what is missing
 def test_what_was_mended_is_made_and_the_index_written(prepare, two):
     root, _, bad = two
     picture = (bad.pictures / "000007.png").read_bytes()
@@ -208,7 +223,8 @@ def test_what_was_mended_is_made_and_the_index_written(prepare, two):
         prepare(*SMALL, "--sequences", BAD, GOOD, root=root)
     (bad.pictures / "000007.png").write_bytes(picture)
     folder, said = prepare(*SMALL, "--sequences", BAD, GOOD, root=root)
-    assert [row["sequence"] for row in read_rows(folder)] == [GOOD, BAD] and "2 clips, 1 of them are there" in said
+    assert [row["sequence"] for row in read_rows(folder)] == [GOOD,
+                                                              BAD] and "2 clips, 1 of them are there" in said
     assert json.loads((folder / "prepare_dsec.json").read_text())["left_out"] == []
 
 
@@ -218,13 +234,15 @@ def test_exit_codes_and_the_last_line(two, tmp_path):
 
     def call(*flags):
         return subprocess.run(
-            [sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root", tmp_path / "out",
+            [sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root",
+             tmp_path / "out",
              "--split", "test", "--duration", "1s", *SMALL, "--sequences", BAD, GOOD, *flags],
             text=True, capture_output=True)
 
     done = call()
     assert done.returncode == 2 and not done.stderr
-    assert "ERROR | " in done.stdout.splitlines()[-1] and "add --allow_missing" in done.stdout.splitlines()[-1]
+    last = done.stdout.splitlines()[-1]
+    assert "ERROR | " in last and "add --allow_missing" in last
     done = call("--allow_missing")
     assert done.returncode == 0 and "RESULT | " in done.stdout.splitlines()[-1]
 
@@ -253,7 +271,7 @@ def test_a_sequence_shorter_than_the_window_is_no_fault(prepare, two, one):
     assert f"{GOOD} is shorter than 2s: no clips" in said and len(read_rows(folder)) == 1
 
 
-# -------------------------------------------------------------------------------------------------- extras and names
+# --------------------------------------------------------------------------------- extras and names
 def test_folders_beyond_the_list_are_named_and_used_only_when_asked_for(prepare, two):
     root, good, _ = two
     for name in ("test", "thun_02_a", "zurich_city_16_a"):
@@ -270,13 +288,18 @@ def test_folders_beyond_the_list_are_named_and_used_only_when_asked_for(prepare,
     (("--sequences", "../thun_01_a"), "'../thun_01_a' is no name of a sequence"),
     (("--sequences", ".."), "'..' is no name"), (("--sequences", "/etc"), "'/etc' is no name"),
     (("--sequences", "interlaken_00_c"), "belongs to DSEC's train list"),
-    (("--stride", "0"), "--stride must be half, none or milliseconds"), (("--stride", "-5"), "--stride must be"),
+    (("--stride", "0"), "--stride must be half, none or milliseconds"),
+    (("--stride", "-5"), "--stride must be"),
     (("--event_images", "0"), "--event_images must be from 1 to 10, got 0"),
-    (("--canvas", "640"), "--canvas must be WIDTHxHEIGHT"), (("--canvas", "0x5"), "--canvas must be"),
+    (("--canvas", "640"), "--canvas must be WIDTHxHEIGHT"),
+    (("--canvas", "0x5"), "--canvas must be"),
     (("--video_size", "641x480"), "and even"), (("--video_size", "99998x480"), "1 to 16384 px"),
-    (("--workers", "0"), "--workers must be 1 or more"), (("--render", "red"), "invalid choice: 'red'"),
-    (("--duration", "0s"), "must be milliseconds or seconds"), (("--duration", "1m"), "--duration must be"),
-    (("--duration", "../1s"), "--duration must be"), (("--dsec_root", "nowhere"), "nowhere: no such folder")])
+    (("--workers", "0"), "--workers must be 1 or more"),
+    (("--render", "red"), "invalid choice: 'red'"),
+    (("--duration", "0s"), "must be milliseconds or seconds"),
+    (("--duration", "1m"), "--duration must be"),
+    (("--duration", "../1s"), "--duration must be"),
+    (("--dsec_root", "nowhere"), "nowhere: no such folder")])
 def test_a_wrong_flag_is_one_clear_error(prepare, two, flags, words):
     with pytest.raises(UserError, match=re.escape(words)):
         prepare(*flags, root=two[0])
@@ -293,7 +316,7 @@ def test_a_link_that_leads_out_of_the_folder_is_not_written_through(prepare, two
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-# ---------------------------------------------------------------------------------------- going on, other folders
+# -------------------------------------------------------------------------- going on, other folders
 def test_running_again_changes_nothing_and_says_so(prepare, one):
     folder, _ = prepare(*SMALL, "--sequences", GOOD, root=one[0])
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*.*")}
@@ -318,7 +341,8 @@ def test_only_clips_that_lack_a_file_are_made_again(prepare, one):
 def test_the_same_command_goes_on_after_a_kill(prepare, tmp_path, how):
     root, flags = tmp_path / "dsec", (*SMALL[:-1], "2", "--sequences", GOOD, "--stride", "25")
     write_sequence(root, GOOD, frames=60)
-    command = [sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root", tmp_path / "data",
+    command = [sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root",
+               tmp_path / "data",
                "--split", "test", "--duration", "1s", *flags]
     folder = tmp_path / "data" / "my_egpt_dsec_test" / "my_egpt_dsec_seq_1s"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -333,13 +357,14 @@ def test_the_same_command_goes_on_after_a_kill(prepare, tmp_path, how):
     assert INDEX_FILE not in left and len(left) < 78 * 6
     if how == signal.SIGTERM:
         assert not list(folder.rglob("*.tmp.*"))
-    whole = {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.glob("mp4/*/0*.mp4")}
+    whole = {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
+             for path in folder.glob("mp4/*/0*.mp4")}
     _, said = prepare(*flags, root=root)
     assert re.search(r"prepare \| .* \| 79 clips, [1-9]\d* of them are there", said)
     assert len(contents(folder)) == 79 * 6 + 1 and not list(folder.rglob("*.tmp.*"))
     done = sorted(name for name, path in ((name, folder / name) for name in whole)
                   if path.stat().st_mtime_ns == whole[name])
-    assert len(done) >= len(whole) - 2                                      # but for those that lacked a picture
+    assert len(done) >= len(whole) - 2  # but for those that lacked a picture
 
 
 def test_a_folder_of_other_settings_or_another_program_is_left_alone(prepare, one, tmp_path):
@@ -363,36 +388,32 @@ def test_a_full_disk_ends_the_run_at_once(prepare, one, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_dsec, "write_video", full)
+    monkeypatch.setattr(windows, "write_video", full)
     with pytest.raises(UserError, match=r"can't write to .*No space left on device"):
         prepare(*SMALL, "--sequences", GOOD, root=one[0])
 
 
-def test_a_worker_that_dies_is_an_error_and_not_a_wait(tmp_path):
-    with pytest.raises(UserError, match="a worker died"):
-        list(prepare_dsec.in_workers(os._exit, [1, 1, 1], 2))
-
-
 def test_blocks_are_neighbours_of_one_sequence_and_frames_are_decoded_once(prepare, one, monkeypatch):
     recording = dsec.find_recording(one[0], "test", GOOD)
-    config = PrepareConfig(one[0], "test", "500ms")
-    clips = prepare_dsec.clips_of(recording, config)
+    clips = clips_of(recording, Recipe("test", "500ms"))
     others = [dataclasses.replace(clip, sequence=BAD) for clip in clips]
-    blocks = prepare_dsec.blocks_of(clips + others, 1)
+    blocks = blocks_of(clips + others, 1)
     assert [len(block) for block in blocks] == [8, 8] and [*itertools.chain(*blocks)] == clips + others
-    assert [len(block) for block in prepare_dsec.blocks_of(clips, 4)] == [2] * 4
-    read, paths = prepare_dsec.read_event_image, []
-    monkeypatch.setattr(prepare_dsec, "read_event_image", lambda path: paths.append(path.name) or read(path))
+    assert [len(block) for block in blocks_of(clips, 4)] == [2] * 4
+    read, paths = windows.read_event_image, []
+    monkeypatch.setattr(windows, "read_event_image", lambda path: paths.append(path.name)
+                        or read(path))
     prepare(*SMALL, "--sequences", GOOD, root=one[0], duration="500ms")
     assert paths == [f"{number:06d}.png" for number in range(45)]
 
 
-# --------------------------------------------------------------------------------------------------------- packages
+# ----------------------------------------------------------------------------------------- packages
 @pytest.mark.parametrize("package", ["h5py", "hdf5plugin"])
 def test_a_missing_package_is_one_clear_line(one, package, tmp_path):
-    code = (f"import sys; sys.modules[{package!r}] = None; import base, prepare_dsec\n"
-            f"sys.argv = ['prepare_dsec.py', '--dsec_root', {str(one[0])!r}, '--split', 'test', '--duration', '1s', "
-            f"'--output_root', {str(tmp_path / 'data')!r}]\nbase.run(prepare_dsec.main)")
+    code = (f"import sys; sys.modules[{package!r}] = None; import machine.running, prepare_dsec\n"
+            f"sys.argv = ['prepare_dsec.py', '--dsec_root', {str(one[0])!r}, '--split', 'test', "
+            f"'--duration', '1s', "
+            f"'--output_root', {str(tmp_path / 'data')!r}]\nmachine.running.run(prepare_dsec.main)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 2 and not done.stderr
     line, = done.stdout.splitlines()

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -10,14 +11,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-import decoding.loop as decoding
+import decoding.answers
+import decoding.costs
+import decoding.parallel
+import decoding.rules
 import speculative_decode
+import vlm.roles
 from base import UserError
-from decoding.loop import Pace, judge
+from decoding.clips import in_order
+from decoding.costs import Pace
+from decoding.loop import Decoded
+from decoding.task import Task, check_model, read_task
+from decoding.verdict import judge
+from drafting.parts import LiveParts
+from drafting.table import LIVE_NAMES
 from machine.files import only_writer
-from speculative_decode import DRAFTERS, Task, check_model
 from token_adapter import AdapterConfig, TokenAdapter, save_adapter
+from vlm.roles import ROLES
+from vlm.video_llava import VideoLlava
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +39,15 @@ def task(demo) -> Path:
     return next(folder for folder in demo.tasks.glob("1s_2*"))
 
 
-def run_main(monkeypatch, demo, task: Path, out: Path, *flags: str) -> dict:
+def run_main(monkeypatch, demo, task: Path, out: Path, *flags: str, without: tuple[str, ...] = ()) -> dict:
+    """without: flags that are left out, with their values."""
     arguments = ["--task", str(task), "--dataset_dir", str(demo.test_1s), "--output_folder", str(out),
                  "--draft_model", str(demo.models / "eventgpt"), "--target_model", str(demo.models / "video_llava"),
                  "--max_samples", "4", "--max_new_tokens", "80", "--num_workers", "1", "--device", "cpu",
                  "--no-plots", *flags]
+    for flag in without:
+        at = arguments.index(flag)
+        del arguments[at:at + 2]
     monkeypatch.setattr(sys, "argv", ["speculative_decode.py", *arguments])
     speculative_decode.main()
     return json.loads((out / "decode.json").read_text())
@@ -43,8 +60,8 @@ def compared(demo, task, tmp_path_factory) -> dict:
 
 
 def test_every_drafter_gives_the_answers_of_transformers_and_of_plain_decoding(compared):
-    assert set(compared["totals"]["runs"]) == set(DRAFTERS)
-    assert compared["totals"]["verdicts"] == {"exact": 4 * (len(DRAFTERS) + 1)}
+    assert set(compared["totals"]["runs"]) == set(LIVE_NAMES)
+    assert compared["totals"]["verdicts"] == {"exact": 4 * (len(LIVE_NAMES) + 1)}
     assert compared["totals"]["runs"]["none"]["tau"] == 1.0 < compared["totals"]["runs"]["hybrid"]["tau"]
     for answer in compared["answers"]:
         assert answer["generate"]["tokens"] == len(answer["tokens"])
@@ -62,7 +79,7 @@ def test_the_answers_are_those_that_extraction_wrote_for_these_clips(compared, d
 
 def test_costs_are_measured_for_every_length_and_every_drafter(compared):
     costs = compared["costs_ms"]
-    assert list(map(int, costs["verify"])) == list(range(1, 18)) and set(costs["proposal"]) == set(DRAFTERS)
+    assert list(map(int, costs["verify"])) == list(range(1, 18)) and set(costs["proposal"]) == set(LIVE_NAMES)
     assert all(cost > 0 for cost in (*costs["verify"].values(), costs["vision"], costs["prefill"],
                                      *costs["eventgpt"]["verify"].values(), costs["proposal"]["hybrid"]))
     assert 0 < compared["noise"] < 1e-3
@@ -72,11 +89,11 @@ def test_clips_of_a_sequence_come_in_order_unless_shuffled(monkeypatch, demo, ta
     from clips.dataset import read_dataset
 
     samples = read_dataset(demo.test_1s)
-    ordered = speculative_decode.in_order(samples[::-1], SimpleNamespace(shuffle=False))
+    ordered = in_order(samples[::-1])
     by_sequence = [sample.sequence for sample in ordered]
     assert sum(a != b for a, b in itertools.pairwise(by_sequence)) == len(set(by_sequence)) - 1
     assert all(a.clip < b.clip for a, b in itertools.pairwise(ordered) if a.sequence == b.sequence)
-    shuffled = speculative_decode.in_order(samples, SimpleNamespace(shuffle=True, seed=1))
+    shuffled = in_order(samples, shuffled_by=1)
     assert shuffled != ordered and sorted(map(id, shuffled)) == sorted(map(id, samples))
 
 
@@ -85,7 +102,7 @@ def test_several_questions_auto_gamma_and_shuffled_clips_are_lossless_too(monkey
     found = run_main(monkeypatch, demo, task, tmp_path / "out", "--compare", "--questions_file",
                      str(tmp_path / "questions.txt"), "--shuffle", "--max_samples", "3")
     assert found["gamma"] == "auto" and len(found["answers"]) == 6
-    assert found["totals"]["verdicts"] == {"exact": 6 * (len(DRAFTERS) + 1)}
+    assert found["totals"]["verdicts"] == {"exact": 6 * (len(LIVE_NAMES) + 1)}
 
 
 def test_what_one_decoding_verified_the_next_one_can_begin_with(monkeypatch, demo, task, tmp_path):
@@ -109,13 +126,13 @@ def test_a_temperature_samples_and_the_same_seed_samples_alike(monkeypatch, demo
 
 
 def test_a_wrong_answer_ends_with_exit_3_and_the_report_says_where(monkeypatch, demo, task, tmp_path):
-    right = decoding.greedy
+    right = decoding.rules.greedy
 
     def careless(answer, proposed, following):             # believes a first proposal without a look
         emitted = right(answer, proposed, following)
         return proposed[:1] or emitted if len(answer) > 3 else emitted
 
-    monkeypatch.setattr(decoding, "greedy", careless)
+    monkeypatch.setattr(decoding.answers, "rule_of", lambda *_: careless)
     with pytest.raises(SystemExit) as ended:
         run_main(monkeypatch, demo, task, tmp_path / "out", "--compare", "--max_samples", "1", "--gamma", "2")
     assert ended.value.code == 3
@@ -150,11 +167,160 @@ def test_a_difference_is_a_tie_only_within_the_noise():
     assert verdict([0], [0, 1], 9.0) == "WRONG"                     # ended too early
 
 
-def test_the_price_of_a_second_is_what_it_brought_so_far():
+def test_the_price_of_a_second_counts_all_passes_but_the_prefill():
+    """A prefill costs the same whatever is proposed: with its tokens and without its seconds drafting looks dear."""
     pace = Pace(0.01)
     assert pace.price() == pytest.approx(100)
-    pace.add(decoding.Decoded([1] * 9, draft_s=0.004, verify_s=0.006))      # 10 tokens in 0.02 s
+    # Prefill: 1 + 4 tokens. Then 9 tokens in 2 passes: 10 in 0.02 s with the plain step.
+    pace.add(Decoded([1] * 14, [4, 4, 4], [4, 4, 3], draft_s=0.007, opening_s=0.003, prefill_s=0.3, verify_s=0.006))
     assert pace.price() == pytest.approx(500)
+    pace.add(Decoded([1] * 4 + [2], [8], [5], draft_s=0.002, opening_s=0.002, prefill_s=0.3))     # EOS was proposed
+    pace.add(Decoded([1], [0], [0], prefill_s=0.3))
+    assert pace.price() == pytest.approx(500)
+
+
+# ------------------------------------------------------------------------------------------------ no numbers
+@pytest.fixture(scope="module")
+def unnamed_task(task, tmp_path_factory) -> Path:
+    """The task without a record of the models that it was trained for."""
+    other = tmp_path_factory.mktemp("unnamed") / "task"
+    shutil.copytree(task, other, ignore=shutil.ignore_patterns("decode_*"))
+    results = json.loads((other / "results.json").read_text())
+    for file in results["files"]["train"]:
+        file.pop("models", None)
+    (other / "results.json").write_text(json.dumps(results))
+    return other
+
+
+def overflowing(folder: Path, source: Path, value: float = 6e4) -> Path:
+    """A copy of a model whose first block scales up so far that float16 overflows; or holds this value."""
+    shutil.copytree(source, folder)
+    for file in folder.glob("*.safetensors"):
+        state = load_file(file)
+        for name in [name for name in state if name.endswith("layers.0.mlp.down_proj.weight")]:
+            weight = state[name].float()
+            state[name] = (weight * (value / weight.abs().max())).to(state[name].dtype).contiguous()
+        save_file(state, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("flags", [[], ["--compare"], ["--temperature", "1"], ["--gamma", "3"]], ids=" ".join)
+@pytest.mark.parametrize("model", ["video_llava", "eventgpt"])
+def test_when_no_answer_has_numbers_one_error_names_the_dtype(monkeypatch, demo, unnamed_task, tmp_path, flags, model):
+    folder = overflowing(tmp_path / model, demo.models / model)
+    flag = {"video_llava": "--target_model", "eventgpt": "--draft_model"}[model]
+    with pytest.raises(UserError, match=r"none of 4 clips .* in float16 are no numbers .*--dtype bfloat16 or float32"):
+        run_main(monkeypatch, demo, unnamed_task, tmp_path / "out", flag, str(folder), "--dtype", "float16", *flags)
+    assert not (tmp_path / "out" / "decode.json").exists() and not (tmp_path / "out" / "DECODE.md").exists()
+    if not flags:
+        run_main(monkeypatch, demo, unnamed_task, tmp_path / "out", flag, str(folder), "--max_samples", "1", "--restart")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_an_answer_without_numbers_fails_and_the_others_are_those_of_a_run_without_it(
+        monkeypatch, demo, task, tmp_path, dtype):
+    """NaN from the vision tower, in the middle of the run and at its first clip."""
+    wanted = run_main(monkeypatch, demo, task, tmp_path / "whole", "--compare", "--dtype", dtype)["answers"]
+    features, seen = VideoLlava.visual_features, []
+
+    def spoilt(self, pixels):
+        if (digest := float(pixels.double().sum())) not in seen:
+            seen.append(digest)
+        return features(self, pixels) * (torch.nan if seen.index(digest) in (0, 2) else 1)
+
+    monkeypatch.setattr(VideoLlava, "visual_features", spoilt)
+    results = run_main(monkeypatch, demo, task, tmp_path / "out", "--compare", "--dtype", dtype)
+    assert [row["tokens"] for row in results["answers"]] == [wanted[1]["tokens"], wanted[3]["tokens"]]
+    assert [(row["clip"], row["model"], row["question_idx"]) for row in results["failed"]] == [
+        (wanted[0]["clip"], "videollava", 0), (wanted[2]["clip"], "videollava", 0)]
+    assert all(f"in {dtype} are no numbers" in row["reason"] for row in results["failed"])
+    assert sum(results["totals"]["verdicts"].values()) == 2 * (len(LIVE_NAMES) + 1)
+
+
+def test_a_figure_that_is_nan_is_null_in_decode_json(monkeypatch, demo, task, tmp_path):
+    monkeypatch.setattr(decoding.costs, "median_s", lambda *_: math.nan)
+    results = run_main(monkeypatch, demo, task, tmp_path / "out", "--gamma", "2", "--max_samples", "1")
+    assert results["costs_ms"]["prefill"] is None and results["costs_ms"]["verify"]["9"] is None
+    assert (tmp_path / "out" / "DECODE.md").exists()
+
+
+def test_one_token_each_shows_no_speed_up(monkeypatch, demo, task, tmp_path):
+    results = run_main(monkeypatch, demo, task, tmp_path / "out", "--compare", "--max_new_tokens", "1")
+    page = (tmp_path / "out" / "DECODE.md").read_text()
+    assert results["totals"]["verdicts"] == {"exact": 4 * (len(LIVE_NAMES) + 1)}
+    assert "the speed of our own loop" not in page and "pays most" not in page and "no drafter pays" not in page
+
+
+# ------------------------------------------------------------------------------------------- without EventGPT
+@pytest.mark.parametrize("drafter", ["memory", "lookup", "none"])
+def test_a_drafter_that_reads_no_draft_needs_no_draft_model_and_no_event_pictures(
+        monkeypatch, demo, task, tmp_path, drafter):
+    data = tmp_path / "data"
+    shutil.copytree(demo.test_1s, data, ignore=shutil.ignore_patterns("event_image", "event_npy"))
+    flags = ["--drafter", drafter, "--gamma", "3", "--max_samples", "2"]
+    with_draft = run_main(monkeypatch, demo, task, tmp_path / "with", *flags)
+    without = run_main(monkeypatch, demo, task, tmp_path / "without", *flags, "--dataset_dir", str(data),
+                       without=("--draft_model",))
+    assert [row["tokens"] for row in without["answers"]] == [row["tokens"] for row in with_draft["answers"]]
+    assert without["totals"]["runs"][drafter]["passes"] == with_draft["totals"]["runs"][drafter]["passes"]
+    assert without["totals"]["eventgpt_s"] == 0 < with_draft["totals"]["eventgpt_s"]
+    assert "eventgpt" not in without["costs_ms"] and "eventgpt" not in without["models"]
+
+
+@pytest.mark.parametrize(("flags", "reason"), [(["--drafter", "copy"], "the drafters copy read"),
+                                               (["--compare"], "read EventGPT's answers"),
+                                               (["--drafter", "none", "--parallel"], "--parallel measures")])
+def test_without_a_draft_model_a_drafter_that_reads_drafts_is_refused(
+        monkeypatch, demo, task, tmp_path, flags, reason):
+    with pytest.raises(UserError, match=f"--draft_model is missing: .*{reason}"):
+        run_main(monkeypatch, demo, task, tmp_path / "out", *flags, without=("--draft_model",))
+
+
+# --------------------------------------------------------------------------------------- before any model loads
+@pytest.fixture
+def never_loaded(monkeypatch):
+    """Loading a model fails the test."""
+    def load(*_):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(vlm.roles.Role, "load", load)
+
+
+def half_of(source: Path, folder: Path, lacking: str) -> Path:
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(lacking))
+    return folder
+
+
+@pytest.mark.parametrize(("model", "lacking", "words"), [
+    ("video_llava", "*.safetensors", "has no weights"), ("video_llava", "tokenizer*", "has no tokenizer"),
+    ("eventgpt", "*.safetensors", "has no weights"), ("eventgpt", "tokenizer*", "has no tokenizer"),
+    ("video_llava", "config.json", "no config.json")])
+def test_half_a_download_is_said_before_any_model_is_loaded(
+        monkeypatch, demo, task, tmp_path, never_loaded, model, lacking, words):
+    flag = {"video_llava": "--target_model", "eventgpt": "--draft_model"}[model]
+    with pytest.raises(UserError, match=words):
+        run_main(monkeypatch, demo, task, tmp_path / "out", flag,
+                 str(half_of(demo.models / model, tmp_path / model, lacking)))
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--target_model", "demo/models/nope"], "no such model folder"),
+    (["--query", "What is <image> here?"], "<image>"), (["--query", "Where is <event>?"], "<event>"),
+    (["--max_new_tokens", "100000"], "positions"), (["--num_frames", "900"], "positions"),
+    (["--memory", "none.npz"], "not the memory of a task")])
+def test_mistakes_are_said_before_any_model_is_loaded(monkeypatch, demo, task, tmp_path, never_loaded, flags, words):
+    with pytest.raises(UserError, match=words):
+        run_main(monkeypatch, demo, task, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", ["video_llava", "eventgpt"])
+def test_other_weights_of_the_same_names_and_sizes_are_refused_before_any_model_is_loaded(
+        monkeypatch, demo, task, tmp_path, never_loaded, model):
+    flag = {"video_llava": "--target_model", "eventgpt": "--draft_model"}[model]
+    folder = overflowing(tmp_path / model, demo.models / model, 1.0)
+    with pytest.raises(UserError, match=r"was trained on answers of .* \(revision content .*has revision content"):
+        run_main(monkeypatch, demo, task, tmp_path / "out", flag, str(folder))
 
 
 # ----------------------------------------------------------------------------------------------- mistakes
@@ -171,23 +337,38 @@ def test_a_folder_that_is_no_finished_task_is_refused(monkeypatch, demo, task, t
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("which", ["eventgpt", "videollava"])
-def test_a_task_of_other_models_is_refused_with_both_named(which, capsys):
-    def trained(**recorded) -> Task:
-        return Task(Path("task"), None, [], [], 0.5, {}, {which: {"name": "other", **recorded}})
+CONTENT, OTHER_CONTENT = f"content {'a' * 20}", f"content {'b' * 20}"
+COMMIT, OTHER_COMMIT = "1" * 40, "2" * 40
 
-    def check_target(task: Task, *facts) -> None:
-        check_model(task, which, *facts)
 
+def trained_on(role, *recorded: dict) -> Task:
+    return Task(Path("task"), LiveParts(), {}, {role.name: [{"name": "other", **facts} for facts in recorded]})
+
+
+@pytest.mark.parametrize("role", ROLES.values(), ids=ROLES)
+def test_a_task_of_other_models_is_refused_with_both_named(role):
+    facts = {"vocab_size": 691, "revision": CONTENT}
     with pytest.raises(UserError, match=r"answers of other \(vocab_size 32064\), but mine has vocab_size 691"):
-        check_target(trained(vocab_size=32064), "mine", "local abc", 691)
-    with pytest.raises(UserError, match=r"revision local abc.*has revision local def"):
-        check_target(trained(vocab_size=691, revision="local abc"), "mine", "local def", 691)
-    check_target(trained(vocab_size=691, revision="local"), "mine", "local def", 691)
+        check_model(trained_on(role, {"vocab_size": 32064}), role, "mine", facts)
+    with pytest.raises(UserError, match=f"revision {OTHER_CONTENT}.*has revision {CONTENT}"):
+        check_model(trained_on(role, {"vocab_size": 691, "revision": OTHER_CONTENT}), role, "mine", facts)
+    with pytest.raises(UserError, match=f"revision {OTHER_COMMIT}.*has revision {COMMIT}"):
+        check_model(trained_on(role, {"revision": OTHER_COMMIT}), role, "mine", {**facts, "revision": COMMIT})
+    with pytest.raises(UserError, match="revision"):                     # of two training files, one is of others
+        check_model(trained_on(role, {"revision": CONTENT}, {"revision": OTHER_CONTENT}), role, "mine", facts)
+
+
+@pytest.mark.parametrize("role", ROLES.values(), ids=ROLES)
+def test_the_models_of_the_task_are_taken_and_what_can_not_be_told_is_a_warning(role, capsys):
+    facts = {"vocab_size": 691, "revision": CONTENT}
+    check_model(trained_on(role, facts), role, "mine", facts)
+    check_model(trained_on(role), role, "mine", facts)
+    check_model(trained_on(role, {"vocab_size": 691}), role, "mine", facts)
     assert "WARNING" not in capsys.readouterr().out
-    check_target(trained(vocab_size=691, revision="4cf9d8"), "mine", "local def", 691)      # a download of the same?
-    assert "WARNING | mine: whether local def is 4cf9d8" in capsys.readouterr().out
-    check_target(Task(Path("task"), None, [], [], 0.5, {}, {}), "mine", "local def", 691)
+    for recorded, loaded in (("unknown", "unknown"), ("unknown", COMMIT), (COMMIT, "unknown"), (COMMIT, CONTENT),
+                             ("local", CONTENT), ("local 0123456789ab", CONTENT)):
+        check_model(trained_on(role, {"revision": recorded}), role, "mine", {**facts, "revision": loaded})
+        assert f"nothing tells whether its revision, {loaded}, is {recorded}" in capsys.readouterr().out
 
 
 def test_an_adapter_of_a_larger_vocabulary_still_decodes_losslessly(monkeypatch, demo, task, tmp_path):
@@ -197,7 +378,7 @@ def test_an_adapter_of_a_larger_vocabulary_still_decodes_losslessly(monkeypatch,
     torch.manual_seed(0)
     save_adapter(TokenAdapter(AdapterConfig(900, "prefix", 32, 1, 2, 64, 60)), other / "best_model.pt")
     found = run_main(monkeypatch, demo, other, tmp_path / "out", "--compare", "--max_samples", "2", "--gamma", "3")
-    assert found["totals"]["verdicts"] == {"exact": 2 * (len(DRAFTERS) + 1)}
+    assert found["totals"]["verdicts"] == {"exact": 2 * (len(LIVE_NAMES) + 1)}
 
 
 def test_an_adapter_that_does_not_know_all_ids_proposes_nothing_from_there_on(monkeypatch, demo, task, tmp_path):
@@ -209,13 +390,13 @@ def test_an_adapter_that_does_not_know_all_ids_proposes_nothing_from_there_on(mo
         adapter = TokenAdapter(AdapterConfig(120, conditioning, 32, 1, 2, 64, 60))
         save_adapter(adapter, other / "best_model.pt")
         found = run_main(monkeypatch, demo, other, tmp_path / conditioning, "--compare", "--max_samples", "1")
-        assert found["totals"]["verdicts"] == {"exact": len(DRAFTERS) + 1}
+        assert found["totals"]["verdicts"] == {"exact": len(LIVE_NAMES) + 1}
         assert max(found["answers"][0]["tokens"]) >= 120
         assert ("hybrid" in found["reads_draft"]) == (conditioning == "prefix+draft")
 
 
 def test_both_models_at_work_at_once_are_timed_over_the_clips_that_were_decoded(monkeypatch, demo, task, tmp_path):
-    monkeypatch.setattr(speculative_decode, "PARALLEL_CLIPS", 2)
+    monkeypatch.setattr(decoding.parallel, "PARALLEL_CLIPS", 2)
     data = tmp_path / "data"
     shutil.copytree(demo.test_1s, data)
     for broken in sorted(data.glob("mp4/*/*.mp4"))[:1]:
@@ -236,13 +417,13 @@ def test_a_task_file_that_is_damaged_or_old_is_one_clear_error_or_does_without(m
     for drafter in results["metrics"]["test"]["drafters"].values():
         del drafter["simulated"]
     (other / "results.json").write_text(json.dumps(results))
-    read = speculative_decode.read_task(other)
-    assert read.share == 0.5 and read.models == {} and not any(read.simulated.values())
+    read = read_task(other)
+    assert read.parts.memory_share == 0.5 and read.models == {} and not any(read.simulated.values())
     whole = (other / "memory.npz").read_bytes()
     for at in range(60, len(whole), 41):                                  # a flipped byte is seen or changes nothing
         (other / "memory.npz").write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1:])
         with contextlib.suppress(UserError):
-            speculative_decode.read_task(other)
+            read_task(other)
 
 
 def test_a_clip_that_is_listed_twice_is_decoded_once(monkeypatch, demo, task, tmp_path):

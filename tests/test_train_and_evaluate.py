@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import acceptance.evaluation as evaluation
-import speculative_decode
 import train_and_evaluate
 import training.loop as loop
 from base import ROOT, UserError
+from decoding.task import read_task
 from machine.device import choose_device
 from machine.files import only_writer
 from pairs.formats import load_pairs
@@ -115,7 +115,7 @@ def test_a_kill_leaves_a_best_model_that_loads_and_no_temporary(tmp_path, files)
     load_adapter(task / "best_model.pt")
     assert names_of(task) == ["best_model.pt", "results.json", "resume.pt"]
     assert json.loads((task / "results.json").read_text())["unfinished"] is True
-    for program in (report.read_results, speculative_decode.read_task):
+    for program in (report.read_results, read_task):
         with pytest.raises(UserError, match=r"is unfinished: go on with train_and_evaluate\.py --resume"):
             program(task)
 

@@ -8,7 +8,7 @@ import sys
 from acceptance.comparison import measure_adapter
 from acceptance.evaluation import Selected, measure_drafters
 from base import log
-from drafting.table import SimulationParts
+from drafting.parts import SimulationParts
 from pairs.splits import Data, shortened
 from token_adapter import TokenAdapter
 from training.phases import Trained

@@ -3,10 +3,11 @@
 Our own forward over transformers' modules: positions and places in the cache are explicit tensors, so that a CUDA
 graph can hold a step, and what stands between the matrix products takes one pass each (kernels.py). Where q/k/v and
 gate/up are plain layers they are fused; the model's modules become views of the fused matrices: nothing is stored
-twice, and transformers' forward goes on working.
+twice, and transformers' forward goes on working. The same holds for 4-bit layers where nf4.py is adopted.
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,25 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vlm.kernels import rotate_and_store, swiglu
+from base import UserError
+from vlm.adopt_nf4 import adopt
+from vlm.fits import why_not
+from vlm.kernels import add_and_norm, rotate_and_store, swiglu
+from vlm.nf4 import NF4Linear
 
 SAME = 0.05                  # `apart` below this is rounding; a graph that went wrong is off by all
+NO_NUMBER = -1               # in place of a token where the logits are no numbers
 
 
 class Next(NamedTuple):
     """What follows each of n positions. Good until the next call: a graph writes into the same memory again."""
 
     logits: torch.Tensor        # (n, V) in the model's dtype
-    best: torch.Tensor          # (n,) int64, their argmax
-
-
-def head_dim_of(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    best: torch.Tensor          # (n,) int64: their argmax; -1 where the largest is NaN or infinite
 
 
 def position_bytes(config, dtype: torch.dtype) -> int:
     """What one position takes in a cache: keys and values of all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim_of(config) * dtype.itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 class Llama:
@@ -44,14 +46,15 @@ class Llama:
         self.model, self.lm_head, self.device, self.dtype = language_model, lm_head, weight.device, weight.dtype
         self.depth, self.vocab_size = config.num_hidden_layers, language_model.embed_tokens.num_embeddings
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = head_dim_of(config)
+        self.head_dim = config.head_dim
+        if reason := why_not(config, language_model):
+            raise UserError(f"this language model can't run here: {reason}")
         # The model's own RoPE (with its scaling). (2, room, d): cos, and sin with rotate_half's sign in it.
-        kind = config.rope_parameters["rope_type"]
-        assert kind not in ("dynamic", "longrope"), f"{kind} RoPE changes with the length: no table for all positions"
         positions = torch.arange(room, device=self.device)
         cos, sin = language_model.rotary_emb(weight[:1, None], position_ids=positions[None])
         minus, plus = sin.chunk(2, -1)
         self.rope = torch.cat([cos, torch.cat([-minus, plus], -1)]).contiguous()
+        adopt(language_model, self.dtype)            # 4-bit layers, where that is faster
         self.qkv, self.gate_up = [], []
         for layer in language_model.layers:          # one at a time: what is replaced is freed before the next
             self.qkv.append(fuse([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]))
@@ -77,24 +80,27 @@ class Llama:
         cache (layers, 2, rows, kv_heads, slots, d) gets their keys and values at places (n,): row * slots + slot.
         attend(number of the layer, queries (n, heads, d)) -> (n, heads * d); keys and values are in the cache then.
         """
+        h = normed(x, self.model.layers[0].input_layernorm)
         for number, layer in enumerate(self.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
-            qkv = together(normed(x, layer.input_layernorm), self.qkv[number],
+            qkv = together(h, self.qkv[number],
                            attention.q_proj, attention.k_proj, attention.v_proj).view(len(x), -1, self.head_dim)
             queries = rotate_and_store(qkv, self.rope, positions, cache[number], places)
             if number + 1 == self.depth and not follow:
                 return None
-            x = x + attention.o_proj(attend(number, queries))
-            gate_up = together(normed(x, layer.post_attention_layernorm), self.gate_up[number],
-                               mlp.gate_proj, mlp.up_proj)
+            x, h = add_and_norm(x, attention.o_proj(attend(number, queries)), layer.post_attention_layernorm)
+            gate_up = together(h, self.gate_up[number], mlp.gate_proj, mlp.up_proj)
             gate, up = gate_up.chunk(2, -1)
-            x = x + mlp.down_proj(swiglu(gate_up) if self.is_silu else mlp.act_fn(gate) * up)
-        return x
+            out = mlp.down_proj(swiglu(gate_up) if self.is_silu else mlp.act_fn(gate) * up)
+            if number + 1 == self.depth:
+                return x + out
+            x, h = add_and_norm(x, out, self.model.layers[number + 1].input_layernorm)
 
     def following(self, x: torch.Tensor) -> Next:
         """x (n, D) as `layers` gives it -> what follows each position."""
         logits = self.lm_head(normed(x, self.model.norm))
-        return Next(logits, logits.argmax(-1))
+        largest, best = logits.max(-1)               # NaN is the largest, wherever there is one
+        return Next(logits, best.where(largest.isfinite(), NO_NUMBER))
 
 
 def normed(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
@@ -102,14 +108,18 @@ def normed(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def together(x: torch.Tensor, weight: torch.Tensor | None, *modules: nn.Module) -> torch.Tensor:
+def together(x: torch.Tensor, weight: torch.Tensor | NF4Linear | None, *modules: nn.Module) -> torch.Tensor:
     """The outputs of linear layers side by side: one product where they are fused, else the modules as they are."""
+    if isinstance(weight, NF4Linear):
+        return weight(x)
     return F.linear(x, weight) if weight is not None else torch.cat([module(x) for module in modules], -1)
 
 
 @torch.no_grad()         # not inference_mode: the modules must not be left with inference tensors
-def fuse(modules: list[nn.Module]) -> torch.Tensor | None:
+def fuse(modules: list[nn.Module]) -> torch.Tensor | NF4Linear | None:
     """One matrix of the weights of plain linear layers without bias, which are views of it from then on; or None."""
+    if type(modules[0]) is NF4Linear:
+        return modules[0].fused
     if any(type(module) is not nn.Linear or module.bias is not None for module in modules):
         return None                                  # bitsandbytes' layers are subclasses of nn.Linear
     weights, rows = [module.weight for module in modules], 0
@@ -127,7 +137,12 @@ def fuse(modules: list[nn.Module]) -> torch.Tensor | None:
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """How far two ways to reckon the same logits lie apart, as a share of their size; rounding in 16 bits: 1 %."""
-    ours, theirs = ours.float(), theirs.float()
-    return float((ours - theirs).norm() / theirs.norm())
+    """How far two computations of the same logits (n, V) lie apart, as a share of their size; rounding in 16 bits: 1 %.
 
+    Rows that are no numbers in both are left out; NaN if a row is so in one of them only, or in all.
+    """
+    numbers = theirs.isfinite().all(-1)
+    if not torch.equal(numbers, ours.isfinite().all(-1)):
+        return math.nan
+    ours, theirs = ours[numbers].float(), theirs[numbers].float()
+    return float((ours - theirs).norm() / theirs.norm())

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from transformers import VideoLlavaForConditionalGeneration
 
-from clips.media import PixelSettings
+from clips.pixels import PixelSettings
 from machine.device import Runtime
 from vlm.eventgpt import CLIP_L_336, EventGPTConfig, EventGPTModel
-from vlm.loading import VisionLanguageModel, check_quantised
+from vlm.loading import check_quantised
+from vlm.model import LoadedModel
+from vlm.nf4 import Linear4bit
 from vlm.video_llava import VIDEO, VideoLlava
 
 SEED = 42                            # of the weights, and of the benchmark's pictures
@@ -35,6 +37,7 @@ VISION_7B = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers"
              "image_size": 224, "patch_size": 14, "projection_dim": 768}
 TEXT_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 WORDS_7B, VOCAB_SIZE_7B = 32000, 32064                              # then come <image>, <video>, <pad>, and nothing
+NEVER = 10**9                       # the id of an EOS that no model gives
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL_VISION = {**SMALL, "image_size": 28, "patch_size": 14, "projection_dim": 32}
 
@@ -42,7 +45,7 @@ SMALL_VISION = {**SMALL, "image_size": 28, "patch_size": 14, "projection_dim": 3
 class Tokenizer:
     """Gives as many ids as LLaMA's does for both models' prompts, whatever the words are; no id ends an answer."""
 
-    bos_token_id, eos_token_id, pad_token_id = 1, -1, 0
+    bos_token_id, eos_token_id, pad_token_id = 1, NEVER, 0
 
     def __init__(self, words: int):
         self.words = words                           # ids below are words; the second after them is VIDEO
@@ -60,8 +63,8 @@ class Tokenizer:
         return ""
 
 
-def random_model(kind: type[VisionLanguageModel], size: Literal["7b", "small"], runtime: Runtime,
-                 words: int = WORDS_7B) -> VisionLanguageModel:
+def random_model(kind: type[LoadedModel], size: Literal["7b", "small"], runtime: Runtime,
+                 words: int = WORDS_7B) -> LoadedModel:
     """VideoLlava (without its image tower) or EventGPT of that size, made where it runs.
 
     words: ids that the small one knows, beside the two for image and video; the 7b has its own.
@@ -94,17 +97,22 @@ def random_model(kind: type[VisionLanguageModel], size: Literal["7b", "small"], 
 
 def quantise(model: nn.Module, runtime: Runtime) -> None:
     """The language model's layers in bitsandbytes' 4-bit form, as loading a checkpoint with --quantization 4bit."""
-    import bitsandbytes
-
     for name, module in list(model.named_modules()):
         if "language_model" in name and ".layers." in name and type(module) is nn.Linear:
-            layer = bitsandbytes.nn.Linear4bit(module.in_features, module.out_features, bias=False, device="meta",
-                                               compute_dtype=runtime.dtype, quant_type="nf4")
-            layer.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4",
-                                                      compress_statistics=True).to(runtime.device)
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
+            setattr(model.get_submodule(parent), child, linear_4bit(module.weight.data, runtime))
     check_quantised(model, runtime, [])
+
+
+def linear_4bit(weight: torch.Tensor, runtime: Runtime) -> Linear4bit:
+    """bitsandbytes' linear layer with this weight (N, K), in NF4 with nested statistics."""
+    import bitsandbytes
+
+    n, k = weight.shape
+    layer = bitsandbytes.nn.Linear4bit(k, n, bias=False, device="meta", compute_dtype=runtime.dtype, quant_type="nf4")
+    layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4",
+                                              compress_statistics=True).to(runtime.device)
+    return layer
 
 
 class Forced:

@@ -1,4 +1,4 @@
-"""The benchmark of preparing: every part is measured, and the loop that it is beside paints the same picture."""
+"""The benchmark of preparing: every part is measured, and its plain loop paints the same picture."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import clips.dsec as dsec
 from base import ROOT, UserError
 from benchmarks import prepare
 from benchmarks.prepare import Config
-from clips.media import render_events
+from clips.events import render_events
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,10 @@ def measured(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("prepare")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("TMPDIR", str(folder))
-        monkeypatch.setattr(prepare.tempfile, "tempdir", None)              # what TMPDIR said before is remembered
-        benchmark.measure("prepare", Config(events=40_000, seconds=3, video_size="64x48", painted=20_000, workers=2,
+        monkeypatch.setattr(prepare.tempfile, "tempdir", None)  # what TMPDIR said before is remembered
+        benchmark.measure("prepare",
+                          Config(events=40_000, seconds=3, video_size="64x48",
+                                 painted=20_000, workers=2,
                                             output=folder / "out.json"))
     assert os.listdir(folder) == ["out.json"]                               # the recording is gone
     return json.loads((folder / "out.json").read_text())
@@ -33,7 +35,7 @@ def test_every_part_is_measured(measured):
     assert list(paint["events_per_s"]) == list(paint["share_of_copy"]) == ["time", "blue_over_red", "loop"]
     assert all(value > 0 for part in (*paint.values(), read, made) for value in (
         part.values() if isinstance(part, dict) else [part]))
-    assert made["clips"] == 5 and made["largest_process_mib"] < made["peak_mib"]       # a parent and its workers
+    assert made["clips"] == 5 and made["largest_process_mib"] < made["peak_mib"]  # a parent and its workers
     assert [row["what"] for row in measured["wanted"]] == ["peak memory of all processes, MiB"]
     assert prepare.one_line(measured).startswith("painted ")
     assert {"kind", "date", "device", "what", "config", "seconds", "provenance"} <= set(measured)
@@ -41,7 +43,8 @@ def test_every_part_is_measured(measured):
 
 def test_the_loop_paints_the_same_picture():
     x, y, p, _ = next(prepare.made_up_events(5000, 1, seed=0))
-    assert np.array_equal(prepare.plain_loop(x, y, p), render_events(x, y, p, (prepare.HEIGHT, prepare.WIDTH)))
+    assert np.array_equal(prepare.plain_loop(x, y, p),
+                          render_events(x, y, p, (prepare.HEIGHT, prepare.WIDTH)))
 
 
 def test_made_up_events_come_in_parts_and_read_back(tmp_path, monkeypatch):
@@ -58,8 +61,10 @@ def test_made_up_events_come_in_parts_and_read_back(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--events", "10"], "--events must be 1000 or more, got 10"), (["--seconds", "0"], "--seconds must be 1"),
-    (["--seed", "-1"], "--seed must be 0 or more"), (["--workers", "0"], "--workers must be 1 or more")])
+    (["--events", "10"], "--events must be 1000 or more, got 10"),
+    (["--seconds", "0"], "--seconds must be 1"),
+    (["--seed", "-1"], "--seed must be 0 or more"),
+    (["--workers", "0"], "--workers must be 1 or more")])
 def test_a_mistake_is_one_line(flags, words, tmp_path):
     command = [sys.executable, ROOT / "benchmark.py", "prepare", "--output", tmp_path / "out.json"]
     found = subprocess.run([*command, *flags], text=True, capture_output=True, timeout=60)
@@ -68,6 +73,6 @@ def test_a_mistake_is_one_line(flags, words, tmp_path):
 
 
 def test_a_recording_that_would_not_fit_is_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "painting", lambda config: {})
+    monkeypatch.setattr(prepare, "time_painting", lambda events, seed: {})
     with pytest.raises(UserError, match="set TMPDIR to a folder with more room"):
         prepare.measure(Config(events=10**13))

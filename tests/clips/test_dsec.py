@@ -11,6 +11,7 @@ import pytest
 import clips.dsec as dsec
 from base import UserError
 from clips.dataset import INDEX_FILE
+from clips.limits import MachineTrouble, MediaError
 from tests.recordings import BAD, FIRST_US, GOOD, SMALL, T_OFFSET, break_picture
 
 
@@ -24,7 +25,8 @@ def test_dsecs_lists_are_whole_and_apart():
 def test_the_made_up_file_is_as_dsec_says(one):
     with h5py.File(one[1].events) as file:
         t, table = file["events/t"][()].astype(int), file["ms_to_idx"][()].astype(int)
-        kinds = {name: (file[f"events/{name}"].dtype.str, list(file[f"events/{name}"]._filters)) for name in "xypt"}
+        kinds = {name: (file[f"events/{name}"].dtype.str, list(file[f"events/{name}"]._filters))
+                 for name in "xypt"}
         assert int(file["t_offset"][()]) == T_OFFSET
     wanted = {"x": "<u2", "y": "<u2", "p": "|u1", "t": "<u4"}
     assert kinds == {name: (kind, ["32001"]) for name, kind in wanted.items()}
@@ -36,7 +38,8 @@ def test_the_made_up_file_is_as_dsec_says(one):
 def test_events_are_found_to_the_microsecond(one):
     made = one[1]
     with dsec.EventFile(made.events) as events:
-        for time_us in (0, T_OFFSET - 1, T_OFFSET, FIRST_US, FIRST_US + 250_000, FIRST_US + 250_001, int(made.t[777]),
+        for time_us in (0, T_OFFSET - 1, T_OFFSET, FIRST_US, FIRST_US + 250_000, FIRST_US + 250_001,
+                        int(made.t[777]),
                         int(made.t[-1]), int(made.t[-1]) + 1, FIRST_US + 2**33):
             assert events.place_of(time_us) == np.searchsorted(made.t, time_us), time_us
 
@@ -47,7 +50,7 @@ def test_a_missing_blosc_filter_is_one_clear_line(prepare, one, monkeypatch):
         prepare(root=one[0])
 
 
-# -------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 def cut_events(made):
     made.events.write_bytes(made.events.read_bytes()[:-5000])
 
@@ -100,7 +103,7 @@ def unknown_filter(made):
         del file["events/p"]
         how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         how.set_chunk((1000,))
-        how.set_filter(0x8ECF, h5py.h5z.FLAG_OPTIONAL, ())                  # Prophesee's own, which DSEC doesn't use
+        how.set_filter(0x8ECF, h5py.h5z.FLAG_OPTIONAL, ())  # Prophesee's own, which DSEC doesn't use
         space = h5py.h5s.create_simple((len(values),))
         h5py.h5d.create(file["events"].id, b"p", h5py.h5t.NATIVE_UINT8, space, how)
 
@@ -117,6 +120,15 @@ def huge_chunk(made):
     with h5py.File(made.events, "r+") as file:
         del file["events/x"]
         file.create_dataset("events/x", (2**33,), np.uint16, chunks=(2**30,), compression="gzip")
+
+
+def far_offset(made):
+    """One number in a chunk of 3.7 GiB: a few bytes in the file, all of it in memory."""
+    with h5py.File(made.events, "r+") as file:
+        del file["t_offset"]
+        file.create_dataset("t_offset", (1,), np.int64, maxshape=(None,), chunks=(2**29 - 2**25,),
+                            compression="gzip",
+                            fillvalue=0)
 
 
 def times(change):
@@ -136,31 +148,48 @@ BAD_INPUT = [
     (unknown_filter, WHOLE + r".*events/p is packed with HDF5's filter 36559, which is not there"),
     (points_elsewhere, WHOLE + r".*events/x points at another file: refused"),
     (huge_chunk, WHOLE + r".*events/x has chunks of 1073741824 numbers: refused"),
+    (far_offset, WHOLE + r".*t_offset has chunks of 503316480 numbers: refused"),
+    (replaced("events/p", lambda p: p + np.uint8(1)),
+     CLIP + r".*events/p: column p \(polarity\) has values from 1"),
+    (replaced("events/p", lambda p: np.where(np.arange(len(p)) % 9, 2 * p.astype(np.int8) - 1, 0)),
+     CLIP + r".*events/p has values from -1 to 1|.*events/p: column p \(polarity\) has values from -1 to 1"),
     (without("t_offset"), WHOLE + r".*t_offset is missing, so the times .* can't be joined"),
     (without("ms_to_idx"), WHOLE + r".*ms_to_idx is missing"),
     (without("events"), WHOLE + r".*events/x is missing"),
-    (replaced("t_offset", lambda _: np.array([1.5])), WHOLE + r".*t_offset is float64 \(1,\), wanted one whole"),
+    (replaced("t_offset", lambda _: np.array([1.5])),
+     WHOLE + r".*t_offset is float64 \(1,\), wanted one whole"),
     (replaced("events/x", lambda x: x[:-1]), WHOLE + r".*x, y, p and t have different lengths"),
     (replaced("events/y", lambda y: y.astype(float)), WHOLE + r".*events/y is float64"),
-    (replaced("events/x", lambda x: x + np.uint16(60)), CLIP + r"events from pixel \(60, 0\) to \(123, 47\) don't"),
+    (replaced("events/x", lambda x: x + np.uint16(60)),
+     CLIP + r"events from pixel \(60, 0\) to \(123, 47\) don't"),
     (replaced("events/t", falling), CLIP + r".*timestamps are not sorted at event 90\d\d"),
     (replaced("events/t", wrapped), CLIP + r".*(not sorted|ms_to_idx does not fit)"),
-    (replaced("events/t", lambda t: t * np.uint32(2)), CLIP + r".*ms_to_idx does not fit the events' times"),
-    (replaced("ms_to_idx", lambda table: table + np.uint64(50)), CLIP + r".*ms_to_idx does not fit"),
-    (replaced("ms_to_idx", lambda table: table[::-1]), CLIP + r".*ms_to_idx (is broken|does not fit)"),
+    (replaced("events/t", lambda t: t * np.uint32(2)),
+     CLIP + r".*ms_to_idx does not fit the events' times"),
+    (replaced("ms_to_idx", lambda table: table + np.uint64(50)),
+     CLIP + r".*ms_to_idx does not fit"),
+    (replaced("ms_to_idx", lambda table: table[::-1]),
+     CLIP + r".*ms_to_idx (is broken|does not fit)"),
     (replaced("t_offset", lambda offset: offset + 10_000_000), CLIP + "no events"),
     (replaced("t_offset", lambda offset: offset - 10_000_000), CLIP + "no events"),
     (replaced("t_offset", lambda _: np.int64(0)), CLIP + "no events"),
     (break_picture, CLIP + r"can't read the picture .*000007\.png"),
-    (lambda made: (made.pictures / "000007.png").unlink(), WHOLE + r"half downloaded: .* 000006\.png to 000008\.png"),
-    (lambda made: (made.pictures / "000025.png").unlink(), WHOLE + r"25 pictures in .*, but 26 timestamps in"),
-    (no_pictures, WHOLE + rf"half downloaded: no images/left/rectified/\*\.png; unpack {BAD}_images_rectified_left"),
+    (lambda made: (made.pictures / "000007.png").unlink(),
+     WHOLE + r"half downloaded: .* 000006\.png to 000008\.png"),
+    (lambda made: (made.pictures / "000025.png").unlink(),
+     WHOLE + r"25 pictures in .*, but 26 timestamps in"),
+    (no_pictures,
+     WHOLE + rf"half downloaded: no images/left/rectified/\*\.png; unpack {BAD}_images_rectified_left"),
     (lambda made: made.events.unlink(), WHOLE + r"half downloaded: no events/left/events\.h5$"),
-    (lambda made: shutil.rmtree(made.folder / "images"), WHOLE + r"half downloaded: no images/.*, no images/timest"),
+    (lambda made: shutil.rmtree(made.folder / "images"),
+     WHOLE + r"half downloaded: no images/.*, no images/timest"),
     (lambda made: shutil.rmtree(made.folder), WHOLE + "not there$"),
-    (times(lambda lines: "\n".join(lines[:5] + lines[4:-1])), WHOLE + r".*timestamps\.txt is not sorted: entry 6"),
-    (times(lambda lines: "\n".join(["# us", *lines[2:]])), WHOLE + r".*timestamps\.txt, entry 1: '#' is no time"),
-    (times(lambda lines: "\n".join([*lines[:-1], "9" * 17])), WHOLE + r".*timestamps\.txt goes from .* over 6 hours"),
+    (times(lambda lines: "\n".join(lines[:5] + lines[4:-1])),
+     WHOLE + r".*timestamps\.txt is not sorted: entry 6"),
+    (times(lambda lines: "\n".join(["# us", *lines[2:]])),
+     WHOLE + r".*timestamps\.txt, entry 1: '#' is no time"),
+    (times(lambda lines: "\n".join([*lines[:-1], "9" * 17])),
+     WHOLE + r".*timestamps\.txt goes from .* over 6 hours"),
     (times(lambda _: "é"), WHOLE + r"can't read .*timestamps\.txt"),
 ]
 
@@ -193,4 +222,56 @@ def test_a_gap_in_the_recording_leaves_out_the_windows_within_it(prepare, two):
     for clip, reason in {1: "no pictures", 8: "no pictures", 9: "no events", 10: "no events"}.items():
         assert f"LEFT OUT | {BAD}/{clip:06d} | {reason}" in said
     assert [row["clip"] for row in json.loads((folder / INDEX_FILE).read_text())] == [0, 0]
-    assert f"missing | {BAD} | 10 clips: 000001, 000002, " in said and ", 000010 | the first: no pictures" in said
+    assert f"missing | {BAD} | 10 clips: 000001, 000002, " in said
+    assert ", 000010 | the first: no pictures" in said
+
+
+# ---------------------------------------------------------------------------- polarity, the machine
+@pytest.mark.parametrize("kind", [np.int8, np.int16])
+def test_polarity_of_minus_one_and_one_paints_the_same_pictures(prepare, two, tmp_path, kind):
+    root, good, _ = two
+    flags = (*SMALL, "--sequences", GOOD)
+    folder, _ = prepare(*flags, root=root)
+    wanted = {path.name: path.read_bytes() for path in (folder / "event_image" / GOOD).iterdir()}
+    replaced("events/p", lambda p: 2 * p.astype(kind) - 1)(good)
+    other, _ = prepare(*flags, root=root, output=tmp_path / "other")
+    assert {path.name: path.read_bytes() for path in (other / "event_image" / GOOD).iterdir()} == wanted
+
+
+def test_a_file_of_minus_one_and_zero_is_refused_even_where_no_slice_has_both(two, monkeypatch):
+    good = two[1]
+    monkeypatch.setattr(dsec, "SLICE", 1000)
+    replaced("events/p", lambda p: np.where(np.arange(len(p)) < 1000, -1, 0).astype(np.int8))(good)
+    with dsec.EventFile(good.events) as events, pytest.raises(MediaError, match="events/p has -1 and 0"):
+        list(events.slices(0, 3000))
+
+
+def test_an_error_of_the_system_is_no_fault_of_the_recording(two, monkeypatch):
+    good = two[1]
+
+    def fail(*_, **__):
+        raise OSError("Can't synchronously read data (file read failed: errno = 5, error message = "
+                      "'Input/output error')")
+
+    with dsec.EventFile(good.events) as events:
+        monkeypatch.setattr(h5py.Dataset, "__getitem__", fail)
+        with pytest.raises(MachineTrouble, match=r"events\.h5: Input/output error"):
+            list(events.slices(0, 10))
+    monkeypatch.setattr(h5py, "File", fail)
+    with pytest.raises(MachineTrouble, match=r"events\.h5: Input/output error"):
+        dsec.EventFile(good.events)
+
+
+def test_pictures_that_go_away_on_the_way_end_the_run(prepare, two, monkeypatch):
+    from clips import windows
+
+    root, good, _ = two
+    draw = windows.draw_events
+
+    def draw_and_unmount(*arguments):
+        shutil.rmtree(good.pictures, ignore_errors=True)
+        return draw(*arguments)
+
+    monkeypatch.setattr(windows, "draw_events", draw_and_unmount)
+    with pytest.raises(MachineTrouble, match=r"000000\.png was there when this run began and is gone"):
+        prepare(*SMALL, "--sequences", GOOD, "--allow_missing", root=root)

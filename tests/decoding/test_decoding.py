@@ -1,7 +1,6 @@
 """Speculative decoding says exactly what plain decoding says, and as fast as simulation foretells."""
 
 import collections
-import copy
 import dataclasses
 
 import numpy as np
@@ -10,15 +9,19 @@ import torch
 
 from acceptance.simulation import stream
 from base import UserError
-from decoding.loop import Decoded, Sampling, decode
+from decoding.limits import Limits
+from decoding.loop import Decoded, decode
+from decoding.rules import Sampling
 from drafting.adapter import Adapter, LiveAdapter, LiveDraftAdapter
 from drafting.baselines import Copy, LiveCopy, LiveLookup
 from drafting.contract import Costs, NoDrafts, matching
 from drafting.hybrid import Hybrid, LiveHybrid
-from drafting.memory import LiveMemory, Memory, NGrams, load_memory, save_memory
+from drafting.memory import LiveMemory, Memory, load_memory, save_memory
+from drafting.ngrams import NGrams
 from drafting.steps import AdapterSteps
 from pairs.pairs import Pairs
 from tests.conftest import flat
+from tests.drafting.builders import counts_of
 from token_adapter import AdapterConfig, TokenAdapter
 
 VOCABULARY, EOS = 23, 2
@@ -94,7 +97,7 @@ def test_whatever_is_proposed_the_answer_is_that_of_plain_decoding(quality, gamm
             for length in (1, 2, 7, 30):              # the limit falls inside a draft
                 plain = target.plain(prompt, length)
                 target.ask(prompt)
-                found = decode(target, Knowing(plain, QUALITY[quality]), length, EOS, gamma)
+                found = decode(target, Knowing(plain, QUALITY[quality]), Limits(length, (EOS,), gamma))
                 assert found.tokens == plain
                 assert sum(found.accepted) <= sum(found.proposed) and len(found.accepted) <= len(plain)
                 if quality == "always":
@@ -110,7 +113,7 @@ def test_ids_that_the_target_does_not_have_are_never_fed_to_it():
         drafter = NoDrafts()
         drafter.propose = lambda prefix, gamma, _, odd=strange, plain=plain: [plain[len(prefix)], odd, 3][:gamma]
         target.ask(PROMPTS[0])
-        found = decode(target, drafter, 12, EOS, 5)
+        found = decode(target, drafter, Limits(12, (EOS,), 5))
         assert found.tokens == plain and max(found.proposed) == 1
 
 
@@ -120,7 +123,7 @@ def test_every_verified_answer_is_learnt_once_and_whole():
         drafter = NoDrafts()
         drafter.learn = learnt.append
         target.ask(prompt)
-        found = decode(target, drafter, 9, EOS, 4)
+        found = decode(target, drafter, Limits(9, (EOS,), 4))
         assert learnt[-1] == found.tokens
     assert len(learnt) == len(PROMPTS)
 
@@ -135,7 +138,7 @@ def test_a_drafter_is_asked_for_what_still_fits_and_told_what_is_worth_it():
 
     target = Automaton()
     target.ask(PROMPTS[0])
-    decode(target, Asked(), 6, EOS, 3, price=lambda: 0.25)
+    decode(target, Asked(), Limits(6, (EOS,), 3), price=lambda: 0.25)
     assert asked == [(0, 3, 0.25), (1, 3, 0.25), (2, 3, 0.25), (3, 2, 0.25), (4, 1, 0.25)]
 
 
@@ -175,7 +178,7 @@ def test_a_sampled_answer_is_the_same_for_the_same_seed_and_near_greedy_when_col
         for seed in seeds:
             target.ask(PROMPTS[1])
             drafter = Knowing(target.plain(PROMPTS[1], 20), QUALITY["odd"])
-            answers.append(decode(target, drafter, 20, EOS, 5, rule=Sampling(temperature, seed)).tokens)
+            answers.append(decode(target, drafter, Limits(20, (EOS,), 5), rule=Sampling(temperature, seed)).tokens)
         assert answers[0] == answers[1]
     assert answers[0] == target.plain(PROMPTS[1], 20)
 
@@ -216,7 +219,7 @@ def live(drafter: NoDrafts, world: tuple, gamma: int) -> list[Decoded]:
     for prompt, draft in zip(prompts, test.answers("draft")):
         drafter.begin(draft, [4, 4])
         target.ask(prompt)
-        found.append(decode(target, drafter, 12, EOS, gamma))
+        found.append(decode(target, drafter, Limits(12, (EOS,), gamma)))
     assert [one.tokens for one in found] == list(test.answers("target"))
     return found
 
@@ -333,11 +336,11 @@ def test_measuring_a_drafter_sets_its_costs_and_teaches_it_nothing():
 
     for drafter in (LiveHybrid(NGrams([[3, 4, 5]]), tiny("prefix"), 0.5), LiveMemory(NGrams([[3, 4, 5]])),
                     LiveAdapter(tiny("prefix")), LiveLookup(), LiveCopy(), NoDrafts()):
-        before = copy.deepcopy(getattr(drafter, "ngrams", NGrams()).counts)
+        before = counts_of(getattr(drafter, "ngrams", NGrams()))
         costs = drafter.measure([3, 4], [5], [3], timer, verify_s=0.5)
         assert costs is drafter.costs and costs.token_s >= 0.5 and costs.proposal_s >= 0
         assert costs.adapter_step_s == (0.25 if hasattr(drafter, "steps") else 0)
-        assert getattr(drafter, "ngrams", NGrams()).counts == before
+        assert counts_of(getattr(drafter, "ngrams", NGrams())) == before
 
 
 def test_an_adapter_proposes_nothing_past_its_longest_answer():
@@ -361,7 +364,7 @@ def test_a_memory_is_saved_and_comes_back_as_it_was(tmp_path, world):
     answers = load_memory(tmp_path / "memory.npz")
     assert answers == list(training.answers("target"))
     before, after = NGrams(training.answers("target")), NGrams(answers)
-    assert before.counts == after.counts
+    assert counts_of(before) == counts_of(after)
     (tmp_path / "odd.npz").write_bytes(b"PK nothing")
     np.savez(tmp_path / "other.npz", target=np.zeros(3, np.int32), target_start=np.array([0, 9]))
     for name in ("odd.npz", "other.npz", "none.npz"):

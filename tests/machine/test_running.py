@@ -58,6 +58,17 @@ def test_a_mistyped_module_of_ours_is_a_bug_and_no_package_to_install(name):
         assert ended.returncode == 1 and "ModuleNotFoundError" in ended.stderr and "ERROR" not in ended.stdout
 
 
+@pytest.mark.parametrize("name", ["no_such_package", "pairs.fromats"])
+def test_a_package_that_is_missing_while_a_program_imports_its_modules_is_one_line_too(name):
+    code = f"import machine.running\nimport {name}"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if name == "pairs.fromats":
+        assert ended.returncode == 1 and "Traceback" in ended.stderr and not ended.stdout
+    else:
+        assert (ended.returncode, ended.stderr, ended.stdout.count("\n")) == (2, "", 1)
+        assert "ERROR | the package 'no_such_package' is not installed" in ended.stdout
+
+
 def test_a_module_that_python_itself_lacks_is_not_to_be_installed():
     ended = ran("raise ModuleNotFoundError('No module named _lzma', name='_lzma')")
     assert ended.returncode == 2 and "was built without '_lzma'" in ended.stdout and "pip" not in ended.stdout

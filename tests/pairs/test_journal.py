@@ -1,18 +1,29 @@
-"""The journal of an extraction: found again, torn, damaged, under other settings, on a full disk; and its lock."""
+"""The journal of an extraction: its answers found again, under other settings, of other files, of other formats."""
 
-import errno
 import json
-import os
 import tracemalloc
 
 import pytest
 
-import pairs.journal as module
 from base import UserError
-from extract_tokens_train import SETTINGS
-from pairs.journal import Journal, entry_of, line_of
+from machine.journal import line_of, value_of
+from pairs.journal import Journal, Setting
 
-ALIKE = {**dict.fromkeys(SETTINGS, 1), "num_frames": 8}
+NAMES = ("dataset_dir", "max_new_tokens", "questions", "quantization", "dtype")
+BOTH, TARGET = ("eventgpt", "videollava"), ("videollava",)
+
+
+def settings_of(**changed) -> dict[str, Setting]:
+    """num_frames is a setting that the target alone depends on."""
+    values = {**dict.fromkeys(NAMES, 1), "num_frames": 8, **changed}
+    return {name: Setting(value, TARGET if name == "num_frames" else BOTH) for name, value in values.items()}
+
+
+def values_of(settings: dict[str, Setting]) -> dict:
+    return {name: setting.value for name, setting in settings.items()}
+
+
+ALIKE = settings_of()
 
 
 def answer_of(key: str, number: int, tokens: list[int], model: str = "eventgpt") -> dict:
@@ -20,42 +31,41 @@ def answer_of(key: str, number: int, tokens: list[int], model: str = "eventgpt")
 
 
 def test_a_journal_finds_each_answer_again_under_other_settings_too(tmp_path):
-    settings = ALIKE
-    with Journal(tmp_path / "out.json", settings, restart=False) as journal:
+    with Journal(tmp_path / "out.json", ALIKE) as journal:
         journal.append([{"model": "eventgpt", "vocab_size": 64, "name": "x"}])
         journal.append([answer_of(f"town/{i}", q, [i, q] * (i + 1)) for i in range(4) for q in range(2)])
         journal.append([answer_of("town/1", 0, [7])])                              # the later one counts
         assert journal.read("eventgpt", "town/3", 1)["tokens"] == [3, 1] * 4
     for frames in (8, 16, 100_000, 4):               # of the target alone, which has not answered; other first lines
-        settings = {**settings, "num_frames": frames}
-        with Journal(tmp_path / "out.json", settings, restart=False) as journal:
+        settings = settings_of(num_frames=frames)
+        with Journal(tmp_path / "out.json", settings) as journal:
             assert len(journal) == 8 + (frames == 4) and journal.models["eventgpt"]["vocab_size"] == 64
             assert journal.read("eventgpt", "town/3", 1) == answer_of("town/3", 1, [3, 1] * 4)
             assert journal.read("eventgpt", "town/1", 0)["tokens"] == [7]
             assert journal.has("eventgpt", "town/0", 1) and not journal.has("eventgpt", "town/0", 2)
-            assert not journal.has("videollava", "town/0", 1)
+            assert not journal.has("videollava", "town/0", 1) and not journal.has_any("videollava")
             assert journal.has("eventgpt", "town/9", 0) == (frames == 4)
             if frames == 100_000:
                 journal.append([answer_of("town/9", 0, [9])])
                 assert journal.read("eventgpt", "town/9", 0)["tokens"] == [9]
-    first = (tmp_path / ".out.json.journal.jsonl").read_bytes().splitlines(keepends=True)[0]
-    assert entry_of(first) == {"settings": settings, "clips": {}}
+    first = value_of((tmp_path / ".out.json.journal.jsonl").read_bytes().splitlines(keepends=True)[0])
+    assert first == {"format": 2, "run": first["run"], "settings": values_of(settings), "clips": {}}
 
 
 def test_a_journal_keeps_no_answer_in_memory(tmp_path):
-    with Journal(tmp_path / "out.json", ALIKE, restart=False) as journal:
+    with Journal(tmp_path / "out.json", ALIKE) as journal:
         journal.append([answer_of(f"town/{i}", 0, list(range(300, 700))) for i in range(500)])
         size = journal.path.stat().st_size
     tracemalloc.start()
-    with Journal(tmp_path / "out.json", ALIKE, restart=False) as journal:
+    with Journal(tmp_path / "out.json", ALIKE) as journal:
         held = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert len(journal) == 500 and held < size / 5
 
 
-def kept(folder, content: dict | None = None, **changed) -> Journal:
+def reopened(folder, content: dict | None = None, **changed) -> Journal:
     """A journal, opened and closed again."""
-    with Journal(folder / "out.json", {**ALIKE, **changed}, False, content) as journal:
+    with Journal(folder / "out.json", settings_of(**changed), content) as journal:
         return journal
 
 
@@ -64,89 +74,107 @@ def five(tmp_path):
     """The journal of five answers, with the digests of the clips' files."""
     keys = [f"town/{i}" for i in range(9)]
     content = {"eventgpt": {key: f"e {key}" for key in keys}, "videollava": dict.fromkeys(keys, "v")}
-    with Journal(tmp_path / "out.json", ALIKE, False, content) as journal:
+    with Journal(tmp_path / "out.json", ALIKE, content) as journal:
         journal.append([{"model": "eventgpt", "vocab_size": 64, "name": "x", "revision": "a"}])
         journal.append([answer_of(f"town/{i}", 0, [i] * 9) for i in range(5)])
     return journal.path, content
 
 
-# ------------------------------------------------------------------------------------------ what is torn or damaged
-def test_whatever_is_cut_off_costs_that_line_and_no_other(five, tmp_path, capsys):
+# ---------------------------------------------------------------------------------------- settings
+def test_only_settings_that_an_answer_depends_on_are_compared(five, tmp_path):
     path, content = five
-    whole = path.read_bytes()
-    ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in range(ends[0], len(whole) + 1):
-        path.write_bytes(whole[:cut])
-        lines = sum(end <= cut for end in ends)
-        assert len(kept(tmp_path, content)) == max(0, lines - 2)
-        assert path.read_bytes() == whole[:ends[lines - 1]]
-    assert "1 torn or damaged lines: dropped, to be done again" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("junk", [b"null\n", b"5\n", b"[1]\n", b"{}\n", b'{"model": "eventgpt"}\n', b"\xff\n",
-                                  b"\0" * 40, b"[" * 10**5 + b"\n", b'{"model": [], "vocab_size": 3}\n', b'"half'])
-def test_a_damaged_line_is_dropped_and_those_behind_it_stay(five, tmp_path, junk):
-    path, content = five
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines[:3], junk, *([b"\n"] if not junk.endswith(b"\n") else []), *lines[3:]]))
-    journal = kept(tmp_path, content)
-    assert len(journal) == 5 and path.read_bytes() == b"".join(lines)
-    path.write_bytes(b"".join([*lines, junk]))
-    assert len(kept(tmp_path, content)) == 5 and path.read_bytes() == b"".join(lines)
-
-
-def test_a_digit_that_changed_on_the_disk_is_noticed(five, tmp_path):
-    path, content = five
-    whole = path.read_bytes()
-    with Journal(tmp_path / "out.json", ALIKE, False, content) as journal:
-        path.write_bytes(whole.replace(b"[3, 3, 3", b"[3, 8, 3"))
-        with pytest.raises(UserError, match="changed since it was written"):
-            journal.read("eventgpt", "town/3", 0)
-        assert journal.read("eventgpt", "town/2", 0)["tokens"] == [2] * 9
-    journal = kept(tmp_path, content)
-    assert len(journal) == 4 and not journal.has("eventgpt", "town/3", 0)
-    lines = whole.splitlines(keepends=True)
-    edited = [*lines[:3], json.dumps({**entry_of(lines[3]), "tokens": [9]}).encode() + b"\n", *lines[4:]]
-    path.write_bytes(b"".join(edited))
-    assert len(kept(tmp_path, content)) == 4                     # by hand, without a checksum
-
-
-def test_a_damaged_first_line_is_no_reason_to_throw_hours_away(five, tmp_path):
-    path, content = five
-    path.write_bytes(b"x" + path.read_bytes())
+    assert len(reopened(tmp_path, content, num_frames=4)) == 5                 # the target has not answered yet
     before = path.read_bytes()
-    with pytest.raises(UserError, match="first line of this journal is damaged"):
-        kept(tmp_path, content)
+    with pytest.raises(UserError, match=r"other settings.*dtype: 1 there, 2 now"):
+        reopened(tmp_path, content, dtype=2)
     assert path.read_bytes() == before
-    for start in (b"", b'{"se', b'{"settings": {"max_new', bytes(50)):       # the machine stopped while it began
-        path.write_bytes(start)
-        assert len(kept(tmp_path, content)) == 0
-        assert entry_of(path.read_bytes())["settings"] == ALIKE
+    with Journal(tmp_path / "out.json", settings_of(num_frames=4), content) as journal:
+        journal.append([answer_of("town/0", 0, [9], "videollava")])
+    with pytest.raises(UserError, match="num_frames: 4 there, 8 now"):
+        reopened(tmp_path, content)
 
 
-@pytest.mark.parametrize("foreign", [b"precious", b"precious\n", b'{"settings": 5}\n'])
-def test_what_is_no_journal_is_left_alone(tmp_path, foreign):
+def test_a_damaged_journal_of_other_settings_is_not_even_mended(five, tmp_path):
+    path, content = five
+    path.write_bytes(path.read_bytes() + b'"half')
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="other settings"):
+        reopened(tmp_path, content, dtype=2)
+    assert path.read_bytes() == before
+
+
+def test_a_journal_of_the_first_format_goes_on(five, tmp_path):
+    """As versions before the format number wrote it: no mark of the run in any line."""
+    path, content = five
+    lines = [value_of(line) for line in path.read_bytes().splitlines(keepends=True)]
+    head = {"settings": lines[0]["settings"], "clips": lines[0]["clips"]}
+    rest = [{key: value for key, value in line.items() if key != "of"} for line in lines[1:]]
+    path.write_bytes(b"".join(map(line_of, [head, *rest])))
+    with Journal(tmp_path / "out.json", ALIKE, content) as journal:
+        assert len(journal) == 5 and journal.models["eventgpt"]["revision"] == "a"
+        assert journal.read("eventgpt", "town/3", 0)["tokens"] == [3] * 9
+    assert len(reopened(tmp_path, content)) == 5
+
+
+def test_a_newer_journal_is_one_clear_line(five, tmp_path):
+    path, content = five
+    path.write_bytes(line_of({"format": 3, "settings": {}}))
+    with pytest.raises(UserError, match=r"format 3, this version reads formats up to 2.*newer version"):
+        reopened(tmp_path, content)
+
+
+@pytest.mark.parametrize("head", [{"task": "t"}, {"settings": [], "clips": {}}, {"settings": {}, "clips": {"a": 1}}])
+def test_another_kind_of_journal_is_refused(tmp_path, head):
     path = Journal.path_of(tmp_path / "out.json")
-    path.write_bytes(foreign)
-    with pytest.raises(UserError, match="first line of this journal is damaged"):
-        kept(tmp_path)
-    assert path.read_bytes() == foreign
-    for make, kind in ((lambda: path.symlink_to(tmp_path / "else"), "a link"), (path.mkdir, "a folder"),
-                       (lambda: os.mkfifo(path), "a pipe")):
-        path.rmdir() if path.is_dir() else path.unlink()
-        make()
-        with pytest.raises(UserError, match=f"is {kind}"):
-            Journal(tmp_path / "out.json", ALIKE, restart=True)
-    assert not (tmp_path / "else").exists()
+    path.write_bytes(line_of({"format": 2, **head}))
+    with pytest.raises(UserError, match="is no journal of an extraction"):
+        reopened(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------ other data, other model
+# ---------------------------------------------------------------------------------- rows of others
+def test_answers_of_a_joined_journal_of_other_settings_are_not_believed(five, tmp_path, capsys):
+    path, content = five
+    (tmp_path / "other").mkdir()
+    with Journal(tmp_path / "other" / "out.json", settings_of(dtype=2), content) as journal:
+        journal.append([answer_of(f"town/{i}", 0, [66]) for i in range(3, 9)])
+    path.write_bytes(path.read_bytes() + journal.path.read_bytes())
+    with Journal(tmp_path / "out.json", ALIKE, content) as journal:
+        assert len(journal) == 5 and journal.read("eventgpt", "town/3", 0)["tokens"] == [3] * 9
+    assert "0 torn or damaged, 7 of another run" in capsys.readouterr().out
+
+
+def test_reading_an_answer_checks_whose_it_is(five, tmp_path):
+    with Journal(tmp_path / "out.json", ALIKE, five[1]) as journal:
+        places = journal.places["eventgpt", 0]
+        journal.places["videollava", 0] = journal.places["eventgpt", 1] = places
+        for model, number in (("videollava", 0), ("eventgpt", 1)):
+            with pytest.raises(UserError, match="is not where it was written"):
+                journal.read(model, "town/3", number)
+        places["town/3"] = places["town/4"]
+        with pytest.raises(UserError, match="is not where it was written"):
+            journal.read("eventgpt", "town/3", 0)
+
+
+@pytest.mark.parametrize("junk", [{"model": "eventgpt"}, {"model": [], "vocab_size": 3}, {"settings": {}},
+                                  {**answer_of("town/9", 0, []), "tokens": [True]},
+                                  {**answer_of("town/9", 0, []), "text": None}])
+def test_a_line_that_is_no_answer_is_dropped(five, tmp_path, junk):
+    path, content = five
+    with Journal(tmp_path / "out.json", ALIKE, content) as journal:
+        journal.file.append([junk])
+        journal.append([answer_of("town/5", 0, [5])])
+    journal = reopened(tmp_path, content)
+    assert len(journal) == 6 and not journal.has("eventgpt", "town/9", 0)
+    assert json.dumps(junk)[:-1] + ', "of"' not in path.read_text()
+
+
+# -------------------------------------------------------------------------------------- other data
 def test_answered_clips_whose_files_changed_are_refused_and_named(five, tmp_path):
     path, content = five
     before = path.read_bytes()
     other = {**content, "eventgpt": {**content["eventgpt"], "town/3": "new", "town/4": "new"}}
     with pytest.raises(UserError, match=r"files of 2 answered clips have changed, the first: town/3 \(eventgpt"):
-        kept(tmp_path, other)
+        reopened(tmp_path, other)
     assert path.read_bytes() == before
 
 
@@ -154,92 +182,49 @@ def test_a_clip_that_was_mended_or_added_does_not_stop_the_journal(five, tmp_pat
     path, content = five
     other = {"eventgpt": {**content["eventgpt"], "town/8": "mended", "town/9": "added"},
              "videollava": dict.fromkeys(content["videollava"], "seen by no answer yet")}
-    assert len(kept(tmp_path, other)) == 5
+    assert len(reopened(tmp_path, other)) == 5
     assert json.loads(path.read_bytes().splitlines()[0])["clips"] == other
-    few = {model: {"town/0": found["town/0"]} for model, found in other.items()}        # --max_samples 1
-    assert len(kept(tmp_path, few)) == 5
+    few = {model: {"town/0": digests["town/0"]} for model, digests in other.items()}        # --max_samples 1
+    assert len(reopened(tmp_path, few)) == 5
     with pytest.raises(UserError, match="first: town/3"):              # what it knew of the others has stayed
-        kept(tmp_path, {**other, "eventgpt": {**other["eventgpt"], "town/3": "new"}})
+        reopened(tmp_path, {**other, "eventgpt": {**other["eventgpt"], "town/3": "new"}})
 
 
 def test_a_journal_without_digests_is_gone_on_with(five, tmp_path):
     path, content = five
-    first, *rest = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([line_of({"settings": json.loads(first)["settings"]}), *rest]))
-    assert len(kept(tmp_path, content)) == 5
+    answers = [value_of(line) for line in path.read_bytes().splitlines(keepends=True)[1:]]
+    answers = [{key: value for key, value in answer.items() if key != "of"} for answer in answers]
+    path.write_bytes(b"".join(map(line_of, [{"settings": values_of(ALIKE)}, *answers])))
+    assert len(reopened(tmp_path, content)) == 5
     assert json.loads(path.read_bytes().splitlines()[0])["clips"] == content
 
 
-def test_other_weights_at_the_same_path_are_refused(five, tmp_path):
-    journal = kept(tmp_path, five[1])
-    journal.check_model("eventgpt", {"name": "x", "revision": "a"})
-    journal.check_model("videollava", {"name": "y", "revision": "b"})
-    with pytest.raises(UserError, match=r"other weights of x \(a there, b now\)"):
-        journal.check_model("eventgpt", {"name": "x", "revision": "b"})
+# -------------------------------------------------------------------------- begun, and thrown away
+def test_a_journal_may_begin_with_the_answers_of_an_output(tmp_path):
+    entries = [{"model": "eventgpt", "vocab_size": 64}, *(answer_of(f"town/{i}", 0, [i]) for i in range(3))]
+    with Journal(tmp_path / "out.json", ALIKE, entries=iter(entries)) as journal:
+        assert len(journal) == 3 and journal.read("eventgpt", "town/2", 0)["tokens"] == [2]
+        assert journal.models["eventgpt"]["vocab_size"] == 64
+    assert len(reopened(tmp_path)) == 3
 
 
-# ------------------------------------------------------------------------------------------------------- the disk
-@pytest.mark.parametrize("how", ["half a write", "no fsync"])
-def test_a_full_disk_leaves_whole_lines_and_the_next_start_goes_on(five, tmp_path, monkeypatch, how):
-    path, content = five
-    before = path.read_bytes()
+def test_answers_that_break_off_leave_no_journal_behind(tmp_path):
+    def entries():
+        yield answer_of("town/0", 0, [1])
+        raise UserError("the output is damaged")
 
-    class Full:
-        """A file on a disk that takes ten more bytes."""
-
-        def __init__(self, file):
-            self.file, self.room = file, 10
-
-        def write(self, data) -> int:
-            if not self.room:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            self.room = 0
-            return self.file.write(data[:10])
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(OSError, match="No space") as caught, \
-            Journal(tmp_path / "out.json", ALIKE, False, content) as journal:
-        if how == "half a write":
-            journal.file = Full(journal.file)
-        else:
-            monkeypatch.setattr(module.os, "fsync", full)
-        journal.append([answer_of("town/7", 0, [7] * 50)])
-    monkeypatch.undo()
-    assert caught.value.filename == str(path)
-    assert path.read_bytes() == before
-    with Journal(tmp_path / "out.json", ALIKE, False, content) as journal:
-        journal.append([answer_of("town/7", 0, [7] * 50)])
-        assert len(journal) == 6 and journal.read("eventgpt", "town/7", 0)["tokens"] == [7] * 50
+    with pytest.raises(UserError, match="the output is damaged"):
+        Journal(tmp_path / "out.json", ALIKE, entries=entries())
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("written", [False, True])
-def test_a_signal_in_the_middle_of_a_write_leaves_no_half_line(five, tmp_path, monkeypatch, written):
-    path, content = five
-    before = path.read_bytes()
-
-    class Stopped:
-        """A file during whose writing Ctrl-C is pressed."""
-
-        def write(self, data) -> int:
-            journal.kept.write(data if written else data[:10])
-            if not written:
-                raise KeyboardInterrupt
-            return len(data)
-
-        def __getattr__(self, name):
-            return getattr(journal.kept, name)
-
-    def stopped(*_):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), Journal(tmp_path / "out.json", ALIKE, False, content) as journal:
-        journal.kept, journal.file = journal.file, Stopped()
-        monkeypatch.setattr(module.os, "fsync", stopped)
-        journal.append([answer_of("town/7", 0, [7] * 50)])
-    assert (path.read_bytes() == before) != written and path.read_bytes().startswith(before)
-    assert len(kept(tmp_path, content)) == 5 + written
+def test_a_discarded_journal_is_gone_and_a_link_is_not_followed(five, tmp_path):
+    path, _ = five
+    Journal.discard(tmp_path / "out.json")
+    Journal.discard(tmp_path / "out.json")
+    assert not path.exists()
+    path.symlink_to(tmp_path / "else")
+    with pytest.raises(UserError, match="is a link"):
+        Journal.discard(tmp_path / "out.json")
+    with pytest.raises(UserError, match="is a link"):
+        Journal(tmp_path / "out.json", ALIKE)

@@ -76,7 +76,7 @@ def test_it_stops_when_all_have_ended(case, monkeypatch):
     forward = Batches._next
     monkeypatch.setattr(Batches, "_next", lambda self, *how: steps.append(1) or forward(self, *how))
     batches = batches_of(model, pixels, QUESTIONS[:1], clips=1, tokens=100)
-    batches.eos = token
+    batches.eos = torch.tensor([token])
     batches.answer(pixels[:1])
     assert len(steps) <= 6                           # the third token is an end; looks are two steps apart
 

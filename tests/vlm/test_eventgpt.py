@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from base import UserError
-from clips.media import event_frames, read_event_image, read_events
+from clips.event_files import read_events
+from clips.events import event_frames
+from clips.pictures import read_event_image
 from machine.device import Runtime
 from vlm.eventgpt import EventGPT, prompt, prompt_ids
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from decoding.loop import decode, rounding
+from decoding.costs import rounding
+from decoding.limits import Limits
+from decoding.loop import decode
 from machine.device import Runtime
 from tests.conftest import ROOT
 from tests.decoding.test_decoding import QUALITY, Knowing
@@ -16,7 +18,7 @@ from tests.vlm.test_eventgpt import FIXTURES
 from vlm import steps as steps_module
 from vlm.eventgpt import EventGPT
 from vlm.llama import Next
-from vlm.loading import generate_greedily
+from vlm.model import generate_greedily
 from vlm.steps import Prompted, Steps
 from vlm.video_llava import VideoLlava
 
@@ -97,7 +99,7 @@ def test_greedy_ids_equal_generate(llama):
     steps = steps_of(llama)
     prompts = [PROMPT, PROMPT[::-1], ANSWER, ANSWER[:7], [1, 64, 9]]
     references = [
-        generate_greedily(llama, Tokenizer(), 30, input_ids=torch.tensor([ids]),
+        generate_greedily(llama, Tokenizer(), [2], 30, input_ids=torch.tensor([ids]),
                           attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0].tokens for ids in prompts]
     assert len(set().union(*references)) > 5            # else the comparison would say little
     assert [greedy(steps, steps.embed(ids), 30, 2) for ids in prompts] == references
@@ -156,7 +158,7 @@ def test_speculative_answers_of_both_models_are_their_own_whatever_is_proposed(k
                 for gamma in range(1, 13):
                     for wrong in QUALITY.values():
                         target.ask(embeds)
-                        found = decode(target, Knowing(whole_answer, wrong), limit, eos, gamma)
+                        found = decode(target, Knowing(whole_answer, wrong), Limits(limit, (eos,), gamma))
                         assert found.tokens == whole_answer[:limit]
 
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import VideoLlavaForConditionalGeneration
+from transformers import VideoLlavaForConditionalGeneration, VideoLlavaImageProcessor
 
 from base import UserError
 from machine.device import Runtime
@@ -82,6 +82,29 @@ def test_queries_with_marks_are_refused():
     for mark in ("<video>", "<image>"):
         with pytest.raises(UserError, match=mark):
             prompt(f"a {mark}?")
+
+
+@pytest.mark.parametrize("where", ["preprocessor_config.json", "processor_config.json", "both"])
+def test_pixels_are_those_of_transformers_own_processor(tmp_path, where):
+    """processor_config.json is all that transformers 5 writes; where both are there, it reads that one."""
+    folder = shutil.copytree(FOLDER, tmp_path / "model")
+    file = folder / "preprocessor_config.json"
+    plain = json.loads(file.read_text())
+    other = {**plain, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7], "rescale_factor": 1 / 128}
+    if where == "preprocessor_config.json":
+        file.write_text(json.dumps(other))
+    else:
+        video = {**other, "video_processor_type": "VideoLlavaVideoProcessor"}
+        (folder / "processor_config.json").write_text(json.dumps(
+            {"processor_class": "VideoLlavaProcessor", "image_processor": other, "video_processor": video}))
+        if where == "processor_config.json":
+            file.unlink()
+    picture = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
+    wanted = VideoLlavaImageProcessor.from_pretrained(folder)(images=[picture], return_tensors="np")
+    wanted = next(iter(wanted.values()))[0]
+    made = VideoLlava.load(folder, CPU).prepare([picture])[0].numpy()
+    assert made.shape == wanted.shape and np.abs(made - wanted).max() < 1e-6
+    assert np.abs(made - VideoLlava.load(FOLDER, CPU).prepare([picture])[0].numpy()).max() > 0.1
 
 
 def test_damaged_folders_are_clear_errors(tmp_path):

@@ -1,0 +1,118 @@
+"""The clips of a decoding: in which order, read ahead for one model after the other, and which of
+them failed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from base import UserError, log
+from machine.files import is_machine_trouble
+from pairs.splits import clip_order
+
+if TYPE_CHECKING:
+    import torch
+
+    from clips.dataset import Sample
+    from vlm.contract import VisionLanguageModel
+    from vlm.roles import Role, View
+
+
+@dataclasses.dataclass
+class Clips:
+    """What a decoding asks about, and the answers that it could not get."""
+
+    samples: list[Sample]                    # usable ones, in the order of decoding
+    questions: list[str]
+    view: View
+    # threads that read pictures and videos ahead of the model
+    num_workers: int
+    # model -> clip's key -> digest of the clip's files at the start
+    content: dict[str, dict[str, str]]
+    failed: list[dict] = dataclasses.field(default_factory=list)
+
+    def read(self, role: Role, model: VisionLanguageModel,
+             samples: list[Sample]) -> Iterator[tuple[Sample, torch.Tensor]]:
+        """Yield (sample, pixels (n, 3, S, S)) in order. A clip that can't be read is put on the
+        list `failed`.
+        """
+        from clips.dataset import read_ahead
+
+        def prepare(sample: Sample) -> torch.Tensor:
+            return model.prepare(role.pictures(sample, self.view))
+
+        for sample, pixels in read_ahead(prepare, samples, self.num_workers, 2 * self.num_workers):
+            if isinstance(pixels, Exception):
+                self._unreadable(role, sample, pixels)
+            else:
+                yield sample, pixels
+
+    def _unreadable(self, role: Role, sample: Sample, error: Exception) -> None:
+        """A clip that can't be read has failed, unless the machine is in trouble or its files have
+        changed meanwhile.
+        """
+        trouble = "the machine is in trouble" if is_machine_trouble(error) else ""
+        if digest_of_files(role, sample, self.view) != self.content[role.name][sample.key]:
+            trouble = "its files are not those that were there when this run began"
+        if trouble:
+            raise UserError(
+                f"clip {sample.key}: {error}; {trouble}: correct that, then give the same command "
+                "again; it goes on from here") from error
+        self.fail(role, sample, str(error))
+
+    def fail(self,
+             role: Role,
+             sample: Sample,
+             reason: str,
+             question_idx: int | None = None) -> None:
+        """Put a clip on the list, or the one question about it that has no answer."""
+        self.failed.append(failure(sample, reason, role.name, question_idx))
+        log(f"decode | {role.name} | WARNING | clip {sample.key} failed: {reason}")
+
+    def none_left(self, what: str) -> UserError:
+        """The error for a decoding of which nothing is left."""
+        return UserError(f"none of {len(self.samples)} clips could be {what}; the first reason: "
+                         f"{self.failed[0]['reason'] if self.failed else 'the data set has no usable clip'}")
+
+
+def failure(sample: Sample,
+            reason: str,
+            model: str | None = None,
+            question_idx: int | None = None) -> dict:
+    """A row of `failed` in decode.json. model: the one that failed, None for a row of the data set
+    that is unusable.
+    """
+    row = {
+        "sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip, "model": model,
+        "reason": reason
+    }
+    return row if question_idx is None else {**row, "question_idx": question_idx}
+
+
+def content_of(samples: list[Sample], roles: list[Role], view: View) -> dict[str, dict[str, str]]:
+    """Model -> clip's key -> digest of the names and sizes of the files that the model sees of the
+    clip.
+    """
+    return {
+        role.name: {sample.key: digest_of_files(role, sample, view) for sample in samples}
+        for role in roles
+    }
+
+
+def digest_of_files(role: Role, sample: Sample, view: View) -> str:
+    from clips.dataset import digest_of
+
+    return digest_of(role.files(sample, view))
+
+
+def in_order(samples: list[Sample], shuffled_by: int | None = None) -> list[Sample]:
+    """Sequence by sequence, as they were driven, so that a memory has seen the clips before; or
+    shuffled by a seed.
+    """
+    if shuffled_by is not None:
+        return random.Random(shuffled_by).sample(samples, len(samples))
+    order = clip_order([sample.sequence for sample in samples], [sample.clip for sample in samples])
+    return [samples[number] for number in order]

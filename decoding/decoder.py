@@ -1,0 +1,84 @@
+"""One drafter at work on a target, answer after answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from base import log
+from decoding.contracts import Target
+from decoding.costs import ModelCosts, Pace
+from decoding.limits import Limits
+from decoding.loop import Decoded, decode, free_of_cost
+from decoding.rules import Rule, greedy
+from drafting.contract import Costs, Drafter
+from machine.timing import median_s
+
+if TYPE_CHECKING:
+    from vlm.contract import VisionLanguageModel
+    from vlm.steps import Prompted
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One question about one clip."""
+
+    prompt: Any                      # for the target: (1, L, H) embeddings
+    draft: list[int]                 # EventGPT's answer; [] where no drafter of the run reads it
+    question: list[int]              # its tokens alone
+
+
+@dataclasses.dataclass
+class Decoder:
+    """A drafter and the target. The drafter's memory and the pace go on from answer to answer."""
+
+    target: Target
+    drafter: Drafter
+    pace: Pace | None = None         # None: proposals are not weighed against their costs
+
+    def measure(self, asked: Asked, answer: list[int], costs: ModelCosts,
+                device: torch.device) -> Costs:
+        """Measure what proposals cost this drafter on the beginning of a verified answer; it learns
+        nothing.
+        """
+        def timer(work) -> float:
+            return median_s(work, device)
+
+        return self.drafter.measure(asked.draft, asked.question, answer[:1], timer, costs.slope_s)
+
+    def answer(self, asked: Asked, limits: Limits, rule: Rule = greedy) -> Decoded:
+        """Decode one answer; the drafter has learnt it then."""
+        start = time.perf_counter()
+        self.drafter.begin(asked.draft, asked.question)
+        begin_s = time.perf_counter() - start
+        self.target.ask(asked.prompt)
+        decoded = decode(self.target, self.drafter, limits,
+                         self.pace.price if self.pace else free_of_cost, rule)
+        decoded.add_opening_s(begin_s)
+        if self.pace:
+            self.pace.add(decoded)
+        return decoded
+
+    def recall(self, decoded: Decoded) -> None:
+        """Take up an answer of an earlier start of this run, as if it had just been decoded."""
+        self.drafter.learn(decoded.tokens)
+        if self.pace:
+            self.pace.add(decoded)
+
+
+def open_target(model: VisionLanguageModel, questions: list[str], pictures: int,
+                more_tokens: int) -> Prompted:
+    """The model's decoder on a static cache, with room for the longest prompt and `more_tokens`
+    behind it.
+    """
+    from vlm.steps import Prompted, Steps
+
+    parts = [model.prompt_parts(question) for question in questions]
+    longest = model.visual_tokens(pictures) + max(
+        len(before) + len(after) for before, after in parts)
+    steps = Steps(*model.decoder, room=min(longest, model.max_prompt) + more_tokens)
+    log(f"decode | keys and values: {steps.bytes / 2**20:,.0f} MiB for {steps.room} positions")
+    return Prompted(steps)

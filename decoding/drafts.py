@@ -1,0 +1,85 @@
+"""The draft model's answers for all clips, before the target is loaded: only one model is in memory
+at a time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from base import Progress
+from decoding.clips import Clips
+from decoding.costs import measure_costs
+from decoding.decoder import Asked, Decoder, open_target
+from decoding.journal import DecodingJournal
+from decoding.limits import Limits
+from decoding.loop import Decoded
+from drafting.contract import NoDrafts
+from machine.running import finishing
+from machine.timing import timed
+
+if TYPE_CHECKING:
+    import torch
+
+    from clips.dataset import Sample
+    from vlm.contract import VisionLanguageModel
+
+
+def missing_drafts(clips: Clips, journal: DecodingJournal) -> list[Sample]:
+    """The clips with a question to which the journal has no draft."""
+    return [
+        sample for sample in clips.samples
+        if any((sample.key, number) not in journal.drafts for number in range(len(clips.questions)))
+    ]
+
+
+class Drafting:
+    """The draft model at work: its answers, decoded plainly, and its costs go into the journal."""
+
+    def __init__(self, model: VisionLanguageModel, clips: Clips, limits: Limits,
+                 journal: DecodingJournal):
+        from vlm.roles import DRAFT
+
+        self.role, self.model, self.clips = DRAFT, model, clips
+        self.limits, self.journal = limits, journal
+        self.todo = missing_drafts(clips, journal)
+        pictures = DRAFT.most_pictures(self.todo, clips.view)
+        self.target = open_target(model, clips.questions, pictures, limits.max_new_tokens)
+        self.decoder = Decoder(self.target, NoDrafts())
+
+    def run(self) -> None:
+        """Answer every question that has no draft. After a signal only the answer in hand is
+        finished.
+        """
+        total = len(self.clips.samples) * len(self.clips.questions)
+        progress = Progress("decode | drafts", total, len(self.journal.drafts), "answers")
+        with finishing("the answer in hand is decoded") as stopping:
+            for sample, pixels in self.clips.read(self.role, self.model, self.todo):
+                if self.journal.draft_costs_ms is None and not stopping():
+                    costs = measure_costs(self.model,
+                                          self.target,
+                                          pixels,
+                                          self.clips.questions[0],
+                                          sizes=(1, ))
+                    self.journal.add({"draft_costs_ms": costs.milliseconds()})
+                for number, question in enumerate(self.clips.questions):
+                    if (sample.key, number) not in self.journal.drafts and not stopping():
+                        self._answer(sample, pixels, number, question)
+                        progress.update(len(self.journal.drafts))
+                if stopping():
+                    return
+
+    def _answer(self, sample: Sample, pixels: torch.Tensor, number: int, question: str) -> None:
+        from vlm.contract import NotNumbers
+
+        def answer() -> Decoded:
+            return self.decoder.answer(Asked(self.model.prompt_embeds(pixels, question), [], []),
+                                       self.limits)
+
+        try:
+            decoded, seconds = timed(answer, self.model.runtime.device)
+        except NotNumbers as error:
+            self.clips.fail(self.role, sample, str(error), number)
+            return
+        self.journal.add({
+            "draft": decoded.tokens, "seconds": seconds, "key": sample.key, "question_idx": number
+        })

@@ -1,0 +1,138 @@
+"""The task that is decoded with: what training left, and whether these are the models that it was
+trained for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from base import UserError, log
+from drafting.parts import LiveParts
+from machine.files import check_format, read_json
+from reports.shapes import NUMBER, TEXT, check_shape, optional
+from reports.task_figures import FORMAT, REMEASURE
+from vlm.contract import same_weights
+
+if TYPE_CHECKING:
+    from vlm.roles import Role
+
+MEMORY_SHARE = 0.5                 # of the memory in a hybrid, where training chose none
+MEMORY_FILE = "memory.npz"
+
+# All that decoding reads of results.json.
+RESULTS = {
+    "files": optional({"train": optional([{"models": optional(dict)}])}),
+    "metrics": {"test": {"drafters": {str: {"simulated": optional(dict)}},
+                         "memory_share": optional({"hybrid": optional(NUMBER)})}}}
+MODEL = {"name": TEXT, "vocab_size": optional(int), "revision": optional(str)}
+SIMULATED = {"tau": optional(NUMBER)}
+
+
+@dataclasses.dataclass
+class Task:
+    """What training left: the adapter, what a memory begins with, and what results.json says of
+    both models.
+    """
+
+    folder: Path
+    parts: LiveParts
+    # drafter's name in results.json -> gamma -> tau on the test pairs
+    simulated: dict[str, dict[str, float]]
+    # name of the model -> facts that the training files recorded of it
+    models: dict[str, list[dict]]
+    digest: str = ""                             # of results.json, which no two trainings share
+
+    @property
+    def conditioning(self) -> str:
+        """Of the adapter."""
+        return self.parts.adapter.config.conditioning
+
+
+def read_task(folder: Path, memories: Iterable[Path] = ()) -> Task:
+    """The finished task of this folder. memories: memory.npz of earlier decodings, whose answers
+    count as fresh ones.
+
+    Raises UserError for whatever is missing, unfinished or damaged.
+    """
+    from drafting.memory import load_memory
+    from token_adapter import load_adapter
+
+    for name in ("best_model.pt", "results.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is no finished task: it has no {name}; wanted a folder that "
+                            "train_and_evaluate.py wrote")
+    results, file = read_results(folder), folder / "results.json"
+    adapter = load_adapter(folder / "best_model.pt")
+    memory = folder / MEMORY_FILE
+    if not memory.exists():
+        log(f"decode | {folder} has no {MEMORY_FILE}: the memory begins without training answers")
+    training_answers = load_memory(memory) if memory.exists() else []
+    verified_answers = [answer for path in memories for answer in load_memory(path)]
+    test = results["metrics"]["test"]
+    share = (test.get("memory_share") or {}).get("hybrid")
+    parts = LiveParts(adapter, training_answers, verified_answers,
+                      MEMORY_SHARE if share is None else share)
+    simulated = {
+        name: {gamma: row["tau"] for gamma, row in (drafter.get("simulated") or {}).items()}
+        for name, drafter in test["drafters"].items()
+    }
+    digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+    return Task(folder, parts, simulated, recorded_models(results), digest)
+
+
+def read_results(folder: Path) -> dict:
+    """results.json of a task, the shape of all that decoding reads of it checked."""
+    file = folder / "results.json"
+    results = read_json(file)
+    if isinstance(results, dict) and results.get("unfinished"):
+        raise UserError(
+            f"{folder} is unfinished: go on with train_and_evaluate.py --resume {folder}")
+    test = (results.get("metrics") or {}).get("test") if isinstance(results, dict) else None
+    if not isinstance(test, dict) or not isinstance(test.get("drafters"), dict):
+        raise UserError(f"{file} is not the results.json of train_and_evaluate.py")
+    check_format(file, results.get("format"), FORMAT)
+    check_shape(file, results, RESULTS, REMEASURE)
+    for facts in recorded_models(results).values():
+        check_shape(file, facts, [MODEL], REMEASURE)
+    for drafter in test["drafters"].values():
+        check_shape(file, list((drafter.get("simulated") or {}).values()), [SIMULATED], REMEASURE)
+    return results
+
+
+def recorded_models(results: dict) -> dict[str, list[dict]]:
+    """Name of the model -> the facts that each training file recorded of it; different ones once
+    each.
+    """
+    models: dict[str, list[dict]] = {}
+    for file in (results.get("files") or {}).get("train") or []:
+        for name, facts in (file.get("models") or {}).items():
+            if facts not in models.setdefault(name, []):
+                models[name].append(facts)
+    return models
+
+
+def check_model(task: Task, role: Role, name: str, facts: dict) -> None:
+    """A UserError unless the adapter was trained on answers of this model, as far as its pair files
+    tell.
+
+    facts: vocab_size and revision of the model, or one of both.
+    """
+    for recorded in task.models.get(role.name, ()):
+        for key in [key for key in ("vocab_size", "revision") if key in facts]:
+            trained, loaded = recorded.get(key), facts[key]
+            # of a version that did not record it
+            if trained is None:
+                continue
+            is_same = same_weights(trained, loaded) if key == "revision" else trained == loaded
+            if is_same is None:
+                log(f"decode | WARNING | {name}: nothing tells whether its revision, {loaded}, is "
+                    f"{trained}, which the task was trained for")
+            elif not is_same:
+                raise UserError(
+                    f"{task.folder} was trained on answers of {recorded.get('name')} ({key} "
+                    f"{trained}), but {name} has {key} {loaded}; decode with that model, or train "
+                    "on pairs of this one")

@@ -1,0 +1,147 @@
+"""What a vision-language model must offer, and what it hands over. Imports no torch.
+
+vlm/eventgpt.py and vlm/video_llava.py satisfy the Protocol through vlm/model.py, which holds what
+both do alike. Sizes in the docstrings: B clips or rows, n pictures, S pixels a side, L positions of
+a prompt, H hidden size, P positions up to the end of the pictures, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+    from clips.pixels import PixelSettings
+    from machine.device import Runtime
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """New tokens only (no prompt, no BOS; EOS kept when produced), their text, and whether EOS
+    ended it.
+    """
+
+    tokens: list[int]
+    text: str
+    finished: bool
+
+
+class NotNumbers(Exception):
+    """The logits that would decide a token of this answer are NaN or infinite: the answer has no
+    tokens.
+
+    The clip failed, its neighbours did not. vlm.batches.Batches returns this in place of the clip's
+    answers, all others raise it. rows: which rows of the call, where one call answers several.
+    """
+
+    def __init__(self, dtype: torch.dtype | str, rows: tuple[int, ...] = ()):
+        name, self.rows = str(dtype).removeprefix("torch."), rows
+        remedy = {"float16": "float16 overflows beyond 65,504: try --dtype bfloat16 or float32",
+                  "bfloat16": "try --dtype float32, or check the weights and the pictures"}
+        super().__init__(f"the model's logits in {name} are no numbers (NaN or infinite); "
+                         f"{remedy.get(name, 'check the weights and the pictures')}")
+
+
+def same_weights(recorded: str | None, revision: str) -> bool | None:
+    """Whether a recorded revision is this one; None if that can't be told, which is never a yes.
+
+    It can't be told of "unknown", of "local ..." (files of earlier versions: names and sizes alone,
+    no content), or of a commit of the hub beside the content of a folder.
+    """
+    kinds = [_kind_of(recorded), _kind_of(revision)]
+    return recorded == revision if kinds[0] == kinds[1] != "unknown" else None
+
+
+def _kind_of(revision: str | None) -> Literal["commit", "content", "unknown"]:
+    if re.fullmatch("[0-9a-f]{40}", revision or ""):
+        return "commit"
+    return "content" if re.fullmatch("content [0-9a-f]{20}", revision or "") else "unknown"
+
+
+class VisionLanguageModel(Protocol):
+    """A loaded model. Greedy; the checkpoint's own generation settings play no part but for its EOS
+    ids.
+
+    All calls but prepare() belong into one thread. Errors: UserError for what a user can put right
+    (a prompt that is too long, a mark in a question), NotNumbers for logits that are none,
+    RuntimeError for a lack of memory (vlm.loading.short_of_memory tells).
+    """
+
+    model: nn.Module               # transformers' module; gone after unload()
+    tokenizer: object              # of transformers
+    pixels: PixelSettings          # how pictures become input
+    runtime: Runtime               # device, dtype, quantisation, as loaded
+    revision: str  # a hub's commit of 40 hex digits, or "content <digest>" of a folder
+
+    @property
+    def vocab_size(self) -> int:
+        """V: every token id is below it."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer, at least one; the tokenizer's own EOS first."""
+
+    @property
+    def decoder(self) -> tuple[nn.Module, nn.Module]:
+        """(the LLaMA-like layers with embed_tokens, layers and norm; the output layer), what
+        vlm/llama.py runs.
+        """
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the decoder knows: prompt and answer together."""
+
+    @property
+    def max_prompt(self) -> int:
+        """Positions of a prompt that are kept; the rest is cut off at the end."""
+
+    def facts(self, name: str | Path) -> dict:
+        """What files record of the model: name, revision, vocab_size, quantization, dtype; read off
+        the weights.
+        """
+
+    def prepare(self, pictures: list[np.ndarray]) -> torch.Tensor:
+        """RGB pictures (H, W, 3) uint8 of a clip, oldest first -> (n, 3, S, S) in the model's
+        dtype, on the CPU.
+
+        Thread-safe. Raises MediaError for pictures that can't be shown to the model.
+        """
+
+    def prompt_parts(self, query: str) -> tuple[list[int], list[int]]:
+        """The prompt's ids before and after the pictures' positions. The first part is the same for
+        all queries.
+        """
+
+    def visual_tokens(self, pictures: int) -> int:
+        """Positions that so many pictures take."""
+
+    def visual_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (B, n, 3, S, S) on the model's device -> (B, visual_tokens(n), H)."""
+
+    def shared_embeds(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (B, n, 3, S, S) on the model's device -> (B, P, H): the prompts up to the end of
+        the pictures.
+        """
+
+    def prompt_embeds(self, pixels: torch.Tensor, query: str) -> torch.Tensor:
+        """pixels (n, 3, S, S) of one clip as prepare() gives them -> (1, L, H): input of the decoder."""
+
+    def answer(
+        self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int
+    ) -> list[Answer]:
+        """transformers' own greedy answers, one per row; rows may differ in query, not in the
+        number of pictures.
+
+        Slow (our own loops are steps.py and batches.py): the reference that they are compared with.
+        Raises NotNumbers if a token of any row would come from logits that are none; its `rows`
+        says which.
+        """
+
+    def unload(self) -> None:
+        """Free the weights; the object can't answer any more."""

@@ -1,0 +1,155 @@
+"""The two roles and the model that plays each: the ONE table of what differs between draft and
+target.
+
+    for role in ROLES.values():                          # the draft first, then the target
+        role.check(name, questions, view, max_new_tokens)
+    model = DRAFT.load(folder, runtime)                  # a vlm.contract.VisionLanguageModel
+    pixels = model.prepare(DRAFT.pictures(sample, view))
+
+To put another model into a role, write its file in vlm/ (load, check, prompt and a class that
+satisfies vlm/contract.py) and change its entry here. Imports no torch: a model's own file is
+imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from clips.dataset import Sample
+    from machine.device import Runtime
+    from vlm.contract import VisionLanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How much of a clip the models are shown."""
+
+    num_frames: int = 8  # video frames, for a model that reads videos
+    event_images: Literal["first", "all"] = "first"  # event pictures, for a model that reads events
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Which pictures of a clip a model reads."""
+
+    # RGB (H, W, 3) uint8, oldest first; or a MediaError
+    read: Callable[[Sample, View], list[np.ndarray]]
+    # the files that they come from; None: a row names none
+    files: Callable[[Sample, View], list[Path | None]]
+    most: Callable[[list[Sample], View], int]  # the most pictures of any of these samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """One role: the names in flags and files, and the model that plays it."""
+
+    role: Literal["draft", "target"]      # the name in code and logs, and in Pairs
+    name: str  # of the model in JSON: models.eventgpt, failed[].model, eventgpt_success
+    row: str  # begins the keys of a pair row: egpt_tokens, egpt_text, egpt_finished
+    title: str                            # the model's name in sentences and reports
+    flag: str                             # --flag that names the folder (or hub id)
+    module: str  # holds load(name, runtime), check(...), revision(name), prompt(query)
+    sees: Pictures
+
+    @property
+    def _module(self) -> types.ModuleType:
+        return importlib.import_module(self.module)
+
+    def key(self, field: Literal["tokens", "text", "finished"]) -> str:
+        """The key of a pair row that holds this field of the model's answer."""
+        return f"{self.row}_{field}"
+
+    def load(self, name: str | Path, runtime: Runtime) -> VisionLanguageModel:
+        """The model of this folder or hub id, ready to answer; raises UserError (see
+        vlm/contract.py).
+        """
+        return self._module.load(name, runtime)
+
+    def check(
+        self, name: str | Path, questions: list[str], view: View, max_new_tokens: int
+    ) -> None:
+        """Raise UserError for everything that would end the model's run and can be known without
+        its weights.
+
+        Missing folder, shards or tokenizer files, half a download, a checkpoint that is quantised
+        already, special marks in a question, a prompt and answer longer than the model's positions.
+        Takes about a second.
+        """
+        self._module.check(name, questions, view, max_new_tokens)
+
+    def revision(self, name: str | Path) -> str:
+        """What tells these weights from others, as the loaded model records it; see
+        vlm.contract.same_weights.
+        """
+        return self._module.revision(name)
+
+    def prompt(self, query: str) -> str:
+        """The prompt as text, with a mark where the pictures go; a UserError if the query holds
+        such a mark.
+        """
+        return self._module.prompt(query)
+
+    def pictures(self, sample: Sample, view: View) -> list[np.ndarray]:
+        """What the model sees of a sample: RGB pictures (H, W, 3) uint8, oldest first; raises
+        MediaError.
+        """
+        return self.sees.read(sample, view)
+
+    def files(self, sample: Sample, view: View) -> list[Path | None]:
+        """The files that the pictures come from; [None] where the data set names none."""
+        return self.sees.files(sample, view)
+
+    def most_pictures(self, samples: list[Sample], view: View) -> int:
+        """The most pictures that the model sees of any of these samples."""
+        return self.sees.most(samples, view)
+
+
+# ------------------------------------------------------------------------------- what a model reads
+RAW_EVENT_PICTURES = 5           # drawn from the raw events of a clip that has no event pictures
+
+
+def _event_pictures(sample: Sample, view: View) -> list[np.ndarray]:
+    from clips.dataset import draft_pictures
+
+    return draft_pictures(sample, view.event_images)
+
+
+def _event_files(sample: Sample, view: View) -> list[Path | None]:
+    pictures = sample.event_images[:1] if view.event_images == "first" else sample.event_images
+    return list(pictures) or [sample.events]
+
+
+def most_event_pictures(samples: list[Sample], view: View) -> int:
+    """RAW_EVENT_PICTURES where no sample is known."""
+    if view.event_images == "first":
+        return 1
+    return max(
+        (len(sample.event_images) or RAW_EVENT_PICTURES for sample in samples),
+        default=RAW_EVENT_PICTURES,
+    )
+
+
+def _video_frames(sample: Sample, view: View) -> list[np.ndarray]:
+    from clips.dataset import target_pictures
+
+    return target_pictures(sample, view.num_frames)
+
+
+EVENTS = Pictures(_event_pictures, _event_files, most_event_pictures)
+VIDEO = Pictures(
+    _video_frames, lambda sample, view: [sample.video], lambda samples, view: view.num_frames
+)
+
+# ---------------------------------------------------------------------------------------- the table
+DRAFT = Role("draft", "eventgpt", "egpt", "EventGPT", "draft_model", "vlm.eventgpt", EVENTS)
+TARGET = Role("target", "videollava", "vl", "Video-LLaVA", "target_model", "vlm.video_llava", VIDEO)
+ROLES = {role.role: role for role in (DRAFT, TARGET)}
+BY_NAME = {role.name: role for role in ROLES.values()}       # the names that files use
