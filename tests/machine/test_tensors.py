@@ -99,7 +99,8 @@ def test_no_advice_to_run_what_a_file_holds_is_passed_on(tmp_path, value):
         read_tensors(tmp_path / "a.pt", LIMIT, "{reason}")
     text = str(raised.value).lower()
     assert "more than tensors and plain values" in text
-    assert not any(word in text for word in ("weights_only", "weights only", "trust", "safe_globals", "arbitrary"))
+    advice = ("weights_only", "weights only", "trust", "safe_globals", "arbitrary")
+    assert not any(word in text for word in advice)
 
 
 @pytest.mark.parametrize(("state", "words"), [
