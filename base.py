@@ -85,7 +85,8 @@ class Progress:
         self.start = self.last = time.monotonic()
         Progress.close_bar()
         with contextlib.suppress(OSError):
-            if sys.stdout.isatty() and min(os.get_terminal_size(sys.stdout.fileno())) > 1:
+            out = sys.stdout                   # None where the shell closed it
+            if out and out.isatty() and min(os.get_terminal_size(out.fileno())) > 1:
                 self.open_bar()
 
     def update(self, done: int, facts: str = "") -> None:

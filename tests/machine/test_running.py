@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -277,6 +278,15 @@ def test_a_log_that_cannot_be_written_ends_no_work(tmp_path, out, code):
         base.log('x')
         if {code}: raise base.UserError('the end')""", stdout=file)
     assert (ended.returncode, ended.stderr) == (code, "") and (tmp_path / "done").exists()
+
+
+def test_without_a_standard_output_the_work_goes_on(tmp_path):
+    body = f"""
+        progress = base.Progress('x', 1)
+        progress.update(1)
+        pathlib.Path({str(tmp_path / 'done')!r}).touch()"""
+    command = f"{sys.executable} -c {shlex.quote(program(body))} >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 0 and (tmp_path / "done").exists()
 
 
 STEADY = """
