@@ -14,7 +14,8 @@ from pairs.pairs import Pairs
 from token_adapter import TokenAdapter
 
 
-def measure_adapter(adapter: TokenAdapter, pairs: Pairs, training: Pairs | None, batch_size: int, name: str) -> dict:
+def measure_adapter(adapter: TokenAdapter, pairs: Pairs, training: Pairs | None, batch_size: int,
+                    name: str) -> dict:
     """{"loss": nats a token, and all of `compare`}; a UserError when the adapter's logits are no
     numbers.
 

@@ -36,8 +36,9 @@ def measure_drafters(parts: SimulationParts, selected: Selected | None) -> dict:
     if selected and parts.adapter.config.sees_prefix:
         names = ["hybrid", *["hybrid, online"] * parts.online]
         parts.memory_share.update({name: choose_share(selected, parts, name) for name in names})
-    if parts.training and (count := number_remembered(parts.training.lengths("target"))) < len(parts.training):
-        log(f"drafters | a memory begins with the last {count} of {len(parts.training)} training answers")
+    answers = len(parts.training) if parts.training else 0
+    if parts.training and (count := number_remembered(parts.training.lengths("target"))) < answers:
+        log(f"drafters | a memory begins with the last {count} of {answers} training answers")
     figures, hits, lengths = {}, {}, parts.pairs.lengths("target")
     for name, entry in SIMULATED.items():
         start, drafter = time.monotonic(), entry.make_simulated(parts)
@@ -45,9 +46,11 @@ def measure_drafters(parts: SimulationParts, selected: Selected | None) -> dict:
             continue
         rows = stream(drafter, parts.pairs)
         hits[name] = number_right(rows.pop("top1"), lengths)
-        figures[name] = {**rows, "parameters": parts.adapter.num_parameters() if entry.needs_adapter else 0}
-        log(f"drafters | {name} | accepted {rows['alpha']:.1%} | tau {rows['simulated']['8']['tau']:.2f} at gamma 8 "
-            f"| {time.monotonic() - start:.1f} s")
+        parameters = parts.adapter.num_parameters() if entry.needs_adapter else 0
+        figures[name] = {**rows, "parameters": parameters}
+        tau = rows["simulated"]["8"]["tau"]
+        log(f"drafters | {name} | accepted {rows['alpha']:.1%} | tau {tau:.2f} at gamma 8 | "
+            f"{time.monotonic() - start:.1f} s")
     return {"drafters": figures, "memory_share": parts.memory_share, "stream": parts.streaming,
             "adapter_minus": {name: interval(hits["adapter"], lengths, parts.pairs.sequence, hits[name])
                               for name in COMPARED if name in hits},
@@ -84,7 +87,8 @@ def step_ms(adapter: TokenAdapter, pairs: Pairs) -> float | None:
     """
     device, times = next(adapter.parameters()).device, []
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    draft = torch.from_numpy(pairs.select(np.arange(1)).padded("draft", adapter.config.max_seq_len)).to(device).long()
+    draft = pairs.select(np.arange(1)).padded("draft", adapter.config.max_seq_len)
+    draft = torch.from_numpy(draft).to(device).long()
     _, cache = adapter.start(draft, torch.tensor([draft.shape[1]], device=device))
     for _ in range(min(WARM_UP_STEPS + TIMED_STEPS, adapter.config.max_seq_len - 1)):
         start = time.perf_counter()

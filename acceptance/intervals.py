@@ -15,7 +15,8 @@ BOOTSTRAPS = 2000
 DRAWN_AT_A_TIME = 2**20
 
 
-def interval(hits: np.ndarray, lengths: np.ndarray, sequences: list[str], other: np.ndarray | None = None) -> dict:
+def interval(hits: np.ndarray, lengths: np.ndarray, sequences: list[str],
+             other: np.ndarray | None = None) -> dict:
     """95 % interval of alpha, or of its difference to another drafter's on the same answers (paired
     bootstrap).
 

@@ -75,7 +75,8 @@ def stream(drafter: SimulatedDrafter, pairs: Pairs) -> dict:
         simulated[str(gamma)] = decoding
     metrics, hits = measure(top1, lengths, top5), number_right(top1, lengths)
     return {"top1": top1, **metrics, "simulated": simulated,
-            "expected_by_gamma": {str(gamma): expected_tokens(metrics["alpha"], gamma) for gamma in SIMULATED_GAMMAS},
+            "expected_by_gamma": {str(gamma): expected_tokens(metrics["alpha"], gamma)
+                                  for gamma in SIMULATED_GAMMAS},
             "interval": interval(hits, lengths, pairs.sequence),
             "drives": by_drive(hits, lengths, pairs.sequence), "seconds_per_answer": seconds / len(pairs)}
 

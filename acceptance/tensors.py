@@ -56,7 +56,8 @@ class TokenTensors:
         """(B, width) int64, filled up with 0."""
         return self._padded("draft", self.draft_lengths, rows, width, 0)
 
-    def _padded(self, which: str, lengths: torch.Tensor, rows: torch.Tensor, width: int, fill: int) -> torch.Tensor:
+    def _padded(self, which: str, lengths: torch.Tensor, rows: torch.Tensor, width: int,
+                fill: int) -> torch.Tensor:
         at = torch.arange(width, device=self.device)
         inside = at < lengths[rows, None]
         at = (self.start[which][rows, None] + at).where(inside, 0)
@@ -82,7 +83,8 @@ class TokenTensors:
             yield order[batch], int(lengths[batch][-1]), int(lengths[batch].sum())
 
 
-def hidden_and_labels(adapter: TokenAdapter, tokens: TokenTensors, rows: torch.Tensor, width: int) -> tuple:
+def hidden_and_labels(adapter: TokenAdapter, tokens: TokenTensors, rows: torch.Tensor,
+                      width: int) -> tuple:
     """(x (B, T, D) before the output layer, labels (B, T) int64), T = width - the adapter's first
     position.
 
@@ -100,7 +102,8 @@ def hidden_and_labels(adapter: TokenAdapter, tokens: TokenTensors, rows: torch.T
 
 
 @torch.inference_mode()
-def predict(adapter: TokenAdapter, tokens: TokenTensors, batch_size: int) -> tuple[np.ndarray, np.ndarray, float]:
+def predict(adapter: TokenAdapter, tokens: TokenTensors,
+            batch_size: int) -> tuple[np.ndarray, np.ndarray, float]:
     """The adapter's hits by its own contract: top1, top5 (N, T) bool, and the loss in nats a token
     that it scores.
 

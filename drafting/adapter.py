@@ -32,8 +32,8 @@ class Adapter:
     here.
     """
 
-    def __init__(self, adapter: TokenAdapter, pairs: Pairs, online: bool = False, shuffled: int | None = None,
-                 batch_size: int = 64):
+    def __init__(self, adapter: TokenAdapter, pairs: Pairs, online: bool = False,
+                 shuffled: int | None = None, batch_size: int = 64):
         """shuffled: the seed of the control, in which every answer gets another clip's draft."""
         self.adapter = copy.deepcopy(adapter).eval() if online else adapter.eval()
         self.online, self.device = online, next(adapter.parameters()).device
@@ -70,7 +70,8 @@ class Adapter:
         numbers.
         """
         x = self.hidden(rows)
-        parts = [F.softmax(logits, -1).topk(min(TOP_K, logits.shape[-1])) for logits in logit_chunks(self.adapter, x)]
+        parts = [F.softmax(logits, -1).topk(min(TOP_K, logits.shape[-1]))
+                 for logits in logit_chunks(self.adapter, x)]
         probabilities, columns = (torch.cat(part).view(*x.shape[:2], -1) for part in zip(*parts))
         numbers = probabilities.isfinite()
         ids = self.adapter.ids_of(columns).where(numbers, NOTHING)
@@ -106,12 +107,14 @@ class Adapter:
         if not self.online or number in self.learned:
             return
         self.learned.add(number)
-        rows, width = np.array([number]), min(int(self.lengths[number]), self.adapter.config.max_seq_len)
+        rows = np.array([number])
+        width = min(int(self.lengths[number]), self.adapter.config.max_seq_len)
         parameters = list(self.adapter.parameters())
         label = self.adapter.labels_of(self.targets(rows, width))
         for _ in range(ONLINE_STEPS):
             norm, weight, bias = self.adapter.output()
-            losses = F.cross_entropy(F.linear(norm(self.hidden(rows)[0]), weight, bias), label[0], reduction="sum")
+            logits = F.linear(norm(self.hidden(rows)[0]), weight, bias)
+            losses = F.cross_entropy(logits, label[0], reduction="sum")
             loss = losses / (label[0] != NOT_SCORED).sum().clamp(min=1)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -200,7 +203,8 @@ class LiveDraftAdapter(LiveCopy):
 # ---------------------------------------------------------------------------------------- factories
 def adapter_passes(parts: SimulationParts, online: bool = False) -> Adapter:
     """The simulated adapter: its passes over the answers are computed once, for the hybrid too."""
-    return parts.once(f"adapter, online={online}", lambda: Adapter(parts.adapter, parts.pairs, online))
+    return parts.once(f"adapter, online={online}",
+                      lambda: Adapter(parts.adapter, parts.pairs, online))
 
 
 def simulated_adapter(parts: SimulationParts) -> Adapter:
@@ -214,11 +218,15 @@ def simulated_prefix(parts: SimulationParts) -> Adapter | None:
 
 
 def simulated_shuffled(parts: SimulationParts) -> Adapter | None:
-    return Adapter(parts.adapter, parts.pairs, shuffled=parts.seed) if _has_ablation(parts) else None
+    if not _has_ablation(parts):
+        return None
+    return Adapter(parts.adapter, parts.pairs, shuffled=parts.seed)
 
 
 def simulated_online(parts: SimulationParts) -> Adapter | None:
-    return adapter_passes(parts, online=True) if parts.online and parts.adapter.config.sees_prefix else None
+    if not parts.online or not parts.adapter.config.sees_prefix:
+        return None
+    return adapter_passes(parts, online=True)
 
 
 def _has_ablation(parts: SimulationParts) -> bool:
@@ -228,4 +236,5 @@ def _has_ablation(parts: SimulationParts) -> bool:
 
 def live_adapter(parts: LiveParts) -> LiveAdapter | LiveDraftAdapter:
     assert parts.adapter is not None
-    return LiveAdapter(parts.adapter) if parts.adapter.config.sees_prefix else LiveDraftAdapter(parts.adapter)
+    kind = LiveAdapter if parts.adapter.config.sees_prefix else LiveDraftAdapter
+    return kind(parts.adapter)

@@ -115,7 +115,8 @@ def simulated_copy(parts: SimulationParts) -> Copy:
 def simulated_constant(parts: SimulationParts) -> Fixed | None:
     if not parts.training:
         return None
-    return Fixed(commonest_tokens(parts.training, int(parts.pairs.lengths("target").max())), parts.pairs)
+    longest = int(parts.pairs.lengths("target").max())
+    return Fixed(commonest_tokens(parts.training, longest), parts.pairs)
 
 
 def live_none(parts: LiveParts) -> NoDrafts:

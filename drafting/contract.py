@@ -108,8 +108,8 @@ class NoDrafts:
         return self.costs
 
 
-def seconds_per_token(drafter: Drafter, draft: list[int], question: Sequence[int], answer: list[int],
-                      timer: Timer) -> float:
+def seconds_per_token(drafter: Drafter, draft: list[int], question: Sequence[int],
+                      answer: list[int], timer: Timer) -> float:
     """Seconds of one proposed token: a whole proposal, less its `begin`, over the tokens it holds.
     """
     def propose() -> int:

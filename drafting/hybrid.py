@@ -28,7 +28,8 @@ SURE = 0.7  # probability from which the memory's best token is taken without th
 MEMORY_CHOICES = 16  # tokens of the memory that a node of a tree mixes with the adapter's
 
 
-def mixed(ids: list[int], probabilities: list[float], memory: dict[int, float], share: float) -> dict[int, float]:
+def mixed(ids: list[int], probabilities: list[float], memory: dict[int, float],
+          share: float) -> dict[int, float]:
     """{token: (1 - share) x the adapter's probability + share x the memory's}."""
     mixture = dict(zip(ids, ((1 - share) * probability for probability in probabilities)))
     for token, probability in memory.items():
@@ -69,12 +70,15 @@ class LiveHybrid(LiveMemory):
     def begin(self, draft: list[int], question: Sequence[int] = ()) -> None:
         self.steps.begin(draft)
 
-    def distribution(self, tokens: list[int], state: State, reached: float, price: float) -> dict[int, float]:
+    def distribution(self, tokens: list[int], state: State, reached: float,
+                     price: float) -> dict[int, float]:
         memory = self.ngrams.distribution_at(state)
-        ids, probabilities = self.second_opinion(tokens, max(memory.values(), default=0), reached, price)
+        sure = max(memory.values(), default=0)
+        ids, probabilities = self.second_opinion(tokens, sure, reached, price)
         return mixed(ids, probabilities, memory, self.share) if ids else memory
 
-    def second_opinion(self, tokens: list[int], sure: float, reached: float, price: float) -> tuple[list, list]:
+    def second_opinion(self, tokens: list[int], sure: float, reached: float,
+                       price: float) -> tuple[list[int], list[float]]:
         """The adapter's ids and probabilities after these tokens; empty where a step isn't worth
         its time.
 
@@ -83,7 +87,9 @@ class LiveHybrid(LiveMemory):
         """
         doubt = 1 - sure
         worth_a_step = doubt > 1 - SURE and reached * doubt >= self.costs.adapter_step_s * price
-        return self.steps.after(tokens)[0] if worth_a_step and self.steps.can_follow(tokens) else ([], [])
+        if not worth_a_step or not self.steps.can_follow(tokens):
+            return [], []
+        return self.steps.after(tokens)[0]
 
     def place_after(self, prefix: list[int]) -> Any:
         return self.ngrams.at(prefix), prefix
@@ -95,17 +101,20 @@ class LiveHybrid(LiveMemory):
     def choices(self, place: Any, reached: float, price: float) -> list[tuple[float, int]]:
         state, tokens = place
         memory = self.ngrams.best(state, MEMORY_CHOICES)
-        ids, probabilities = self.second_opinion(tokens, memory[0][0] if memory else 0, reached, price)
+        sure = memory[0][0] if memory else 0.0
+        ids, probabilities = self.second_opinion(tokens, sure, reached, price)
         if not ids:
             return memory[:MAX_CHILDREN]
-        mixture = mixed(ids, probabilities, {token: probability for probability, token in memory}, self.share)
+        remembered = {token: probability for probability, token in memory}
+        mixture = mixed(ids, probabilities, remembered, self.share)
         best = heapq.nlargest(MAX_CHILDREN, mixture, key=mixture.__getitem__)
         return [(mixture[token], token) for token in best]
 
     def measure(self, draft: list[int], question: Sequence[int], answer: list[int], timer: Timer,
                 verify_s: float = 0.0) -> Costs:
         """token_s is that of the memory alone: the adapter's steps are weighed one by one."""
-        token_s = seconds_per_token(LiveMemory(self.ngrams), draft, question, answer, timer) + verify_s
+        memory = LiveMemory(self.ngrams)
+        token_s = seconds_per_token(memory, draft, question, answer, timer) + verify_s
         step_s = self.steps.measure_step(draft, answer, timer)
         self.costs = Costs()                                 # measured unhindered by earlier costs
         self.costs = Costs(seconds_per_token(self, draft, question, answer, timer), token_s, step_s)
@@ -120,7 +129,9 @@ def simulated_hybrid(parts: SimulationParts) -> Hybrid | Memory | None:
 
 
 def simulated_online(parts: SimulationParts) -> Hybrid | None:
-    return _simulated(parts, "hybrid, online", adapter_passes(parts, online=True)) if parts.online else None
+    if not parts.online:
+        return None
+    return _simulated(parts, "hybrid, online", adapter_passes(parts, online=True))
 
 
 def _simulated(parts: SimulationParts, name: str, adapter: Adapter) -> Hybrid | None:
@@ -134,6 +145,7 @@ def live_hybrid(parts: LiveParts) -> LiveMemory:
     """An adapter in draft conditioning can't follow a prefix: the memory alone then."""
     assert parts.adapter is not None
     if not parts.adapter.config.sees_prefix:
-        log("decode | hybrid | an adapter in draft conditioning knows nothing of the prefix: memory alone")
+        log("decode | hybrid | an adapter in draft conditioning knows nothing of the prefix: memory "
+            "alone")
         return live_memory(parts)
     return LiveHybrid(live_counts(parts), parts.adapter, parts.memory_share)

@@ -45,7 +45,8 @@ def number_remembered(lengths: np.ndarray) -> int:
     at least 1.
     """
     last = lengths[::-1][:MAX_TRAINING_ANSWERS]
-    return max(int((np.cumsum(last, dtype=np.int64) <= MAX_TRAINING_TOKENS).sum()), min(1, len(last)))
+    count = int((np.cumsum(last, dtype=np.int64) <= MAX_TRAINING_TOKENS).sum())
+    return max(count, min(1, len(last)))
 
 
 def remembered(training: Pairs) -> Iterator[list[int]]:
@@ -54,7 +55,9 @@ def remembered(training: Pairs) -> Iterator[list[int]]:
     """
     order = clip_order(training.sequence, training.clip)
     count = number_remembered(training.lengths("target")[order])
-    return (training if count == len(training) else training.select(order[-count:])).answers("target")
+    if count < len(training):
+        training = training.select(order[-count:])
+    return training.answers("target")
 
 
 # ----------------------------------------------------------------------------------------- drafters
@@ -67,7 +70,7 @@ class Memory:
         self.ngrams, self.pairs, self.streaming = NGrams(before=training), pairs, streaming
 
     def predict(self, number: int) -> np.ndarray:
-        return np.array([top_of(distribution) for distribution in self.distributions(number)], np.int32)
+        return np.array([top_of(row) for row in self.distributions(number)], np.int32)
 
     def distributions(self, number: int) -> Iterator[dict[int, float]]:
         """{token: probability} at each position of answer `number`, given the true tokens before
@@ -104,7 +107,8 @@ class LiveMemory(NoDrafts):
             state = self.ngrams.after(state, best)
         return tokens[len(prefix):]
 
-    def distribution(self, tokens: list[int], state: State, reached: float, price: float) -> dict[int, float]:
+    def distribution(self, tokens: list[int], state: State, reached: float,
+                     price: float) -> dict[int, float]:
         """{token: probability} after these tokens, whose state is given; reached and price as in
         `propose`.
         """
@@ -179,8 +183,8 @@ def load_memory(path: Path) -> list[list[int]]:
     try:
         flat, start, number = _arrays(path)
     except Exception as error:      # a torn or hostile archive can raise nearly anything
-        raise UserError(f"{path} is not the memory of a task: {error}; wanted a memory.npz of training or decoding, "
-                        "or leave it out") from error
+        raise UserError(f"{path} is not the memory of a task: {error}; wanted a memory.npz of training "
+                        "or decoding, or leave it out") from error
     check_format(path, number, FORMAT)
     count = number_remembered(np.diff(start))
     if count < len(start) - 1:
@@ -200,8 +204,9 @@ def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray, int | None]:
     with np.load(path, allow_pickle=False) as arrays:
         flat, start = arrays["target"], arrays["target_start"]
         number = int(arrays["format"]) if "format" in arrays else None
-    if (flat.dtype != np.int32 or start.dtype.kind != "i" or start.ndim != 1 or (np.diff(start) < 0).any()
-            or flat.ndim != 1 or start[0] != 0 or start[-1] != len(flat) or flat.min(initial=0) < 0):
+    if (flat.dtype != np.int32 or flat.ndim != 1 or flat.min(initial=0) < 0
+            or start.dtype.kind != "i" or start.ndim != 1 or (np.diff(start) < 0).any()
+            or start[0] != 0 or start[-1] != len(flat)):
         raise ValueError("its arrays don't fit together")
     if (longest := np.diff(start).max(initial=0)) > MAX_ANSWER:
         raise ValueError(f"it holds an answer of {longest:,} tokens, more than {MAX_ANSWER:,}")

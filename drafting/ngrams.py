@@ -187,7 +187,9 @@ class NGrams:
             weight = share * back_off
             if weight < NEGLIGIBLE:
                 break
-        return sorted([(probability, token) for token, probability in probabilities.items()], reverse=True)[:count]
+        rows = [(probability, token) for token, probability in probabilities.items()]
+        rows.sort(reverse=True)
+        return rows[:count]
 
 
 def following(context: Context, token: int) -> Context:

@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from base import log
 from drafting.contract import Timer, matching
 from drafting.single_step import SingleStep
 from machine.graphs import capture
@@ -30,6 +31,9 @@ def for_proposing(adapter: TokenAdapter) -> TokenAdapter:
     """The adapter itself, on a GPU a copy in bfloat16: half the bytes, and proposals decide about
     time alone.
     """
+    if not all(weight.isfinite().all() for weight in adapter.parameters()):
+        log("drafters | WARNING | the adapter has weights that are no numbers (NaN or infinite): it "
+            "proposes nothing where they count")
     if not adapter.embedding.weight.is_cuda:
         return adapter.eval()
     return copy.deepcopy(adapter).eval().requires_grad_(False).bfloat16()
@@ -50,7 +54,8 @@ class AdapterSteps:
         # Row of each slot: ids (int64) and probabilities (float32) of the token after it, for one
         # copy to the host.
         self.top_k = min(top_k, self.config.outputs)
-        self.rows = torch.zeros(len(self.cache.slots), 4 * self.top_k, dtype=torch.int32, device=device)
+        size = len(self.cache.slots), 4 * self.top_k
+        self.rows = torch.zeros(size, dtype=torch.int32, device=device)
         self.ids, self.probabilities = self._parts(self.rows)
         self.single = SingleStep(self.adapter, self.cache)
         self.draft = torch.zeros(1, self.config.max_seq_len, dtype=torch.long, device=device)
@@ -110,7 +115,8 @@ class AdapterSteps:
                 self._run(1)
         ids, probabilities = self._parts(self.rows[last:last + further + 1].cpu())
         self.fed = prefix + ids[:-1, 0].tolist()
-        rows = [row if math.isfinite(row[1][0]) else ([], []) for row in zip(ids.tolist(), probabilities.tolist())]
+        rows = [row if math.isfinite(row[1][0]) else ([], [])
+                for row in zip(ids.tolist(), probabilities.tolist())]
         self.holds_nan = self.holds_nan or not all(ids for ids, _ in rows)
         self.known.update({len(prefix) + k: row for k, row in enumerate(rows)})
         return rows
@@ -152,7 +158,8 @@ class AdapterSteps:
 
     def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids (n, K) int64 and probabilities (n, K) float32 of rows (n, 4 * K) int32, as views."""
-        return rows.view(torch.long)[:, :self.top_k], rows.view(torch.float32)[:, 2 * self.top_k:3 * self.top_k]
+        probabilities = rows.view(torch.float32)[:, 2 * self.top_k:3 * self.top_k]
+        return rows.view(torch.long)[:, :self.top_k], probabilities
 
     def _run(self, size: int | str) -> None:
         if size in self.graphs:

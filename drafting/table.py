@@ -41,7 +41,8 @@ class DrafterEntry:
         """Whether the live drafter needs EventGPT's answer, with an adapter of this conditioning
         (None: none).
         """
-        return conditioning in self.reads_draft_in or (not self.needs_adapter and bool(self.reads_draft_in))
+        without_adapter = bool(self.reads_draft_in) and not self.needs_adapter
+        return without_adapter or conditioning in self.reads_draft_in
 
     def make_live(self, parts: LiveParts) -> Drafter:
         assert self.live, f"{self.results_name} has no live drafter"

@@ -101,12 +101,13 @@ class Tree:
             chain.append(parent)
         order = [*chain, *sorted(set(range(len(self.tokens))) - set(chain))]
         place = {-1: -1, **{node: at for at, node in enumerate(order)}}
-        return Tree([self.tokens[node] for node in order], [place[self.parents[node]] for node in order],
+        return Tree([self.tokens[node] for node in order],
+                    [place[self.parents[node]] for node in order],
                     [self.reached[node] for node in order])
 
 
-def build_tree(drafter: Branching, prefix: list[int], nodes: int, depth: int = MAX_DEPTH, price: float = 0.0,
-               least: float = 0.0) -> Tree:
+def build_tree(drafter: Branching, prefix: list[int], nodes: int, depth: int = MAX_DEPTH,
+               price: float = 0.0, least: float = 0.0) -> Tree:
     """The `nodes` tokens that are most likely to be reached after the prefix, by the drafter's own
     probabilities.
 

@@ -57,11 +57,12 @@ def test_rows_without_numbers_are_empty_and_the_memory_goes_on_alone():
 
 
 @pytest.mark.parametrize("conditioning", ["draft", "prefix", "prefix+draft"])
-def test_an_adapter_of_nan_proposes_no_token_live_or_simulated(conditioning):
+def test_an_adapter_of_nan_proposes_no_token_live_or_simulated(conditioning, capsys):
     adapter, pairs = tiny(conditioning, bad=False), pairs_of([[5, 6]], [[0, 1, 2, 3]])
     for weight in adapter.parameters():
         weight.fill_(math.nan)
     live = LiveAdapter(adapter) if adapter.config.sees_prefix else LiveDraftAdapter(adapter)
+    assert "WARNING | the adapter has weights that are no numbers" in capsys.readouterr().out
     live.begin([5, 6])
     assert live.propose([], 4) == [] and live.propose([0, 1], 4) == []
     simulated = Adapter(adapter, pairs)
