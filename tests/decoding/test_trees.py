@@ -123,7 +123,7 @@ def test_a_tree_that_is_a_chain_is_verified_as_a_chain(quality):
 @pytest.mark.parametrize("kind", ["memory", "hybrid"])
 @pytest.mark.parametrize("nodes", [1, 4, 16, 32])
 def test_live_trees_need_the_passes_that_simulation_foretells(world, kind, nodes):  # noqa: F811
-    target, training, test, prompts = world
+    _target, training, test, prompts = world
     branched = Branched(7, 5)
     answers = list(training.answers("target"))
 
