@@ -47,17 +47,11 @@ LINES_OF_A_FILE = 400
 COLUMNS, COLUMNS_SELDOM_PASSED = 110, 100
 # Budgets that may only go down: to 0 lines over COLUMNS, and 2 % of all lines over
 # COLUMNS_SELDOM_PASSED.
-WIDE_LINES = 1155
-SHARE_OF_LONG_LINES = 0.112
+WIDE_LINES = 479
+SHARE_OF_LONG_LINES = 0.049
 
 # Violations that are still to be mended, as the checks below word them. This set may only shrink.
-ALLOWED_FOR_NOW = {
-    "training.loop imports train_and_evaluate", "train_and_evaluate -> training.loop -> train_and_evaluate",
-    "drafting.adapter -> drafting.baselines -> drafting.table -> drafting.adapter",
-    "drafting.memory -> drafting.table -> drafting.memory",
-    *(f"{name} has more than 400 lines" for name in (
-        "pairs/formats.py", "reports/decode_report.py",
-        "reports/task_report.py", "speculative_decode.py", "token_adapter.py", "training/loop.py"))}
+ALLOWED_FOR_NOW: set[str] = set()
 
 
 # ---------------------------------------------------------------------------- reading the sources

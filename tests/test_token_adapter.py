@@ -210,7 +210,7 @@ def test_a_checkpoint_of_an_unknown_format_is_refused(tmp_path, number):
 @pytest.mark.parametrize("dtype", [torch.long, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_weights_that_are_no_floats_are_a_user_error(tmp_path, dtype):
     state = {name: tensor.to(dtype) for name, tensor in tiny_adapter().state_dict().items()}
-    with pytest.raises(UserError, match="embedding.weight must be torch.float16 or"):
+    with pytest.raises(UserError, match=r"embedding\.weight must be torch\.float16 or"):
         load_adapter(saved(tmp_path, state))
 
 

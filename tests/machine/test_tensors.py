@@ -99,16 +99,21 @@ def test_no_advice_to_run_what_a_file_holds_is_passed_on(tmp_path, value):
         read_tensors(tmp_path / "a.pt", LIMIT, "{reason}")
     text = str(raised.value).lower()
     assert "more than tensors and plain values" in text
-    assert not any(word in text for word in ("weights_only", "weights only", "trust", "safe_globals", "arbitrary"))
+    advice = ("weights_only", "weights only", "trust", "safe_globals", "arbitrary")
+    assert not any(word in text for word in advice)
 
 
 @pytest.mark.parametrize(("state", "words"), [
     ({"w": torch.zeros(2, dtype=torch.long)}, "w must be torch.float16 or"),
-    ({"w": torch.zeros(2, dtype=torch.int8)}, "w must be"), ({"w": torch.zeros(2, dtype=torch.bool)}, "w must be"),
-    ({"w": torch.zeros(2).to(torch.float8_e4m3fn)}, "w must be"), ({"w": torch.zeros(2) * 1j}, "w must be"),
+    ({"w": torch.zeros(2, dtype=torch.int8)}, "w must be"),
+    ({"w": torch.zeros(2, dtype=torch.bool)}, "w must be"),
+    ({"w": torch.zeros(2).to(torch.float8_e4m3fn)}, "w must be"),
+    ({"w": torch.zeros(2) * 1j}, "w must be"),
     ({"ids": torch.zeros(2)}, "ids must be torch.int64, got torch.float32"),
-    ({"w": torch.zeros(1).expand(9)}, "w is no whole tensor"), ({"w": torch.empty(2, device="meta")}, "no whole tensor"),
-    ({"w": torch.zeros(3).to_sparse()}, "no whole tensor"), ({"w": 5}, "no whole tensor"), ({5: torch.zeros(2)}, "5 is"),
+    ({"w": torch.zeros(1).expand(9)}, "w is no whole tensor"),
+    ({"w": torch.empty(2, device="meta")}, "no whole tensor"),
+    ({"w": torch.zeros(3).to_sparse()}, "no whole tensor"), ({"w": 5}, "no whole tensor"),
+    ({5: torch.zeros(2)}, "5 is"),
     ({"w": torch.zeros(3)}, r"w has the shape \(3,\), wanted \(2,\)"), ({}, "missing w; not known nothing"),
     ({"w": torch.zeros(2), "v": torch.zeros(2)}, "missing nothing; not known v")])
 def test_weights_are_whole_tensors_of_floats_with_the_wanted_shapes(state, words):

@@ -224,7 +224,7 @@ def test_a_copied_or_touched_folder_is_the_same(case, reading, tmp_path):
 
 
 def test_other_weights_of_the_same_names_and_sizes_are_others(case, reading):
-    role, folder = case
+    _role, folder = case
     file, before = folder / "model.safetensors", revision(folder)
     weights = load_file(file)
     for name in list(weights)[::7]:
@@ -235,7 +235,7 @@ def test_other_weights_of_the_same_names_and_sizes_are_others(case, reading):
 
 
 def test_one_changed_value_of_a_small_model_is_seen(case):
-    role, folder = case
+    _role, folder = case
     file, before = folder / "model.safetensors", revision(folder)
     content = bytearray(file.read_bytes())
     content[-len(content) // 3] ^= 1
@@ -245,7 +245,7 @@ def test_one_changed_value_of_a_small_model_is_seen(case):
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 def test_other_settings_of_the_same_length_are_others(case, name):
-    role, folder = case
+    _role, folder = case
     edit(folder / name)
     text, before = (folder / name).read_text(), revision(folder)
     (folder / name).write_text(text[:-1] + " }" if text[-2] != " " else text[:-2] + "}")
@@ -253,7 +253,7 @@ def test_other_settings_of_the_same_length_are_others(case, name):
 
 
 def test_other_weights_of_pytorch_files_are_others(case, reading):
-    role, folder = case
+    _role, folder = case
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
