@@ -1,4 +1,6 @@
-"""Batches say what transformers' generate answers each clip alone: on the demo's models, exactly in float32."""
+"""Batches say what transformers' generate answers each clip alone: on the demo's models, exactly in
+float32.
+"""
 
 import numpy as np
 import pytest
@@ -17,7 +19,11 @@ from vlm.video_llava import VideoLlava
 MODELS = {"video_llava": (VideoLlava, ROOT / "demo" / "models" / "video_llava", 8),
           "eventgpt": (EventGPT, ROOT / "demo" / "models" / "eventgpt", 1),
           "parity": (EventGPT, FIXTURES[0] / "checkpoint", 5)}
-QUESTIONS = ["What are the key elements in this scene?", "Why?", "Is there a vehicle, and is it parked or driving?"]
+QUESTIONS = [
+    "What are the key elements in this scene?",
+    "Why?",
+    "Is there a vehicle, and is it parked or driving?",
+]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -28,7 +34,8 @@ def case(request) -> tuple:
     pixels = [model.prepare(list(random.integers(0, high, (pictures, 72, 96, 3), dtype=np.uint8)))
               for high in (255, 40, 120, 200, 90)]
     alone = [[model.answer([clip], [question], 24)[0] for question in QUESTIONS] for clip in pixels]
-    assert len({tuple(answer.tokens) for answers in alone for answer in answers}) > 3      # else a mix-up were unseen
+    # else a mix-up were unseen
+    assert len({tuple(answer.tokens) for answers in alone for answer in answers}) > 3
     return model, pixels, alone
 
 
@@ -41,8 +48,11 @@ def batches_of(model, pixels, questions=QUESTIONS, clips=5, tokens=24, **how) ->
 def test_answers_are_those_of_each_clip_and_question_alone(case, clips, questions):
     model, pixels, alone = case
     batches = batches_of(model, pixels, QUESTIONS[:questions], clips)
-    waiting = [batches.answer(pixels[at:at + clips]) for at in range(0, 5, clips)]      # started before one ends
-    assert [answers for wait in waiting for answers in wait()] == [answers[:questions] for answers in alone]
+    # started before one ends
+    waiting = [batches.answer(pixels[at:at + clips]) for at in range(0, 5, clips)]
+    assert [answers for wait in waiting for answers in wait()] == [
+        answers[:questions] for answers in alone
+    ]
 
 
 def test_more_questions_than_fit_side_by_side_are_asked_in_groups(case, monkeypatch):
@@ -65,8 +75,10 @@ def test_an_answer_ends_with_eos_and_at_the_limit(case):
         assert [[answer.tokens for answer in answers] for answers in found] == [
             [answer.tokens[:tokens] for answer in answers] for answers in alone]
     batches = batches_of(model, pixels, QUESTIONS[:1])
-    for _ in range(2):                               # the second batch finds the first one's tokens in the buffers
-        assert [answers[0] for answers in batches.answer(pixels)()] == [answers[0] for answers in alone]
+    for _ in range(2):  # the second batch finds the first one's tokens in the buffers
+        assert [answers[0] for answers in batches.answer(pixels)()] == [
+            answers[0] for answers in alone
+        ]
 
 
 def test_it_stops_when_all_have_ended(case, monkeypatch):
@@ -78,7 +90,7 @@ def test_it_stops_when_all_have_ended(case, monkeypatch):
     batches = batches_of(model, pixels, QUESTIONS[:1], clips=1, tokens=100)
     batches.eos = torch.tensor([token])
     batches.answer(pixels[:1])
-    assert len(steps) <= 6                           # the third token is an end; looks are two steps apart
+    assert len(steps) <= 6  # the third token is an end; looks are two steps apart
 
 
 def test_nan_of_one_batch_does_not_reach_the_next(case):
@@ -121,7 +133,7 @@ def test_questions_must_leave_the_front_of_the_prompt_alone(case):
     assert before + len(after[1]) == embeds.shape[1]
 
 
-# ------------------------------------------------------------------------------------------------------ on a GPU
+# ----------------------------------------------------------------------------------------- on a GPU
 @needs_gpu
 @pytest.mark.parametrize("quantization", ["none", "4bit", "8bit"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -130,13 +142,21 @@ def test_graphs_answer_as_eager_steps_and_as_transformers(name, dtype, quantizat
     if quantization != "none":
         pytest.importorskip("bitsandbytes")
     kind, folder, pictures = MODELS[name]
-    model, random = kind.load(folder, Runtime.choose("cuda", dtype, quantization)), np.random.default_rng(0)
+    model, random = (
+        kind.load(folder, Runtime.choose("cuda", dtype, quantization)),
+        np.random.default_rng(0),
+    )
     pixels = [model.prepare(list(random.integers(0, high, (pictures, 72, 96, 3), dtype=np.uint8)))
               for high in (255, 40, 120)]
-    graphed, eager = batches_of(model, pixels, clips=2), batches_of(model, pixels, clips=2, graphs=False)
+    graphed, eager = (
+        batches_of(model, pixels, clips=2),
+        batches_of(model, pixels, clips=2, graphs=False),
+    )
     found = [[answers for at in (0, 2) for answers in batches.answer(pixels[at:at + 2])()]
              for batches in (graphed, eager)]
     assert bool(graphed.graph) == (quantization != "8bit") and not eager.graph
     assert quantization == "8bit" or found[0] == found[1]
     if dtype == "float32" and quantization == "none":
-        assert found[0] == [[model.answer([clip], [question], 24)[0] for question in QUESTIONS] for clip in pixels]
+        assert found[0] == [
+            [model.answer([clip], [question], 24)[0] for question in QUESTIONS] for clip in pixels
+        ]

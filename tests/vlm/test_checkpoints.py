@@ -1,6 +1,8 @@
-"""Whatever can be known of a model folder without its weights is said by check(), before anything is loaded.
+"""Whatever can be known of a model folder without its weights is said by check(), before anything
+is loaded.
 
-For both models alike: what is missing, cut short, too large, quantised already, or does not belong together.
+For both models alike: what is missing, cut short, too large, quantised already, or does not belong
+together.
 """
 
 import json
@@ -22,7 +24,10 @@ from vlm.fits import why_not
 from vlm.roles import DRAFT, ROLES, TARGET, View
 from vlm.video_llava import VideoLlava
 
-SOURCES = {"draft": ROOT / "demo" / "models" / "eventgpt", "target": ROOT / "demo" / "models" / "video_llava"}
+SOURCES = {
+    "draft": ROOT / "demo" / "models" / "eventgpt",
+    "target": ROOT / "demo" / "models" / "video_llava",
+}
 SHARDED = ROOT / "tests" / "eventgpt_parity" / "seed0" / "checkpoint"
 CPU, QUESTION = Runtime.choose("cpu"), "What are the key elements in this scene?"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 14740000000\n"
@@ -49,10 +54,16 @@ def sparse(file: Path) -> None:
         opened.truncate(20 * 2**30)
 
 
-# --------------------------------------------------------------------------------------- what is missing
-@pytest.mark.parametrize(("name", "words"), [
-    ("config.json", "has no config.json"), ("tokenizer.json", "no tokenizer"), ("model.safetensors", "no weights"),
-    ("tokenizer_config.json", "no BOS")])
+# ---------------------------------------------------------------------------------- what is missing
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("config.json", "has no config.json"),
+        ("tokenizer.json", "no tokenizer"),
+        ("model.safetensors", "no weights"),
+        ("tokenizer_config.json", "no BOS"),
+    ],
+)
 def test_a_file_that_is_missing_is_named(case, name, words):
     role, folder = case
     check(role, folder)
@@ -65,12 +76,22 @@ def test_a_shard_that_the_index_names_is_missing(tmp_path):
     folder = shutil.copytree(SHARDED.parent, tmp_path / "seed0") / "checkpoint"
     check(DRAFT, folder)
     (folder / "model-00003-of-00004.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-00003-of-00004\.safetensors is missing; download it again"):
+    with pytest.raises(
+        UserError, match=r"model-00003-of-00004\.safetensors is missing; download it again"
+    ):
         check(DRAFT, folder)
 
 
-@pytest.mark.parametrize("index", [
-    {}, [], {"weight_map": {}}, {"weight_map": {"a": "../x.safetensors"}}, {"weight_map": {"a": 3}}])
+@pytest.mark.parametrize(
+    "index",
+    [
+        {},
+        [],
+        {"weight_map": {}},
+        {"weight_map": {"a": "../x.safetensors"}},
+        {"weight_map": {"a": 3}},
+    ],
+)
 def test_an_index_that_is_none_is_refused(tmp_path, index):
     folder = shutil.copytree(SHARDED.parent, tmp_path / "seed0") / "checkpoint"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -83,7 +104,9 @@ def test_weights_that_are_cut_short_are_named(case, length):
     role, folder = case
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:length])
-    with pytest.raises(UserError, match=r"model\.safetensors (is empty|is damaged|has .* it is cut short)"):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors (is empty|is damaged|has .* it is cut short)"
+    ):
         check(role, folder)
 
 
@@ -102,7 +125,7 @@ def test_weights_of_pytorch_that_are_cut_short_are_named(case):
 def test_notes_that_git_leaves_in_place_of_large_files_are_named(case, name):
     role, folder = case
     (folder / name).write_bytes(LFS)
-    with pytest.raises(UserError, match="git lfs pull|not JSON"):
+    with pytest.raises(UserError, match=r"git lfs pull|not JSON"):
         check(role, folder)
 
 
@@ -112,9 +135,19 @@ def test_no_folder_at_all(tmp_path):
             check(role, tmp_path / "nowhere")
 
 
-# ------------------------------------------------------------------------------------- what does not fit
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
-                                  "generation_config.json", "special_tokens_map.json", "processor_config.json"])
+# -------------------------------------------------------------------------------- what does not fit
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "added_tokens.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "processor_config.json",
+    ],
+)
 def test_files_of_gigabytes_are_refused_unread(case, name):
     role, folder = case
     sparse(folder / name)
@@ -124,12 +157,19 @@ def test_files_of_gigabytes_are_refused_unread(case, name):
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("settings", [
-    {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "gptq", "bits": 4}, {"x": 1}, "fp8"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "gptq", "bits": 4},
+        {"x": 1},
+        "fp8",
+    ],
+)
 def test_a_model_that_is_quantised_already_is_refused_before_loading(case, settings):
     role, folder = case
     edit(folder / "config.json", quantization_config=settings)
-    with pytest.raises(UserError, match="is quantised already .*wanted the unquantised weights"):
+    with pytest.raises(UserError, match=r"is quantised already .*wanted the unquantised weights"):
         check(role, folder)
     with pytest.raises(UserError, match="is quantised already"):
         role.load(folder, CPU)
@@ -142,8 +182,14 @@ def test_an_adapter_beside_the_weights_is_refused(case):
         check(role, folder)
 
 
-@pytest.mark.parametrize(("questions", "words"), [
-    (["What is <image> here?"], "<image>"), ([QUESTION, "<video>"], "<video>"), (["word " * 3000], "positions")])
+@pytest.mark.parametrize(
+    ("questions", "words"),
+    [
+        (["What is <image> here?"], "<image>"),
+        ([QUESTION, "<video>"], "<video>"),
+        (["word " * 3000], "positions"),
+    ],
+)
 def test_questions_that_the_target_can_not_be_asked(questions, words):
     with pytest.raises(UserError, match=words):
         check(TARGET, SOURCES["target"], questions)
@@ -151,7 +197,10 @@ def test_questions_that_the_target_can_not_be_asked(questions, words):
 
 def test_positions_are_counted_for_both_models(case):
     role, folder = case
-    for words, how in (("positions", {"tokens": 3000}), ("positions", {"questions": ["word " * 3000]})):
+    for words, how in (
+        ("positions", {"tokens": 3000}),
+        ("positions", {"questions": ["word " * 3000]}),
+    ):
         with pytest.raises(UserError, match=words):
             check(role, folder, **how)
     with pytest.raises(UserError, match="use fewer pictures"):
@@ -165,8 +214,15 @@ def test_control_tokens_in_a_question_are_a_warning(case, capsys):
     assert len(lines) == 1 and "contains </s>" in lines[0] and "control token" in lines[0]
 
 
-@pytest.mark.parametrize(("ids", "words"), [([2, 10**7], "gives id 10,000,000"), ("2", "wanted ids"), (-1, "wanted ids"),
-                                            ([True], "wanted ids")])
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([2, 10**7], "gives id 10,000,000"),
+        ("2", "wanted ids"),
+        (-1, "wanted ids"),
+        ([True], "wanted ids"),
+    ],
+)
 def test_ends_that_the_model_does_not_know_are_refused(case, ids, words):
     role, folder = case
     edit(folder / "generation_config.json", eos_token_id=ids)
@@ -181,9 +237,17 @@ def test_several_ids_that_end_an_answer_are_all_known(case):
         assert role.load(folder, CPU).eos_ids == wanted
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "RoPE is of the type 'dynamic'"),
-    ({"model_type": "mistral"}, "language model is a mistral"), ({"num_key_value_heads": 3}, "heads")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "RoPE is of the type 'dynamic'",
+        ),
+        ({"model_type": "mistral"}, "language model is a mistral"),
+        ({"num_key_value_heads": 3}, "heads"),
+    ],
+)
 def test_a_language_model_that_can_not_run_here_is_refused_before_loading(tmp_path, change, words):
     folder = shutil.copytree(SOURCES["target"], tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -201,7 +265,7 @@ def test_modules_that_llama_does_not_have_are_named():
     assert "attention of layer 1 has q_norm beside LLaMA's" in why_not(llama.config, llama.model)
 
 
-# ----------------------------------------------------------------------------------------- other weights
+# ------------------------------------------------------------------------------------ other weights
 def revision(folder: Path) -> str:
     return open_checkpoint(folder, from_hub=False).revision()
 
@@ -243,7 +307,9 @@ def test_one_changed_value_of_a_small_model_is_seen(case):
     assert revision(folder) != before
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
 def test_other_settings_of_the_same_length_are_others(case, name):
     _role, folder = case
     edit(folder / name)
@@ -261,7 +327,8 @@ def test_other_weights_of_pytorch_files_are_others(case, reading):
     name = list(weights)[len(weights) // 2]
     weights[name].flatten()[weights[name].numel() // 2] += 1
     torch.save(weights, folder / "pytorch_model.bin")
-    assert revision(folder) != before          # of a zip file's directory, which has a checksum of every tensor
+    # of a zip file's directory, which has a checksum of every tensor
+    assert revision(folder) != before
 
 
 def test_the_pictures_of_another_clip_tower_are_others(tmp_path):
@@ -293,11 +360,19 @@ def test_15_gb_are_told_apart_in_less_than_a_second(tmp_path):
     assert fingerprint.digest_of([], files) != before
 
 
-# -------------------------------------------------------------------------------------------- what is run
+# -------------------------------------------------------------------------------------- what is run
 def test_generation_settings_of_a_folder_change_no_answer(tmp_path):
     folder = shutil.copytree(SOURCES["target"], tmp_path / "model")
-    edit(folder / "generation_config.json", do_sample=True, temperature=9.0, repetition_penalty=3.0, top_k=3,
-         suppress_tokens=list(range(100)), max_length=3, num_beams=3)
+    edit(
+        folder / "generation_config.json",
+        do_sample=True,
+        temperature=9.0,
+        repetition_penalty=3.0,
+        top_k=3,
+        suppress_tokens=list(range(100)),
+        max_length=3,
+        num_beams=3,
+    )
     plain, changed = (VideoLlava.load(path, CPU) for path in (SOURCES["target"], folder))
     pixels = torch.randn(8, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     answers = [model.answer([pixels], [QUESTION], 16)[0] for model in (plain, changed)]
@@ -307,13 +382,20 @@ def test_generation_settings_of_a_folder_change_no_answer(tmp_path):
 def test_a_config_can_not_choose_code_to_run(case, monkeypatch):
     """Neither code of the folder nor an attention kernel of the hub."""
     role, folder = case
-    choice = {"attn_implementation": "kernels-community/evil", "_attn_implementation": "kernels-community/evil",
-              "auto_map": {"AutoConfig": "evil.Evil"}}
+    choice = {
+        "attn_implementation": "kernels-community/evil",
+        "_attn_implementation": "kernels-community/evil",
+        "auto_map": {"AutoConfig": "evil.Evil"},
+    }
     config = json.loads((folder / "config.json").read_text())
     nested = {key: {**value, **choice} for key, value in config.items() if key.endswith("_config")}
     edit(folder / "config.json", **choice, **nested)
     if (folder / "clip").is_dir():
         edit(folder / "clip" / "config.json", **choice)
     model = role.load(folder, CPU).model
-    kinds = {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")}
+    kinds = {
+        module.config._attn_implementation
+        for module in model.modules()
+        if hasattr(module, "config")
+    }
     assert kinds == {"sdpa"}

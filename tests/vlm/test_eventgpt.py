@@ -1,7 +1,9 @@
-"""Our EventGPT against numbers that the reference implementation computed: tests/eventgpt_parity/seed*/.
+"""Our EventGPT against numbers that the reference implementation computed:
+tests/eventgpt_parity/seed*/.
 
-Each folder there holds a tiny random checkpoint in the published layout, a CLIP folder whose weights differ from
-the checkpoint's on purpose, inputs, and every stage's output (README.md there). Any further folder is tested too.
+Each folder there holds a tiny random checkpoint in the published layout, a CLIP folder whose
+weights differ from the checkpoint's on purpose, inputs, and every stage's output (README.md there).
+Any further folder is tested too.
 """
 
 import json
@@ -62,12 +64,18 @@ def test_every_stage_equals_the_reference(model, fixture):
             projected = network.visual_projector(hidden)
             features = network.event_features(pixels[None])
             embeds, mask = network.inputs_embeds([ids], features)
-            prefill = network.language_model(inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True)
+            prefill = network.language_model(
+                inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True
+            )
         for ours, theirs, tolerance in (
-                (hidden, "vision_last_hidden_state", 1e-4), (projected, "projected", 1e-4),
-                (network.feature_adaptor(projected), "adapted", 1e-4), (features[0], "event_features", 1e-4),
-                (embeds, "inputs_embeds", 1e-4), (prefill.hidden_states[-1], "prefill_last_hidden_state", 1e-3),
-                (prefill.logits, "prefill_logits", 1e-3)):
+            (hidden, "vision_last_hidden_state", 1e-4),
+            (projected, "projected", 1e-4),
+            (network.feature_adaptor(projected), "adapted", 1e-4),
+            (features[0], "event_features", 1e-4),
+            (embeds, "inputs_embeds", 1e-4),
+            (prefill.hidden_states[-1], "prefill_last_hidden_state", 1e-3),
+            (prefill.logits, "prefill_logits", 1e-3),
+        ):
             assert ours.shape == reference[theirs].shape, theirs
             assert np.abs(ours.detach().numpy() - reference[theirs]).max() <= tolerance, theirs
 
@@ -75,7 +83,9 @@ def test_every_stage_equals_the_reference(model, fixture):
 def test_greedy_ids_equal_the_reference(model, fixture):
     for name, expected in scenarios(fixture).items():
         reference = np.load(fixture / f"{name}.npz")["generated_ids"][0].tolist()
-        answer = model.answer([model.prepare(pictures_of(fixture, name))], [expected["query"]], len(reference))[0]
+        answer = model.answer(
+            [model.prepare(pictures_of(fixture, name))], [expected["query"]], len(reference)
+        )[0]
         assert answer.tokens == reference
         assert not answer.finished
 
@@ -84,8 +94,12 @@ def test_eos_ends_an_answer_and_is_kept(fixture):
     model = EventGPT.load(fixture / "checkpoint", CPU)
     for name, expected in scenarios(fixture).items():
         reference = np.load(fixture / f"{name}.npz")
-        model.tokenizer.eos_token = model.tokenizer.convert_ids_to_tokens(int(reference["eos_forced_id"]))
-        answer = model.answer([model.prepare(pictures_of(fixture, name))], [expected["query"]], 16)[0]
+        model.tokenizer.eos_token = model.tokenizer.convert_ids_to_tokens(
+            int(reference["eos_forced_id"])
+        )
+        answer = model.answer([model.prepare(pictures_of(fixture, name))], [expected["query"]], 16)[
+            0
+        ]
         assert answer.tokens == reference["eos_forced_generated_ids"][0].tolist()
         assert answer.finished
 
@@ -93,12 +107,18 @@ def test_eos_ends_an_answer_and_is_kept(fixture):
 def test_a_batch_of_unequal_prompts_answers_as_one_by_one(model, fixture):
     name = next(name for name in scenarios(fixture) if name.startswith("png"))
     pixels = model.prepare(pictures_of(fixture, name))
-    queries = ["Why?", "What are the key elements in this scene?", "Describe what is on the left, then all.", ""]
+    queries = [
+        "Why?",
+        "What are the key elements in this scene?",
+        "Describe what is on the left, then all.",
+        "",
+    ]
     rows = [pixels, pixels.flip(-1), pixels.flip(-2), -pixels]
     together = model.answer(rows, queries, 12)
     alone = [model.answer([row], [query], 12)[0] for row, query in zip(rows, queries)]
     assert together == alone
-    assert len({tuple(answer.tokens) for answer in together}) == 4      # else the rows could be mixed up unseen
+    # else the rows could be mixed up unseen
+    assert len({tuple(answer.tokens) for answer in together}) == 4
 
 
 def test_a_query_with_the_event_mark_is_refused():
@@ -106,15 +126,21 @@ def test_a_query_with_the_event_mark_is_refused():
         prompt("what is <event> here?")
 
 
-# ------------------------------------------------------------------------------- other checkpoint forms
+# --------------------------------------------------------------------------- other checkpoint forms
 @pytest.fixture
 def checkpoint(tmp_path):
-    shutil.copytree(FIXTURES[0], tmp_path / "seed", ignore=shutil.ignore_patterns("*.npz", "inputs"))
+    shutil.copytree(
+        FIXTURES[0], tmp_path / "seed", ignore=shutil.ignore_patterns("*.npz", "inputs")
+    )
     return tmp_path / "seed" / "checkpoint"
 
 
 def weights_of(folder: Path) -> dict:
-    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    return {
+        key: tensor
+        for file in folder.glob("*.safetensors")
+        for key, tensor in load_file(file).items()
+    }
 
 
 def merge(folder: Path) -> dict:
@@ -134,7 +160,8 @@ def logits_of(folder: Path) -> torch.Tensor:
 def test_single_file_and_bin_load_as_shards_do(checkpoint):
     sharded = logits_of(checkpoint)
     weights = merge(checkpoint)
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)      # in saves of older versions
+    # in saves of older versions
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
     assert torch.equal(logits_of(checkpoint), sharded)
     (checkpoint / "model.safetensors").unlink()
@@ -195,5 +222,6 @@ def test_special_tokens_of_the_config_are_added_and_the_embeddings_follow(checkp
     size = config["vocab_size"]
     ids = prompt_ids(model.tokenizer, "Why?")
     at = ids.index(-200)
-    assert (ids[at - 1], ids[at + 1]) == (size + 1, size + 2)        # <ev_patch> was added first, then start and end
+    # <ev_patch> was added first, then start and end
+    assert (ids[at - 1], ids[at + 1]) == (size + 1, size + 2)
     assert model.vocab_size == size + 3

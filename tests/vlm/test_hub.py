@@ -1,4 +1,6 @@
-"""A hub's model: the snapshot in the cache, its commit, and one clear line where neither cache nor network has it."""
+"""A hub's model: the snapshot in the cache, its commit, and one clear line where neither cache nor
+network has it.
+"""
 
 import shutil
 import time
@@ -20,7 +22,9 @@ A, B = "a" * 40, "0123456789abcdef" * 2 + "01234567"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A function that makes the cache hold these commits, the last one as main; the hub can't be reached."""
+    """A function that makes the cache hold these commits, the last one as main; the hub can't be
+    reached.
+    """
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     place = tmp_path / "models--LanguageBind--Video-LLaVA-7B-hf"
@@ -46,7 +50,12 @@ def test_the_revision_is_the_commit_of_the_snapshot(cache):
         check()
         model = VideoLlava.load(NAME, Runtime.choose("cpu"))
         assert model.revision == commit and model.facts(NAME) == {
-            "name": NAME, "revision": commit, "vocab_size": 691, "quantization": "none", "dtype": "float32"}
+            "name": NAME,
+            "revision": commit,
+            "vocab_size": 691,
+            "quantization": "none",
+            "dtype": "float32",
+        }
 
 
 def test_what_an_output_records_is_read_off_the_loaded_model(cache):
@@ -56,8 +65,14 @@ def test_what_an_output_records_is_read_off_the_loaded_model(cache):
     assert (facts["quantization"], facts["dtype"]) == ("4bit", "bfloat16")
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("tokenizer.json", "no tokenizer"), ("model.safetensors", "no weights"), ("config.json", "no config")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tokenizer.json", "no tokenizer"),
+        ("model.safetensors", "no weights"),
+        ("config.json", "no config"),
+    ],
+)
 def test_half_a_download_offline_is_one_line(cache, name, words):
     folder = cache(A)
     (folder / name).unlink()
@@ -66,7 +81,7 @@ def test_half_a_download_offline_is_one_line(cache, name, words):
 
 
 def test_a_model_that_is_nowhere_is_one_line_at_once(cache, monkeypatch):
-    with pytest.raises(UserError, match="the hub's cache does not hold it.*HF_HUB_OFFLINE"):
+    with pytest.raises(UserError, match=r"the hub's cache does not hold it.*HF_HUB_OFFLINE"):
         check()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -83,9 +98,20 @@ def test_a_cache_without_pixel_settings_is_used_where_the_hub_is_silent(cache, c
     assert "taken from the hub's cache as it is" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "wanted"), [
-    (NAME, True), ("a/b", True), ("models/a/b", False), ("../b", False), ("/a/b", False), ("a", False), ("a/b c", False),
-    ("~/b", False), ("a\\b/c", False)])
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        (NAME, True),
+        ("a/b", True),
+        ("models/a/b", False),
+        ("../b", False),
+        ("/a/b", False),
+        ("a", False),
+        ("a/b c", False),
+        ("~/b", False),
+        ("a\\b/c", False),
+    ],
+)
 def test_names_of_the_hub(name, wanted):
     assert hub.is_id(name) == wanted
 
@@ -101,7 +127,16 @@ def test_weights_are_the_same_only_where_both_revisions_tell():
 
 
 def test_files_that_are_downloaded():
-    wanted = ("config.json", "tokenizer.model", "model-00001-of-00003.safetensors", "pytorch_model.bin",
-              "model.safetensors.index.json", "processor_config.json")
+    wanted = (
+        "config.json",
+        "tokenizer.model",
+        "model-00001-of-00003.safetensors",
+        "pytorch_model.bin",
+        "model.safetensors.index.json",
+        "processor_config.json",
+    )
     assert all(hub.DOWNLOADED.fullmatch(name) for name in wanted)
-    assert not any(hub.DOWNLOADED.fullmatch(name) for name in ("README.md", "a/config.json", "modeling.py", "x.gguf"))
+    assert not any(
+        hub.DOWNLOADED.fullmatch(name)
+        for name in ("README.md", "a/config.json", "modeling.py", "x.gguf")
+    )

@@ -1,7 +1,8 @@
-"""Logits that are no numbers are never a token: the clip fails, its neighbours and the next clips do not.
+"""Logits that are no numbers are never a token: the clip fails, its neighbours and the next clips
+do not.
 
-Both models, three dtypes; NaN in the weights, from the vision tower, in the middle of an answer, in refused proposals;
-a residual stream that overflows float16 alone.
+Both models, three dtypes; NaN in the weights, from the vision tower, in the middle of an answer, in
+refused proposals; a residual stream that overflows float16 alone.
 """
 
 import dataclasses
@@ -28,8 +29,10 @@ DTYPES = ["float32", "bfloat16", "float16"]
 def loaded(name: str, dtype: str = "float32"):
     kind, folder, pictures = MODELS[name]
     model, random = kind.load(folder, Runtime.choose("cpu", dtype)), np.random.default_rng(0)
-    return model, [model.prepare(list(random.integers(0, high, (pictures, 72, 96, 3), dtype=np.uint8)))
-                   for high in (255, 40, 120)]
+    return model, [
+        model.prepare(list(random.integers(0, high, (pictures, 72, 96, 3), dtype=np.uint8)))
+        for high in (255, 40, 120)
+    ]
 
 
 def batches_of(model, pixels, questions=QUESTIONS, **how) -> Batches:
@@ -37,7 +40,9 @@ def batches_of(model, pixels, questions=QUESTIONS, **how) -> Batches:
 
 
 def overflow(model) -> None:
-    """Scale the first block's down projection: RMSNorm takes it out again in float32 and bfloat16, not in float16."""
+    """Scale the first block's down projection: RMSNorm takes it out again in float32 and bfloat16,
+    not in float16.
+    """
     weight = model.decoder[0].layers[0].mlp.down_proj.weight
     weight.mul_(6e4 / weight.abs().max())
 
@@ -57,7 +62,7 @@ class At:
         return output
 
 
-# ------------------------------------------------------------------------------------------------- in batches
+# --------------------------------------------------------------------------------------- in batches
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["video_llava", "eventgpt"])
 def test_weights_that_are_nan_fail_every_clip(name, dtype):
@@ -65,7 +70,10 @@ def test_weights_that_are_nan_fail_every_clip(name, dtype):
     model.decoder[0].layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     results = batches_of(model, pixels).answer(pixels)()
     assert [type(result) for result in results] == [NotNumbers] * 3
-    assert f"logits in {dtype} are no numbers" in str(results[0]) and "float32" in str(results[0]) + dtype
+    assert (
+        f"logits in {dtype} are no numbers" in str(results[0])
+        and "float32" in str(results[0]) + dtype
+    )
     with pytest.raises(NotNumbers, match=dtype) as error:
         model.answer(pixels[:2], QUESTIONS[:2], TOKENS)
     assert error.value.rows == (0, 1)
@@ -103,11 +111,12 @@ def test_one_token_in_the_middle_fails_its_clip_and_no_other(value):
     model, pixels = loaded("video_llava")
     whole = batches_of(model, pixels).answer(pixels)()
     batches = batches_of(model, pixels)
-    # Row 4 of 9 is the second clip's second question; call 0 is the prompt's end, call 3 the fourth token.
+    # Row 4 of 9 is the second clip's second question; call 0 is the prompt's end, call 3 the fourth
+    # token.
     At(model.decoder[1], {3}, [4], value)
     results = batches.answer(pixels)()
     assert results[0] == whole[0] and results[2] == whole[2] and isinstance(results[1], NotNumbers)
-    assert batches.answer(pixels)() == whole               # and the next batch is as if nothing had been
+    assert batches.answer(pixels)() == whole  # and the next batch is as if nothing had been
 
 
 def test_what_comes_after_the_end_of_an_answer_does_not_matter():
@@ -133,10 +142,12 @@ def test_a_row_of_generate_fails_alone_in_the_middle():
     assert all(isinstance(answer, Answer) for answer in model.answer(pixels, QUESTIONS, TOKENS))
 
 
-# --------------------------------------------------------------------------------------------- step by step
+# ------------------------------------------------------------------------------------- step by step
 @pytest.mark.parametrize("quality", [0, 1, 3])
 def test_proposals_that_are_no_numbers_change_no_answer(quality):
-    """One token is NaN wherever it is read. It is proposed in every pass and, refused, leaves no trace."""
+    """One token is NaN wherever it is read. It is proposed in every pass and, refused, leaves no
+    trace.
+    """
     llama = tiny_llama()
     answer = plain_answer(llama)
     bad = next(token for token in range(3, 60) if token not in [*answer, *PROMPT])
@@ -169,7 +180,8 @@ def test_best_is_no_token_where_the_largest_logit_is_no_number():
 
 
 def test_refused_proposals_that_are_no_numbers_leave_nothing_behind():
-    """What they wrote is zeroed: the same pass without them, and the rest of the answer, are as if they never were.
+    """What they wrote is zeroed: the same pass without them, and the rest of the answer, are as if
+    they never were.
 
     Within their own pass they spoil the positions before them too (a weight of 0 times NaN is NaN).
     """
@@ -226,6 +238,11 @@ def test_rows_that_are_no_numbers_in_both_are_not_compared():
 
 def test_the_message_names_the_dtype_and_what_to_try():
     assert dataclasses.is_dataclass(Answer)
-    for dtype, remedy in ((torch.float16, "bfloat16 or float32"), (torch.bfloat16, "--dtype float32"),
-                          (torch.float32, "check the weights")):
-        assert remedy in str(NotNumbers(dtype)) and str(dtype).removeprefix("torch.") in str(NotNumbers(dtype))
+    for dtype, remedy in (
+        (torch.float16, "bfloat16 or float32"),
+        (torch.bfloat16, "--dtype float32"),
+        (torch.float32, "check the weights"),
+    ):
+        assert remedy in str(NotNumbers(dtype)) and str(dtype).removeprefix("torch.") in str(
+            NotNumbers(dtype)
+        )

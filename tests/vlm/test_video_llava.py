@@ -15,7 +15,11 @@ from vlm.video_llava import VideoLlava, prompt, prompt_ids
 
 FOLDER = ROOT / "demo" / "models" / "video_llava"
 CPU = Runtime.choose("cpu")
-QUERIES = ["What are the key elements in this scene?", "Why?", "Is there a vehicle, and is it parked or driving?"]
+QUERIES = [
+    "What are the key elements in this scene?",
+    "Why?",
+    "Is there a vehicle, and is it parked or driving?",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,10 @@ def model():
 @pytest.fixture(scope="module")
 def pixels(model):
     random = np.random.default_rng(0)
-    return [model.prepare(list(random.integers(0, high, (8, 72, 96, 3), dtype=np.uint8))) for high in (255, 40, 120)]
+    return [
+        model.prepare(list(random.integers(0, high, (8, 72, 96, 3), dtype=np.uint8)))
+        for high in (255, 40, 120)
+    ]
 
 
 def test_the_prompt_repeats_the_video_mark_for_every_visual_token(model):
@@ -37,7 +44,9 @@ def test_the_prompt_repeats_the_video_mark_for_every_visual_token(model):
     assert ids.count(video) == 40
     first = ids.index(video)
     assert ids[first:first + 40] == [video] * 40
-    text = model.tokenizer.decode([token for token in ids if token != video], skip_special_tokens=True)
+    text = model.tokenizer.decode(
+        [token for token in ids if token != video], skip_special_tokens=True
+    )
     assert text.split() == ["USER:", "Why?", "ASSISTANT:"]
 
 
@@ -48,9 +57,11 @@ def test_answers_equal_those_of_transformers_own_loop(model, pixels):
     ids = torch.tensor([prompt_ids(model.tokenizer, QUERIES[0], tokens)])
     reference = []
     with torch.inference_mode():
-        for _ in range(12):                                         # no cache, no generate: the plain definition
+        for _ in range(12):  # no cache, no generate: the plain definition
             step = torch.tensor([reference], dtype=torch.long)
-            logits = whole(input_ids=torch.cat([ids, step], 1), pixel_values_videos=pixels[0][None]).logits
+            logits = whole(
+                input_ids=torch.cat([ids, step], 1), pixel_values_videos=pixels[0][None]
+            ).logits
             reference.append(int(logits[0, -1].argmax()))
     assert model.answer(pixels[:1], QUERIES[:1], 12)[0].tokens == reference
 
@@ -58,7 +69,8 @@ def test_answers_equal_those_of_transformers_own_loop(model, pixels):
 def test_a_batch_of_unequal_prompts_answers_as_one_by_one(model, pixels):
     together = model.answer(pixels, QUERIES, 20)
     assert together == [model.answer([row], [query], 20)[0] for row, query in zip(pixels, QUERIES)]
-    assert len({tuple(answer.tokens) for answer in together}) > 1      # else the rows could be mixed up unseen
+    # else the rows could be mixed up unseen
+    assert len({tuple(answer.tokens) for answer in together}) > 1
 
 
 def test_the_image_tower_is_dropped(model):
@@ -68,9 +80,13 @@ def test_the_image_tower_is_dropped(model):
 def test_only_the_language_model_is_quantised():
     pytest.importorskip("bitsandbytes")
     model = VideoLlava.load(FOLDER, Runtime.choose("cpu", quantization="4bit")).model
-    four_bit = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    four_bit = {
+        name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"
+    }
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert four_bit and four_bit == {name for name in linear if name.startswith("model.language_model.layers.")}
+    assert four_bit and four_bit == {
+        name for name in linear if name.startswith("model.language_model.layers.")
+    }
 
 
 def test_too_long_a_prompt_is_refused(model, pixels):
@@ -86,17 +102,31 @@ def test_queries_with_marks_are_refused():
 
 @pytest.mark.parametrize("where", ["preprocessor_config.json", "processor_config.json", "both"])
 def test_pixels_are_those_of_transformers_own_processor(tmp_path, where):
-    """processor_config.json is all that transformers 5 writes; where both are there, it reads that one."""
+    """processor_config.json is all that transformers 5 writes; where both are there, it reads that
+    one.
+    """
     folder = shutil.copytree(FOLDER, tmp_path / "model")
     file = folder / "preprocessor_config.json"
     plain = json.loads(file.read_text())
-    other = {**plain, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7], "rescale_factor": 1 / 128}
+    other = {
+        **plain,
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.5, 0.6, 0.7],
+        "rescale_factor": 1 / 128,
+    }
     if where == "preprocessor_config.json":
         file.write_text(json.dumps(other))
     else:
         video = {**other, "video_processor_type": "VideoLlavaVideoProcessor"}
-        (folder / "processor_config.json").write_text(json.dumps(
-            {"processor_class": "VideoLlavaProcessor", "image_processor": other, "video_processor": video}))
+        (folder / "processor_config.json").write_text(
+            json.dumps(
+                {
+                    "processor_class": "VideoLlavaProcessor",
+                    "image_processor": other,
+                    "video_processor": video,
+                }
+            )
+        )
         if where == "processor_config.json":
             file.unlink()
     picture = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
