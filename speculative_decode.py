@@ -313,7 +313,7 @@ def decode_all(config: DecodeConfig, stages: Stages, drafts: dict) -> dict | Non
     settings = Settings(config.drafter, config.gamma, config.compare, config.max_new_tokens,
                         config.temperature, config.seed)
     with loaded(TARGET, config, stages, stages.runtime) as model:
-        stages.task.parts.adapter.to(stages.runtime.device)
+        stages.task.adapter.to(stages.runtime.device)
         drafters = {name: LIVE[name].make_live(stages.task.parts) for name in config.drafters}
         answering = Answering(model, drafters, clips, settings, journal)
         answering.run(drafts)

@@ -12,6 +12,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from base import check_counts, log, option, required
 from benchmarks.decode_table import one_line, show, summarise, wanted
 from decoding.limits import check_gamma
@@ -23,7 +25,7 @@ from pairs.pairs import Pairs
 from pairs.splits import check_ids, in_clip_order
 
 if TYPE_CHECKING:                    # torch and vlm are imported only after the flags are read
-    from vlm.video_llava import VideoLlava
+    from vlm.contract import VisionLanguageModel
 
 __all__ = ["Config", "measure", "one_line", "show"]          # what benchmark.py calls
 
@@ -81,13 +83,13 @@ def read_answers(config: Config, task: Task) -> Pairs:
     from vlm.peers import VOCAB_SIZE_7B
 
     pairs = load_pairs(config.pairs)
-    vocab_size = task.parts.adapter.config.vocab_size
+    vocab_size = task.adapter.config.vocab_size
     largest = min(vocab_size, VOCAB_SIZE_7B) if config.size == "7b" else vocab_size
     check_ids(pairs.largest_ids(), largest,
               f"use pairs like those that {config.task} was trained on")
     pairs = in_clip_order(pairs)
-    return pairs.select(
-        range(len(pairs))[:config.max_answers if config.max_answers != -1 else None])
+    count = len(pairs) if config.max_answers == -1 else min(config.max_answers, len(pairs))
+    return pairs.select(np.arange(count))
 
 
 def simulated_hits(pairs: Pairs, task: Task) -> dict:
@@ -97,13 +99,18 @@ def simulated_hits(pairs: Pairs, task: Task) -> dict:
     from acceptance.simulation import stream
 
     live = task.parts
-    parts = SimulationParts(live.adapter, pairs, training_answers=live.training_answers,
+    parts = SimulationParts(task.adapter, pairs, training_answers=live.training_answers,
                             memory_share={"hybrid": live.memory_share})
     drafters = {name: entry.make_simulated(parts) for name, entry in LIVE.items()}
     return {name: stream(drafter, pairs)["top1"] for name, drafter in drafters.items() if drafter}
 
 
-def limits(model: VideoLlava) -> dict:
+def prompt_positions(model: VisionLanguageModel, query: str) -> int:
+    before, after = model.prompt_parts(query)
+    return len(before) + model.visual_tokens(FRAMES) + len(after)
+
+
+def limits(model: VisionLanguageModel) -> dict:
     """No step is faster than reading the weights once, at the rate at which this device copies."""
     from benchmarks.limits import copy_rate
 
@@ -132,7 +139,7 @@ def measure(config: Config) -> dict:
     from vlm.video_llava import VideoLlava
 
     runtime = Runtime.choose(config.device, config.dtype, config.quantization)
-    model = random_model(VideoLlava, config.size, runtime, task.parts.adapter.config.vocab_size)
+    model = random_model(VideoLlava, config.size, runtime, task.adapter.config.vocab_size)
     side = model.model.config.vision_config.image_size
     pixels = torch.randn(FRAMES, 3, side, side, generator=torch.Generator().manual_seed(SEED))
     part = len(pairs) if config.peer_answers == -1 else min(config.peer_answers, len(pairs))
@@ -144,7 +151,7 @@ def measure(config: Config) -> dict:
             f"{len(pairs)} answers, one contiguous part, the same for all; whoever is compared "
             "with them is timed on that part."
         ], "answers": len(pairs), "peer_answers": part,
-        "prompt_positions": len(model._prompt_ids(FRAMES, QUERY)), "limits": limits(model)
+        "prompt_positions": prompt_positions(model, QUERY), "limits": limits(model)
     }
     log("benchmark | " + " | ".join(f"{key} {results[key]}" for key in (
         "size", "device", "dtype", "answers", "peer_answers", "prompt_positions")))
@@ -152,7 +159,7 @@ def measure(config: Config) -> dict:
     answers = [answer for _, answer in recorded]
     runs = {name: run_mode(name, mode, model, pixels, answers[:part])
             for name, mode in transformers_modes(model, config.gamma, config.compile).items()}
-    task.parts.adapter.to(runtime.device)
+    task.adapter.to(runtime.device)
     ours = Ours(model, pixels, {name: entry.make_live(task.parts) for name, entry in LIVE.items()},
                 config.gamma, max(map(len, answers)))
     ours.warm_up(recorded)

@@ -7,6 +7,7 @@ benchmark.py decode`.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from vlm import peers
 from vlm.peers import QUERY, QUESTION
 
 if TYPE_CHECKING:
-    from vlm.video_llava import VideoLlava
+    from vlm.contract import VisionLanguageModel
 
 WARM_UPS = 2                         # answers that every way runs before it is timed
 # proposals of transformers' prompt lookup with --gamma auto: its own default
@@ -34,7 +35,7 @@ PROPOSED = 8                         # tokens of the proposals that are timed al
 
 
 # ------------------------------------------------------------------------------ transformers' way
-def transformers_modes(model: VideoLlava, gamma: str, may_compile: bool) -> dict[str, dict]:
+def transformers_modes(model: VisionLanguageModel, gamma: str, may_compile: bool) -> dict[str, dict]:
     """Name of each mode of generate -> its arguments."""
     # Prompt lookup finds the ":" of "USER:" and proposes what follows, <video>; the model refuses
     # more of these than there are features (ValueError). A suppressed token is not proposed.
@@ -45,7 +46,7 @@ def transformers_modes(model: VideoLlava, gamma: str, may_compile: bool) -> dict
             "generate, prompt lookup": {"prompt_lookup_num_tokens": tokens, "suppress_tokens": suppressed}}
 
 
-def run_mode(name: str, mode: dict, model: VideoLlava, pixels: torch.Tensor,
+def run_mode(name: str, mode: dict, model: VisionLanguageModel, pixels: torch.Tensor,
              answers: list[list[int]]) -> dict:
     """{"rows": tokens and seconds of each answer, "memory_mib", "compiled", "warm_up_s"} of one
     mode of generate.
@@ -120,7 +121,7 @@ class Untaught(NoDrafts):
 class Ours:
     """Our loop on the model, with every drafter on each answer in turn."""
 
-    def __init__(self, model: VideoLlava, pixels: torch.Tensor, drafters: dict[str, Drafter],
+    def __init__(self, model: VisionLanguageModel, pixels: torch.Tensor, drafters: dict[str, Drafter],
                  gamma: str, longest: int):
         """longest: tokens of the longest answer."""
         self.model, self.pixels, self.gamma, self.device = model, pixels, gamma, model.runtime.device
@@ -187,10 +188,8 @@ class Ours:
         for name in ("adapter", "hybrid", "memory"):
             drafter = self.decoders[name].drafter
             drafter.begin(draft, self.question)
-            seconds = [
-                timed(lambda end=end, drafter=drafter: drafter.propose(answer[:end], PROPOSED),
-                      self.device)[1] for end in ends
-            ]
+            proposals = [functools.partial(drafter.propose, answer[:end], PROPOSED) for end in ends]
+            seconds = [timed(propose, self.device)[1] for propose in proposals]
             propose_ms[name] = 1000 * statistics.median(seconds)
         return {"propose_8": propose_ms, "adapter_step": self._adapter_step_ms(draft)}
 
@@ -203,8 +202,8 @@ class Ours:
         many = len(drafter.propose([], PROPOSED))
         if not drafter.costs.adapter_step_s or many < 3:
             return None
-        long_s, short_s = (median_s(lambda n=n: drafter.propose([], n), self.device)
-                           for n in (many, 2))  # type: ignore
+        long_s, short_s = (median_s(functools.partial(drafter.propose, [], tokens), self.device)
+                           for tokens in (many, 2))
         return 1000 * (long_s - short_s) / (many - 2)
 
     def memory_mib(self) -> dict:

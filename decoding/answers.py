@@ -196,7 +196,9 @@ class Answering:
         return row, {name: run.tokens for name, run in runs.items() if run.tokens != tokens}
 
     def _judge(self, ours: list[int], plain: list[int], asked: Asked) -> dict:
-        return judge(ours, plain, self.target, asked.prompt, self.journal.noise)
+        noise = self.journal.noise
+        assert noise is not None, "the noise is measured before the first answer"
+        return judge(ours, plain, self.target, asked.prompt, noise)
 
     def generate(self, question: Question, asked: Asked, plain: list[int]) -> dict:
         """transformers' own answer, timed; our plain answer is held against it."""

@@ -18,6 +18,7 @@ from reports.task_figures import FORMAT, REMEASURE
 from vlm.contract import same_weights
 
 if TYPE_CHECKING:
+    from token_adapter import TokenAdapter
     from vlm.roles import Role
 
 MEMORY_SHARE = 0.5                 # of the memory in a hybrid, where training chose none
@@ -47,9 +48,14 @@ class Task:
     digest: str = ""                             # of results.json, which no two trainings share
 
     @property
+    def adapter(self) -> TokenAdapter:
+        assert self.parts.adapter, "a task that was read has an adapter"
+        return self.parts.adapter
+
+    @property
     def conditioning(self) -> str:
         """Of the adapter."""
-        return self.parts.adapter.config.conditioning
+        return self.adapter.config.conditioning
 
 
 def read_task(folder: Path, memories: Iterable[Path] = ()) -> Task:

@@ -140,7 +140,7 @@ def test_the_output_holds_everything(measured, trained):
     assert list(results["costs_ms"]["verify"]) == [str(k) for k in range(1, 18)]
     assert set(results["costs_ms"]["propose_8"]) == {"adapter", "hybrid", "memory"}
     assert all(results["costs_ms"][name] > 0 for name in ("vision", "prefill"))
-    assert (results["costs_ms"]["adapter_step"] is None) == (not read_task(trained[1]).parts.adapter.config.sees_prefix)
+    assert (results["costs_ms"]["adapter_step"] is None) == (not read_task(trained[1]).adapter.config.sees_prefix)
     assert all(value > 0 for value in results["limits"].values())
     assert {"torch", "transformers"} <= set(results["provenance"]["versions"]) and len(results["wanted"]) == 9
     assert "Replayed" in results["what"][1] and f"first {PART} of {ANSWERS} answers" in results["what"][-1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +74,7 @@ class VisionLanguageModel(Protocol):
     """
 
     model: nn.Module               # transformers' module; gone after unload()
-    tokenizer: object              # of transformers
+    tokenizer: Any                 # of transformers
     pixels: PixelSettings          # how pictures become input
     runtime: Runtime               # device, dtype, quantisation, as loaded
     revision: str  # a hub's commit of 40 hex digits, or "content <digest>" of a folder

@@ -8,6 +8,7 @@ visual_tokens, visual_features, decoder, max_positions, max_prompt and answer.
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class LoadedModel:
     """
 
     model: nn.Module
-    tokenizer: object
+    tokenizer: Any
     pixels: PixelSettings
     runtime: Runtime
     revision: str

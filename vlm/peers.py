@@ -15,6 +15,7 @@ from transformers import VideoLlavaForConditionalGeneration
 
 from clips.pixels import PixelSettings
 from machine.device import Runtime
+from vlm.contract import VisionLanguageModel
 from vlm.eventgpt import CLIP_L_336, EventGPTConfig, EventGPTModel
 from vlm.loading import check_quantised
 from vlm.model import LoadedModel
@@ -64,7 +65,7 @@ class Tokenizer:
 
 
 def random_model(kind: type[LoadedModel], size: Literal["7b", "small"], runtime: Runtime,
-                 words: int = WORDS_7B) -> LoadedModel:
+                 words: int = WORDS_7B) -> VisionLanguageModel:
     """VideoLlava (without its image tower) or EventGPT of that size, made where it runs.
 
     words: ids that the small one knows, beside the two for image and video; the 7b has its own.
@@ -131,7 +132,7 @@ class Forced:
         return scores
 
 
-def generate(model: VideoLlava, pixels, answer: list[int], length: int, **mode) -> list[int]:
+def generate(model: VisionLanguageModel, pixels, answer: list[int], length: int, **mode) -> list[int]:
     """The first `length` tokens of the recorded answer, by transformers' greedy generate in one of its modes."""
     prompt = model._prompt_ids(len(pixels), QUERY)
     ids = torch.tensor([prompt], device=model.runtime.device)
