@@ -58,15 +58,15 @@ KEY_MAPPING = {
 # never quantised
 KEEP = ["visual_tower", "visual_projector", "feature_adaptor", "language_model.lm_head"]
 
-# Used where config.json's mm_visual_tower names no folder that is there: OpenAI's CLIP ViT-L/14 at
-# 336 px.
+# Used where config.json's mm_visual_tower names no folder that is there: OpenAI's CLIP ViT-L/14.
+CLIP_SIDE = 336  # px
 CLIP_L_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
     "patch_size": 14,
-    "image_size": 336,
+    "image_size": CLIP_SIDE,
     "hidden_act": "quick_gelu",
     "projection_dim": 768,
 }
@@ -361,7 +361,7 @@ def _vision_settings(folder: Path, tower: str) -> tuple[dict, PixelSettings]:
         f"load | {folder} | no folder {tower!r} for the CLIP tower's settings: taking those of "
         "CLIP ViT-L/14-336"
     )
-    return dict(CLIP_L_336), PixelSettings(CLIP_L_336["image_size"], CLIP_L_336["image_size"])
+    return dict(CLIP_L_336), PixelSettings(CLIP_SIDE, CLIP_SIDE)
 
 
 load = EventGPT.load

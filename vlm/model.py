@@ -17,16 +17,14 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from clips.pixels import PixelSettings, clip_pixels
 from machine.device import Runtime
-from vlm.contract import Answer, NotNumbers
+from vlm.contract import Answer, NotNumbers, VisionLanguageModel
 from vlm.loading import dtype_name, free_memory, quantization_of
 from vlm.tokenizers import guarded
 
 
 @dataclasses.dataclass
-class LoadedModel:
-    """The parts of a model that is ready to answer; vlm.contract.VisionLanguageModel says what each
-    is.
-    """
+class LoadedModel(VisionLanguageModel):
+    """The parts of a loaded model; the contract, which it inherits, says what each of them is."""
 
     model: nn.Module
     tokenizer: Any

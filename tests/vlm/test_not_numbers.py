@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from decoding.limits import Limits
+from decoding.loop import decode
+from drafting.contract import NoDrafts
 from machine.device import Runtime
 from tests.vlm.test_batches import MODELS, QUESTIONS
 from tests.vlm.test_steps import PROMPT, started, tiny_llama
@@ -18,7 +21,7 @@ from vlm.contract import Answer, NotNumbers
 from vlm.llama import NO_NUMBER, apart
 from vlm.steps import Prompted, Steps
 
-TOKENS = 12
+TOKENS, NEVER = 12, 999                # NEVER: the id of an EOS that is never given
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
@@ -131,6 +134,30 @@ def test_a_row_of_generate_fails_alone_in_the_middle():
 
 
 # --------------------------------------------------------------------------------------------- step by step
+@pytest.mark.parametrize("quality", [0, 1, 3])
+def test_proposals_that_are_no_numbers_change_no_answer(quality):
+    """One token is NaN wherever it is read. It is proposed in every pass and, refused, leaves no trace."""
+    llama = tiny_llama()
+    answer = plain_answer(llama)
+    bad = next(token for token in range(3, 60) if token not in [*answer, *PROMPT])
+    llama.model.embed_tokens.weight[bad] = torch.nan
+
+    class Proposer(NoDrafts):
+        def propose(self, prefix, room, price=0.0):
+            return [*answer[len(prefix):len(prefix) + quality], bad, 7, bad][:room]
+
+    target = Prompted(Steps(llama.model, llama.lm_head, room=61))
+    for _ in range(2):
+        target.ask(target.steps.embed(PROMPT))
+        assert decode(target, Proposer(), Limits(20, (NEVER,), 8)).tokens == answer
+
+
+def plain_answer(llama) -> list[int]:
+    target = Prompted(Steps(llama.model, llama.lm_head, room=61))
+    target.ask(target.steps.embed(PROMPT))
+    return decode(target, NoDrafts(), Limits(20, (NEVER,), 1)).tokens
+
+
 def test_best_is_no_token_where_the_largest_logit_is_no_number():
     llama = tiny_llama()
     steps = Steps(llama.model, llama.lm_head, room=61)
