@@ -145,7 +145,7 @@ def test_with_room_the_command_goes_on_that_met_a_full_disk(demo, warm, undistur
     assert "Traceback" not in text and text.count("ERROR |") == 1
     last = text.splitlines()[-1]
     command = shlex.join(["extract_tokens_train.py", *map(str, flags_of(demo, output))])
-    assert f"No space left on device; make room, then go on with: {sys.executable} {command}" in last
+    assert f"No space left on device; make room, then resume with: {sys.executable} {command}" in last
     assert (len(kept) == 40) == (when == "the output is written") and not output.exists()
     assert (".out.json.journal.jsonl" if len(kept) < 40 else str(output)) in last
     assert {path.name for path in output.parent.iterdir()} == {".out.json.lock", ".out.json.journal.jsonl"}
