@@ -34,7 +34,7 @@ UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u
 
 # --------------------------------------------------------------------------------- log and errors
 class UserError(Exception):
-    """A mistake the user can correct; the message says what was given, what is wanted, what to do."""
+    """A mistake the user can correct; its message says what was given, what is wanted, what to do."""
 
 
 def now() -> str:
@@ -85,7 +85,8 @@ class Progress:
         self.start = self.last = time.monotonic()
         Progress.close_bar()
         with contextlib.suppress(OSError):
-            if sys.stdout.isatty() and min(os.get_terminal_size(sys.stdout.fileno())) > 1:
+            out = sys.stdout                   # None where the shell closed it
+            if out and out.isatty() and min(os.get_terminal_size(out.fileno())) > 1:
                 self.open_bar()
 
     def update(self, done: int, facts: str = "") -> None:
@@ -107,7 +108,8 @@ class Progress:
             Progress.close_bar()
         rate = (done - self.start_done) / max(now - self.start, 1e-9)
         eta = datetime.timedelta(seconds=round((self.total - done) / rate)) if rate > 0 else "?"
-        parts = (self.step, f"{done}/{self.total}", facts, f"{rate:.2f} {self.unit}/s", f"eta {eta}")
+        pace = f"{rate:.2f} {self.unit}/s"
+        parts = (self.step, f"{done}/{self.total}", facts, pace, f"eta {eta}")
         log(" | ".join(filter(None, parts)))
 
     def open_bar(self) -> None:
@@ -150,7 +152,7 @@ LARGEST = {"num_frames": 1000, "embed_dim": 16_384, "num_layers": 256, "num_head
 
 
 def check_counts(config, counts: tuple[str, ...], or_all: tuple[str, ...] = ()) -> None:
-    """Raise UserError unless these flags are 1 or more; those in `or_all` may be -1 too, for all."""
+    """Raise UserError unless these flags are 1 or more; those in `or_all` may be -1, for all."""
     for name in (*counts, *or_all):
         value = getattr(config, name)
         if value > LARGEST.get(name, value):
@@ -239,7 +241,7 @@ def drive_of(sequence: str) -> str:
 
 
 def duration_of(*texts: str) -> str | None:
-    """The window length in the first text that has one: "data/my_egpt_dsec_seq_500ms" -> "500ms"."""
+    """The window length in the first text that has one: "data/my_dsec_seq_500ms" -> "500ms"."""
     for text in texts:
         lengths = re.findall(r"(?<![A-Za-z0-9.])\d+(?:ms|s)(?![A-Za-z0-9])", text)
         if lengths:
@@ -253,7 +255,7 @@ def install_command(requirements: str) -> str:
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
-    """The ERROR line for a package that is not installed; "" for a module of ours, which is a bug."""
+    """The ERROR line for a package that is not installed; "" for a module of ours: that is a bug."""
     name = (error.name or "").split(".")[0]
     if not name or (ROOT / f"{name}.py").exists() or (ROOT / name / "__init__.py").exists():
         return ""
@@ -263,7 +265,7 @@ def missing_package(error: ModuleNotFoundError) -> str:
 
 
 def check_packages(requirements: str) -> None:
-    """Raise UserError with the packages of a requirements file that are not installed (any version)."""
+    """Raise UserError with the packages of a requirements file that are missing in any version."""
     missing, files = [], [ROOT / requirements]
     for file in files:
         for line in file.read_text().splitlines():
@@ -289,7 +291,8 @@ def check_python() -> None:
     """An ERROR line instead of the traceback that an older Python would end in, sooner or later."""
     if sys.version_info < PYTHON_WANTED:
         wanted = ".".join(map(str, PYTHON_WANTED))
-        log(f"ERROR | this is Python {sys.version.split()[0]} ({sys.executable}), wanted {wanted} or newer")
+        version = sys.version.split()[0]
+        log(f"ERROR | this is Python {version} ({sys.executable}), wanted {wanted} or newer")
         sys.exit(2)
 
 
@@ -297,7 +300,7 @@ check_python()
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or not (ROOT / sys.argv[1]).is_file():
         raise UserError("usage: python base.py requirements.txt")
     check_packages(sys.argv[1])
 

@@ -5,6 +5,7 @@
     python benchmark.py train
     python benchmark.py adapter
     python benchmark.py prepare
+    python benchmark.py products
     python benchmark.py compare old.json decode.json
 
 Prints a table and writes all numbers as JSON, with device, versions and the limits of the device.
@@ -23,7 +24,7 @@ from base import UserError, as_json, log, now, parse_config, provenance, require
 from machine.files import make_folder, read_json, write_json
 from machine.running import run
 
-BENCHMARKS = ("prepare", "extract", "train", "adapter", "decode", "load")
+BENCHMARKS = ("prepare", "extract", "train", "adapter", "products", "decode", "load")
 
 
 @dataclasses.dataclass(frozen=True)

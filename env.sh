@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced in this folder by run_full_workflow.sh and run_tests.sh:  source ./env.sh REQUIREMENTS_FILE
-# Sets PYTHON. An active virtual or conda environment is used as it is (its packages are checked, never changed);
-# without one, the requirements are installed into VENV (.venv in this folder), once.
+# For run_full_workflow.sh and run_tests.sh, in this folder:  source ./env.sh REQUIREMENTS_FILE
+# Sets PYTHON. An active virtual or conda environment is used as it is: its packages are checked, never
+# changed. Without one, the requirements are installed into VENV (.venv in this folder), once.
 # shellcheck source=machine/steps.sh
 source ./machine/steps.sh
 
@@ -19,7 +19,8 @@ has_pip() { "${PYTHON}" -m pip --version > /dev/null 2>&1; }
 
 # is_installed : the marker is written last; requirements-dev.txt includes requirements.txt
 is_installed() {
-  [[ "$(cat requirements.txt "${requirements}")" == "$(cat "${marker}" 2> /dev/null)" ]] && "${PYTHON}" -c '' 2> /dev/null
+  [[ "$(cat requirements.txt "${requirements}")" == "$(cat "${marker}" 2> /dev/null)" ]] \
+    && "${PYTHON}" -c '' 2> /dev/null
 }
 
 make_venv() {
@@ -31,7 +32,8 @@ make_venv() {
     log "env | making ${venv} from ${requirements} (about 1.7 GB, minutes)"
     rm -f "${venv}"/*.installed                # the marker goes before what it marks is touched
     has_pip || "${system_python}" -m venv "${venv}" > /dev/null 2>&1 || true
-    has_pip || "${system_python}" -m venv --clear "${venv}" || die "could not make ${venv}: is python3-venv installed?"
+    has_pip || "${system_python}" -m venv --clear "${venv}" \
+      || die "could not make ${venv}: is python3-venv installed?"
     "${PYTHON}" -m pip install --quiet --disable-pip-version-check -r "${requirements}" \
       || die "pip could not install ${requirements}: see the lines above"
     cat requirements.txt "${requirements}" > "${marker}.tmp"
@@ -46,7 +48,7 @@ if [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
     PYTHON="${active}/bin/python"              # PATH may name another
     [[ -x "${PYTHON}" ]] || PYTHON=python
   fi
-  check_version "${PYTHON}" "activate a newer environment than ${active}, or deactivate it for one of our own"
+  check_version "${PYTHON}" "activate a newer environment than ${active}, or none"
   env -u PYTHONSAFEPATH "${PYTHON}" base.py "${requirements}" || exit 2
 else
   system_python="${PYTHON:-python3}"

@@ -37,14 +37,17 @@ class PrepareConfig:
     split: Literal["train", "test"] = required("which of DSEC's lists of sequences")
     duration: str = required("window length: 500ms, 1s, 2s, 4s, ...")
     output_root: Path = option(Path("data"), "where the data set folder goes")
-    sequences: list[str] | None = option(None, "only these, also unlisted ones; default: DSEC's list")
+    sequences: list[str] | None = option(None,
+                                         "only these, also unlisted ones; default: DSEC's list")
     stride: str = option("half", "from window to window: half of one, none (no overlap), or milliseconds")
     event_images: int = option(5, "event pictures a clip, 1 to 10, with equally many events")
     render: Render = option("time", "a pixel shows its last event (time), or blue if any was (blue_over_red)")
     canvas: str = option("640x480", "width x height of event pictures")
-    video_size: str = option("1440x1080", "width x height of videos; frames of another size are resized")
+    video_size: str = option("1440x1080",
+                             "width x height of videos; frames of another size are resized")
     workers: int | None = option(None, "processes that make clips; default: one a core, 16 at most")
-    allow_missing: bool = option(False, "write the index and exit 0 although something had to be left out")
+    allow_missing: bool = option(False,
+                                 "write the index and exit 0 although something had to be left out")
     wait: bool = option(False, "wait when another process is making this folder, instead of ending")
 
     def __post_init__(self):
@@ -64,7 +67,8 @@ class PrepareConfig:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)})
+        return Recipe(**{field.name: getattr(self, field.name)
+                         for field in dataclasses.fields(Recipe)})
 
     @property
     def folder(self) -> Path:

@@ -1,35 +1,36 @@
 #!/usr/bin/env bash
-# The whole workflow: token pairs of both models, a trained adapter, speculative decoding; for 1s and 500ms data sets.
+# The whole workflow for the 1s and 500ms data sets: token pairs of both models, adapters, decoding.
 #
-#   ./run_full_workflow.sh --demo                              everything on a small made-up world, 2 CPU cores, minutes
-#   EVENTGPT=models/EventGPT-7b ./run_full_workflow.sh         the real thing, from a terminal
-#   DSEC_ROOT=/data/DSEC EVENTGPT=... ./run_full_workflow.sh   makes missing data sets from a raw DSEC download first
-#   nohup ./run_full_workflow.sh > workflow.log 2>&1 &         for hours; watch it with: tail -f workflow.log
-#   kill %1  (or kill PID)                                     stops it and what it started; the same command goes on
-#   ./run_full_workflow.sh --new                               trains into new task folders (tokens are kept)
-#   ./run_full_workflow.sh --only 1s|500ms                     one of the two data sets alone
-#   ./run_full_workflow.sh --until extract|train               ends with the tokens, or with the trained adapters
+#   ./run_full_workflow.sh --demo                        a small made-up world, 2 CPU cores, minutes
+#   EVENTGPT=models/EventGPT-7b ./run_full_workflow.sh   the real models, from a terminal
+#   DSEC_ROOT=/data/DSEC EVENTGPT=... ./run_full_workflow.sh     makes missing data sets from raw DSEC
+#   nohup ./run_full_workflow.sh > workflow.log 2>&1 &   for hours; watch it with: tail -f workflow.log
+#   kill %1  (or kill PID)                               stops it; the RESUME line is how to go on
+#   ./run_full_workflow.sh --new                         trains into new task folders (keeps the tokens)
+#   ./run_full_workflow.sh --only 1s|500ms               one of the two data sets alone
+#   ./run_full_workflow.sh --until extract|train         ends with the tokens, or with the adapters
 #
-# Leaves TOKENS_DIR/{train_tokens_full,test_tokens_1s,train_tokens_500ms,test_tokens_500ms}.json and four task folders
-# TASK_DIR/{1s_draft,1s,500ms_draft,500ms}_{date}_{time} with best_model.pt, results.json, RESULTS.md and pictures; in
-# 1s and 500ms decode_{date}_{time} with decode.json, DECODE.md and pictures of speculative decoding, checked and timed.
-case "${ZSH_EVAL_CONTEXT:-}" in *:file*) echo "ERROR | run this script, don't source it" >&2; return 2 ;; esac
-if [ -z "${BASH_VERSION:-}" ] || shopt -qo posix; then exec bash "$0" "$@"; fi                     # sh, dash, zsh
-if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then echo "ERROR | run this script, don't source it" >&2; return 2; fi
+# Leaves TOKENS_DIR/{train_tokens_full,test_tokens_1s,train_tokens_500ms,test_tokens_500ms}.json and the
+# task folders TASK_DIR/{1s_draft,1s,500ms_draft,500ms}_{date}_{time} with best_model.pt, results.json,
+# RESULTS.md and pictures; in 1s and 500ms decode_{date}_{time} with decode.json, DECODE.md and pictures.
+not_sourced="ERROR | run this script, don't source it"
+case "${ZSH_EVAL_CONTEXT:-}" in *:file*) echo "${not_sourced}" >&2; return 2 ;; esac
+if [ -z "${BASH_VERSION:-}" ] || shopt -qo posix; then exec bash "$0" "$@"; fi       # sh, dash, zsh
+if [[ "${BASH_SOURCE[0]}" != "$0" ]]; then echo "${not_sourced}" >&2; return 2; fi
 set -euo pipefail
 
-# The folder of the suite: of this file, of the file that a link leads to, or where a batch system was given a copy.
+# The folder of the suite: that of this file (behind links), or where a batch system was given a copy.
 script="$0"
 while [[ -L "${script}" ]]; do
   link="$(readlink "${script}")"
   case "${link}" in /*) script="${link}" ;; *) script="$(dirname "${script}")/${link}" ;; esac
 done
-for suite in "${SUITE:-}" "$(cd "$(dirname "${script}")" && pwd)" "${SLURM_SUBMIT_DIR:-}" "${PBS_O_WORKDIR:-}" \
-             "${SGE_O_WORKDIR:-}" "${PWD}" ''; do
+for suite in "${SUITE:-}" "$(cd "$(dirname "${script}")" && pwd)" "${SLURM_SUBMIT_DIR:-}" \
+             "${PBS_O_WORKDIR:-}" "${SGE_O_WORKDIR:-}" "${PWD}" ''; do
   if [[ -f "${suite}/machine/steps.sh" && -f "${suite}/base.py" ]]; then break; fi
 done
 if [[ -z "${suite}" ]]; then
-  echo "ERROR | $0 is a copy without the suite beside it: set SUITE=/path/to/the/suite, or submit it from there" >&2
+  echo "ERROR | $0 is a copy without the suite beside it: set SUITE=/path/to/the/suite" >&2
   exit 2
 fi
 
@@ -40,9 +41,10 @@ while (( $# )); do
     "--new "*) new=1; shift; continue ;;                     # no part of the command that resumes
     "--only 1s"|"--only 500ms") only="$2"; arguments+=("$1"); shift ;;
     "--until extract"|"--until train") until="$2"; arguments+=("$1"); shift ;;
-    "-h "*|"--help "*) sed -n '2,16s/^# \{0,1\}//p' "${suite}/run_full_workflow.sh"; exit 0 ;;
+    "-h "*|"--help "*) sed -n '2,15s/^# \{0,1\}//p' "${suite}/run_full_workflow.sh"; exit 0 ;;
     *) case "$1" in --only|--until) wrong="$1 ${2:-}" ;; *) wrong="$1" ;; esac
-       echo "ERROR | unknown argument ${wrong}: wanted --demo, --new, --only 1s|500ms, --until extract|train or --help" >&2
+       echo "ERROR | unknown argument ${wrong}: wanted --demo, --new, --only 1s|500ms," \
+         "--until extract|train or --help" >&2
        exit 2 ;;
   esac
   arguments+=("$1"); shift
@@ -51,8 +53,9 @@ done
 # shellcheck source=machine/steps.sh
 source "${suite}/machine/steps.sh"
 RESUME="cd $(quoted "${PWD}") &&"
-for name in DATA_ROOT DSEC_ROOT TOKENS_DIR TASK_DIR EVENTGPT VIDEO_LLAVA TEST_1S PYTHON VENV LOCK_WAIT_S \
-            PREPARE_FLAGS EXTRACT_FLAGS TRAIN_FLAGS DRAFT_FLAGS DECODE_FLAGS DEMO_FLAGS; do
+flags=(PREPARE_FLAGS EXTRACT_FLAGS TRAIN_FLAGS DRAFT_FLAGS DECODE_FLAGS DEMO_FLAGS)
+for name in DATA_ROOT DSEC_ROOT TOKENS_DIR TASK_DIR EVENTGPT VIDEO_LLAVA TEST_1S PYTHON VENV \
+            LOCK_WAIT_S "${flags[@]}"; do
   value="${!name:-}"
   if [[ -n "${value}" ]]; then RESUME+=" ${name}=$(quoted "${value}")"; fi
   # A relative path starts in the folder where the script was called.
@@ -70,29 +73,29 @@ cd "${suite}"
 # shellcheck source=demo/settings.sh
 if [[ -n "${demo}" ]]; then source demo/settings.sh; fi
 DATA_ROOT="${DATA_ROOT:-data}"
-DSEC_ROOT="${DSEC_ROOT:-}"                                      # raw DSEC recordings, to make what DATA_ROOT lacks
+DSEC_ROOT="${DSEC_ROOT:-}"            # raw DSEC recordings, to make the data sets that DATA_ROOT lacks
 TOKENS_DIR="${TOKENS_DIR:-tokens}"
 TASK_DIR="${TASK_DIR:-task}"
-EVENTGPT="${EVENTGPT:-}"                                        # folder of the EventGPT checkpoint
+EVENTGPT="${EVENTGPT:-}"              # folder of the EventGPT checkpoint
 VIDEO_LLAVA="${VIDEO_LLAVA:-LanguageBind/Video-LLaVA-7B-hf}"    # folder or hub id
-TEST_1S="${TEST_1S:-}"            # an existing pair file to test the 1s adapter on, instead of extracting one
-LOCK_WAIT_S="${LOCK_WAIT_S:-120}" # how long to wait for another workflow in the same TASK_DIR to end
+TEST_1S="${TEST_1S:-}"                # a pair file to test the 1s adapter on, instead of extracting one
+LOCK_WAIT_S="${LOCK_WAIT_S:-120}"     # how long to wait for another workflow in the same TASK_DIR
 # Further flags of the programs; values with spaces in quotes.
-PREPARE_FLAGS="${PREPARE_FLAGS:-}"                              # e.g. "--video_size 480x360 --allow_missing"
-EXTRACT_FLAGS="${EXTRACT_FLAGS:-}"                              # e.g. '--query "What is on the road?"'
-TRAIN_FLAGS="${TRAIN_FLAGS:-}"                                  # e.g. "--num_epochs 30"
-DRAFT_FLAGS="${DRAFT_FLAGS:-}"                                  # of the training in draft conditioning alone
+PREPARE_FLAGS="${PREPARE_FLAGS:-}"    # e.g. "--video_size 480x360 --allow_missing"
+EXTRACT_FLAGS="${EXTRACT_FLAGS:-}"    # e.g. '--query "What is on the road?"'
+TRAIN_FLAGS="${TRAIN_FLAGS:-}"        # e.g. "--num_epochs 30"
+DRAFT_FLAGS="${DRAFT_FLAGS:-}"        # of the training in draft conditioning alone
 DECODE_FLAGS="${DECODE_FLAGS:---max_samples 100}"
-DEMO_FLAGS="${DEMO_FLAGS:-}"                                    # of make_demo.py, e.g. "--train_clips 48"
-STATE="${TASK_DIR}/.workflow"     # the task folders that this workflow chose
+DEMO_FLAGS="${DEMO_FLAGS:-}"          # of make_demo.py, e.g. "--train_clips 48"
+STATE="${TASK_DIR}/.workflow"         # the task folders that this workflow chose
 
 check_settings() {
-  [[ -n "${EVENTGPT}" ]] || die "EVENTGPT is not set: name the folder of the EventGPT checkpoint, or try --demo"
+  [[ -n "${EVENTGPT}" ]] || die "EVENTGPT is not set: name the folder of its checkpoint, or try --demo"
   [[ -z "${TEST_1S}" || -f "${TEST_1S}" ]] || die "TEST_1S=${TEST_1S}: no such file"
   [[ "${LOCK_WAIT_S}" =~ ^[0-9]+$ ]] || die "LOCK_WAIT_S=${LOCK_WAIT_S}: wanted whole seconds"
   [[ -z "${DSEC_ROOT}" || -d "${DSEC_ROOT}" ]] || die "DSEC_ROOT=${DSEC_ROOT}: no such folder"
   [[ -d "${EVENTGPT}" ]] || die "EVENTGPT=${EVENTGPT}: no such folder"
-  for name in PREPARE_FLAGS EXTRACT_FLAGS TRAIN_FLAGS DRAFT_FLAGS DECODE_FLAGS DEMO_FLAGS; do split "${name}"; done
+  for name in "${flags[@]}"; do split "${name}"; done
 }
 
 # run NAME RESULT SETTING PROGRAM FLAGS... : a step of a program, with the further flags of SETTING
@@ -103,7 +106,7 @@ run() {
   step "${name}" "${result}" "${PYTHON}" "$@" ${words[@]+"${words[@]}"}
 }
 
-# prepare SPLIT DURATION DATASET : from raw recordings, if DSEC_ROOT says where they are and nobody else made the folder
+# prepare SPLIT DURATION DATASET : from raw recordings in DSEC_ROOT, unless somebody else made the folder
 prepare() {
   if [[ -z "${DSEC_ROOT}" || ( -e "$3/mp4" && ! -e "$3/prepare_dsec.json" ) ]]; then return; fi
   run "prepare $1 $2" "$3/EventGPT_Instruction_Subset.json" PREPARE_FLAGS prepare_dsec.py \
@@ -112,34 +115,40 @@ prepare() {
 
 # extract NAME DATASET OUTPUT : waits by itself when another process is extracting to the same output
 extract() {
-  run "extract $1" "$3" EXTRACT_FLAGS extract_tokens_train.py --dataset_dir "$2" --output_file "$3" \
-    --draft_model "${EVENTGPT}" --target_model "${VIDEO_LLAVA}" --wait
+  run "extract $1" "$3" EXTRACT_FLAGS extract_tokens_train.py --dataset_dir "$2" \
+    --output_file "$3" --draft_model "${EVENTGPT}" --target_model "${VIDEO_LLAVA}" --wait
 }
 
-# train DURATION TRAIN TEST : draft conditioning as the reference, then the default conditioning; adds to `tasks`
+# train DURATION TRAIN TEST : draft conditioning for comparison, then the default; adds to `tasks`
 train() {
-  local name folder flags
+  local name folder command
   for name in "$1_draft" "$1"; do
     folder="$(chosen "${name}" "${name}")"
-    flags=(--train_benchmark "$2" --test_benchmark "$3" --task_name "${name}" --task_folder "${folder}")
+    command=(--train_benchmark "$2" --test_benchmark "$3" --task_name "${name}" --task_folder "${folder}")
     split TRAIN_FLAGS
-    flags+=(${words[@]+"${words[@]}"})
-    words=()
-    if [[ "${name}" == *_draft ]]; then split DRAFT_FLAGS; flags+=(--conditioning draft ${words[@]+"${words[@]}"}); fi
-    if [[ -e "${folder}/resume.pt" ]]; then flags=(--resume "${folder}"); fi
-    step "train ${name}" "${folder}/RESULTS.md" "${PYTHON}" train_and_evaluate.py "${flags[@]}"
+    command+=(${words[@]+"${words[@]}"})
+    if [[ "${name}" == *_draft ]]; then
+      split DRAFT_FLAGS
+      command+=(--conditioning draft ${words[@]+"${words[@]}"})
+    fi
+    if [[ -e "${folder}/resume.pt" ]]; then command=(--resume "${folder}"); fi
+    step "train ${name}" "${folder}/RESULTS.md" "${PYTHON}" train_and_evaluate.py "${command[@]}"
     tasks+=("${folder}")
   done
 }
 
-# decode DURATION DATASET : with the task of this name, after `train`; in a dated folder inside the task's
+# decode DURATION DATASET : with the task of this name, into a dated folder inside the task's
 decode() {
   local task folder
-  if [[ ! -d "$2" ]]; then log "decode $1 | skipped, no data set folder $2"; return; fi       # TEST_1S does without
+  if [[ ! -d "$2" ]]; then           # a workflow with TEST_1S needs none
+    log "decode $1 | skipped, no data set folder $2"
+    return
+  fi
   task="$(chosen "$1" "$1")"
   folder="$(chosen "decode $1" "$(basename "${task}")/decode")"
-  run "decode $1" "${folder}/DECODE.md" DECODE_FLAGS speculative_decode.py --task "${task}" --dataset_dir "$2" \
-    --draft_model "${EVENTGPT}" --target_model "${VIDEO_LLAVA}" --output_folder "${folder}" --compare
+  run "decode $1" "${folder}/DECODE.md" DECODE_FLAGS speculative_decode.py --task "${task}" \
+    --dataset_dir "$2" --draft_model "${EVENTGPT}" --target_model "${VIDEO_LLAVA}" \
+    --output_folder "${folder}" --compare
 }
 
 # phase NUMBER DURATION TRAIN_TOKENS TEST_TOKENS
@@ -160,7 +169,8 @@ main() {
   check_settings
   source ./env.sh requirements.txt
   for folder in "${TOKENS_DIR}" "${TASK_DIR}"; do
-    mkdir -p "${folder}" 2> /dev/null || die "can't make the folder ${folder}: choose another, or mend its rights"
+    mkdir -p "${folder}" 2> /dev/null \
+      || die "can't make the folder ${folder}: choose another, or correct its permissions"
   done
   lock
   if [[ -n "${new}" ]]; then rm -f "${STATE}"; fi

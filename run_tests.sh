@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must hold: lint, types, scripts, then all tests. Needs nothing but Python >= 3.11 and pip.
+# Everything that must hold: lint, types, scripts, then all tests. Needs only Python >= 3.11 and pip.
 #
 #   ./run_tests.sh                        all of it, 2 CPU cores, minutes
 #   ./run_tests.sh tests/test_base.py     one file; every argument goes to pytest
@@ -11,5 +11,6 @@ source ./env.sh requirements-dev.txt
 
 "${PYTHON}" -m ruff check .
 "${PYTHON}" -m mypy
-PATH="$(dirname "$(command -v "${PYTHON}")"):${PATH}" shellcheck -x ./*.sh machine/*.sh demo/*.sh .ci/run
+PATH="$(dirname "$(command -v "${PYTHON}")"):${PATH}"
+shellcheck -x ./*.sh machine/*.sh demo/*.sh .ci/run
 exec "${PYTHON}" -m pytest "$@"

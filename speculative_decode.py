@@ -69,6 +69,8 @@ class DecodeConfig:
         False, "measure both models at work at once too (both in memory), on the first clips")
     draft_device: str = option(
         "auto", "with --parallel: where EventGPT runs; auto: beside the target, on --device")
+    allow_links: list[Path] | None = option(
+        None, "folders outside dataset_dir that links in it may lead to; default: none")
     max_samples: int = option(-1, "use only the first so many clips; -1: all")
     max_new_tokens: int = option(50, "longest answer, in tokens")
     query: str = option("What are the key elements in this scene?",
@@ -226,8 +228,8 @@ def open_clips(config: DecodeConfig) -> Clips:
     from decoding.clips import Clips, failure, in_order
 
     questions = read_questions(config.query, config.questions_file, config.num_questions)
-    samples = read_dataset(
-        config.dataset_dir)[:config.max_samples if config.max_samples > 0 else None]
+    samples = read_dataset(config.dataset_dir, config.allow_links or ())
+    samples = samples[:config.max_samples if config.max_samples > 0 else None]
     usable = in_order([sample for sample in samples if not sample.trouble],
                       config.seed if config.shuffle else None)
     failed = [failure(sample, sample.trouble) for sample in samples if sample.trouble]

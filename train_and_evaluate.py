@@ -314,19 +314,6 @@ def measuring_of(config: TrainConfig, adapter: TokenAdapter, device: torch.devic
     return Measuring(config.batch_size, max_pairs, config.stream, online, config.seed)
 
 
-def finite(value, name: str = "results"):
-    """The value with null for every figure that is no finite number; a warning names each of them.
-    """
-    if isinstance(value, dict):
-        return {key: finite(part, f"{name}.{key}") for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(part, f"{name}[{i}]") for i, part in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        log(f"results | WARNING | {name} is {value}: no finite number, written as null")
-        return None
-    return value
-
-
 # ------------------------------------------------------------------------------------------ steps
 def main() -> None:
     config = parse_config(TrainConfig)
@@ -381,7 +368,7 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
         save_memory(remembered(data.all_train), task / "memory.npz")
     trained_s = time.monotonic() - start
     metrics = evaluate(adapter, trained, data, measuring_of(config, adapter, device))
-    results = finite({
+    results = {
         **facts,
         "date": now(),
         "adapter": adapter_facts(adapter),
@@ -390,7 +377,7 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
         "refitted": bool(trained and trained.adapter is not trained.selected),
         "metrics": metrics,
         "seconds": {"until_trained": trained_s, "all": time.monotonic() - start},
-    })
+    }
     write_json(task / "results.json", results)
     write_report(task, styles(), plots=config.plots)
     (task / "resume.pt").unlink(missing_ok=True)

@@ -1,4 +1,6 @@
-"""The adapter on some pairs beside both baselines, over every target position, however long the answers are."""
+"""The adapter on some pairs beside both baselines, over every target position, however long the
+answers are.
+"""
 
 import math
 
@@ -12,10 +14,13 @@ from pairs.pairs import Pairs
 from token_adapter import TokenAdapter
 
 
-def measure_adapter(adapter: TokenAdapter, pairs: Pairs, training: Pairs | None, batch_size: int, name: str) -> dict:
-    """{"loss": nats a token, and all of `compare`}; a UserError when the adapter's logits are no numbers.
+def measure_adapter(adapter: TokenAdapter, pairs: Pairs, training: Pairs | None, batch_size: int,
+                    name: str) -> dict:
+    """{"loss": nats a token, and all of `compare`}; a UserError when the adapter's logits are no
+    numbers.
 
-    training: pairs whose commonest tokens are the constant string; name: of the pairs, for messages.
+    training: pairs whose commonest tokens are the constant string; name: of the pairs, for
+    messages.
     """
     longest = adapter.config.max_seq_len
     tokens = TokenTensors.of(pairs, longest, next(adapter.parameters()).device)
@@ -35,7 +40,8 @@ def measure_adapter(adapter: TokenAdapter, pairs: Pairs, training: Pairs | None,
 def compare(top1: np.ndarray, top5: np.ndarray, pairs: Pairs, training: Pairs | None) -> dict:
     """The adapter's hits (N, T) on these pairs, and both baselines.
 
-    Every target position counts for all three. Past T, where the adapter proposes nothing, its positions are misses.
+    Every target position counts for all three. Past T, where the adapter proposes nothing, its
+    positions are misses.
     """
     lengths = pairs.lengths("target")
     width = int(lengths.max())

@@ -15,26 +15,30 @@ from acceptance.simulation import stream
 from base import log
 from drafting.adapter import Adapter
 from drafting.hybrid import MEMORY_SHARES, Hybrid
-from drafting.memory import Memory, NGrams, number_remembered, remembered
+from drafting.memory import Memory, number_remembered, remembered
+from drafting.ngrams import NGrams
 from drafting.parts import SimulationParts
 from drafting.table import SIMULATED
 from pairs.pairs import Pairs
 from token_adapter import TokenAdapter
 
-COMPARED = ("copy of the draft", "n-gram", "prefix", "adapter, drafts shuffled")     # paired with the adapter
+# paired with the adapter
+COMPARED = ("copy of the draft", "n-gram", "prefix", "adapter, drafts shuffled")
 TIMED_STEPS, WARM_UP_STEPS = 30, 10
 
 
 def measure_drafters(parts: SimulationParts, selected: Selected | None) -> dict:
-    """Every drafter of the table streams over the answers in clip order: {"drafters": {name: ...}, ...}.
+    """Every drafter of the table streams over the answers in clip order: {"drafters": {name: ...},
+    ...}.
 
     selected: what the memory's share in the hybrids is chosen on; None: there are no hybrids.
     """
     if selected and parts.adapter.config.sees_prefix:
         names = ["hybrid", *["hybrid, online"] * parts.online]
         parts.memory_share.update({name: choose_share(selected, parts, name) for name in names})
-    if parts.training and (count := number_remembered(parts.training.lengths("target"))) < len(parts.training):
-        log(f"drafters | a memory begins with the last {count} of {len(parts.training)} training answers")
+    answers = len(parts.training) if parts.training else 0
+    if parts.training and (count := number_remembered(parts.training.lengths("target"))) < answers:
+        log(f"drafters | a memory begins with the last {count} of {answers} training answers")
     figures, hits, lengths = {}, {}, parts.pairs.lengths("target")
     for name, entry in SIMULATED.items():
         start, drafter = time.monotonic(), entry.make_simulated(parts)
@@ -42,9 +46,11 @@ def measure_drafters(parts: SimulationParts, selected: Selected | None) -> dict:
             continue
         rows = stream(drafter, parts.pairs)
         hits[name] = number_right(rows.pop("top1"), lengths)
-        figures[name] = {**rows, "parameters": parts.adapter.num_parameters() if entry.needs_adapter else 0}
-        log(f"drafters | {name} | accepted {rows['alpha']:.1%} | tau {rows['simulated']['8']['tau']:.2f} at gamma 8 "
-            f"| {time.monotonic() - start:.1f} s")
+        parameters = parts.adapter.num_parameters() if entry.needs_adapter else 0
+        figures[name] = {**rows, "parameters": parameters}
+        tau = rows["simulated"]["8"]["tau"]
+        log(f"drafters | {name} | accepted {rows['alpha']:.1%} | tau {tau:.2f} at gamma 8 | "
+            f"{time.monotonic() - start:.1f} s")
     return {"drafters": figures, "memory_share": parts.memory_share, "stream": parts.streaming,
             "adapter_minus": {name: interval(hits["adapter"], lengths, parts.pairs.sequence, hits[name])
                               for name in COMPARED if name in hits},
@@ -76,10 +82,13 @@ def choose_share(selected: Selected, parts: SimulationParts, name: str) -> float
 
 @torch.inference_mode()
 def step_ms(adapter: TokenAdapter, pairs: Pairs) -> float | None:
-    """Milliseconds of one cached step at batch 1, eager, the median of TIMED_STEPS; None: no position for a step."""
+    """Milliseconds of one cached step at batch 1, eager, the median of TIMED_STEPS; None: no
+    position for a step.
+    """
     device, times = next(adapter.parameters()).device, []
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    draft = torch.from_numpy(pairs.select([0]).padded("draft", adapter.config.max_seq_len)).to(device).long()
+    draft = pairs.select(np.arange(1)).padded("draft", adapter.config.max_seq_len)
+    draft = torch.from_numpy(draft).to(device).long()
     _, cache = adapter.start(draft, torch.tensor([draft.shape[1]], device=device))
     for _ in range(min(WARM_UP_STEPS + TIMED_STEPS, adapter.config.max_seq_len - 1)):
         start = time.perf_counter()

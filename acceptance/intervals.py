@@ -1,4 +1,5 @@
-"""How far an acceptance rate can be trusted: bootstrap over sequences, and each drive left out in turn.
+"""How far an acceptance rate can be trusted: bootstrap over sequences, and each drive left out in
+turn.
 
 Clips of one drive resemble each other: intervals over single answers would be far too narrow.
 """
@@ -10,15 +11,18 @@ from pairs.pairs import numbered, numbered_drives
 MIN_SEQUENCES = 8              # fewer say too little about their spread
 CLIPS_TOGETHER = 20            # clips of a block, the unit then
 BOOTSTRAPS = 2000
-DRAWN_AT_A_TIME = 2**20        # group numbers of the bootstrap: all 2000 x 50,000 of a million clips are 800 MB
+# group numbers of the bootstrap: all 2000 x 50,000 of a million clips are 800 MB
+DRAWN_AT_A_TIME = 2**20
 
 
-def interval(hits: np.ndarray, lengths: np.ndarray, sequences: list[str], other: np.ndarray | None = None) -> dict:
-    """95 % interval of alpha, or of its difference to another drafter's on the same answers (paired bootstrap).
+def interval(hits: np.ndarray, lengths: np.ndarray, sequences: list[str],
+             other: np.ndarray | None = None) -> dict:
+    """95 % interval of alpha, or of its difference to another drafter's on the same answers (paired
+    bootstrap).
 
-    hits, other: (N,) right proposals within each answer of lengths (N,). Whole sequences are resampled; with fewer
-    than eight of them, blocks of 20 neighbouring clips. "left_out": the lowest and the highest value when any single
-    drive is left out, None with one drive alone.
+    hits, other: (N,) right proposals within each answer of lengths (N,). Whole sequences are
+    resampled; with fewer than eight of them, blocks of 20 neighbouring clips. "left_out": the
+    lowest and the highest value when any single drive is left out, None with one drive alone.
     """
     if other is not None:
         hits = hits - other
@@ -35,7 +39,9 @@ def interval(hits: np.ndarray, lengths: np.ndarray, sequences: list[str], other:
 
 
 def by_drive(hits: np.ndarray, lengths: np.ndarray, sequences: list[str]) -> dict:
-    """alpha of each drive alone, and of all the others together when it is left out; hits as for `interval`."""
+    """alpha of each drive alone, and of all the others together when it is left out; hits as for
+    `interval`.
+    """
     drives, drive = numbered_drives(sequences)
     clips, alphas = np.bincount(drive), np.bincount(drive, hits) / np.bincount(drive, lengths)
     rest = _without_each(drive, hits, lengths) if len(drives) > 1 else None
@@ -44,7 +50,9 @@ def by_drive(hits: np.ndarray, lengths: np.ndarray, sequences: list[str]) -> dic
 
 
 def _without_each(drive: np.ndarray, hits: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """(drives,) alpha of all other drives together when one is left out; drive (N,): each answer's drive number."""
+    """(drives,) alpha of all other drives together when one is left out; drive (N,): each answer's
+    drive number.
+    """
     return (hits.sum() - np.bincount(drive, hits)) / (lengths.sum() - np.bincount(drive, lengths))
 
 

@@ -1,4 +1,6 @@
-"""Speculative decoding simulated: a drafter streams over known answers, and its hits say how many passes remain."""
+"""Speculative decoding simulated: a drafter streams over known answers, and its hits say how many
+passes remain.
+"""
 
 import time
 
@@ -7,6 +9,7 @@ import numpy as np
 from acceptance.intervals import by_drive, interval
 from acceptance.metrics import blocks, expected_tokens, measure, number_right
 from drafting.contract import SimulatedDrafter
+from drafting.tree import Branching, build_tree
 from pairs.pairs import Pairs
 
 SIMULATED_GAMMAS = (1, 2, 3, 5, 8, 12)
@@ -14,12 +17,13 @@ PASSES_SHOWN = (5, 10, 15, 20, 30)
 
 
 def simulate(top1: np.ndarray, lengths: np.ndarray, gamma: int) -> dict:
-    """Greedy speculative decoding of N answers with gamma proposals a pass, computed from the hits alone.
+    """Greedy speculative decoding of N answers with gamma proposals a pass, computed from the hits
+    alone.
 
-    top1 (N, T) bool: the proposal for that position, given the true tokens before it, is right. Nothing else
-    matters: after a wrong proposal the rest of a round is discarded. The prefill is a pass too, with the opening
-    proposals verified inside it; each pass emits its accepted proposals and one token of the target's own, unless
-    the answer ends before that.
+    top1 (N, T) bool: the proposal for that position, given the true tokens before it, is right.
+    Nothing else matters: after a wrong proposal the rest of a round is discarded. The prefill is a
+    pass too, with the opening proposals verified inside it; each pass emits its accepted proposals
+    and one token of the target's own, unless the answer ends before that.
     """
     passes, histogram = np.zeros(len(lengths), np.int64), np.zeros(gamma + 1, np.int64)
     for rows in blocks(*top1.shape):
@@ -29,24 +33,29 @@ def simulate(top1: np.ndarray, lengths: np.ndarray, gamma: int) -> dict:
 
 
 def _passes(top1: np.ndarray, lengths: np.ndarray, gamma: int, histogram: np.ndarray) -> np.ndarray:
-    """(B,) passes of each answer; all advance together. Accepted lengths are counted into `histogram`."""
+    """(B,) passes of each answer; all advance together. Accepted lengths are counted into
+    `histogram`.
+    """
     inside = np.arange(top1.shape[1]) < lengths[:, None]
     right = np.pad(top1 & inside, ((0, 0), (0, 1)))
-    run = np.zeros(right.shape, np.int64)                     # right proposals in a row from each position on
-    for at in range(top1.shape[1] - 1, -1, -1):
-        run[:, at] = np.where(right[:, at], run[:, at + 1] + 1, 0)
-    rows, at = np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
-    passes = np.zeros(len(lengths), np.int64)
+    run = np.zeros(right.shape, np.int64)  # right proposals in a row from each position on
+    for position in range(top1.shape[1] - 1, -1, -1):
+        run[:, position] = np.where(right[:, position], run[:, position + 1] + 1, 0)
+    rows = np.arange(len(lengths))
+    at = np.zeros(len(lengths), np.int64)
+    passes = at.copy()
     while (going := at < lengths).any():
         # Past the width that was proposed for, nothing is accepted and each pass emits one token.
         accepted = np.where(going, np.minimum(run[rows, np.minimum(at, top1.shape[1])], gamma), 0)
         histogram += np.bincount(accepted[going], minlength=gamma + 1)
-        at, passes = np.where(going, at + accepted + 1, at), passes + going
+        at = np.where(going, at + accepted + 1, at)
+        passes += going
     return passes
 
 
 def stream(drafter: SimulatedDrafter, pairs: Pairs) -> dict:
-    """Let a drafter propose for every answer in clip order and learn each answer afterwards; all its figures.
+    """Let a drafter propose for every answer in clip order and learn each answer afterwards; all
+    its figures.
 
     "top1": (N, T) bool hits, for further figures; everything else goes to results.json.
     """
@@ -66,6 +75,32 @@ def stream(drafter: SimulatedDrafter, pairs: Pairs) -> dict:
         simulated[str(gamma)] = decoding
     metrics, hits = measure(top1, lengths, top5), number_right(top1, lengths)
     return {"top1": top1, **metrics, "simulated": simulated,
-            "expected_by_gamma": {str(gamma): expected_tokens(metrics["alpha"], gamma) for gamma in SIMULATED_GAMMAS},
+            "expected_by_gamma": {str(gamma): expected_tokens(metrics["alpha"], gamma)
+                                  for gamma in SIMULATED_GAMMAS},
             "interval": interval(hits, lengths, pairs.sequence),
             "drives": by_drive(hits, lengths, pairs.sequence), "seconds_per_answer": seconds / len(pairs)}
+
+
+def simulate_trees(drafter: Branching, pairs: Pairs, nodes: int) -> dict:
+    """Speculative decoding of these answers with a tree of so many nodes a pass.
+
+    drafter: a live drafter that can branch; it builds each tree as in decoding, and learns each
+    answer.
+
+    "tau": tokens a pass, the prefill a pass too; "depth": of a tree on average; "seconds_per_node".
+    """
+    passes = tokens = built = depth = 0
+    seconds = 0.0
+    for number, target in enumerate(pairs.answers("target")):
+        drafter.begin(pairs.answer("draft", number))
+        at = 0
+        while at < len(target):
+            start = time.perf_counter()
+            tree = build_tree(drafter, target[:at], nodes)
+            seconds += time.perf_counter() - start
+            at += tree.accepted(target[at:]) + 1
+            passes, built, depth = passes + 1, built + len(tree.tokens), depth + tree.depth()
+        drafter.learn(target)
+        tokens += len(target)
+    return {"tau": tokens / passes, "passes": passes, "nodes": built / passes, "depth": depth / passes,
+            "seconds_per_node": seconds / max(built, 1)}

@@ -14,7 +14,7 @@ from drafting.contract import TOP
 from pairs.pairs import Pairs
 from token_adapter import NOT_SCORED, TokenAdapter
 
-GPU_LOGITS = 2**28             # of one batch, 1 GiB: small batches on a GPU are launching and little else
+GPU_LOGITS = 2**28  # of one batch, 1 GiB: small batches on a GPU are launching and little else
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,17 +56,20 @@ class TokenTensors:
         """(B, width) int64, filled up with 0."""
         return self._padded("draft", self.draft_lengths, rows, width, 0)
 
-    def _padded(self, which: str, lengths: torch.Tensor, rows: torch.Tensor, width: int, fill: int) -> torch.Tensor:
+    def _padded(self, which: str, lengths: torch.Tensor, rows: torch.Tensor, width: int,
+                fill: int) -> torch.Tensor:
         at = torch.arange(width, device=self.device)
         inside = at < lengths[rows, None]
         at = (self.start[which][rows, None] + at).where(inside, 0)
         return self.flat[which][at].long().where(inside, fill)
 
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator:
-        """Yield (rows (B,) int64 on the device, width, positions) with targets of like length side by side.
+        """Yield (rows (B,) int64 on the device, width, positions) with targets of like length side
+        by side.
 
-        A batch is as wide as its own longest target. With a generator, equal lengths are mixed anew each time
-        and the batches come in random order. Lengths are read on the host: the device is never waited for.
+        A batch is as wide as its own longest target. With a generator, equal lengths are mixed anew
+        each time and the batches come in random order. Lengths are read on the host: the device is
+        never waited for.
         """
         def shuffled(n: int) -> torch.Tensor:
             return torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
@@ -80,27 +83,32 @@ class TokenTensors:
             yield order[batch], int(lengths[batch][-1]), int(lengths[batch].sum())
 
 
-def hidden_and_labels(adapter: TokenAdapter, tokens: TokenTensors, rows: torch.Tensor, width: int) -> tuple:
-    """(x (B, T, D) before the output layer, labels (B, T) int64), T = width - the adapter's first position.
+def hidden_and_labels(adapter: TokenAdapter, tokens: TokenTensors, rows: torch.Tensor,
+                      width: int) -> tuple:
+    """(x (B, T, D) before the output layer, labels (B, T) int64), T = width - the adapter's first
+    position.
 
-    Labels are columns of the logits, NOT_SCORED past the end and for ids that the adapter doesn't score.
+    Labels are columns of the logits, NOT_SCORED past the end and for ids that the adapter doesn't
+    score.
     """
     target, first = tokens.targets(rows, width), adapter.config.first_position
     labels = adapter.labels_of(target[:, first:])
     if not adapter.config.sees_prefix:
         return adapter.hidden(tokens.drafts(rows, width - first)), labels
-    prefix = target[:, :-1].clamp(min=0)                                  # past the end any id will do
+    prefix = target[:, :-1].clamp(min=0)  # past the end any id will do
     if adapter.config.conditioning == "prefix":
         return adapter.hidden(tokens.drafts(rows, 0), None, prefix), labels
     return adapter.hidden(tokens.drafts(rows, tokens.draft_width), tokens.draft_lengths[rows], prefix), labels
 
 
 @torch.inference_mode()
-def predict(adapter: TokenAdapter, tokens: TokenTensors, batch_size: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """The adapter's hits by its own contract: top1, top5 (N, T) bool, and the loss in nats a token that it scores.
+def predict(adapter: TokenAdapter, tokens: TokenTensors,
+            batch_size: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """The adapter's hits by its own contract: top1, top5 (N, T) bool, and the loss in nats a token
+    that it scores.
 
-    In float32 on every device, whatever it was trained in; on a GPU batches are as large as their logits allow.
-    Logits that are no numbers are misses, and make the loss NaN.
+    In float32 on every device, whatever it was trained in; on a GPU batches are as large as their
+    logits allow. Logits that are no numbers are misses, and make the loss NaN.
     """
     adapter.eval()
     if tokens.device.type == "cuda":

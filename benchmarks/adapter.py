@@ -1,8 +1,8 @@
-"""The adapter at batch 1, as decoding asks it: `python benchmark.py adapter`.
+"""The adapter at batch 1, as decoding runs it: `python benchmark.py adapter`.
 
-Random weights of the default size: what they say means nothing, what they cost is real. Beside ours (a cache of keys
-and values, from CUDA graphs on a GPU) run the plain ways to ask the same: the module step by step with that cache,
-and whole passes without one, a token at a time.
+Random weights of the default size: their proposals mean nothing, their costs are real. Our steps (a
+cache of keys and values, CUDA graphs on a GPU) run beside two plain ways to the same proposals: the
+module step by step with such a cache, and a whole pass without a cache for each token.
 """
 
 from __future__ import annotations
@@ -19,24 +19,30 @@ if TYPE_CHECKING:                    # torch is imported only after the flags ar
 
     from token_adapter import TokenAdapter
 
-REPEATS, PROPOSALS, READ, PREFIX = 30, 8, 5, 20      # timings of each; proposals; tokens read before; verified before
+REPEATS = 30                   # timings of each figure
+PROPOSALS = 8                  # tokens of a chain
+READ = 5                       # newly verified tokens that a round reads first
+PREFIX = 20                    # tokens verified before
 
-WHAT = (
-    f"Step: one proposal more, from chains of {PROPOSALS} and of 2 after {PREFIX} verified tokens. Eight: a chain of "
-    f"{PROPOSALS}, {READ} newly verified tokens read first, as a round of decoding does; ours brings the ids to the "
-    "host once.",
-    "Begin: the whole draft read. Draft pass: all positions of draft conditioning at once, its best ids on the host.",
-    "Plain, cached: the module step by step on the same kind of cache, the best id read after each. Plain, whole: a "
-    "pass over draft and answer for each proposal. Both eager, as is all of ours on a CPU.",
-    "Limit: the weights that are read at least, once each pass, over this device's copy rate. Draft pass: the same, "
-    "or its floating-point operations over the matmul ceiling in float32, whichever takes longer.")
+EXPLANATION = (
+    f"Step: one proposal more, the difference of chains of {PROPOSALS} and of 2 after {PREFIX} "
+    f"verified tokens. Eight: a chain of {PROPOSALS} after {READ} newly verified tokens are read, as "
+    "in a round of decoding; ours copies the ids to the host once.",
+    "Begin: the whole draft is read. Draft pass: all positions of draft conditioning in one pass, "
+    "the best ids on the host.",
+    "Plain, cached: the module step by step on the same kind of cache, the best id read after each "
+    "step. Plain, whole: a pass over draft and answer for each proposal. Both are eager, as is all "
+    "of ours on a CPU.",
+    "Limit: the bytes of the weights that each pass must read over this device's copy rate. Draft "
+    "pass: the same, or its floating-point operations over the matmul ceiling in float32, whichever "
+    "takes longer.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the adapter at batch 1: a step, eight proposals, a draft read, the pass of draft conditioning."""
+    """Time the adapter at batch 1: a step, eight proposals, reading a draft, a draft-conditioning pass."""
 
-    draft_tokens: int = option(47, "of the draft that is read")
+    draft_tokens: int = option(47, "tokens of the draft")
     vocab_size: int = option(32000, "ids of the adapter")
     max_seq_len: int = option(128, "tokens of draft and of target in use")
     embed_dim: int = option(512, "width of the adapter")
@@ -50,10 +56,11 @@ class Config:
     def __post_init__(self):
         check_counts(self, ("draft_tokens", "vocab_size", "embed_dim", "num_layers", "num_heads"))
         if self.max_seq_len < max(PREFIX + READ + PROPOSALS, self.draft_tokens):
-            raise UserError(f"--max_seq_len must be {max(PREFIX + READ + PROPOSALS, self.draft_tokens)} or more, got "
-                            f"{self.max_seq_len}")
+            raise UserError(f"--max_seq_len must be {max(PREFIX + READ + PROPOSALS, self.draft_tokens)} "
+                            f"or more, got {self.max_seq_len}")
         if self.embed_dim % self.num_heads:
-            raise UserError(f"--num_heads must divide --embed_dim, got {self.num_heads} and {self.embed_dim}")
+            raise UserError("--num_heads must divide --embed_dim, got "
+                            f"{self.num_heads} and {self.embed_dim}")
 
 
 def new_adapter(name: str, config: Config, device: torch.device) -> TokenAdapter:
@@ -62,25 +69,26 @@ def new_adapter(name: str, config: Config, device: torch.device) -> TokenAdapter
     from token_adapter import AdapterConfig, TokenAdapter
 
     torch.manual_seed(config.seed)
-    adapter = TokenAdapter(AdapterConfig(config.vocab_size, name, config.embed_dim, config.num_layers,
-                                         config.num_heads, 4 * config.embed_dim, config.max_seq_len))
+    adapter = TokenAdapter(AdapterConfig(
+        config.vocab_size, name, config.embed_dim, config.num_layers, config.num_heads,
+        4 * config.embed_dim, config.max_seq_len))
     return adapter.eval().requires_grad_(False).to(device)
 
 
 def median_ms(work, device: torch.device, before=lambda: None) -> float:
-    """Milliseconds of work(), the median; before(): what is not timed, each time."""
+    """Median milliseconds of work(); before() runs before each timing and is not timed."""
     from machine.timing import timed
 
     times = []
     for _ in range(REPEATS):
         before()
         times.append(1000 * timed(work, device)[1])
-    return statistics.median(times[REPEATS // 5:])               # the first ones warm up
+    return statistics.median(times[REPEATS // 5:])     # the first timings warm up
 
 
-# ------------------------------------------------------------------------------------------------------- ways
+# --------------------------------------------------------------------------------------------- ways
 class Plain:
-    """The module, eager: with the cache of `start` and `step`, or whole passes over everything, again and again."""
+    """The module, eager: with the cache of `start` and `step`, or a whole pass for each token."""
 
     def __init__(self, adapter: TokenAdapter, cached: bool):
         self.adapter, self.cached, self.device = adapter, cached, adapter.begin.device
@@ -93,7 +101,8 @@ class Plain:
     def begin(self, draft: list[int]) -> None:
         import torch
 
-        self.draft, self.length = self._ids(draft), torch.tensor([len(draft)], device=self.device)
+        self.draft = self._ids(draft)
+        self.length = torch.tensor([len(draft)], device=self.device)
         self.fed: list[int] = []
         if self.cached:
             self.logits, self.cache = self.adapter.start(self.draft, self.length)
@@ -101,11 +110,12 @@ class Plain:
     def propose(self, prefix: list[int], count: int) -> list[int]:
         import torch
 
+        from drafting.contract import matching
+
         tokens = list(prefix)
         with torch.inference_mode():
-            if self.cached:                          # keep what was verified of what was fed
-                same = next((at for at, (ours, true) in enumerate(zip(self.fed, prefix)) if ours != true),
-                            min(len(self.fed), len(prefix)))
+            if self.cached:                          # of the tokens in the cache keep the verified
+                same = matching(self.fed, prefix)
                 self.cache.length -= len(self.fed) - same
                 self.fed = tokens[:same]
             while len(tokens) < len(prefix) + count:
@@ -132,44 +142,47 @@ class Ours:
         return [ids[0] for ids, _ in self.steps.after(prefix, count - 1)]
 
 
-def time_steps(way, draft: list[int], answer: list[int], device: torch.device) -> tuple[dict, list[int]]:
-    """({"step", "eight", "begin"} in ms, the eight proposals after the answer's first PREFIX + READ tokens)."""
+def time_steps(way: Plain | Ours, draft: list[int], answer: list[int],
+               device: torch.device) -> tuple[dict, list[int]]:
+    """({"step", "eight", "begin"} in ms, the proposals after the first PREFIX + READ tokens)."""
     import torch
 
-    known, longer = answer[:PREFIX], answer[:PREFIX + READ]
+    prefix, longer = answer[:PREFIX], answer[:PREFIX + READ]
 
-    def verified() -> None:                          # begun anew: nothing of the round before is left
+    def start() -> None:                             # anew: nothing of the last round is left
         way.begin(draft)
-        way.propose(known, 1)
+        way.propose(prefix, 1)
 
     with torch.inference_mode():
-        many, few = (median_ms(lambda n=n: way.propose(known, n), device, verified) for n in (PROPOSALS, 2))
-        found = {"step": (many - few) / (PROPOSALS - 2),
-                 "eight": median_ms(lambda: way.propose(longer, PROPOSALS), device, verified),
+        eight_ms, two_ms = (median_ms(lambda n=n: way.propose(prefix, n), device, start)
+                            for n in (PROPOSALS, 2))
+        times = {"step": (eight_ms - two_ms) / (PROPOSALS - 2),
+                 "eight": median_ms(lambda: way.propose(longer, PROPOSALS), device, start),
                  "begin": median_ms(lambda: way.begin(draft), device)}
-        verified()
-        return found, way.propose(longer, PROPOSALS)
+        start()
+        return times, way.propose(longer, PROPOSALS)
 
 
 def time_table(adapter: TokenAdapter, draft: list[int], device: torch.device) -> dict:
-    """Milliseconds of a pass in draft conditioning: {"plain", "ours"}."""
+    """Milliseconds of a pass in draft conditioning: {"plain", "ours"}; "alike": share of equal ids."""
     import torch
 
     from drafting.adapter import LiveDraftAdapter
 
-    table, width = LiveDraftAdapter(adapter), adapter.config.max_seq_len
+    drafter, width = LiveDraftAdapter(adapter), adapter.config.max_seq_len
 
-    def plainly() -> list[int]:
+    def plain() -> list[int]:
         with torch.no_grad():
             ids = torch.tensor([[*draft, *[0] * width][:width]], device=device)
             return adapter(ids)[0].argmax(-1).tolist()
 
-    table.begin(draft)
-    said = sum(ours == plain for ours, plain in zip(table.table, plainly())) / width
-    return {"plain": median_ms(plainly, device), "ours": median_ms(lambda: table.begin(draft), device), "alike": said}
+    drafter.begin(draft)
+    equal = sum(ours == theirs for ours, theirs in zip(drafter.table, plain()))
+    return {"plain": median_ms(plain, device),
+            "ours": median_ms(lambda: drafter.begin(draft), device), "alike": equal / width}
 
 
-# ---------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 def limits(adapter: TokenAdapter, device: torch.device) -> dict:
     import torch
 
@@ -177,12 +190,13 @@ def limits(adapter: TokenAdapter, device: torch.device) -> dict:
 
     blocks = sum(weight.numel() for weight in adapter.transformer.parameters())
     output = sum(weight.numel() for weight in adapter.output_proj.parameters())
-    read, positions = 4 * (blocks + output), adapter.config.max_seq_len
-    rate, matmul = copy_rate(device), matmul_rate(device, torch.float32)
-    step = 1000 * read / rate
-    table = max(step, 1000 * 2 * positions * (blocks + output) / matmul)
-    return {"step_weights_mib": read / 2**20, "copy_gib_per_s": rate / 2**30, "float32_tflop_per_s": matmul / 1e12,
-            "least_ms": {"step": step, "eight": PROPOSALS * step, "draft_pass": table}}
+    weight_bytes, positions = 4 * (blocks + output), adapter.config.max_seq_len
+    copy, matmul = copy_rate(device), matmul_rate(device, torch.float32)
+    step_ms = 1000 * weight_bytes / copy
+    pass_ms = max(step_ms, 1000 * 2 * positions * (blocks + output) / matmul)
+    return {"step_weights_mib": weight_bytes / 2**20, "copy_gib_per_s": copy / 2**30,
+            "float32_tflop_per_s": matmul / 1e12,
+            "least_ms": {"step": step_ms, "eight": PROPOSALS * step_ms, "draft_pass": pass_ms}}
 
 
 def wanted(ways: dict, table: dict) -> list[dict]:
@@ -190,7 +204,7 @@ def wanted(ways: dict, table: dict) -> list[dict]:
     rows = [("adapter step, ms", ours["step"], 0.2),
             (f"8 proposals, {READ} tokens read first, ms", ours["eight"], 1.6),
             ("pass of draft conditioning, ms", table["ours"], 0.5)]
-    return [{"what": what, "measured": value, "wanted": f"<= {bound}"} for what, value, bound in rows]
+    return [{"what": name, "measured": value, "wanted": f"<= {bound}"} for name, value, bound in rows]
 
 
 def show(results: dict) -> None:
@@ -199,15 +213,17 @@ def show(results: dict) -> None:
         log(f"benchmark | {line}")
     least = results["limits"]["least_ms"]
     for name, ways in results["ms"].items():
-        for way, found in ways.items():
-            log(f"table | {name:12} | {way:13} | step {found['step']:.3f} ms | eight {found['eight']:.3f} ms, "
-                f"{least['eight'] / found['eight']:.1%} of the limit | begin {found['begin']:.3f} ms")
+        for way, times in ways.items():
+            log(f"table | {name:12} | {way:13} | step {times['step']:.3f} ms | eight "
+                f"{times['eight']:.3f} ms, {least['eight'] / times['eight']:.1%} of the limit | begin "
+                f"{times['begin']:.3f} ms")
     table = results["draft_pass_ms"]
     log(f"table | draft pass | plain {table['plain']:.3f} ms | ours {table['ours']:.3f} ms | "
         f"{least['draft_pass'] / table['ours']:.1%} of the limit")
-    log(f"table | alike, but for rounding | proposals {results['alike']:.1%}, draft pass {table['alike']:.1%}")
-    log("table | limits | " + ", ".join(f"{key} {value:.4g}" for key, value in results["limits"].items()
-                                        if key != "least_ms"))
+    log(f"table | equal ids (rounding may differ) | proposals {results['alike']:.1%}, draft pass "
+        f"{table['alike']:.1%}")
+    log("table | limits | " + ", ".join(
+        f"{key} {value:.4g}" for key, value in results["limits"].items() if key != "least_ms"))
 
 
 def one_line(results: dict) -> str:
@@ -216,7 +232,7 @@ def one_line(results: dict) -> str:
             f"{results['draft_pass_ms']['ours']:.3f} ms")
 
 
-# ----------------------------------------------------------------------------------------------------- measure
+# ------------------------------------------------------------------------------------------ measure
 def measure(config: Config) -> dict:
     import torch
 
@@ -227,15 +243,16 @@ def measure(config: Config) -> dict:
     generator = torch.Generator().manual_seed(config.seed)
     draft, answer = (torch.randint(3, config.vocab_size, (size,), generator=generator).tolist()
                      for size in (config.draft_tokens, config.max_seq_len))
-    results = {"device": device_name(device), "dtype": "float32", "what": list(WHAT),
+    results = {"device": device_name(device), "dtype": "float32", "what": list(EXPLANATION),
                "limits": limits(new_adapter("prefix", config, device), device), "ms": {}}
-    alike = []
+    equal = []
     for name in ("prefix+draft", "prefix"):
         adapter = new_adapter(name, config, device)
-        ways = {"plain, whole": Plain(adapter, False), "plain, cached": Plain(adapter, True), "ours": Ours(adapter)}
-        found = {way: time_steps(asked, draft, answer, device) for way, asked in ways.items()}
-        results["ms"][name] = {way: times for way, (times, _) in found.items()}
-        alike += [ours == plain for ours, plain in zip(found["ours"][1], found["plain, cached"][1])]
-    results["alike"] = sum(alike) / len(alike)
+        ways = {"plain, whole": Plain(adapter, False), "plain, cached": Plain(adapter, True),
+                "ours": Ours(adapter)}
+        timed = {label: time_steps(way, draft, answer, device) for label, way in ways.items()}
+        results["ms"][name] = {label: times for label, (times, _) in timed.items()}
+        equal += [ours == theirs for ours, theirs in zip(timed["ours"][1], timed["plain, cached"][1])]
+    results["alike"] = sum(equal) / len(equal)
     results["draft_pass_ms"] = time_table(new_adapter("draft", config, device), draft, device)
     return results | {"wanted": wanted(results["ms"], results["draft_pass_ms"])}

@@ -65,6 +65,7 @@ class Config:
     compare: Path | None = option(None,
                                   "an earlier output: print old, new and ratio of each figure")
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "of the target's weights")
+    quantization: Literal["4bit", "none"] = option("none", "4bit: the target as a checkpoint loaded so")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     compile: bool = option(
         True, "let transformers compile the step on its static cache, as it does by itself")
@@ -137,14 +138,14 @@ def measure(config: Config) -> dict:
     from vlm.peers import QUERY, SEED, random_model
     from vlm.video_llava import VideoLlava
 
-    runtime = Runtime.choose(config.device, config.dtype, "none")
+    runtime = Runtime.choose(config.device, config.dtype, config.quantization)
     model = random_model(VideoLlava, config.size, runtime, task.adapter.config.vocab_size)
     side = model.model.config.vision_config.image_size
     pixels = torch.randn(FRAMES, 3, side, side, generator=torch.Generator().manual_seed(SEED))
     part = len(pairs) if config.peer_answers == -1 else min(config.peer_answers, len(pairs))
     results = {
         "size": config.size, "device": device_name(runtime.device), "dtype": config.dtype,
-        "gamma": config.gamma, "what": [
+        "quantization": config.quantization, "gamma": config.gamma, "what": [
             *WHAT,
             f"Part: transformers' modes and {', '.join(ON_A_PART)} ran on the first {part} of "
             f"{len(pairs)} answers, one contiguous part, the same for all; whoever is compared "

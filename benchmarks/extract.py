@@ -1,9 +1,9 @@
 """Extraction at real size, measured without the weights: `python benchmark.py extract`.
 
-Models with random weights answer questions about made-up clips with the given number of tokens (no token ends an
-answer). The plain ways beside ours, in one run on the same clips: transformers' generate one clip at a time, and in
-batches. Ours with one question a clip and with several; the files alone, read and prepared by threads; and all
-together, as extraction runs it.
+Models with random weights answer questions about made-up clips with the given number of tokens (no
+token ends an answer). The plain ways beside ours, in one run on the same clips: transformers'
+generate one clip at a time, and in batches. Ours with one question a clip and with several; the
+files alone, read and prepared by threads; and all together, as extraction runs it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ from base import UserError, check_counts, log, option
 from machine.workers import cores
 from vlm.roles import BY_NAME, DRAFT, TARGET, Role, View
 
-if TYPE_CHECKING:                                        # torch is imported after the flags are read
+if TYPE_CHECKING:                  # torch is imported after the flags are read
     import numpy as np
     import torch
 
     from clips.dataset import Sample
     from vlm.contract import Answer, VisionLanguageModel
 
-VIDEO_SIZE, EVENT_SIZE = (1080, 1440), (480, 640)        # of the real data, height and width
-EVENTS = 550_000                                         # in a picture: a fifth of 200 ms of a DSEC recording
+VIDEO_SIZE, EVENT_SIZE = (1080, 1440), (480, 640)      # of the real data, height and width
+EVENTS = 550_000                   # in a picture: a fifth of 200 ms of a DSEC recording
 # Samples/s, and times the plain loop, that 7b should reach on one H200.
 WANTED = {TARGET.name: (12, 12), DRAFT.name: (40, 40)}
 PAIRS_PER_S, TIMES_ONE_QUESTION = 45, 3                  # of the target, with several questions
 NOTES = (
     "Answers of random weights mean nothing and none ends early: every answer takes all its tokens.",
     "One at a time and batches: transformers' greedy generate over the same prompts and pixels.",
-    "Ours: as extract_tokens_train.py runs it, from pixels in memory; with files: reading and preparing included.",
-    "Limit: the products of the layers, of attention and of the vision tower over the measured matrix rate, and "
-    "for each token the weights (shared by a batch) and the clip's keys and values over the measured copy rate.")
+    "Ours: as extract_tokens_train.py runs it, from pixels in memory; with files: reading and preparing "
+    "included.",
+    "Limit: the products of the layers, of attention and of the vision tower over the measured matrix "
+    "rate, and for each token the weights (shared by a batch) and the clip's keys and values over the "
+    "measured copy rate.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Config:
         None, "clips at a time, ours; default: as many as the free memory holds")
     questions: int = option(10, "questions a clip, where there are several")
     max_new_tokens: int = option(50, "tokens of every answer")
-    files: int = option(48, "made-up videos and pictures in the sizes of the real ones, read repeatedly; 0: none")
+    files: int = option(
+        48, "made-up videos and pictures in the sizes of the real ones, read repeatedly; 0: none")
     num_workers: int | None = option(None, "threads that read them; default: one for each core")
     output: Path = option(Path("benchmark_extract.json"), "where all numbers go")
     compare: Path | None = option(None, "an earlier output: print old, new and ratio of each figure")
@@ -63,7 +66,8 @@ class Config:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self):
-        given = [name for name in ("clips", "batch_size", "num_workers") if getattr(self, name) is not None]
+        optional = ("clips", "batch_size", "num_workers")
+        given = [name for name in optional if getattr(self, name) is not None]
         check_counts(self, ("plain_clips", "plain_batch_size", "questions", "max_new_tokens", *given))
         if self.files < 0:
             raise UserError(f"--files must be 0 (none) or more, got {self.files}")
@@ -71,9 +75,9 @@ class Config:
             raise UserError(f"--model must be both or one of {', '.join(BY_NAME)}, got {self.model}")
 
 
-# ------------------------------------------------------------------------------------------------------ made up
+# ----------------------------------------------------------------------------------------- made up
 def make_files(folder: Path, count: int) -> None:
-    """A data set folder of `count` clips: MP4s of 20 frames and event pictures, as large as the real ones."""
+    """A data set folder of `count` clips: MP4s of 20 frames and event pictures in the real sizes."""
     import numpy as np
 
     from clips.events import render_events
@@ -81,14 +85,16 @@ def make_files(folder: Path, count: int) -> None:
     from clips.videos import write_video
 
     random = np.random.default_rng(0)
-    sight = random.integers(0, 255, (VIDEO_SIZE[0] // 12, VIDEO_SIZE[1] // 12 + 8 * count + 20, 3), dtype=np.uint8)
+    height, width = VIDEO_SIZE
+    sight = random.integers(0, 255, (height // 12, width // 12 + 8 * count + 20, 3), dtype=np.uint8)
     sight = sight.repeat(12, 0).repeat(12, 1)            # a street of large squares, driven along
     for name in ("mp4", "event_image"):
         (folder / name / "street_00_a").mkdir(parents=True)
     for clip in range(count):
         left = 12 * 8 * clip
-        write_video(folder / "mp4" / "street_00_a" / f"{clip:06d}.mp4",
-                    (np.ascontiguousarray(sight[:, left + 12 * k:left + 12 * k + VIDEO_SIZE[1]]) for k in range(20)))
+        frames = (np.ascontiguousarray(sight[:, start:start + width])
+                  for start in range(left, left + 12 * 20, 12))
+        write_video(folder / "mp4" / "street_00_a" / f"{clip:06d}.mp4", frames)
         y, x = (random.integers(0, side, EVENTS) for side in EVENT_SIZE)
         write_png(folder / "event_image" / "street_00_a" / f"{clip:06d}_0.png",
                   render_events(x, y, random.integers(0, 2, EVENTS), EVENT_SIZE))
@@ -104,10 +110,10 @@ def random_pixels(model: VisionLanguageModel, pictures: int, clips: int) -> list
     return [few[number % len(few)] for number in range(clips)]
 
 
-# -------------------------------------------------------------------------------------------------- the ways
+# ---------------------------------------------------------------------------------------- the ways
 @dataclasses.dataclass
 class AllTokens:
-    """Results of extraction (extraction.answering.Results) that only looks whether every answer took its tokens."""
+    """Results (extraction.answering) that only look whether every answer took all its tokens."""
 
     max_new_tokens: int
 
@@ -134,10 +140,12 @@ class Bench:
 
         device = self.model.runtime.device
         self.model.answer(pixels[:1], [question], self.max_new_tokens)                # warms up
-        seconds = [timed(lambda clip=clip: self.model.answer([clip], [question], self.max_new_tokens), device)[1]
-                   for clip in pixels[:clips]]
-        return {"clips": len(seconds), "samples_per_s": len(seconds) / sum(seconds), "s_min": min(seconds),
-                "s_median": statistics.median(seconds), "s_max": max(seconds)}
+        seconds = []
+        for clip in pixels[:clips]:
+            answer = functools.partial(self.model.answer, [clip], [question], self.max_new_tokens)
+            seconds.append(timed(answer, device)[1])
+        return {"clips": len(seconds), "samples_per_s": len(seconds) / sum(seconds),
+                "s_min": min(seconds), "s_median": statistics.median(seconds), "s_max": max(seconds)}
 
     def in_batches(self, pixels: list, question: str, size: int) -> dict:
         """transformers' generate in batches, fewer at a time if memory is short."""
@@ -147,11 +155,11 @@ class Bench:
         from vlm.loading import free_memory
 
         while size:
-            batch, questions = pixels[:size], [question] * size
+            answer = functools.partial(
+                self.model.answer, pixels[:size], [question] * size, self.max_new_tokens)
             try:
-                self.model.answer(batch, questions, self.max_new_tokens)              # warms up
-                _, seconds = timed(lambda batch=batch, questions=questions: self.model.answer(
-                    batch, questions, self.max_new_tokens), self.model.runtime.device)
+                answer()                                                              # warms up
+                _, seconds = timed(answer, self.model.runtime.device)
                 return {"batch_size": size, "samples_per_s": size / seconds, "s": seconds}
             except torch.OutOfMemoryError:
                 size //= 2
@@ -182,16 +190,17 @@ class Bench:
         from clips.dataset import read_ahead
 
         threads = self.num_workers
-        ahead = read_ahead(lambda sample: self.model.prepare(read(sample)), samples, threads, 4 * threads)
+        ahead = read_ahead(
+            lambda sample: self.model.prepare(read(sample)), samples, threads, 4 * threads)
         start = time.perf_counter()
         for _, pixels in ahead:
             assert not isinstance(pixels, Exception), pixels
         return {"clips": len(samples), "threads": threads,
                 "samples_per_s": len(samples) / (time.perf_counter() - start)}
 
-    # ---------------------------------------------------------------------------------------------- limits
+    # -------------------------------------------------------------------------------------- limits
     def limit(self, questions: list[str], pictures: int, size: int) -> dict:
-        """The least seconds of one clip's answers, of `size` clips at a time, by what the device can do."""
+        """The least seconds of one clip's answers, of `size` clips at a time, on this device."""
         from vlm.batches import prompt_of
 
         prompt, after = prompt_of(self.model, questions, pictures)
@@ -201,7 +210,7 @@ class Bench:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What a clip asks of the model, in positions, and how many clips share the weights of a step."""
+    """What a clip asks of the model, in positions, and how many clips share a step's weights."""
 
     questions: int
     prompt: int                      # positions that all questions share
@@ -211,7 +220,7 @@ class Load:
 
 
 def limit_of(model: VisionLanguageModel, load: Load) -> dict:
-    """Seconds that one clip's answers take at least: operations over the matrix rate, bytes over the copy rate."""
+    """The least seconds of one clip's answers: operations over matrix rate, bytes over copy rate."""
     from benchmarks.limits import copy_rate, matmul_rate
     from vlm.llama import position_bytes
 
@@ -220,19 +229,22 @@ def limit_of(model: VisionLanguageModel, load: Load) -> dict:
     shape, prompt, words, questions = language.config, load.prompt, load.words, load.questions
     layers = [weight for name, weight in language.named_parameters() if name.startswith("layers.")]
     # 4-bit weights are two in a byte; products are computed in 16 bits all the same.
-    parameters = sum(weight.numel() * (1 + (weight.dtype.itemsize == 1)) for weight in layers if weight.dim() > 1)
+    matrices = [weight for weight in layers if weight.dim() > 1]
+    parameters = sum(weight.numel() * (1 + (weight.dtype.itemsize == 1)) for weight in matrices)
     weights = sum(weight.nbytes for weight in [*layers, *head.parameters()])
     tower = sum(weight.numel() for name, weight in model.model.named_parameters()
                 if is_of_tower(name) and weight.dim() > 1)
-    attended = shape.num_hidden_layers * shape.hidden_size * (prompt ** 2 + 2 * questions * words * prompt) * 2
+    attended = 2 * shape.num_hidden_layers * shape.hidden_size * (
+        prompt ** 2 + 2 * questions * words * prompt)
     operations = 2 * parameters * (prompt + questions * words) + attended + 2 * tower * prompt
     cache = prompt * position_bytes(shape, dtype)
     read = (load.max_new_tokens - 1) * (cache + weights / load.size)
     rates = matmul_rate(device, dtype), copy_rate(device)
     prefill_s, decode_s = operations / rates[0], read / rates[1]
     return {"tflop_per_clip": operations / 1e12, "gib_per_clip": read / 2**30,
-            "matmul_tflop_per_s": rates[0] / 1e12, "copy_gib_per_s": rates[1] / 2**30, "prefill_s": prefill_s,
-            "decode_s": decode_s, "answers_per_s": questions / (prefill_s + decode_s)}
+            "matmul_tflop_per_s": rates[0] / 1e12, "copy_gib_per_s": rates[1] / 2**30,
+            "prefill_s": prefill_s, "decode_s": decode_s,
+            "answers_per_s": questions / (prefill_s + decode_s)}
 
 
 def is_of_tower(name: str) -> bool:
@@ -240,7 +252,7 @@ def is_of_tower(name: str) -> bool:
     return ("tower" in name or "proj" in name) and "language_model" not in name
 
 
-# --------------------------------------------------------------------------------------------------- measure
+# ----------------------------------------------------------------------------------------- measure
 def measure_model(bench: Bench, config: Config, folder: Path) -> dict:
     """All figures of one model; folder: made-up files."""
     from benchmarks.limits import memory
@@ -259,8 +271,8 @@ def measure_model(bench: Bench, config: Config, folder: Path) -> dict:
     pixels = random_pixels(model, pictures, max(clips, config.plain_clips, config.plain_batch_size))
     samples = [Sample(number, str(number), "street_00_a", number) for number in range(clips)]
     fewer = samples[:max(2 * sizes["ours, several questions"], len(samples) // config.questions)]
-    log(f"benchmark | {role.name} | weights {weights_mib(model.model):.0f} MiB | {sizes['ours']} clips at a time, "
-        f"{sizes['ours, several questions']} with {config.questions} questions")
+    log(f"benchmark | {role.name} | weights {weights_mib(model.model):.0f} MiB | {sizes['ours']} clips at "
+        f"a time, {sizes['ours, several questions']} with {config.questions} questions")
 
     figures = {"weights_gib": weights_mib(model.model) / 1024, "held_mib": held,
                "one at a time": bench.one_by_one(pixels, QUERY, config.plain_clips),
@@ -276,7 +288,8 @@ def measure_model(bench: Bench, config: Config, folder: Path) -> dict:
         figures["ours, with files"] = bench.ours([QUERY], files, read, sizes["ours"])
     for name, questions in asked.items():
         figures[name]["limit"] = bench.limit(questions, pictures, figures[name]["batch_size"])
-        figures[name]["share_of_limit"] = figures[name]["answers_per_s"] / figures[name]["limit"]["answers_per_s"]
+        share = figures[name]["answers_per_s"] / figures[name]["limit"]["answers_per_s"]
+        figures[name]["share_of_limit"] = share
     return figures
 
 
@@ -312,7 +325,7 @@ def measure(config: Config) -> dict:
     models = {}
     with tempfile.TemporaryDirectory() as folder:
         if config.files:
-            log(f"benchmark | making {config.files} videos and event pictures in the sizes of the real ones")
+            log(f"benchmark | making {config.files} videos and event pictures in the real sizes")
             make_files(Path(folder), config.files)
         for name in BY_NAME if config.model == "both" else (config.model,):
             model = random_model(kinds[name], config.size, runtime)
@@ -364,7 +377,8 @@ def row_of(title: str, part: dict, plain: float) -> str:
         facts.append(f"peak {part['peak_mib'] / 1024:.1f} GiB")
     if "limit" in part:
         facts.append(f"{part['share_of_limit']:.0%} of the limit {part['limit']['answers_per_s']:.1f}/s")
-    return " | ".join([f"table | {title}", f"{rate_of(part):8.2f}/s", f"{rate_of(part) / plain:6.1f}x", *facts])
+    rate = rate_of(part) or 0.0
+    return " | ".join([f"table | {title}", f"{rate:8.2f}/s", f"{rate / plain:6.1f}x", *facts])
 
 
 def one_line(results: dict) -> str:

@@ -13,7 +13,6 @@ import functools
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import clips.dsec as dsec
 from base import ROOT, UserError, check_counts, log, option
 from clips.events import EventPicture
 from clips.pictures import write_png
+from clips.windows import size_of
 
 HEIGHT, WIDTH = 480, 640
 EVENT_BYTES = 5                    # x and y in two bytes each, p in one: what painting reads
@@ -55,7 +55,8 @@ class Config:
     video_size: str = option("1440x1080", "width x height of the camera pictures and of the videos")
     painted: int = option(20_000_000, "events to time painting with; the loop paints a hundredth of them")
     output: Path = option(Path("benchmark_prepare.json"), "where all numbers go")
-    compare: Path | None = option(None, "an earlier output: print old, new and ratio of each figure")
+    compare: Path | None = option(None,
+                                  "an earlier output: print old, new and ratio of each figure")
     seed: int = option(42, "of events and pictures")
 
     def __post_init__(self):
@@ -101,11 +102,22 @@ def made_up_events(count: int, seconds: float, seed: int) -> Iterator[tuple]:
     for start in range(0, count, PART):
         size = min(PART, count - start)
         t = (np.arange(start, start + size) * (seconds * 1e6 / count)).astype(np.uint32)
-        yield (random.integers(0, WIDTH, size, np.uint16), random.integers(0, HEIGHT, size, np.uint16),
+        yield (random.integers(0, WIDTH, size, np.uint16),
+               random.integers(0, HEIGHT, size, np.uint16),
                random.integers(0, 2, size, np.uint8), t)
 
 
-def write_recording(root: Path, config: Config) -> None:
+@dataclasses.dataclass(frozen=True)
+class MadeUp:
+    """A made-up recording."""
+
+    events: int
+    seconds: int
+    picture_size: str              # 1440x1080
+    seed: int
+
+
+def write_recording(root: Path, recording: MadeUp) -> None:
     """One sequence of the test split. Its pictures are few, each under many names: encoding takes longest."""
     from PIL import Image
 
@@ -114,9 +126,9 @@ def write_recording(root: Path, config: Config) -> None:
     pictures.mkdir(parents=True)
     (folder / "events" / "left").mkdir(parents=True)
     write_events(folder / "events" / "left" / "events.h5",
-                 made_up_events(config.events, config.seconds, config.seed), t_offset)
-    width, height = map(int, config.video_size.split("x"))
-    random, count = np.random.default_rng(config.seed), FPS * config.seconds + 1
+                 made_up_events(recording.events, recording.seconds, recording.seed), t_offset)
+    width, height = size_of(recording.picture_size)
+    random, count = np.random.default_rng(recording.seed), FPS * recording.seconds + 1
     scene = Image.fromarray(random.integers(0, 256, (height // 9, width // 8, 3), np.uint8))
     scene = np.asarray(scene.resize((2 * width, height), Image.Resampling.BICUBIC)).astype(np.int16)
     for number in range(count):
@@ -131,16 +143,6 @@ def write_recording(root: Path, config: Config) -> None:
 
 
 # ------------------------------------------------------------------------------------------ measure
-def median_s(work) -> float:
-    work()
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
 def plain_loop(x: np.ndarray, y: np.ndarray, p: np.ndarray) -> np.ndarray:
     """What one would write first; equal to the renderer `time`."""
     image = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
@@ -149,14 +151,16 @@ def plain_loop(x: np.ndarray, y: np.ndarray, p: np.ndarray) -> np.ndarray:
     return image
 
 
-def painting(config: Config) -> dict:
+def time_painting(events: int, seed: int) -> dict:
     """Events a second of both renderers and of the loop, and their shares of what a copy would reach."""
     import torch
 
     from benchmarks.limits import copy_rate
+    from machine.timing import median_s
 
     torch.set_num_threads(1)
-    parts = made_up_events(config.painted, 1, config.seed)
+    device, few = torch.device("cpu"), events // 100
+    parts = made_up_events(events, 1, seed)
     x, y, p = (np.concatenate(column) for column in list(zip(*parts))[:3])
 
     def paint(render):
@@ -166,17 +170,19 @@ def painting(config: Config) -> dict:
             picture.paint(x[part], y[part], p[part])
         return picture.image()
 
-    few = config.painted // 100
-    rates = {render: len(x) / median_s(functools.partial(paint, render))
+    paint("time")                                          # the first call takes longer
+    rates = {render: len(x) / median_s(functools.partial(paint, render), device, REPEATS)
              for render in ("time", "blue_over_red")}
-    rates["loop"] = few / median_s(lambda: plain_loop(x[:few], y[:few], p[:few]))
-    copied = copy_rate(torch.device("cpu"))                # bytes a second, read and written
+    rates["loop"] = few / median_s(lambda: plain_loop(x[:few], y[:few], p[:few]), device, REPEATS)
+    copied = copy_rate(device)                             # bytes a second, read and written
     return {"events_per_s": rates, "copy_bytes_per_s": copied,
-            "over_loop": {render: rates[render] / rates["loop"] for render in ("time", "blue_over_red")},
-            "share_of_copy": {name: rate * 2 * EVENT_BYTES / copied for name, rate in rates.items()}}
+            "over_loop": {render: rates[render] / rates["loop"]
+                          for render in ("time", "blue_over_red")},
+            "share_of_copy": {name: rate * 2 * EVENT_BYTES / copied
+                              for name, rate in rates.items()}}
 
 
-def reading(path: Path, events: int) -> float:
+def time_reading(path: Path, events: int) -> float:
     """Events a second from the file, which lies in the page cache."""
     start = time.perf_counter()
     with dsec.EventFile(path) as file:
@@ -185,37 +191,40 @@ def reading(path: Path, events: int) -> float:
     return count / (time.perf_counter() - start)
 
 
-def resident_mib(pid: int) -> list[float]:
-    """Of a process and all that it started, as far as they still run."""
-    found = []
+def tree_mib(pid: int) -> list[float]:
+    """Resident memory of a process and of all that it started, as far as they still run."""
+    sizes = []
     with contextlib.suppress(OSError):                     # it ended meanwhile
         status = Path(f"/proc/{pid}/status").read_text()
-        found = [int(size) / 1024 for size in re.findall(r"^VmRSS:\s+(\d+)", status, re.M)]
+        sizes = [int(size) / 1024 for size in re.findall(r"^VmRSS:\s+(\d+)", status, re.M)]
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            found += resident_mib(int(child))
-    return found
+            sizes += tree_mib(int(child))
+    return sizes
 
 
-def preparing(root: Path, config: Config) -> dict:
+def time_preparing(root: Path, flags: list[str]) -> dict:
+    """Run prepare_dsec.py on the recording in root, and watch the memory of its processes."""
     command = [sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root", root / "data",
-               "--split", "test", "--sequences", SEQUENCE, "--duration", config.duration,
-               "--video_size", config.video_size]
-    command += ["--workers", str(config.workers)] if config.workers else []
+               "--split", "test", "--sequences", SEQUENCE, *flags]
     start, peak, largest = time.perf_counter(), 0.0, 0.0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
-            sizes = resident_mib(process.pid)
-            peak, largest = max(peak, sum(sizes)), max([largest, *sizes])
+            sizes = tree_mib(process.pid)
+            peak = max(peak, sum(sizes))
+            largest = max([largest, *sizes])
             time.sleep(0.02)
-        said = process.stdout.read()
+        log_text = process.stdout.read()
     seconds = time.perf_counter() - start
     if process.returncode:
-        raise UserError(f"prepare_dsec.py ended with status {process.returncode}: {said.splitlines()[-1]}")
+        raise UserError(f"prepare_dsec.py ended with status {process.returncode}: "
+                        f"{log_text.splitlines()[-1]}")
     folder, = (root / "data" / "my_egpt_dsec_test").iterdir()
     videos = [*folder.glob("mp4/*/*.mp4")]
-    return {"seconds": seconds, "clips": len(videos), "clips_per_s": len(videos) / seconds, "peak_mib": peak,
-            "largest_process_mib": largest, "mp4_mib": sum(path.stat().st_size for path in videos) / 2**20,
-            "png_mib": sum(path.stat().st_size for path in folder.glob("event_image/*/*.png")) / 2**20}
+    pictures = [*folder.glob("event_image/*/*.png")]
+    return {"seconds": seconds, "clips": len(videos), "clips_per_s": len(videos) / seconds,
+            "peak_mib": peak, "largest_process_mib": largest,
+            "mp4_mib": sum(path.stat().st_size for path in videos) / 2**20,
+            "png_mib": sum(path.stat().st_size for path in pictures) / 2**20}
 
 
 def measure(config: Config) -> dict:
@@ -223,18 +232,22 @@ def measure(config: Config) -> dict:
         raise UserError("memory is read from /proc, which this system lacks; run this benchmark on Linux")
     dsec.check_reader()
     log(f"benchmark | painting {config.painted} events")
-    paint = painting(config)
+    paint = time_painting(config.painted, config.seed)
     with tempfile.TemporaryDirectory(prefix="recording_") as folder:
         need, free = config.events * FILE_BYTES + 2**30, shutil.disk_usage(folder).free
         if need > free:
             raise UserError(f"{config.events} events take about {need / 1e9:.1f} GB in {folder}, "
-                            f"{free / 1e9:.1f} are free; set TMPDIR to a folder with more room, or use fewer --events")
+                            f"{free / 1e9:.1f} are free; set TMPDIR to a folder with more room, or use "
+                            "fewer --events")
         log(f"benchmark | making up a recording of {config.seconds} s with {config.events} events")
-        write_recording(Path(folder), config)
+        write_recording(Path(folder),
+                        MadeUp(config.events, config.seconds, config.video_size, config.seed))
         events = Path(folder, "test", SEQUENCE, "events", "left", "events.h5")
-        size, read = events.stat().st_size, reading(events, config.events)
+        size, read = events.stat().st_size, time_reading(events, config.events)
         log("benchmark | prepare_dsec.py")
-        made = preparing(Path(folder), config)
+        flags = ["--duration", config.duration, "--video_size", config.video_size]
+        flags += ["--workers", str(config.workers)] if config.workers else []
+        made = time_preparing(Path(folder), flags)
     return {"what": list(WHAT), "device": f"CPU, {os.cpu_count()} cores", "paint": paint,
             "read": {"events_per_s": read, "file_mib": size / 2**20}, "prepare": made,
             "wanted_of": f"of {config.events} events in {config.seconds} s", "wanted": [
@@ -261,4 +274,5 @@ def show(results: dict) -> None:
 def one_line(results: dict) -> str:
     paint, made = results["paint"], results["prepare"]
     return (f"painted {paint['events_per_s']['time'] / 1e6:.0f} million events/s, "
-            f"{paint['over_loop']['time']:.0f} times the loop; {made['clips_per_s']:.2f} clips/s, peak {made['peak_mib']:.0f} MiB")
+            f"{paint['over_loop']['time']:.0f} times the loop; {made['clips_per_s']:.2f} clips/s, "
+            f"peak {made['peak_mib']:.0f} MiB")

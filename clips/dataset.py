@@ -28,14 +28,13 @@ import numpy as np
 from base import UserError, log
 from clips.event_files import read_events
 from clips.events import event_frames
-from clips.limits import MediaError, check_input, machine_trouble, still_there
+from clips.limits import MediaError, machine_trouble, still_there
 from clips.pictures import read_event_image
 from clips.places import MAX_DIGITS, Places, natural_key
 from clips.videos import read_video
 from machine.files import is_machine_trouble, read_json
 
 INDEX_FILE = "EventGPT_Instruction_Subset.json"
-MAX_INDEX_BYTES = 2**27    # a row takes about 700; JSON takes up to twenty times its size in memory
 Read = TypeVar("Read")
 
 
@@ -69,7 +68,6 @@ def read_dataset(folder: Path, allow_links: Iterable[Path] = ()) -> list[Sample]
     places = Places(folder, allow_links)
     index = find_index(folder)
     if index:
-        check_input(index, MAX_INDEX_BYTES)
         rows = read_json(index)
         if not isinstance(rows, list) or not rows:
             raise UserError(f"{index}: wanted a list of clips, found "
@@ -103,7 +101,8 @@ def find_index(folder: Path) -> Path | None:
 def index_row(set_name: str, clip_name: str, pictures: list[str]) -> dict:
     """The fields of the published data sets. The id is the same whenever the set is made."""
     return {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{set_name}/{clip_name}")), "split": set_name,
-            "event_data": f"{clip_name}.npy", "video_data": clip_name, "mp4_data": f"{clip_name}.mp4",
+            "event_data": f"{clip_name}.npy", "video_data": clip_name,
+            "mp4_data": f"{clip_name}.mp4",
             "event_image": pictures,
             "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": ""}]}
 
@@ -118,7 +117,8 @@ def rows_by_path(places: Places) -> list[dict]:
     for _, *parts in places.walk("mp4"):
         if parts[-1].endswith(".mp4"):
             clips["/".join(parts).removesuffix(".mp4")] += []
-    return [{"video_data": clip, "event_image": clips[clip]} for clip in sorted(clips, key=natural_key)]
+    return [{"video_data": clip, "event_image": clips[clip]}
+            for clip in sorted(clips, key=natural_key)]
 
 
 def read_row(places: Places, number: int, row) -> Sample:
@@ -138,8 +138,8 @@ def read_row(places: Places, number: int, row) -> Sample:
     if not stems:
         trouble = "the row names no event_data, video_data or event_image"
         return Sample(number, sample_id, "", "", trouble=trouble)
-    sequence, _, clip = stems[0].rpartition("/")
-    clip = int(clip) if clip.isascii() and clip.isdigit() and len(clip) <= MAX_DIGITS else clip
+    sequence, _, name = stems[0].rpartition("/")
+    clip = int(name) if name.isascii() and name.isdigit() and len(name) <= MAX_DIGITS else name
 
     try:
         images = [places.inside("event_image", name) for name in pictures]
@@ -156,31 +156,22 @@ def read_row(places: Places, number: int, row) -> Sample:
     return Sample(number, sample_id, sequence, clip, tuple(images), events, video, present=present)
 
 
-def content_of(samples: list[Sample], which: Literal["first", "all"]) -> dict[str, dict[str, str]]:
-    """Model -> clip's key -> digest of the names and sizes of the files that the model sees of the clip.
+def digest_of(paths: Iterable[Path | None]) -> str:
+    """A digest of the names and sizes of files, None for one that a row doesn't name.
 
     Cheap enough for ten thousand clips at every start. Times are left out: copying a data set
     changes them.
     """
-    found = {"eventgpt": {}, "videollava": {}}
-    for sample in samples:
-        pictures = sample.event_images[:1] if which == "first" else sample.event_images
-        if not sample.trouble:
-            found["eventgpt"][sample.key] = digest_of(pictures or [sample.events])
-            found["videollava"][sample.key] = digest_of([sample.video])
-    return found
-
-
-def digest_of(paths: Iterable[Path | None]) -> str:
     digest = hashlib.blake2b(digest_size=4)
     for path in paths:
-        try:
-            size = os.stat(path).st_size if path else -1
-        except OSError as error:
-            if is_machine_trouble(error):
-                raise machine_trouble(path, error) from error
-            size = -1                 # missing: the clip will fail, and may be mended later
-        digest.update(f"{path.name if path else ''}\0{size}\0".encode(errors="surrogateescape"))
+        name, size = (path.name if path else ""), -1
+        if path:
+            try:
+                size = os.stat(path).st_size
+            except OSError as error:      # missing: the clip will fail, and may be mended later
+                if is_machine_trouble(error):
+                    raise machine_trouble(path, error) from error
+        digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -201,6 +192,8 @@ def draft_pictures(sample: Sample, which: Literal["first", "all"]) -> list[np.nd
 
 def target_pictures(sample: Sample, num_frames: int) -> list[np.ndarray]:
     """What Video-LLaVA sees: frames of the clip's MP4, (H, W, 3) uint8 RGB each; raises likewise."""
+    if sample.video is None:
+        raise MediaError("the row names no video")
     return _read_file(sample, sample.video, lambda path: read_video(path, num_frames))
 
 
@@ -209,7 +202,8 @@ def _read_file(sample: Sample, path: Path, read: Callable[[Path], Read]) -> Read
         return read(path)
 
 
-def read_ahead(prepare: Callable, samples: Iterable[Sample], workers: int, ahead: int) -> Iterator[tuple]:
+def read_ahead(prepare: Callable, samples: Iterable[Sample], workers: int,
+               ahead: int) -> Iterator[tuple]:
     """Yield (sample, prepared or the MediaError) in order, while threads work on the next `ahead` samples."""
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:

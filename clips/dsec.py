@@ -56,9 +56,11 @@ SEQUENCES = {
         "zurich_city_15:a"),
 }
 
-EVENTS = ("events/left/events.h5", "{0}_events_left/events.h5", "events_left/events.h5", "events.h5")
+EVENTS = ("events/left/events.h5", "{0}_events_left/events.h5",
+          "events_left/events.h5", "events.h5")
 PICTURES = ("images/left/rectified", "{0}_images_rectified_left", "images_rectified_left", "")
-TIMES = ("images/timestamps.txt", "{0}_image_timestamps.txt", "image_timestamps.txt", "timestamps.txt")
+TIMES = ("images/timestamps.txt", "{0}_image_timestamps.txt", "image_timestamps.txt",
+         "timestamps.txt")
 
 
 # ------------------------------------------------------------------------------------------ finding
@@ -108,10 +110,12 @@ def find_recording(root: Path, split: str, sequence: str) -> Recording:
              "images/timestamps.txt": times}
     missing = [name for name, path in parts.items() if not path]
     if missing:
-        archives = itertools.chain(*(place.glob(f"{sequence}_*_left.zip") for place in folders + beside))
+        archives = itertools.chain(*(place.glob(f"{sequence}_*_left.zip")
+                                     for place in folders + beside))
         zips = sorted(path.name for path in archives)
         raise MediaError(f"half downloaded: no {', no '.join(missing)}"
                          + (f"; unpack {', '.join(zips)}" if zips else ""))
+    assert events and folder and times
     pictures, times_us = list_pictures(folder), read_times(times)
     if len(pictures) != len(times_us):
         raise MediaError(f"{len(pictures)} pictures in {folder}, but {len(times_us)} timestamps in {times}: "

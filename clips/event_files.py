@@ -9,6 +9,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,8 @@ COLUMNS = "xytp"
 MAX_EVENT_BYTES = 2**31         # 165 million events of 13 bytes: 6 s of the busiest DSEC sequence
 MAX_LINE = 2**16                   # bytes of a text line inside a pickle
 MAX_READS = 10**6  # of a pickle: each may make an object; EventGPT's files take hundreds
-HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0,
+                  (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def read_events(path: Path) -> dict[str, np.ndarray]:
@@ -39,8 +41,10 @@ def check_events(events: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The columns with p as 0 and 1; a MediaError for values without a meaning."""
     kinds = {name: column.dtype.kind for name, column in events.items()}
     if (events["x"].ndim != 1 or len({column.shape for column in events.values()}) != 1
-            or not all(kind in "iu" or (name == "p" and kind == "b") for name, kind in kinds.items())):
-        found = ", ".join(f"{name} {column.dtype} {column.shape}" for name, column in events.items())
+            or not all(kind in "iu" or (name == "p" and kind == "b")
+                       for name, kind in kinds.items())):
+        found = ", ".join(f"{name} {column.dtype} {column.shape}"
+                          for name, column in events.items())
         raise MediaError(f"x, y, t and p must be whole-number columns of one length, found {found}")
     x, y, t = (events[name] for name in "xyt")
     if x.size:
@@ -141,7 +145,11 @@ def _scalar(dtype: np.dtype, data: bytes) -> np.generic:
     return np.frombuffer(data, dtype)[0]
 
 
-class _ArraysOnly(pickle._Unpickler):
+# The class in Python; the types of the standard library know the one in C alone.
+_Unpickler: Any = pickle._Unpickler
+
+
+class _ArraysOnly(_Unpickler):
     """Unpickles dicts, lists, numbers, texts and NumPy arrays of numbers; calls nothing by its name.
 
     Arrays are made by the functions above, because NumPy's own trust the lengths and pointers in a
@@ -157,7 +165,7 @@ class _ArraysOnly(pickle._Unpickler):
                   "BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING BINBYTES "
                   "SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND "
                   "APPENDS EMPTY_DICT")
-    dispatch = {code: pickle._Unpickler.dispatch[code]  # noqa: RUF012
+    dispatch = {code: _Unpickler.dispatch[code]  # noqa: RUF012
                 for code in (getattr(pickle, name)[0] for name in OPERATIONS.split())}
 
     def find_class(self, module: str, name: str):

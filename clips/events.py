@@ -77,7 +77,8 @@ class EventPicture:
         return self.COLOURS[marks].reshape(self.height, self.width, 3)
 
 
-def render_events(x: np.ndarray, y: np.ndarray, p: np.ndarray, canvas: tuple[int, int] | None = None,
+def render_events(x: np.ndarray, y: np.ndarray, p: np.ndarray,
+                  canvas: tuple[int, int] | None = None,
                   render: Render = "time") -> np.ndarray:
     """Events in time order, p 0/1 or -1/1 -> (H, W, 3) uint8 RGB, as EventPicture paints them.
 

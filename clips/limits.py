@@ -52,6 +52,7 @@ def reading_media(kind: str, path: Path, *errors: type[Exception]) -> Iterator[N
     kind: "picture", "video", ... for the message. A MediaError from inside gets kind and path in
     front.
     """
+    expected: tuple[type[Exception], ...] = (*errors, OSError, MemoryError)
     try:
         if path.exists() and not path.is_file():         # a pipe or a device would be read for ever
             raise MediaError("it is no regular file")
@@ -60,7 +61,7 @@ def reading_media(kind: str, path: Path, *errors: type[Exception]) -> Iterator[N
         if is_machine_trouble(error):
             raise machine_trouble(path, error) from error
         raise MediaError(f"can't read the {kind} {path}: {error}") from error
-    except (*errors, OSError, MemoryError) as error:
+    except expected as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR):
             raise MediaError(f"no such {kind}: {path}") from error
         if is_machine_trouble(error):

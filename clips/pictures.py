@@ -2,6 +2,7 @@
 
 import io
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image, ImageOps
 
 from clips.limits import MediaError, check_bytes, check_size, reading_media
 from machine.files import write_whole
+
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")    # damaged metadata
 
 WHITE = (255, 255, 255)
 # Told apart by content. Pillow's other readers are not needed, and one of them (EPS) starts another
@@ -21,7 +24,8 @@ MAX_PICTURE_S = 20                 # of reading and decoding; DSEC's pictures ta
 MAX_SCANS = 100
 JPEG_CHUNK = 4096                  # bytes that Pillow decodes at a time: the clock is looked at in between
 # Largest value of a grey picture that Pillow holds in more than 8 bits, by the layout in the file.
-GREY_RANGE = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535, "I;16R": 65535, "I;12": 4095}
+GREY_RANGE = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535,
+              "I;16R": 65535, "I;12": 4095}
 GREY_STEP = {"L;2": 85, "L;4": 17}             # from a grey value in the file to Pillow's, where they differ
 
 
@@ -33,7 +37,7 @@ class TimedFile(io.FileIO):
         self.seconds = seconds
         self.end = time.monotonic() + seconds
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         if time.monotonic() > self.end:
             raise MediaError(f"it takes more than {self.seconds:g} s to decode")
         return super().read(size)
@@ -74,7 +78,8 @@ def to_rgb(picture: Image.Image) -> np.ndarray:
         picture.info["transparency"] = transparent * GREY_STEP[layout]
     picture = ImageOps.exif_transpose(picture)
     if picture.has_transparency_data:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, WHITE), picture.convert("RGBA"))
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, WHITE),
+                                        picture.convert("RGBA"))
     return np.array(picture.convert("RGB"))
 
 
@@ -85,7 +90,8 @@ def raw_mode(picture: Image.Image) -> str:
     return first if isinstance(first, str) else picture.mode
 
 
-def scaled_grey(picture: Image.Image, layout: str, transparent) -> tuple[np.ndarray, np.ndarray | None]:
+def scaled_grey(picture: Image.Image, layout: str,
+                transparent) -> tuple[np.ndarray, np.ndarray | None]:
     """Grey of more than 8 bits -> ((H, W) uint8, (H, W) bool of the transparent pixels or None).
 
     convert("RGB") would clip the values instead of scaling them. Floats and 32-bit numbers are

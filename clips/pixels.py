@@ -13,11 +13,13 @@ from machine.files import read_json
 # Where transformers looks for the settings, by what they are for: a key of processor_config.json,
 # else a file.
 SOURCES = {"image": ("image_processor", ("preprocessor_config.json",)),
-           "video": ("video_processor", ("video_preprocessor_config.json", "preprocessor_config.json"))}
+           "video": ("video_processor", ("video_preprocessor_config.json",
+                                         "preprocessor_config.json"))}
 PROCESSOR_FILE = "processor_config.json"
 FAMILIES = ("CLIP", "VideoLlava")                  # whose processors work as clip_pixels does
 STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")             # on, or not named
-OTHER_STEPS = ("do_pad", "do_flip_channel_order", "do_grayscale", "do_reduce_labels", "use_square_size",
+OTHER_STEPS = ("do_pad", "do_flip_channel_order", "do_grayscale", "do_reduce_labels",
+               "use_square_size",
                "offset")                                                          # off, or not named
 TYPES = ("image_processor_type", "video_processor_type", "feature_extractor_type")
 
@@ -79,9 +81,10 @@ def _parse(where: str, values, image_size: int) -> PixelSettings:
         steps = ", ".join(f"{name} is {values[name]!r}" for name in off + more)
         raise UserError(f"{where}: {steps}; wanted pictures that are resized, cropped, rescaled and "
                         "normalised, and nothing else")
-    size, crop = _side(values.get("size"), "shortest_edge"), _side(values.get("crop_size"), "height", "width")
+    size = _side(values.get("size"), "shortest_edge")
+    crop = _side(values.get("crop_size"), "height", "width")
     resample = values.get("resample", int(Image.Resampling.BICUBIC))
-    fits = type(crop) is type(size) is int and crop == image_size and crop <= size <= 8 * crop
+    fits = crop == image_size and crop <= size <= 8 * crop
     if not fits or type(resample) is not int or resample != Image.Resampling.BICUBIC:
         raise UserError(f"{where}: size {values.get('size')}, crop_size {values.get('crop_size')} and "
                         f"resample {resample} can't be used: wanted the shortest edge and a square, bicubic "
@@ -89,7 +92,8 @@ def _parse(where: str, values, image_size: int) -> PixelSettings:
     mean = PixelSettings.mean if values.get("image_mean") is None else values["image_mean"]
     std = PixelSettings.std if values.get("image_std") is None else values["image_std"]
     rescale = values.get("rescale_factor", 1 / 255)
-    numbers = all(isinstance(three, (list, tuple)) and len(three) == 3 and all(map(_is_number, three))
+    numbers = all(isinstance(three, (list, tuple)) and len(three) == 3
+                  and all(map(_is_number, three))
                   for three in (mean, std))
     if not numbers or 0 in std or not _is_number(rescale):
         raise UserError(f"{where}: wanted three numbers as image_mean, three as image_std (none of them 0), "
@@ -97,14 +101,14 @@ def _parse(where: str, values, image_size: int) -> PixelSettings:
     return PixelSettings(size, crop, tuple(mean), tuple(std), rescale)
 
 
-def _side(value, *keys: str) -> int | None:
-    """px, of a number or of a dict with exactly these keys; transformers' 224 where there is none."""
+def _side(value, *keys: str) -> int:
+    """px, of a number or of a dict with exactly these keys; transformers' 224 for None, -1 for others."""
     if value is None:
         return 224
     if isinstance(value, dict):
-        sides = {value[key] for key in keys} if set(value) == set(keys) else set()
-        return sides.pop() if len(sides) == 1 else None
-    return value
+        sides = [value[key] for key in keys] if set(value) == set(keys) else []
+        value = sides[0] if sides and all(side == sides[0] for side in sides) else None
+    return value if type(value) is int else -1
 
 
 def _is_number(value) -> bool:
@@ -119,7 +123,8 @@ def clip_pixels(images: Iterable[np.ndarray], settings: PixelSettings) -> np.nda
     # In this order and precision it repeats the reference processors bit for bit; there are only
     # 256 values.
     scaled = (np.arange(256, dtype=np.uint8).astype(np.float64) * settings.rescale).astype(np.float32)
-    tables = [(scaled - np.float32(mean)) / np.float32(std) for mean, std in zip(settings.mean, settings.std)]
+    tables = [(scaled - np.float32(mean)) / np.float32(std)
+              for mean, std in zip(settings.mean, settings.std)]
     pixels = []
     for image in images:
         height, width = image.shape[:2]

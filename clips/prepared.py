@@ -150,7 +150,8 @@ class PreparedFolder:
             self.tidy(clips)
             raise
 
-    def finish(self, clips: list[Clip], left_out: LeftOut, config: dict, allow_missing: bool) -> None:
+    def finish(self, clips: list[Clip], left_out: LeftOut, config: dict,
+               allow_missing: bool) -> None:
         """Log what is missing and write the index, unless something is missing and that was not allowed.
 
         config: the flags of the program as JSON values; kept beside the settings.
@@ -159,7 +160,8 @@ class PreparedFolder:
             log(f"missing | {line}")
         file, missing = self.path / SETTINGS_FILE, left_out.as_json()
         if read_json(file).get("left_out") != missing:
-            write_json(file, {"settings": self.settings, "date": now(), "config": config, "left_out": missing,
+            write_json(file, {"settings": self.settings, "date": now(), "config": config,
+                              "left_out": missing,
                               "provenance": provenance()})
         rows = [self.row_of(clip) for clip in clips
                 if clip.number not in left_out.reasons.get(clip.sequence, ())]
@@ -180,7 +182,8 @@ class PreparedFolder:
 
     def row_of(self, clip: Clip) -> dict:
         """The clip's row of the index file: the published fields, then `sequence` and `clip`."""
-        return {**index_row(self.path.name, clip.name, clip.picture_names(self.recipe.event_images)),
+        return {**index_row(self.path.name, clip.name,
+                            clip.picture_names(self.recipe.event_images)),
                 "sequence": clip.sequence, "clip": clip.number}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from base import UserError
 from clips.limits import check_input
-from machine.files import not_json
+from machine.files import read_json
 
 MAX_QUESTIONS_BYTES = 2**26
 KEYS = ("question", "text", "prompt", "turns")
@@ -31,7 +31,7 @@ def read_questions(query: str, questions_file: Path | None, num_questions: int) 
     check_input(questions_file, MAX_QUESTIONS_BYTES)
     suffix = questions_file.suffix.lower()
     if suffix == ".json" and not is_json_lines(questions_file):
-        entries = read_value(questions_file)
+        entries = read_json(questions_file)
         if not isinstance(entries, list):
             raise UserError(f"{questions_file}: found {type(entries).__name__}; {FORMS}")
     elif suffix in (".csv", ".tsv"):
@@ -40,7 +40,8 @@ def read_questions(query: str, questions_file: Path | None, num_questions: int) 
         entries = read_lines(questions_file)
     else:
         raise UserError(f"{questions_file}: files of questions end in .txt, .json, .jsonl, .csv or .tsv")
-    questions = [question_of(questions_file, number, entry) for number, entry in enumerate(entries, start=1)]
+    questions = [question_of(questions_file, number, entry)
+                 for number, entry in enumerate(entries, start=1)]
     if not questions:
         raise UserError(f"{questions_file} holds no question; {FORMS}")
     questions = questions[:num_questions if num_questions > 0 else None]
@@ -55,13 +56,6 @@ def read_text(path: Path) -> str:
         raise UserError(f"no such file: {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read {path}: {error}") from error
-
-
-def read_value(path: Path):
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise not_json(path, error) from error
 
 
 def is_json_lines(path: Path) -> bool:
@@ -95,7 +89,8 @@ def as_list(value) -> list:
 def looks_like_table(text: str) -> bool:
     """Whether a text begins with the names of columns, one of which holds questions."""
     head = text.lstrip().splitlines()[0]
-    return any(column.strip().strip('"').lower() in KEYS for column in head.replace("\t", ",").split(","))
+    return any(column.strip().strip('"').lower() in KEYS
+               for column in head.replace("\t", ",").split(","))
 
 
 def read_table(path: Path) -> list[str]:

@@ -18,7 +18,8 @@ from machine.running import MACHINE_TROUBLE
 
 MAX_FRAMES = 100_000       # 83 minutes at 20 fps; DSEC has clips of up to 320 frames
 MAX_DECODING_S = 600       # of one video; 100,000 frames of 1440 x 1080 px take about as long
-MAX_WAIT_S = 20  # for a file's head or next packet: FFmpeg searches broken files to their end
+MAX_WAIT_S = 15  # for a file's head or next packet: FFmpeg searches broken files to their end
+TOO_SLOW = f"nothing could be read within {MAX_WAIT_S} s"
 MAX_PROBE_BYTES = 2**30    # read again to see whether an error was the disk's
 # FFmpeg reads play lists too, which name other files and hosts; only single files of these
 # containers are opened.
@@ -132,7 +133,12 @@ def _open(path: Path, end: float):
 
     _check_effort(0, end)
     wait_s = min(MAX_WAIT_S, max(0.01, end - time.monotonic()))
-    return av.open(str(path), options=CONTAINERS, timeout=(wait_s, wait_s))
+    start = time.monotonic()
+    container = av.open(str(path), options=CONTAINERS, timeout=(wait_s, wait_s))
+    if time.monotonic() - start >= wait_s:               # FFmpeg makes do with an interrupted search
+        container.close()
+        raise MediaError(TOO_SLOW)
+    return container
 
 
 def upright(frame) -> np.ndarray:
@@ -164,7 +170,7 @@ def _ffmpeg_error() -> type[Exception]:
 
 def _reason(error) -> str:
     if type(error).__name__ == "ExitError":              # the timeout of _open
-        return f"nothing could be read within {MAX_WAIT_S} s"
+        return TOO_SLOW
     return error.strerror or str(error)
 
 

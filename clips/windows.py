@@ -58,8 +58,8 @@ class Recipe:
 
     @property
     def duration_us(self) -> int:
-        number, unit = re.fullmatch(r"(\d+)(ms|s)", self.duration).groups()
-        return int(number) * {"ms": 1000, "s": 1_000_000}[unit]
+        unit = "ms" if self.duration.endswith("ms") else "s"
+        return int(self.duration.removesuffix(unit)) * {"ms": 1000, "s": 1_000_000}[unit]
 
     @property
     def stride_us(self) -> int:
@@ -94,7 +94,8 @@ class Clip:
 
     def files(self, event_images: int) -> list[str]:
         """Relative to the data set folder."""
-        return [f"mp4/{self.name}.mp4", *(f"event_image/{name}" for name in self.picture_names(event_images))]
+        return [f"mp4/{self.name}.mp4", *(f"event_image/{name}"
+                                          for name in self.picture_names(event_images))]
 
 
 def window_starts(first_us: int, last_us: int, duration_us: int, stride_us: int) -> range:
@@ -108,7 +109,8 @@ def clips_of(recording: Recording, recipe: Recipe) -> list[Clip]:
     if not starts:
         log(f"prepare | {recording.sequence} is shorter than {recipe.duration}: no clips")
     return [Clip(recording.sequence, number, start, start + length_us, recording.events,
-                 recording.between(start, start + length_us)) for number, start in enumerate(starts)]
+                 recording.between(start, start + length_us))
+            for number, start in enumerate(starts)]
 
 
 # --------------------------------------------------------------------------------- one clip's files
@@ -134,7 +136,8 @@ def read_frame(path: Path, size: tuple[int, int]) -> np.ndarray:
     return frame
 
 
-def make_clip(events: EventFile, clip: Clip, folder: Path, recipe: Recipe, read_frame: Callable) -> None:
+def make_clip(events: EventFile, clip: Clip, folder: Path, recipe: Recipe,
+              read_frame: Callable) -> None:
     """Write the clip's video, then its event pictures; its events are read before that."""
     if not clip.frames:
         raise MediaError("no pictures")

@@ -45,13 +45,23 @@ class Target(Protocol):
         H).
         """
 
-    def prefill(self, proposed: list[int]) -> Following:
+    def prefill(self, proposed: list[int], parents: list[int] | None = None) -> Following:
         """Read the prompt and the proposals -> what follows the prompt and each proposal: n =
-        len(proposed) + 1.
+        len(proposed) + 1. parents: as for verify; position 0 is the prompt's last token.
         """
 
-    def verify(self, tokens: list[int]) -> Following:
-        """Append these tokens, at least one -> what follows each of them: n = len(tokens)."""
+    def verify(self, tokens: list[int], parents: list[int] | None = None) -> Following:
+        """Append these tokens, at least one -> what follows each of them: n = len(tokens).
+
+        parents: the tokens form a tree: tokens[j] follows tokens[parents[j]], parents[j] < j, and
+        parents[0] is -1; keep_path comes next. None: a chain. A loop that proposes chains alone
+        never gives parents.
+        """
+
+    def keep_path(self, path: list[int]) -> None:
+        """Keep this path alone of the last pass over a tree, from position 0 on, as if it had been
+        a chain.
+        """
 
     def keep(self, tokens: int) -> None:
         """Forget everything but the prompt and the first `tokens` tokens of the answer.

@@ -9,6 +9,7 @@ from base import UserError
 AUTO = "auto"                      # --gamma: as many as are worth their cost
 PLAIN = "none"                     # the drafter that proposes nothing; all others are compared with it
 MAX_GAMMA = 16                     # with --gamma auto: verifying 17 tokens costs little more than one
+MAX_NODES = 64                     # of a tree, verified in one pass with the last token
 
 
 def check_gamma(gamma: str) -> None:
@@ -23,7 +24,8 @@ class Limits:
 
     max_new_tokens: int              # 1 or more
     eos_ids: tuple[int, ...]
-    gamma: int
+    gamma: int                       # of a chain
+    nodes: int = 0                   # of a tree; 0: chains
 
     def cut(self, tokens: list[int]) -> list[int]:
         """The tokens up to the first EOS, which is kept."""
@@ -34,6 +36,14 @@ class Limits:
         return len(answer) >= self.max_new_tokens or answer[-1:] in ([eos] for eos in self.eos_ids)
 
 
-def limits_of(gamma: str, max_new_tokens: int, eos_ids: tuple[int, ...]) -> Limits:
-    """gamma: a value of --gamma."""
-    return Limits(max_new_tokens, eos_ids, MAX_GAMMA if gamma == AUTO else int(gamma))
+def check_tree(tree: str) -> None:
+    """A UserError unless this is a value of --tree."""
+    if tree != AUTO and tree not in map(str, range(MAX_NODES + 1)):
+        raise UserError(f"--tree must be {AUTO} or from 0 (chains) to {MAX_NODES} nodes, got "
+                        f"{tree[:40]}")
+
+
+def limits_of(gamma: str, max_new_tokens: int, eos_ids: tuple[int, ...], tree: str = "0") -> Limits:
+    """gamma, tree: values of --gamma and --tree."""
+    return Limits(max_new_tokens, eos_ids, MAX_GAMMA if gamma == AUTO else int(gamma),
+                  MAX_NODES if tree == AUTO else int(tree))

@@ -7,14 +7,14 @@ drafting/contract.py.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable
 
-from decoding.contracts import NO_TOKEN, Following, Target
+from decoding.contracts import NO_TOKEN, Target
 from decoding.limits import Limits
-from decoding.rules import Rule, greedy
-from drafting.contract import Drafter, matching
+from decoding.rules import Rule, greedy, greedy_path
+from drafting.contract import Drafter
+from drafting.tree import MAX_DEPTH, Branching, Tree, build_tree
 
 
 @dataclasses.dataclass
@@ -47,8 +47,7 @@ class Decoded:
         self.draft_s += seconds
         self.opening_s += seconds
 
-    def add_pass(self, proposed: list[int], emitted: list[int], draft_s: float,
-                 target_s: float) -> None:
+    def add_pass(self, proposed: Tree, emitted: list[int], draft_s: float, target_s: float) -> None:
         """Add a pass of the target: the proposals, the tokens it emitted, seconds of drafter and
         target.
         """
@@ -58,8 +57,8 @@ class Decoded:
         else:
             self.add_opening_s(draft_s)
             self.prefill_s = target_s
-        self.proposed.append(len(proposed))
-        self.accepted.append(matching(emitted, proposed))
+        self.proposed.append(len(proposed.tokens))
+        self.accepted.append(proposed.accepted(emitted))
         self.tokens = self.tokens + emitted
 
 
@@ -81,17 +80,17 @@ def decode(target: Target,
     proposal change nothing.
     """
     decoded = Decoded([])
+    branches = limits.nodes > 0 and rule is greedy and isinstance(drafter, Branching)
+    propose = proposed_tree if branches else proposed_chain
     while not limits.are_reached(decoded.tokens):
         start = time.perf_counter()
-        proposed = proposals(drafter, decoded.tokens, limits, price(), target.vocab_size)
+        proposed = propose(drafter, decoded.tokens, limits, price(), target.vocab_size)
         drafted = time.perf_counter()
-        emitted = limits.cut(
-            rule(decoded.tokens, proposed, next_pass(target, decoded.tokens, proposed)))
-        if NO_TOKEN in emitted and proposed:
+        emitted = verified(target, decoded.tokens, proposed, limits, rule)
+        if NO_TOKEN in emitted and proposed.tokens:
             # Logits that are no numbers behind one proposal can spoil those before it in the same pass.
-            proposed = []
-            emitted = limits.cut(
-                rule(decoded.tokens, proposed, next_pass(target, decoded.tokens, proposed)))
+            proposed = Tree()
+            emitted = verified(target, decoded.tokens, proposed, limits, rule)
         if NO_TOKEN in emitted:
             raise target.not_numbers()
         decoded.add_pass(proposed, emitted, drafted - start, time.perf_counter() - drafted)
@@ -101,21 +100,41 @@ def decode(target: Target,
     return decoded
 
 
-def proposals(drafter: Drafter, answer: list[int], limits: Limits, price: float,
-              vocab_size: int) -> list[int]:
-    """What the drafter proposes, up to the first id that the target does not have."""
+def proposed_chain(drafter: Drafter, answer: list[int], limits: Limits, price: float,
+                   vocab_size: int) -> Tree:
+    """The chain that the drafter proposes, up to the first id that the target does not have."""
     # the last token is the target's own
     room = min(limits.gamma, limits.max_new_tokens - len(answer) - 1)
+    return Tree.chain(drafter.propose(answer, room, price) if room > 0 else []).below(vocab_size)
+
+
+def proposed_tree(drafter: Branching, answer: list[int], limits: Limits, price: float,
+                  vocab_size: int) -> Tree:
+    """The tree that the drafter proposes, as deep as the answer has room.
+
+    A node must be reached with the probability that its time is worth: price * costs.token_s.
+    """
+    room = min(MAX_DEPTH, limits.max_new_tokens - len(answer) - 1)
     if room < 1:
-        return []
-    return list(
-        itertools.takewhile(lambda token: 0 <= token < vocab_size,
-                            drafter.propose(answer, room, price)))
+        return Tree()
+    least = price * drafter.costs.token_s
+    return build_tree(drafter, answer, limits.nodes, room, price, least).below(vocab_size)
 
 
-def next_pass(target: Target, answer: list[int], proposed: list[int]) -> Following:
-    """The prefill of a new answer, else a pass over its last token and the proposals."""
-    if not answer:
-        return target.prefill(proposed)
-    target.keep(len(answer) - 1)
-    return target.verify([answer[-1], *proposed])
+def verified(target: Target, answer: list[int], proposed: Tree, limits: Limits,
+             rule: Rule) -> list[int]:
+    """One pass of the target over the proposals -> the tokens to append, cut at EOS.
+
+    The prefill of a new answer, else a pass over its last token and the proposals.
+    """
+    tree = [] if proposed.is_chain() else [proposed.positions()]
+    if answer:
+        target.keep(len(answer) - 1)
+        following = target.verify([answer[-1], *proposed.tokens], *tree)
+    else:
+        following = target.prefill(proposed.tokens, *tree)
+    if not tree:
+        return limits.cut(rule(answer, proposed.tokens, following))
+    path, tokens = greedy_path(proposed, following)
+    target.keep_path([0, *(node + 1 for node in path)])
+    return limits.cut(tokens)

@@ -15,6 +15,7 @@ import torch
 
 from decoding.contracts import NO_TOKEN, Following
 from drafting.contract import matching
+from drafting.tree import Tree
 
 Rule = Callable[[list[int], list[int], Following], list[int]]
 
@@ -23,6 +24,23 @@ def greedy(answer: list[int], proposed: list[int], following: Following) -> list
     """The proposals that greedy decoding would have chosen too, and its next token."""
     best = following.best.tolist()
     return best[:matching(proposed, best) + 1]
+
+
+def greedy_path(tree: Tree, following: Following) -> tuple[list[int], list[int]]:
+    """The nodes that greedy decoding would have chosen too, and their tokens with its next token behind them.
+
+    following: what the target says at position 0, before the tree, and after each node (node j is position j + 1).
+    """
+    best = following.best.tolist()
+    children = {(parent, token): node for node, (token, parent) in reversed([*enumerate(zip(tree.tokens, tree.parents))])}
+    path, tokens, node = [], [], -1
+    while True:
+        token = best[node + 1]
+        tokens.append(token)
+        if (node, token) not in children:
+            return path, tokens
+        node = children[node, token]
+        path.append(node)
 
 
 class Sampling:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +19,13 @@ from demo.data_sets import NUM_PICTURES, seed_of
 from demo.world import random_scene
 
 QUESTION = "What are the key elements in this scene?"
-LANGUAGE = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
+LANGUAGE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": 1,
+            "eos_token_id": 2,
             "pad_token_id": 0}
-VISION = {"hidden_size": 96, "num_attention_heads": 4, "projection_dim": 96, "hidden_act": "quick_gelu"}
+VISION: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 4, "projection_dim": 96,
+          "hidden_act": "quick_gelu"}
 EVENT_VISION = {**VISION, "num_hidden_layers": 2, "intermediate_size": 192, "image_size": 96,
                 "patch_size": 24}
 # Video-LLaVA reads layer -2: the third layer is there to be left out.
@@ -77,9 +81,11 @@ def write_tokenizer(folder: Path, added: list[str], pad: str):
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens(added)
     tokenizer.save(str(folder / "tokenizer.json"))
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+             "special": True}
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>",
         "pad_token": pad, "add_bos_token": True, "add_eos_token": False, "legacy": False,
         "padding_side": "left", "clean_up_tokenization_spaces": False,
         "model_max_length": LANGUAGE["max_position_embeddings"],
@@ -99,20 +105,22 @@ class Student:
     """One of the two models in training, with all that differs between them."""
 
     name: str
-    model: object                  # the torch module
+    model: Any                     # the torch module
     vision: list                   # its modules: the tower first, then what leads to the language model
     language: list                 # its modules: LLaMA's body and head
     features: Callable             # pixels (B, F, 3, S, S) float32 -> visual tokens (B, N, H)
     pixels: Callable               # (scene, clip_seed, num_frames) -> pixels (F, 3, S, S) float32
-    tokenizer: object
+    tokenizer: Any
     prompt: tuple[list[int], list[int]]      # the ids before and after the visual tokens
     text: Callable                 # scene -> the answer to learn
     phrases: dict                  # the contents of that answer: attribute -> value -> words
 
 
 def preprocessor_config(size, crop_size) -> dict:
-    return {"do_resize": True, "size": size, "resample": 3, "do_center_crop": True, "crop_size": crop_size,
-            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
+    return {"do_resize": True, "size": size, "resample": 3, "do_center_crop": True,
+            "crop_size": crop_size,
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "do_convert_rgb": True,
             "image_mean": PixelSettings.mean, "image_std": PixelSettings.std}
 
 
@@ -123,9 +131,11 @@ def event_student(folder: Path) -> Student:
     clip, size = folder / "clip", EVENT_VISION["image_size"]
     clip.mkdir()
     write_json(clip / "config.json",
-               {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **EVENT_VISION})
+               {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model",
+                **EVENT_VISION})
     write_json(clip / "preprocessor_config.json",
-               {"feature_extractor_type": "CLIPFeatureExtractor", **preprocessor_config(size, size)})
+               {"feature_extractor_type": "CLIPFeatureExtractor",
+                **preprocessor_config(size, size)})
     tokenizer = write_tokenizer(folder, [], "<unk>")
     text_config = {**LANGUAGE, "vocab_size": len(tokenizer)}
     write_json(folder / "config.json", {
@@ -145,8 +155,10 @@ def event_student(folder: Path) -> Student:
         pictures = event_frames(events, NUM_PICTURES, (filming.SIZE, filming.SIZE))
         return clip_pixels(pictures[:1], settings)
 
-    return Student(folder.name, model, [model.visual_tower, model.visual_projector, model.feature_adaptor],
-                   [model.language_model.model, model.language_model.lm_head], model.event_features, pixels,
+    return Student(folder.name, model, [model.visual_tower, model.visual_projector,
+                                        model.feature_adaptor],
+                   [model.language_model.model, model.language_model.lm_head],
+                   model.event_features, pixels,
                    tokenizer, (ids[:at], ids[at + 1:]), texts.draft_text, texts.DRAFT_PHRASES)
 
 
@@ -157,15 +169,18 @@ def video_student(folder: Path) -> Student:
     size, patch = VIDEO_VISION["image_size"], VIDEO_VISION["patch_size"]
     video_tokens = NUM_FRAMES * (1 + (size // patch) ** 2)
     write_json(folder / "preprocessor_config.json", {
-        "image_processor_type": "VideoLlavaImageProcessor", "processor_class": "VideoLlavaProcessor",
+        "image_processor_type": "VideoLlavaImageProcessor",
+        "processor_class": "VideoLlavaProcessor",
         **preprocessor_config({"shortest_edge": size}, {"height": size, "width": size})})
     tokenizer = write_tokenizer(folder, ["<image>", video_llava.VIDEO, "<pad>"], "<pad>")
     model_class = video_llava.VideoLlavaForConditionalGeneration
     model = model_class(model_class.config_class(
         vision_config={**VIDEO_VISION, "model_type": "clip_vision_model"}, vision_feature_layer=-2,
         text_config={**LANGUAGE, "vocab_size": len(tokenizer), "model_type": "llama"},
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=(size // patch) ** 2,
-        video_token_index=tokenizer.convert_tokens_to_ids(video_llava.VIDEO), video_seq_length=video_tokens,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(size // patch) ** 2,
+        video_token_index=tokenizer.convert_tokens_to_ids(video_llava.VIDEO),
+        video_seq_length=video_tokens,
         pad_token_id=tokenizer.pad_token_id))
     settings = PixelSettings.of_folder(folder, size)
     ids = video_llava.prompt_ids(tokenizer, QUESTION, video_tokens)
@@ -181,4 +196,5 @@ def video_student(folder: Path) -> Student:
 
     return Student(folder.name, model, [model.model.video_tower, model.model.multi_modal_projector],
                    [model.model.language_model, model.lm_head], features, pixels,
-                   tokenizer, (ids[:at], ids[at + video_tokens:]), texts.target_text, texts.TARGET_PHRASES)
+                   tokenizer, (ids[:at], ids[at + video_tokens:]), texts.target_text,
+                   texts.TARGET_PHRASES)

@@ -47,18 +47,21 @@ def check_models(models_dir: Path, data_dir: Path) -> None:
             check_answers(f"target | {name}", target, samples, pictures, TARGET)
 
 
-def check_answers(title: str, model, samples: list[Sample], pictures: list, lesson: Lesson) -> float:
+def check_answers(title: str, model, samples: list[Sample], pictures: list,
+                  lesson: Lesson) -> float:
     """Ask about every clip and log the result; -> the share of attributes that the answers name right."""
     answers = []
     for start in range(0, len(samples), BATCH):
         pixels = [model.prepare(images) for images in pictures[start:start + BATCH]]
         answers += model.answer(pixels, [QUESTION] * len(pixels), max_new_tokens=64)
-    references = [lesson.text(scenes_of(sample.sequence, sample.clip + 1)[-1]) for sample in samples]
+    references = [lesson.text(scenes_of(sample.sequence, int(sample.clip) + 1)[-1])
+                  for sample in samples]
     named = [texts.read_text(answer.text, lesson.phrases) for answer in answers]
     true = [texts.read_text(reference, lesson.phrases) for reference in references]
-    right = {attribute: np.mean([said[attribute] == values[attribute] for said, values in zip(named, true)])
+    right = {attribute: np.mean([said[attribute] == values[attribute]
+                                 for said, values in zip(named, true)])
              for attribute in lesson.phrases}
-    share = np.mean(list(right.values()))
+    share = float(np.mean(list(right.values())))
     verbatim = np.mean([answer.text == reference and answer.finished
                         for answer, reference in zip(answers, references)])
     tokens = [len(answer.tokens) for answer in answers]

@@ -52,7 +52,8 @@ def make_data_sets(output_dir: Path, clips: dict[str, int]) -> None:
         if (folder / INDEX_FILE).exists():
             log(f"demo | {folder} | skipped, it is there")
             continue
-        rows = render_data_set(folder, sequences_of(split), clips[split], num_frames, min(16, cores()))
+        rows = render_data_set(folder, sequences_of(split), clips[split], num_frames,
+                               min(16, cores()))
         log(f"RESULT | {folder} | {len(rows)} clips of {num_frames} frames")
 
 
@@ -68,7 +69,8 @@ def render_data_set(folder: Path, sequences: list[str], clips: int, num_frames: 
     for sequence, count in zip(sequences, clips_per_sequence(clips, len(sequences))):
         make_folder(folder / "event_image" / sequence)
         make_folder(folder / "mp4" / sequence)
-        scenes |= {f"{sequence}/{clip:06d}": scene for clip, scene in enumerate(scenes_of(sequence, count))}
+        scenes |= {f"{sequence}/{clip:06d}": scene
+                   for clip, scene in enumerate(scenes_of(sequence, count))}
     log(f"demo | {folder} | rendering {len(scenes)} clips")
     progress, rows = Progress(f"demo | {folder.name}", len(scenes), unit="clips"), []
     work = functools.partial(render_clip, folder=folder, num_frames=num_frames)
@@ -88,7 +90,8 @@ def render_clip(clip: tuple[str, Scene], folder: Path, num_frames: int) -> dict:
 
     name, scene = clip
     seed = seed_of(name, num_frames)
-    write_video(folder / "mp4" / f"{name}.mp4", filming.frames_of(scene, seed, num_frames), fps=filming.FPS)
+    write_video(folder / "mp4" / f"{name}.mp4", filming.frames_of(scene, seed, num_frames),
+                fps=filming.FPS)
     pictures = [f"{name}_{k}.png" for k in range(NUM_PICTURES)]
     events = filming.events_of(scene, seed, num_frames)
     for file, picture in zip(pictures, event_frames(events, NUM_PICTURES, (filming.SIZE, filming.SIZE))):

@@ -25,7 +25,8 @@ SKY = {"day": (140, 190, 235), "night": (70, 75, 125), "snow": (205, 210, 220)}
 GROUND = {"day": (100, 145, 75), "night": (100, 145, 75), "snow": (238, 240, 245)}
 ASPHALT = {"day": (92, 92, 98), "night": (92, 92, 98), "snow": (178, 182, 190)}
 NIGHT_SHARE = (0.42, 0.44, 0.58)   # of the day's red, green and blue that is left at night
-PAINT = {"red": (215, 40, 35), "blue": (45, 80, 215), "white": (240, 240, 240), "yellow": (240, 205, 40),
+PAINT = {"red": (215, 40, 35), "blue": (45, 80, 215), "white": (240, 240, 240),
+         "yellow": (240, 205, 40),
          "green": (35, 150, 70)}
 LAMP = {"red": (255, 45, 30), "green": (40, 255, 110)}
 HALF_ROAD = {"highway": 5.4, "city street": 3.8, "country road": 3.0}     # m
@@ -53,11 +54,13 @@ class Canvas:
 
     def box(self, x, y, z, width, height, colour) -> None:
         """An upright rectangle that stands on height y, with its middle at x."""
-        self.draw.rectangle((self.point(x - width / 2, y + height, z), self.point(x + width / 2, y, z)),
+        self.draw.rectangle((self.point(x - width / 2, y + height, z),
+                             self.point(x + width / 2, y, z)),
                             fill=self.shade(colour))
 
     def disc(self, x, y, z, radius, colour, glows: bool = False) -> None:
-        self.draw.ellipse((self.point(x - radius, y + radius, z), self.point(x + radius, y - radius, z)),
+        self.draw.ellipse((self.point(x - radius, y + radius, z),
+                           self.point(x + radius, y - radius, z)),
                           fill=colour if glows else self.shade(colour))
 
     def stripe(self, x, width, near, far, colour) -> None:
@@ -94,9 +97,11 @@ def _draw_background(canvas: Canvas, scene: Scene, layout: np.ndarray, travelled
     if scene.background == "mountains":
         for k in range(5):
             x, height = -950 + 420 * k + 150 * layout[k, 0], 220 + 130 * layout[k, 1]
-            canvas.polygon([(x - 330, 0, 1000), (x, height, 1000), (x + 330, 0, 1000)], (108, 104, 118))
+            canvas.polygon([(x - 330, 0, 1000), (x, height, 1000), (x + 330, 0, 1000)],
+                           (108, 104, 118))
             snow = height * 0.68
-            canvas.polygon([(x - 105, snow, 1000), (x, height, 1000), (x + 105, snow, 1000)], (245, 245, 250))
+            canvas.polygon([(x - 105, snow, 1000), (x, height, 1000), (x + 105, snow, 1000)],
+                           (245, 245, 250))
         return
     first = int(travelled // 6)
     for k in range(first + 7, first - 1, -1):                                              # far ones first
@@ -132,7 +137,8 @@ def _draw_vehicle(canvas: Canvas, scene: Scene, x: float, z: float) -> None:
         part(0, 0.9, 0.7, 0.75, body)  # the rider's jacket
         canvas.disc(x, 1.85, z, 0.27, DARK)
         return
-    width, height, floor = {"car": (1.9, 0.95, 0.25), "van": (2.0, 2.2, 0.3), "bus": (2.6, 3.2, 0.35),
+    width, height, floor = {"car": (1.9, 0.95, 0.25), "van": (2.0, 2.2, 0.3),
+                            "bus": (2.6, 3.2, 0.35),
                             "truck": (2.5, 2.7, 0.9)}[scene.vehicle]
     for dx in (-width / 2 + 0.3, width / 2 - 0.3):
         part(dx, 0, 0.45, 0.7 if scene.vehicle != "truck" else 0.95, DARK)
@@ -166,10 +172,12 @@ def _draw_traffic_light(canvas: Canvas, colour: str, z: float) -> None:
     canvas.box(2.3, 5.1, z, 4.8, 0.2, STEEL)
     canvas.box(0, 3.0, z, 1.25, 2.3, (25, 25, 25))
     for lamp, y in (("red", 4.65), ("green", 3.6)):
-        canvas.disc(0, y, z, 0.5, LAMP[lamp] if lamp == colour else (62, 62, 62), glows=lamp == colour)
+        canvas.disc(0, y, z, 0.5, LAMP[lamp] if lamp == colour else (62, 62, 62),
+                    glows=lamp == colour)
 
 
-def frames_of(scene: Scene, clip_seed: list[int], num_frames: int, wanted: Iterable[int] = ()) -> np.ndarray:
+def frames_of(scene: Scene, clip_seed: list[int], num_frames: int,
+              wanted: Iterable[int] = ()) -> np.ndarray:
     """Film the scene. -> (F, 96, 96, 3) uint8 RGB, oldest first; `wanted`: frame numbers, else all.
 
     `clip_seed` fixes what the nine words leave open: distances, houses, the camera's shaking. The
@@ -177,8 +185,8 @@ def frames_of(scene: Scene, clip_seed: list[int], num_frames: int, wanted: Itera
     """
     random = np.random.default_rng(clip_seed)
     layout = random.random((24, 3))
-    start, distance, aside, x_person, phase, z_light = random.uniform(
-        (0, -0.4, -0.1, -0.6, 0, 12), (6, 0.4, 0.1, -0.2, 2 * np.pi, 13))
+    low, high = np.array([(0, -0.4, -0.1, -0.6, 0, 12), (6, 0.4, 0.1, -0.2, 2 * np.pi, 13)])
+    start, distance, aside, x_person, phase, z_light = np.asarray(random.uniform(low, high)).tolist()
     direction = random.choice((-1, 1))
     shaking = random.uniform(-1, 1, (num_frames, 2))
     flakes = random.random((60, 3)) if scene.light == "snow" else ()
@@ -202,7 +210,8 @@ def frames_of(scene: Scene, clip_seed: list[int], num_frames: int, wanted: Itera
             _draw_person(canvas, direction * (x_person + 0.8 * time_s), 5, phase + 7 * time_s)
         for x, y, size in flakes:
             left, top = x * SIZE * FINE, (y + 0.6 * time_s) % 1 * SIZE * FINE
-            canvas.draw.ellipse((left, top, left + 2 + 2 * size, top + 2 + 2 * size), fill=(255, 255, 255))
+            canvas.draw.ellipse((left, top, left + 2 + 2 * size, top + 2 + 2 * size),
+                                fill=(255, 255, 255))
         pictures.append(np.asarray(canvas.image.reduce(FINE)))
     return np.stack(pictures)
 

@@ -60,7 +60,8 @@ class TrainingClips:
 
 
 def render_training_clips(student: Student) -> TrainingClips:
-    words = {name: list(dict.fromkeys(phrases.values())) for name, phrases in student.phrases.items()}
+    words = {name: list(dict.fromkeys(phrases.values()))
+             for name, phrases in student.phrases.items()}
     progress = Progress(f"{student.name} | render", TRAIN_CLIPS, unit="clips")
     pixels, attributes, answers = [], [], []
     for number in range(TRAIN_CLIPS):
@@ -90,7 +91,8 @@ def learn_to_see(student: Student, clips: TrainingClips) -> nn.Module:
             nn.init.normal_(parameter, std=0.4)      # CLIP's 0.02 drowns in the patches: sides get mixed up
     with torch.no_grad():
         tokens, width = student.features(clips.pixels[:1, :1].float()).shape[1:]
-    from_all, from_mean = (nn.Linear(inputs, sum(clips.num_phrases)) for inputs in (tokens * width, width))
+    from_all, from_mean = (nn.Linear(inputs, sum(clips.num_phrases))
+                           for inputs in (tokens * width, width))
 
     def loss_of(rows):
         frames = torch.randint(clips.pixels.shape[1], rows.shape)
@@ -110,7 +112,8 @@ def learn_to_speak(student: Student, clips: TrainingClips, head: nn.Module) -> N
 
     def loss_of(rows):
         features, answers = student.features(clips.pixels[rows].float()), clips.answers[rows]
-        before, after = (embed(torch.tensor(ids)).expand(len(rows), -1, -1) for ids in student.prompt)
+        before, after = (embed(torch.tensor(ids)).expand(len(rows), -1, -1)
+                         for ids in student.prompt)
         answer = embed(answers[:, :-1].clamp(min=0))          # padding may be any id: it has no label
         hidden = body(inputs_embeds=torch.cat([before, features, after, answer], dim=1)).last_hidden_state
         logits = lm_head(hidden[:, -answers.shape[1]:])
@@ -132,7 +135,8 @@ def attribute_loss(logits: torch.Tensor, clips: TrainingClips, rows: torch.Tenso
     return torch.stack([nn.functional.cross_entropy(part, labels) for part, labels in parts]).mean()
 
 
-def descend(step: str, loss_of: Callable, groups: list[dict], num_steps: int, batch_size: int) -> None:
+def descend(step: str, loss_of: Callable, groups: list[dict], num_steps: int,
+            batch_size: int) -> None:
     """AdamW on loss_of(rows): 30 steps of warm-up, then the rate falls linearly to 2 % of its peak."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -158,7 +162,8 @@ def save_weights(student: Student, folder: Path) -> None:
         model.model.image_tower.load_state_dict(model.model.video_tower.state_dict())
         model.save_pretrained(folder)
     else:
-        tensors = {published_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+        tensors = {published_name(name): tensor.contiguous()
+                   for name, tensor in model.state_dict().items()}
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 

@@ -14,7 +14,8 @@ DRAFT_PHRASES = {
                "crossing": "a pedestrian is crossing in front of the camera"},
     "background": {"buildings": "buildings on both sides", "trees": "trees on both sides",
                    "mountains": "mountains far away"},
-    "traffic_light": {"none": "no traffic light can be seen", "red": "a traffic light hangs above the road",
+    "traffic_light": {"none": "no traffic light can be seen",
+                      "red": "a traffic light hangs above the road",
                       "green": "a traffic light hangs above the road"},
 }
 DRAFT_TEXT = ("In the scene, there is a {vehicle} {motion} {side} of the street. The {vehicle} has a visible "
@@ -28,7 +29,8 @@ TARGET_PHRASES = {
              "country road": "a narrow country road"},
     "light": {"day": "during the day", "night": "at night", "snow": "in the snow"},
     "person": {"nobody": "nobody on foot", "crossing": "a person walking across the road"},
-    "background": {"buildings": "tall buildings", "trees": "rows of trees", "mountains": "high mountains"},
+    "background": {"buildings": "tall buildings", "trees": "rows of trees",
+                   "mountains": "high mountains"},
     "side": {"left": "on the left side", "right": "on the right side"},
     "traffic_light": {"none": "there is no traffic light in sight",
                       "red": "the traffic light is showing red, so traffic has to stop",
@@ -40,12 +42,14 @@ TARGET_TEXT = ("The key elements in this scene {colour} {vehicle} {motion} {road
 
 def draft_text(scene: Scene) -> str:
     """What the event model is taught to say: only what events show."""
-    return DRAFT_TEXT.format(**{name: words[getattr(scene, name)] for name, words in DRAFT_PHRASES.items()})
+    return DRAFT_TEXT.format(**{name: words[getattr(scene, name)]
+                                for name, words in DRAFT_PHRASES.items()})
 
 
 def target_text(scene: Scene) -> str:
     """What the video model is taught to say: everything."""
-    return TARGET_TEXT.format(**{name: words[getattr(scene, name)] for name, words in TARGET_PHRASES.items()})
+    return TARGET_TEXT.format(**{name: words[getattr(scene, name)]
+                                 for name, words in TARGET_PHRASES.items()})
 
 
 def read_text(text: str, phrases: dict) -> dict[str, str | None]:

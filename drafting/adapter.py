@@ -1,4 +1,6 @@
-"""The TokenAdapter as a drafter, over known answers and live; in draft conditioning and in prefix conditionings."""
+"""The TokenAdapter as a drafter, over known answers and live; in draft conditioning and in prefix
+conditionings.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,21 @@ from machine.graphs import capture
 from pairs.pairs import Pairs
 from token_adapter import NOT_SCORED, TokenAdapter
 
-MAX_LOGITS = {"cpu": 2**23, "cuda": 2**28}     # held at a time: 262 or 8,388 positions of 32,000 ids
-MAX_STORED = 20_000                  # answers whose proposals an adapter stores for a hybrid: 10 KB each
+MAX_LOGITS = {"cpu": 2**23, "cuda": 2**28}  # held at a time: 262 or 8,388 positions of 32,000 ids
+MAX_STORED = 20_000  # answers whose proposals an adapter stores for a hybrid: 10 KB each
 ONLINE_STEPS, ONLINE_RATE = 8, 0.1   # plain gradient descent on each verified answer
 
 
 class Adapter:
-    """Simulated. With online steps, a copy of the adapter also learns each verified answer by gradient descent.
+    """Simulated. With online steps, a copy of the adapter also learns each verified answer by
+    gradient descent.
 
-    Dynamic evaluation (Krause et al. 2018): plain SGD follows a drive far better than Adam does here.
+    Dynamic evaluation (Krause et al. 2018): plain SGD follows a drive far better than Adam does
+    here.
     """
 
-    def __init__(self, adapter: TokenAdapter, pairs: Pairs, online: bool = False, shuffled: int | None = None,
-                 batch_size: int = 64):
+    def __init__(self, adapter: TokenAdapter, pairs: Pairs, online: bool = False,
+                 shuffled: int | None = None, batch_size: int = 64):
         """shuffled: the seed of the control, in which every answer gets another clip's draft."""
         self.adapter = copy.deepcopy(adapter).eval() if online else adapter.eval()
         self.online, self.device = online, next(adapter.parameters()).device
@@ -42,8 +46,8 @@ class Adapter:
         self.learned: set[int] = set()
 
     def hidden(self, rows: np.ndarray) -> torch.Tensor:
-        """Teacher-forced pass over these answers: x (B, T, D) before the output layer; output i proposes target
-        i + first_position."""
+        """Teacher-forced pass over these answers: x (B, T, D) before the output layer; output i
+        proposes target i + first_position."""
         longest, drafts = self.adapter.config.max_seq_len, self.drafts.select(rows)
         width = min(int(self.lengths[rows].max()), longest)
         if not self.adapter.config.sees_prefix:
@@ -53,7 +57,8 @@ class Adapter:
         return self.adapter.hidden(self._on_device(drafts.padded("draft", int(lengths.max()))),
                                    self._on_device(lengths), self.targets(rows, width - 1))
 
-    def targets(self, rows: np.ndarray, width: int) -> torch.Tensor:        # (B, width) int64, filled up with 0
+    # (B, width) int64, filled up with 0
+    def targets(self, rows: np.ndarray, width: int) -> torch.Tensor:
         return self._on_device(self.pairs.select(rows).padded("target", width))
 
     def _on_device(self, numbers: np.ndarray) -> torch.Tensor:
@@ -61,9 +66,12 @@ class Adapter:
 
     @torch.no_grad()
     def _best(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, T, TOP_K) ids and probabilities, best first; NOTHING and 0 where the logits are no numbers."""
+        """(B, T, TOP_K) ids and probabilities, best first; NOTHING and 0 where the logits are no
+        numbers.
+        """
         x = self.hidden(rows)
-        parts = [F.softmax(logits, -1).topk(min(TOP_K, logits.shape[-1])) for logits in logit_chunks(self.adapter, x)]
+        parts = [F.softmax(logits, -1).topk(min(TOP_K, logits.shape[-1]))
+                 for logits in logit_chunks(self.adapter, x)]
         probabilities, columns = (torch.cat(part).view(*x.shape[:2], -1) for part in zip(*parts))
         numbers = probabilities.isfinite()
         ids = self.adapter.ids_of(columns).where(numbers, NOTHING)
@@ -75,8 +83,8 @@ class Adapter:
     def best(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(T, TOP_K) ids and their probabilities, best first; T is at most max_seq_len.
 
-        Stored, so that a hybrid of the same adapter costs nothing: those of the last MAX_STORED answers, with online
-        steps of all, since they can't be computed again.
+        Stored, so that a hybrid of the same adapter costs nothing: those of the last MAX_STORED
+        answers, with online steps of all, since they can't be computed again.
         """
         if number not in self.stored:
             count = 1 if self.online else min(self.batch_size, len(self.pairs) - number)
@@ -90,7 +98,8 @@ class Adapter:
 
     def predict(self, number: int) -> np.ndarray:
         ids = self.best(number)[0][:, :TOP]
-        proposals = np.full((self.lengths[number], TOP), NOTHING, np.int32)     # NOTHING past max_seq_len
+        # NOTHING past max_seq_len
+        proposals = np.full((self.lengths[number], TOP), NOTHING, np.int32)
         proposals[:len(ids), :ids.shape[1]] = ids
         return proposals
 
@@ -98,12 +107,14 @@ class Adapter:
         if not self.online or number in self.learned:
             return
         self.learned.add(number)
-        rows, width = np.array([number]), min(int(self.lengths[number]), self.adapter.config.max_seq_len)
+        rows = np.array([number])
+        width = min(int(self.lengths[number]), self.adapter.config.max_seq_len)
         parameters = list(self.adapter.parameters())
         label = self.adapter.labels_of(self.targets(rows, width))
         for _ in range(ONLINE_STEPS):
             norm, weight, bias = self.adapter.output()
-            losses = F.cross_entropy(F.linear(norm(self.hidden(rows)[0]), weight, bias), label[0], reduction="sum")
+            logits = F.linear(norm(self.hidden(rows)[0]), weight, bias)
+            losses = F.cross_entropy(logits, label[0], reduction="sum")
             loss = losses / (label[0] != NOT_SCORED).sum().clamp(min=1)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -115,7 +126,8 @@ class Adapter:
 
 
 def logit_chunks(adapter: TokenAdapter, x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the logits (n, V) float32 of all positions of x (B, T, D) in order, at most MAX_LOGITS at a time.
+    """Yield the logits (n, V) float32 of all positions of x (B, T, D) in order, at most MAX_LOGITS
+    at a time.
 
     All logits of 64 answers of 128 tokens over 262,144 ids would take 8 GiB.
     """
@@ -126,7 +138,9 @@ def logit_chunks(adapter: TokenAdapter, x: torch.Tensor) -> Iterator[torch.Tenso
 
 
 class LiveAdapter(NoDrafts):
-    """Live, prefix conditionings: the adapter's own best tokens, chained on the device with one wait a proposal."""
+    """Live, prefix conditionings: the adapter's own best tokens, chained on the device with one
+    wait a proposal.
+    """
 
     def __init__(self, adapter: TokenAdapter):
         self.steps = AdapterSteps(adapter, top_k=1)
@@ -155,7 +169,9 @@ class LiveAdapter(NoDrafts):
 
 
 class LiveDraftAdapter(LiveCopy):
-    """Live, draft conditioning: one pass over the draft proposes a token for every position of the answer."""
+    """Live, draft conditioning: one pass over the draft proposes a token for every position of the
+    answer.
+    """
 
     def __init__(self, adapter: TokenAdapter):
         super().__init__()
@@ -184,10 +200,11 @@ class LiveDraftAdapter(LiveCopy):
         self.best.copy_(best.where(top.isfinite(), NOTHING))
 
 
-# --------------------------------------------------------------------------------------------------- factories
+# ---------------------------------------------------------------------------------------- factories
 def adapter_passes(parts: SimulationParts, online: bool = False) -> Adapter:
     """The simulated adapter: its passes over the answers are computed once, for the hybrid too."""
-    return parts.once(f"adapter, online={online}", lambda: Adapter(parts.adapter, parts.pairs, online))
+    return parts.once(f"adapter, online={online}",
+                      lambda: Adapter(parts.adapter, parts.pairs, online))
 
 
 def simulated_adapter(parts: SimulationParts) -> Adapter:
@@ -195,15 +212,21 @@ def simulated_adapter(parts: SimulationParts) -> Adapter:
 
 
 def simulated_prefix(parts: SimulationParts) -> Adapter | None:
-    return Adapter(parts.prefix_adapter, parts.pairs) if _has_ablation(parts) else None
+    if parts.prefix_adapter is None or not _has_ablation(parts):
+        return None
+    return Adapter(parts.prefix_adapter, parts.pairs)
 
 
 def simulated_shuffled(parts: SimulationParts) -> Adapter | None:
-    return Adapter(parts.adapter, parts.pairs, shuffled=parts.seed) if _has_ablation(parts) else None
+    if not _has_ablation(parts):
+        return None
+    return Adapter(parts.adapter, parts.pairs, shuffled=parts.seed)
 
 
 def simulated_online(parts: SimulationParts) -> Adapter | None:
-    return adapter_passes(parts, online=True) if parts.online and parts.adapter.config.sees_prefix else None
+    if not parts.online or not parts.adapter.config.sees_prefix:
+        return None
+    return adapter_passes(parts, online=True)
 
 
 def _has_ablation(parts: SimulationParts) -> bool:
@@ -213,4 +236,5 @@ def _has_ablation(parts: SimulationParts) -> bool:
 
 def live_adapter(parts: LiveParts) -> LiveAdapter | LiveDraftAdapter:
     assert parts.adapter is not None
-    return LiveAdapter(parts.adapter) if parts.adapter.config.sees_prefix else LiveDraftAdapter(parts.adapter)
+    kind = LiveAdapter if parts.adapter.config.sees_prefix else LiveDraftAdapter
+    return kind(parts.adapter)

@@ -1,7 +1,7 @@
 """Baselines: the draft's own tokens, a constant string, prompt lookup, and no proposals at all.
 
-What a trained drafter must beat: copying shows what EventGPT's tokens are worth as they stand, the constant string
-how much of an acceptance rate is template.
+What a trained drafter must beat: copying shows what EventGPT's tokens are worth as they stand, the
+constant string how much of an acceptance rate is template.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from drafting.parts import LiveParts, SimulationParts
 from pairs.pairs import Pairs
 
 
-# ------------------------------------------------------------------------------------------------------- copy
+# --------------------------------------------------------------------------------------------- copy
 def direct_copy(pairs: Pairs, width: int) -> np.ndarray:
     """(N, width) int32: the draft's own tokens as proposals; NOTHING past its end."""
     inside = np.arange(width) < pairs.lengths("draft")[:, None]
@@ -53,9 +53,11 @@ class LiveCopy(NoDrafts):
         return list(itertools.takewhile(lambda token: token != NOTHING, ahead))
 
 
-# --------------------------------------------------------------------------------------------- constant string
+# ---------------------------------------------------------------------------------- constant string
 def commonest_tokens(training: Pairs, width: int) -> np.ndarray:
-    """(width, TOP) int32: the commonest target tokens at each position, then NOTHING; column 0 is the string."""
+    """(width, TOP) int32: the commonest target tokens at each position, then NOTHING; column 0 is
+    the string.
+    """
     lengths = training.lengths("target")
     commonest = np.full((width, TOP), NOTHING, np.int32)
     for position in range(min(width, int(lengths.max()))):
@@ -67,7 +69,9 @@ def commonest_tokens(training: Pairs, width: int) -> np.ndarray:
 
 
 class Fixed:
-    """Simulated: proposals (N, T, TOP) known before the first answer, or (T, TOP) the same for every clip."""
+    """Simulated: proposals (N, T, TOP) known before the first answer, or (T, TOP) the same for
+    every clip.
+    """
 
     def __init__(self, proposals: np.ndarray, pairs: Pairs):
         self.lengths = pairs.lengths("target")
@@ -80,9 +84,11 @@ class Fixed:
         pass
 
 
-# ------------------------------------------------------------------------------------------------------ lookup
+# ------------------------------------------------------------------------------------------- lookup
 class LiveLookup(NoDrafts):
-    """Prompt lookup (Saxena 2023): the tokens that followed the last tokens earlier in question and answer."""
+    """Prompt lookup (Saxena 2023): the tokens that followed the last tokens earlier in question and
+    answer.
+    """
 
     LONGEST = 3
 
@@ -101,7 +107,7 @@ class LiveLookup(NoDrafts):
         return []
 
 
-# --------------------------------------------------------------------------------------------------- factories
+# ---------------------------------------------------------------------------------------- factories
 def simulated_copy(parts: SimulationParts) -> Copy:
     return Copy(parts.pairs)
 
@@ -109,7 +115,8 @@ def simulated_copy(parts: SimulationParts) -> Copy:
 def simulated_constant(parts: SimulationParts) -> Fixed | None:
     if not parts.training:
         return None
-    return Fixed(commonest_tokens(parts.training, int(parts.pairs.lengths("target").max())), parts.pairs)
+    longest = int(parts.pairs.lengths("target").max())
+    return Fixed(commonest_tokens(parts.training, longest), parts.pairs)
 
 
 def live_none(parts: LiveParts) -> NoDrafts:

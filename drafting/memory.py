@@ -1,7 +1,9 @@
-"""The memory: an n-gram model of the target's earlier answers that learns each answer once it is verified.
+"""The memory: an n-gram model of the target's earlier answers that learns each answer once it is
+verified.
 
-Answers come in clip order: consecutive clips of a drive get similar answers, so that the last verified answers are
-the best source of proposals there is. Simulated and live drafter stand side by side; save and load at the end.
+Answers come in clip order: consecutive clips of a drive get similar answers, so that the last
+verified answers are the best source of proposals there is. Simulated and live drafter stand side by
+side; save and load at the end.
 """
 
 from __future__ import annotations
@@ -10,23 +12,22 @@ import itertools
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from base import UserError, log
 from drafting.contract import NOTHING, TOP, NoDrafts
+from drafting.ngrams import NGrams, State
 from drafting.parts import LiveParts, SimulationParts
+from drafting.tree import MAX_CHILDREN
 from machine.files import check_format, check_plain, write_whole
 from pairs.formats import MAX_ANSWER
 from pairs.pairs import Pairs
 from pairs.splits import MAX_VOCAB_SIZE, clip_order
 
-FORMAT = 1                           # of memory.npz; absent: of versions before formats were counted
-# Chosen on the training drives of 1,100 real 1s pairs, leaving one drive out at a time (WORKFLOW.md, section 6).
-MAX_ORDER = 12                       # tokens of the longest context
-TRAINING_WEIGHT = 0.05               # a training answer counts 1/20 of an answer verified in this stream
-BACK_OFF = 0.3                       # share of the Witten-Bell weight that goes to shorter contexts
-MAX_TRAINING_ANSWERS = 20_000        # answers that a memory begins with: 1,403 real ones take 38 MiB
+FORMAT = 1  # of memory.npz; absent: of versions before formats were counted
+MAX_TRAINING_ANSWERS = 20_000  # answers that a memory begins with: 1,403 real ones take 38 MiB
 MAX_TRAINING_TOKENS = 2**20          # in all of them: 20,000 real ones have 50 tokens each
 MAX_FILE_BYTES = 2**26               # of memory.npz
 MAX_UNPACKED_BYTES = 2**27           # of memory.npz: half a million answers of 50 tokens
@@ -38,69 +39,47 @@ def top_of(distribution: dict[int, float]) -> list[int]:
     return best + [NOTHING] * (TOP - len(best))
 
 
-# ----------------------------------------------------------------------------------------------------- counts
+# ------------------------------------------------------------------------------------------- counts
 def number_remembered(lengths: np.ndarray) -> int:
-    """How many of the last answers a memory begins with; lengths (N,): their tokens. 1 at least, of at least 1."""
+    """How many of the last answers a memory begins with; lengths (N,): their tokens. 1 at least, of
+    at least 1.
+    """
     last = lengths[::-1][:MAX_TRAINING_ANSWERS]
-    return max(int((np.cumsum(last, dtype=np.int64) <= MAX_TRAINING_TOKENS).sum()), min(1, len(last)))
+    count = int((np.cumsum(last, dtype=np.int64) <= MAX_TRAINING_TOKENS).sum())
+    return max(count, min(1, len(last)))
 
 
 def remembered(training: Pairs) -> Iterator[list[int]]:
-    """The target answers that a memory begins with: all, or the last in clip order that the limits allow."""
+    """The target answers that a memory begins with: all, or the last in clip order that the limits
+    allow.
+    """
     order = clip_order(training.sequence, training.clip)
     count = number_remembered(training.lengths("target")[order])
-    return (training if count == len(training) else training.select(order[-count:])).answers("target")
+    if count < len(training):
+        training = training.select(order[-count:])
+    return training.answers("target")
 
 
-class NGrams:
-    """Counts of the tokens that followed contexts of 1 to MAX_ORDER tokens, interpolated (Witten and Bell 1991)."""
-
-    BEGIN = -2                 # precedes every answer: a context token like any other
-
-    def __init__(self, training: Iterable[list[int]] = (), before: NGrams | None = None):
-        """training: token lists of the training answers. before: counts to begin with, which stay unchanged."""
-        self.counts: dict[tuple[int, ...], dict[int, float]] = {}    # with `before`: of the contexts that changed
-        self.before = before.counts if before else {}
-        for answer in training:
-            self.add(answer, TRAINING_WEIGHT)
-
-    def add(self, answer: list[int], weight: float = 1.0) -> None:
-        tokens = [self.BEGIN, *answer]
-        for at in range(1, len(tokens)):
-            for order in range(1, min(MAX_ORDER, at) + 1):
-                context = tuple(tokens[at - order:at])
-                following = self.counts.get(context)
-                if following is None:
-                    following = self.counts[context] = dict(self.before.get(context, ()))
-                following[tokens[at]] = following.get(tokens[at], 0.0) + weight
-
-    def distribution(self, prefix: list[int]) -> dict[int, float]:
-        """{token: probability} of the token after BEGIN + prefix, interpolated over all contexts that occurred."""
-        tokens = [self.BEGIN, *prefix] if len(prefix) < MAX_ORDER else prefix[-MAX_ORDER:]
-        probabilities: dict[int, float] = {}
-        for order in range(1, len(tokens) + 1):
-            context = tuple(tokens[len(tokens) - order:])
-            following = self.counts.get(context) or self.before.get(context)
-            if not following:
-                break
-            back_off = BACK_OFF * len(following)
-            total = sum(following.values()) + back_off
-            probabilities = {token: value * back_off / total for token, value in probabilities.items()}
-            for token, count in following.items():
-                probabilities[token] = probabilities.get(token, 0.0) + count / total
-        return probabilities
-
-
-# --------------------------------------------------------------------------------------------------- drafters
+# ----------------------------------------------------------------------------------------- drafters
 class Memory:
-    """Simulated: counts of the training answers and, with `streaming`, of these pairs' answers once verified."""
+    """Simulated: counts of the training answers and, with `streaming`, of these pairs' answers once
+    verified.
+    """
 
     def __init__(self, training: NGrams, pairs: Pairs, streaming: bool = True):
         self.ngrams, self.pairs, self.streaming = NGrams(before=training), pairs, streaming
 
     def predict(self, number: int) -> np.ndarray:
-        target = self.pairs.answer("target", number)
-        return np.array([top_of(self.ngrams.distribution(target[:at])) for at in range(len(target))], np.int32)
+        return np.array([top_of(row) for row in self.distributions(number)], np.int32)
+
+    def distributions(self, number: int) -> Iterator[dict[int, float]]:
+        """{token: probability} at each position of answer `number`, given the true tokens before
+        it.
+        """
+        state = self.ngrams.begin()
+        for token in self.pairs.answer("target", number):
+            yield self.ngrams.distribution_at(state)
+            state = self.ngrams.after(state, token)
 
     def learn(self, number: int) -> None:
         if self.streaming:
@@ -108,50 +87,70 @@ class Memory:
 
 
 class LiveMemory(NoDrafts):
-    """Live: a chain of the memory's most probable tokens."""
+    """Live: a chain of the memory's most probable tokens, or a tree."""
 
     def __init__(self, ngrams: NGrams):
         self.ngrams = ngrams
 
     def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
-        tokens, reached = list(prefix), 1.0                    # probability that every token before is right
+        tokens, reached = list(prefix), 1.0  # probability that every token before is right
+        state = self.ngrams.at(prefix)
         while len(tokens) < len(prefix) + gamma:
-            probabilities = self.distribution(tokens, reached, price)
-            best = top_of(probabilities)[0]
-            reached *= probabilities.get(best, 0.0)
-            if best == NOTHING or reached < self.costs.token_s * price:
+            probabilities = self.distribution(tokens, state, reached, price)
+            if not probabilities:
+                break
+            best = max(probabilities, key=probabilities.__getitem__)
+            reached *= probabilities[best]
+            if reached < self.costs.token_s * price:
                 break
             tokens.append(best)
+            state = self.ngrams.after(state, best)
         return tokens[len(prefix):]
 
-    def distribution(self, tokens: list[int], reached: float, price: float) -> dict[int, float]:
-        """{token: probability} after these tokens; reached and price as in `propose`."""
-        return self.ngrams.distribution(tokens)
+    def distribution(self, tokens: list[int], state: State, reached: float,
+                     price: float) -> dict[int, float]:
+        """{token: probability} after these tokens, whose state is given; reached and price as in
+        `propose`.
+        """
+        return self.ngrams.distribution_at(state)
+
+    def place_after(self, prefix: list[int]) -> Any:
+        return self.ngrams.at(prefix)
+
+    def next_place(self, place: Any, token: int) -> Any:
+        return self.ngrams.after(place, token)
+
+    def choices(self, place: Any, reached: float, price: float) -> list[tuple[float, int]]:
+        return self.ngrams.best(place, MAX_CHILDREN)
 
     def learn(self, answer: list[int]) -> None:
         self.ngrams.add(answer)
 
 
-# --------------------------------------------------------------------------------------------------- factories
+# ---------------------------------------------------------------------------------------- factories
 def training_counts(parts: SimulationParts) -> NGrams | None:
-    """Counts of the training answers, which every memory begins with; None without training pairs."""
-    if parts.training_answers is not None:
-        return parts.once("training counts", lambda: NGrams(parts.training_answers))
-    return parts.training and parts.once("training counts", lambda: NGrams(remembered(parts.training)))
+    """Counts of the training answers, which every memory begins with; None without training pairs.
+    """
+    answers: Iterable[list[int]] | None = parts.training_answers
+    if answers is None and parts.training:
+        answers = remembered(parts.training)
+    return None if answers is None else parts.once("training counts", lambda: NGrams(answers))
 
 
 def simulated_ngram(parts: SimulationParts) -> Memory | None:
     counts = training_counts(parts)
-    return counts and Memory(counts, parts.pairs, streaming=False)
+    return Memory(counts, parts.pairs, streaming=False) if counts else None
 
 
 def simulated_memory(parts: SimulationParts) -> Memory | None:
     counts = training_counts(parts)
-    return counts and Memory(counts, parts.pairs, parts.streaming)
+    return Memory(counts, parts.pairs, parts.streaming) if counts else None
 
 
 def live_counts(parts: LiveParts) -> NGrams:
-    """A drafter's own counts: of the training answers, which all drafters share, and of earlier decodings."""
+    """A drafter's own counts: of the training answers, which all drafters share, and of earlier
+    decodings.
+    """
     counts = NGrams(before=parts.once("training counts", lambda: NGrams(parts.training_answers)))
     for answer in parts.verified_answers:
         counts.add(answer)
@@ -162,7 +161,7 @@ def live_memory(parts: LiveParts) -> LiveMemory:
     return LiveMemory(live_counts(parts))
 
 
-# ------------------------------------------------------------------------------------------------------- file
+# --------------------------------------------------------------------------------------------- file
 def save_memory(answers: Iterable[list[int]], path: Path) -> None:
     """Write the target answers that a memory begins with when it decodes, in their order."""
     answers = list(answers)
@@ -177,13 +176,15 @@ def save_memory(answers: Iterable[list[int]], path: Path) -> None:
 
 
 def load_memory(path: Path) -> list[list[int]]:
-    """The answers of save_memory as token lists: all, or the last that the limits of a memory allow."""
+    """The answers of save_memory as token lists: all, or the last that the limits of a memory
+    allow.
+    """
     check_plain(path)
     try:
         flat, start, number = _arrays(path)
     except Exception as error:      # a torn or hostile archive can raise nearly anything
-        raise UserError(f"{path} is not the memory of a task: {error}; wanted a memory.npz of training or decoding, "
-                        "or leave it out") from error
+        raise UserError(f"{path} is not the memory of a task: {error}; wanted a memory.npz of training "
+                        "or decoding, or leave it out") from error
     check_format(path, number, FORMAT)
     count = number_remembered(np.diff(start))
     if count < len(start) - 1:
@@ -192,7 +193,9 @@ def load_memory(path: Path) -> list[list[int]]:
 
 
 def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray, int | None]:
-    """(all tokens int32, start of each answer and the end, format): checked before they are unpacked, and after."""
+    """(all tokens int32, start of each answer and the end, format): checked before they are
+    unpacked, and after.
+    """
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"it has more than {MAX_FILE_BYTES:,} bytes")
     with zipfile.ZipFile(path) as archive:
@@ -201,8 +204,9 @@ def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray, int | None]:
     with np.load(path, allow_pickle=False) as arrays:
         flat, start = arrays["target"], arrays["target_start"]
         number = int(arrays["format"]) if "format" in arrays else None
-    if (flat.dtype != np.int32 or start.dtype.kind != "i" or start.ndim != 1 or (np.diff(start) < 0).any()
-            or flat.ndim != 1 or start[0] != 0 or start[-1] != len(flat) or flat.min(initial=0) < 0):
+    if (flat.dtype != np.int32 or flat.ndim != 1 or flat.min(initial=0) < 0
+            or start.dtype.kind != "i" or start.ndim != 1 or (np.diff(start) < 0).any()
+            or start[0] != 0 or start[-1] != len(flat)):
         raise ValueError("its arrays don't fit together")
     if (longest := np.diff(start).max(initial=0)) > MAX_ANSWER:
         raise ValueError(f"it holds an answer of {longest:,} tokens, more than {MAX_ANSWER:,}")

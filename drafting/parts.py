@@ -1,4 +1,6 @@
-"""What drafters are made from. Factories of drafters take all of it and pick what they need. Imports no torch."""
+"""What drafters are made from. Factories of drafters take all of it and pick what they need.
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ class LiveParts(Shared):
     """Parts of live drafters: all that a trained task leaves behind."""
 
     adapter: TokenAdapter | None = None
-    training_answers: Sequence[list[int]] = ()     # target answers of training, which a memory begins with
-    verified_answers: Sequence[list[int]] = ()     # of earlier decodings, which count as much as fresh ones
+    # target answers of training, which a memory begins with
+    training_answers: Sequence[list[int]] = ()
+    # of earlier decodings, which count as much as fresh ones
+    verified_answers: Sequence[list[int]] = ()
     memory_share: float = 0.5                      # of the memory in the hybrid
 
 
@@ -37,10 +41,12 @@ class SimulationParts(Shared):
 
     adapter: TokenAdapter
     pairs: Pairs                                   # the answers to propose for, in clip order
-    training: Pairs | None = None                  # the pairs that the adapter was trained on; None: a checkpoint
-    training_answers: Sequence[list[int]] | None = None      # their targets, where the pairs are not at hand
+    training: Pairs | None = None  # the pairs that the adapter was trained on; None: a checkpoint
+    # their targets, where the pairs are not at hand
+    training_answers: Sequence[list[int]] | None = None
     prefix_adapter: TokenAdapter | None = None     # the ablation that sees no draft
-    memory_share: dict[str, float] = dataclasses.field(default_factory=dict)    # results name of a hybrid -> share
+    # results name of a hybrid -> share
+    memory_share: dict[str, float] = dataclasses.field(default_factory=dict)
     streaming: bool = True                         # drafters may learn from verified answers
     online: bool = False                           # by gradient steps too
     seed: int = 0                                  # of the control with shuffled drafts

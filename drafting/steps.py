@@ -1,4 +1,6 @@
-"""A prefix adapter step by step at batch 1, as decoding runs it: a cache of keys and values, CUDA graphs on a GPU."""
+"""A prefix adapter step by step at batch 1, as decoding runs it: a cache of keys and values, CUDA
+graphs on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +11,38 @@ import math
 import torch
 import torch.nn.functional as F
 
+from base import log
 from drafting.contract import Timer, matching
 from drafting.single_step import SingleStep
 from machine.graphs import capture
 from token_adapter import Cache, TokenAdapter
 
-TOP_K = 24                     # of the adapter's distribution, what the hybrid mixes: the rest holds no winner
+TOP_K = 24  # of the adapter's distribution, what the hybrid mixes: the rest holds no winner
 
 
 def on_host(tokens: list[int], device_tensor: torch.Tensor) -> torch.Tensor:
-    """(k,) int64 on the host, to be copied to the tensor's device: pinned for a GPU, so that no copy blocks."""
+    """(k,) int64 on the host, to be copied to the tensor's device: pinned for a GPU, so that no
+    copy blocks.
+    """
     return torch.tensor(tokens, dtype=torch.long, pin_memory=device_tensor.is_cuda)
 
 
 def for_proposing(adapter: TokenAdapter) -> TokenAdapter:
-    """The adapter itself, on a GPU a copy in bfloat16: half the bytes, and proposals decide about time alone."""
+    """The adapter itself, on a GPU a copy in bfloat16: half the bytes, and proposals decide about
+    time alone.
+    """
+    if not all(weight.isfinite().all() for weight in adapter.parameters()):
+        log("drafters | WARNING | the adapter has weights that are no numbers (NaN or infinite): it "
+            "proposes nothing where they count")
     if not adapter.embedding.weight.is_cuda:
         return adapter.eval()
     return copy.deepcopy(adapter).eval().requires_grad_(False).bfloat16()
 
 
 class AdapterSteps:
-    """A prefix adapter at batch 1 on its cache: eager on a CPU, CUDA graphs on a GPU, where launching costs most."""
+    """A prefix adapter at batch 1 on its cache: eager on a CPU, CUDA graphs on a GPU, where
+    launching costs most.
+    """
 
     SIZES = (1, 2, 4, 8, Cache.SPARE)
 
@@ -39,29 +51,35 @@ class AdapterSteps:
         device = adapter.begin.device
         self.cache = Cache(self.config, 1, self.adapter.begin.detach())
         self.tokens = torch.zeros(1, self.SIZES[-1], dtype=torch.long, device=device)
-        # Row of each slot: ids (int64) and probabilities (float32) of the token after it, for one copy to the host.
+        # Row of each slot: ids (int64) and probabilities (float32) of the token after it, for one
+        # copy to the host.
         self.top_k = min(top_k, self.config.outputs)
-        self.rows = torch.zeros(len(self.cache.slots), 4 * self.top_k, dtype=torch.int32, device=device)
+        size = len(self.cache.slots), 4 * self.top_k
+        self.rows = torch.zeros(size, dtype=torch.int32, device=device)
         self.ids, self.probabilities = self._parts(self.rows)
         self.single = SingleStep(self.adapter, self.cache)
         self.draft = torch.zeros(1, self.config.max_seq_len, dtype=torch.long, device=device)
         self.draft_length = torch.zeros(1, dtype=torch.long, device=device)
         self.first = self.config.max_seq_len if self.config.conditioning == "prefix+draft" else 0
-        self.fed: list[int] = []                     # tokens of the answer whose keys and values are in the cache
-        self.known: dict[int, tuple[list[int], list[float]]] = {}      # position -> its row, on the host
-        self.holds_nan = False                       # the cache may hold keys and values that are no numbers
-        # After begin-of-answer, where a capture may run them: no slot before it has a place in the answer.
+        self.fed: list[int] = []  # tokens of the answer whose keys and values are in the cache
+        # position -> its row, on the host
+        self.known: dict[int, tuple[list[int], list[float]]] = {}
+        self.holds_nan = False  # the cache may hold keys and values that are no numbers
+        # After begin-of-answer, where a capture may run them: no slot before it has a place in the
+        # answer.
         self.slots = self.cache.slots[self.first + 1:self.first + 1 + self.SIZES[-1]].clone()
         self.graphs = {}
         if device.type == "cuda":
             with torch.cuda.device(device):
                 pool = torch.cuda.graph_pool_handle()
-                for size in ("start", *reversed(self.SIZES)):        # largest first: the others reuse its memory
+                # largest first: the others reuse its memory
+                for size in ("start", *self.SIZES[::-1]):
                     self.graphs[size], _ = capture(lambda: self._forward(size), pool)                    # noqa: B023
 
     @torch.inference_mode()
     def begin(self, draft: list[int]) -> None:
-        # Leave out ids beyond the adapter's vocabulary (its pairs recorded none): it never saw them.
+        # Leave out ids beyond the adapter's vocabulary (its pairs recorded none): it never saw
+        # them.
         draft = [token for token in draft if self.knows([token])][:self.config.max_seq_len]
         self.draft[0, :len(draft)].copy_(on_host(draft, self.draft), non_blocking=True)
         self.draft_length.fill_(len(draft))
@@ -72,9 +90,11 @@ class AdapterSteps:
 
     @torch.inference_mode()
     def after(self, prefix: list[int], further: int = 0) -> list[tuple[list[int], list[float]]]:
-        """Top ids and probabilities (best first) after the prefix, then after each of `further` greedy steps.
+        """Top ids and probabilities (best first) after the prefix, then after each of `further`
+        greedy steps.
 
-        Both lists of a row are empty where the logits are no numbers; the rows after it are then worthless too.
+        Both lists of a row are empty where the logits are no numbers; the rows after it are then
+        worthless too.
         """
         same = matching(self.fed, prefix)
         self.known = {place: row for place, row in self.known.items() if place <= same}
@@ -90,23 +110,27 @@ class AdapterSteps:
         if further:
             self.tokens[0, :1].copy_(self.ids[last, :1])
             self.slots[:1].copy_(self.cache.slots[last + 1:last + 2])
-            for _ in range(further):                 # each step writes the next one's input: no wait for the device
+            # each step writes the next one's input: no wait for the device
+            for _ in range(further):
                 self._run(1)
         ids, probabilities = self._parts(self.rows[last:last + further + 1].cpu())
         self.fed = prefix + ids[:-1, 0].tolist()
-        rows = [row if math.isfinite(row[1][0]) else ([], []) for row in zip(ids.tolist(), probabilities.tolist())]
+        rows = [row if math.isfinite(row[1][0]) else ([], [])
+                for row in zip(ids.tolist(), probabilities.tolist())]
         self.holds_nan = self.holds_nan or not all(ids for ids, _ in rows)
         self.known.update({len(prefix) + k: row for k, row in enumerate(rows)})
         return rows
 
     def _forget_answer(self) -> None:
-        """Clear all slots of the answer: a NaN that no position sees still counts in sums, since 0 * NaN is NaN, and
-        makes NaNs of what is computed in the same step."""
+        """Clear all slots of the answer: a NaN that no position sees still counts in sums, since 0
+        * NaN is NaN, and makes NaNs of what is computed in the same step."""
         self.cache.values[..., self.first + 1:, :] = 0
         self.fed, self.known, self.holds_nan = [], {}, False
 
     def can_follow(self, prefix: list[int]) -> bool:
-        """Whether there is a position for one more token, and the adapter knows all tokens before it."""
+        """Whether there is a position for one more token, and the adapter knows all tokens before
+        it.
+        """
         return len(prefix) < self.config.max_seq_len and self.knows(prefix)
 
     def measure_step(self, draft: list[int], answer: list[int], timer: Timer) -> float:
@@ -114,7 +138,8 @@ class AdapterSteps:
         if not self.can_follow([*answer, 0]):
             return 0.0
         self.begin(draft)
-        turn = itertools.cycle([[0], [1]])           # another token each time, so that no row is known already
+        # another token each time, so that no row is known already
+        turn = itertools.cycle([[0], [1]])
         return timer(lambda: self.after(answer + next(turn)))
 
     def knows(self, tokens: list[int]) -> bool:
@@ -133,7 +158,8 @@ class AdapterSteps:
 
     def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids (n, K) int64 and probabilities (n, K) float32 of rows (n, 4 * K) int32, as views."""
-        return rows.view(torch.long)[:, :self.top_k], rows.view(torch.float32)[:, 2 * self.top_k:3 * self.top_k]
+        probabilities = rows.view(torch.float32)[:, 2 * self.top_k:3 * self.top_k]
+        return rows.view(torch.long)[:, :self.top_k], probabilities
 
     def _run(self, size: int | str) -> None:
         if size in self.graphs:
@@ -143,10 +169,11 @@ class AdapterSteps:
 
     def _forward(self, size: int | str) -> None:
         """One step over `size` tokens, or "start": the draft and begin-of-answer."""
-        if size == "start":                          # always as long, so that one graph serves every draft
+        if size == "start":  # always as long, so that one graph serves every draft
             logits, _ = self.adapter.start(self.draft, self.draft_length, self.cache)
             self._store(logits, self.cache.slots[self.first:self.first + 1])
             return
+        assert isinstance(size, int), size
         slots = self.slots[:size]
         if size > 1:
             self._store(self.adapter.step_at(self.tokens[:, :size], slots, self.cache), slots)
@@ -155,7 +182,8 @@ class AdapterSteps:
         self.tokens[0, :1].copy_(ids[0, :1])         # the next step's input
         slots.add_(1)
 
-    def _store(self, logits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:     # (1, T, V) -> ids (T, K)
+    # (1, T, V) -> ids (T, K)
+    def _store(self, logits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         probabilities = F.softmax(logits[0], -1)
         if self.top_k == 1:
             probabilities, columns = probabilities.max(-1, keepdim=True)

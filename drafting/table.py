@@ -1,7 +1,8 @@
-"""The table of drafters: every name, style and factory of a drafter is derived from here. Imports no torch.
+"""The table of drafters: every name, style and factory of a drafter is derived from here. Imports
+no torch.
 
-To add a drafter: write one file with its live class, its simulated class and a function that makes each, and add
-one entry. Evaluation, --drafter, benchmarks and pictures follow.
+To add a drafter: write one file with its live class, its simulated class and a function that makes
+each, and add one entry. Evaluation, --drafter, benchmarks and pictures follow.
 """
 
 from __future__ import annotations
@@ -22,29 +23,35 @@ SKY, PURPLE, BLACK, YELLOW = "#56B4E9", "#CC79A7", "#000000", "#F0E442"
 
 @dataclasses.dataclass(frozen=True)
 class DrafterEntry:
-    """One drafter. `live` and `simulated` name factories as "file:function"; the file is imported when
-    they are called."""
+    """One drafter. `live` and `simulated` name factories as "file:function"; the file is imported
+    when they are called."""
 
     about: str                                # what it proposes, for help texts and reports
-    name: str | None = None                   # of --drafter and in decode.json; None: simulated alone
+    name: str | None = None  # of --drafter and in decode.json; None: simulated alone
     results_name: str | None = None           # in results.json; None: live alone
     style: tuple[str, str] | None = None      # (line style, colour) in pictures; None: not drawn
     live: str | None = None                   # f(LiveParts) -> Drafter
-    simulated: str | None = None              # f(SimulationParts) -> SimulatedDrafter, None where parts are missing
+    # f(SimulationParts) -> SimulatedDrafter, None where parts are missing
+    simulated: str | None = None
     learns: bool = False                      # from verified answers
     needs_adapter: bool = False
-    reads_draft_in: tuple[str, ...] = ()      # conditionings of the adapter in which it reads the draft
+    reads_draft_in: tuple[str, ...] = ()  # conditionings of the adapter in which it reads the draft
 
     def reads_draft(self, conditioning: str | None) -> bool:
-        """Whether the live drafter needs EventGPT's answer, with an adapter of this conditioning (None: none)."""
-        return conditioning in self.reads_draft_in or (not self.needs_adapter and bool(self.reads_draft_in))
+        """Whether the live drafter needs EventGPT's answer, with an adapter of this conditioning
+        (None: none).
+        """
+        without_adapter = bool(self.reads_draft_in) and not self.needs_adapter
+        return without_adapter or conditioning in self.reads_draft_in
 
     def make_live(self, parts: LiveParts) -> Drafter:
         assert self.live, f"{self.results_name} has no live drafter"
         return _function(self.live)(parts)
 
     def make_simulated(self, parts: SimulationParts) -> SimulatedDrafter | None:
-        """None where parts are missing: another conditioning, no training pairs, a share that was not chosen."""
+        """None where parts are missing: another conditioning, no training pairs, a share that was
+        not chosen.
+        """
         return _function(self.simulated)(parts) if self.simulated else None
 
 
@@ -53,7 +60,8 @@ def _function(place: str):
     return getattr(importlib.import_module(f"drafting.{file}"), name)
 
 
-# From the simplest to the best: the order of tables and pictures. --drafter names them the other way round.
+# From the simplest to the best: the order of tables and pictures. --drafter names them the other
+# way round.
 DRAFTERS = (
     DrafterEntry("nothing", name="none", live="baselines:live_none"),
     DrafterEntry("EventGPT's own tokens", name="copy", results_name="copy of the draft", style=(":", GREY),
@@ -82,9 +90,10 @@ DRAFTERS = (
     DrafterEntry("memory and the adapter that learns online", results_name="hybrid, online", style=("-", BLACK),
                  simulated="hybrid:simulated_online", learns=True, needs_adapter=True),
 )
-LIVE = {entry.name: entry for entry in reversed(DRAFTERS) if entry.name}             # by name, the best first
-SIMULATED = {entry.results_name: entry for entry in DRAFTERS if entry.results_name}  # by results name
-LIVE_NAMES = tuple(LIVE)                                                             # the choices of --drafter
+LIVE = {entry.name: entry for entry in reversed(DRAFTERS) if entry.name}  # by name, the best first
+# by results name
+SIMULATED = {entry.results_name: entry for entry in DRAFTERS if entry.results_name}
+LIVE_NAMES = tuple(LIVE)  # the choices of --drafter
 
 
 def styles() -> dict[str, tuple[str, str]]:
@@ -93,5 +102,6 @@ def styles() -> dict[str, tuple[str, str]]:
 
 
 def results_names() -> dict[str, str]:
-    """{name in decode.json: name in results.json} of the drafters that are both live and simulated."""
+    """{name in decode.json: name in results.json} of the drafters that are both live and simulated.
+    """
     return {entry.name: entry.results_name for entry in DRAFTERS if entry.name and entry.results_name}

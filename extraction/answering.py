@@ -1,11 +1,12 @@
-"""One loaded model at work on many clips: batches, read ahead by threads, smaller when memory is short.
+"""One loaded model at work on many clips: read ahead by threads, in batches that memory has room for.
 
     answering = Answering(model, job, size=64, results=ledger)
     answering.run(samples)               # every clip ends in results.keep or results.lose
     answering.unload()
 
-While the device answers one batch, the host hands over the batch before it. Whatever ends the run (a signal, a full
-disk, a broken file, a bug), batches that the device has answered are handed over first.
+While the device answers one batch, the host hands over the batch before it. Whatever ends the run
+(a signal, a full disk, a broken file, a bug), batches that the device has answered are handed over
+first.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ class Job:
     """What a model is asked about each clip, and how the clips are read."""
 
     name: str                                        # of the model, in the log
-    read: Callable[[Sample], list[np.ndarray]]       # the pictures that the model sees of a sample; or a MediaError
+    read: Callable[[Sample], list[np.ndarray]]       # what the model sees of a sample; or a MediaError
     questions: list[str]
     max_new_tokens: int
-    num_workers: int                                 # threads that read and prepare clips ahead of the model
+    num_workers: int                                 # threads that read and prepare clips ahead
 
 
 class Results(Protocol):
@@ -55,16 +56,20 @@ class Results(Protocol):
 
 
 class Answering:
-    """A loaded model that answers a job's questions about clips, `size` clips at a time or fewer."""
+    """A loaded model that answers a job's questions, about `size` clips at a time or fewer."""
 
     def __init__(self, model: VisionLanguageModel, job: Job, size: int, results: Results):
         self.model, self.job, self.size, self.results = model, job, size, results
         self.engine: Batches | None = None           # made for the first clips and kept
-        # Batches that the device has been given, oldest first: samples, and a function that waits for their answers.
+        # Batches that the device has been given, oldest first: samples, and a function that waits
+        # for their answers.
         self.in_flight: collections.deque[tuple[list[Sample], Callable]] = collections.deque()
 
     def run(self, samples: list[Sample]) -> None:
-        """Answer all questions about these samples. After a signal, only batches already begun are answered."""
+        """Answer all questions about these samples.
+
+        After a signal, only batches already begun are answered.
+        """
         with finishing("the clips in hand are answered") as stopping:
             try:
                 for clips in self._batches(samples, stopping):
@@ -75,9 +80,9 @@ class Answering:
                     self._hand_over()
                 raise
 
-    # -------------------------------------------------------------------------------------------- reading
+    # ------------------------------------------------------------------------------------- reading
     def _batches(self, samples: list[Sample], stopping: Callable[[], bool]) -> Iterator[list[Clip]]:
-        """Clips to answer at once: `size` of one shape, fewer where the next clip has another shape."""
+        """Clips to answer at once: `size`, or fewer where the next clip has another shape."""
         clips: list[Clip] = []
         for sample, pixels in self._pixels_of(samples, BATCHES_AHEAD * self.size):
             if stopping():
@@ -93,24 +98,24 @@ class Answering:
             yield clips
 
     def _pixels_of(self, samples: list[Sample], ahead: int) -> Iterator[tuple]:
-        """(sample, its prepared pixels or the MediaError) for each sample, `ahead` of them read in advance."""
+        """(sample, its prepared pixels or the MediaError), with `ahead` samples read in advance."""
         from clips.dataset import read_ahead
 
         return read_ahead(self._prepare, samples, self.job.num_workers, ahead)
 
     def _prepare(self, sample: Sample) -> torch.Tensor:
-        """A sample's prepared pixels (n, 3, S, S); a UserError where the machine lacks what that takes."""
+        """A sample's prepared pixels (n, 3, S, S); a UserError where the machine is in trouble."""
         try:
             return self.model.prepare(self.job.read(sample))
         except (OSError, MemoryError, RuntimeError) as error:
             if not is_machine_trouble(error):
                 raise
-            raise UserError(f"clip {sample.key} can't be read: {first_line(error)}. This is no fault of the clip: "
-                            "put it right, then give the same command again") from error
+            raise UserError(f"clip {sample.key} can't be read: {first_line(error)}. This is no fault of the "
+                            "clip: put it right, then give the same command again") from error
 
-    # ------------------------------------------------------------------------------------------ answering
+    # ----------------------------------------------------------------------------------- answering
     def _start(self, clips: list[Clip]) -> None:
-        """Give the clips to the device, all at once or, where memory is short, in smaller batches."""
+        """Give the clips to the device, at once or, where memory is short, in smaller batches."""
         while clips:
             batch = clips[:self.size]
             shortage = self._try(batch)
@@ -126,7 +131,7 @@ class Answering:
             self._hand_over_rest()
 
     def _try(self, batch: list[Clip]) -> str | None:
-        """Start answering a batch; where memory is short, free it and return what the device said."""
+        """Start answering a batch. Where memory is short: free it, and return the device's words."""
         from vlm.batches import Batches
         from vlm.errors import short_of_memory
         from vlm.loading import free_memory
@@ -136,10 +141,11 @@ class Answering:
         try:
             if self.engine is None or self.engine.pictures != pictures:
                 self.engine = None                    # the old caches make room for the new ones
-                self.engine = Batches(self.model, self.job.questions, self.job.max_new_tokens, pictures, self.size)
+                self.engine = Batches(self.model, self.job.questions, self.job.max_new_tokens, pictures,
+                                      self.size)
             self.in_flight.append((samples, self.engine.answer(pixels, self._hand_over_meanwhile)))
             return None
-        except (RuntimeError, MemoryError) as error:  # on a CPU PyTorch has no class of its own for it
+        except (RuntimeError, MemoryError) as error:  # on a CPU a plain RuntimeError
             if not short_of_memory(error):
                 raise
             shortage = f"out of memory with {len(batch)} clips at a time: {first_line(error)}"
@@ -147,9 +153,12 @@ class Answering:
         free_memory()
         return shortage
 
-    # --------------------------------------------------------------------------------------- handing over
+    # -------------------------------------------------------------------------------- handing over
     def _hand_over(self) -> None:
-        """Wait for each batch in flight and hand it over. It stays in flight until its answers are safe."""
+        """Wait for each batch in flight and hand it over.
+
+        It stays in flight until its answers are safe.
+        """
         while self.in_flight:
             samples, wait = self.in_flight[0]
             answered, failed = apart(samples, wait())
@@ -159,7 +168,10 @@ class Answering:
                 self.results.lose(sample, reason)
 
     def _hand_over_meanwhile(self) -> None:
-        """Hand over while the next batch begins. A lack of memory is not that batch's: it is put off until later."""
+        """Hand over while the next batch begins.
+
+        A lack of memory is not that batch's: it is put off until later.
+        """
         from vlm.errors import short_of_memory
 
         try:
@@ -169,7 +181,7 @@ class Answering:
                 raise
 
     def _hand_over_rest(self) -> None:
-        """Hand over with nothing else to do; where memory is short, once more after freeing what can be."""
+        """Hand over with nothing else to do; where memory is short, once more after freeing some."""
         from vlm.errors import short_of_memory
         from vlm.loading import free_memory
 
@@ -189,9 +201,9 @@ class Answering:
             raise UserError(f"no memory is left to take over the answers of {self.job.name}: "
                             f"{first_line(error)}; free some and give the same command again") from error
 
-    # --------------------------------------------------------------------------------------------- ending
+    # -------------------------------------------------------------------------------------- ending
     def parity(self, samples: list[Sample], tokens_of: Callable[[Sample, int], list[int]]) -> dict:
-        """How many answers transformers gives alike, one by one: all in float32; not all in 16 or 4 bits.
+        """How many answers transformers gives alike, one by one: in float32 all, in 16 or 4 bits not all.
 
         tokens_of(sample, number of the question): the tokens that batches gave.
         """
@@ -204,11 +216,12 @@ class Answering:
                 continue
             for number, question in enumerate(self.job.questions):
                 try:
-                    answer = self.model.answer([pixels], [question], self.job.max_new_tokens)[0].tokens
+                    [answer] = self.model.answer([pixels], [question], self.job.max_new_tokens)
+                    equal.append(answer.tokens == tokens_of(sample, number))
                 except NotNumbers:
-                    answer = None
-                equal.append(answer == tokens_of(sample, number))
-        log(f"extract | {self.job.name} | parity | {sum(equal)} of {len(equal)} answers are those of one by one")
+                    equal.append(False)
+        log(f"extract | {self.job.name} | parity | {sum(equal)} of {len(equal)} answers are those of "
+            "one by one")
         return {"answers": len(equal), "equal": sum(equal)}
 
     def unload(self) -> None:

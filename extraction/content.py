@@ -1,6 +1,7 @@
-"""Which files the models see of each clip, as digests of names and sizes: what answers go on with, and what not.
+"""Digests of the files that the models see of each clip: they tell whether old answers still hold.
 
-Cheap enough for ten thousand clips at every start. Times are left out: copying a data set changes them.
+Of names and sizes alone, which is cheap enough for ten thousand clips at every start. Times are left
+out: copying a data set changes them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def content_of(samples: list[Sample], view: View) -> Content:
-    """Model -> clip's key -> digest of the files that the model sees of the clip; unusable rows are left out."""
+    """Model -> clip's key -> digest of the files that the model sees; unusable rows are left out."""
     from clips.dataset import digest_of
 
     usable = [sample for sample in samples if not sample.trouble]
@@ -40,7 +41,7 @@ def key_of(row: dict) -> str:
 
 
 def as_of(failed: list[dict], samples: list[Sample], content: Content) -> Content:
-    """The content now, but for the clips that failed: theirs as it was then. So a clip that was mended is no change.
+    """The content now, but of failed clips that of when they failed: to mend a clip is no change.
 
     failed: rows of an earlier output; those of earlier versions say nothing of content.
     """
@@ -49,7 +50,7 @@ def as_of(failed: list[dict], samples: list[Sample], content: Content) -> Conten
         if row.get("content"):
             for model, digest in row["content"].items():
                 then[model][key_of(row)] = digest
-        elif "content" in row and not samples[row["sample_idx"]].trouble:      # its row was unusable, and is mended
+        elif "content" in row and not samples[row["sample_idx"]].trouble:     # its row was mended
             for digests in then.values():
                 digests.pop(key_of(row), None)
     return then
@@ -57,4 +58,5 @@ def as_of(failed: list[dict], samples: list[Sample], content: Content) -> Conten
 
 def fingerprint(content: Content) -> str:
     """One digest of all clips."""
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

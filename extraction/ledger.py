@@ -1,13 +1,11 @@
-"""What one model has answered and what not: its answers go into the journal, the clips that failed onto a list."""
+"""What one model has answered and what not: answers go into the journal, failed clips onto a list."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from base import Progress, UserError, log
+from base import Progress, log
 from extraction.content import digests_of
 from pairs.journal import Content, Journal
 
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What an extraction asks about: clips, questions, and what the models are shown of the clips."""
+    """What an extraction asks about: clips, questions, and what the models see of the clips."""
 
     samples: list[Sample]
     questions: list[str]
@@ -28,17 +26,17 @@ class Survey:
 
 
 class Ledger:
-    """One model's part of an extraction: takes answers (extraction.answering.Results), knows what is missing."""
+    """One model's part of an extraction. Takes its answers (extraction.answering.Results)."""
 
     def __init__(self, role: Role, survey: Survey, samples: list[Sample], journal: Journal):
-        """samples: those that this model is asked about."""
-        self.role, self.survey, self.journal = role, survey, journal
-        self.samples = samples
+        """samples: those of the survey that this model is asked about."""
+        self.role, self.survey, self.samples, self.journal = role, survey, samples, journal
         self.usable = [sample for sample in samples if not sample.trouble]
-        self.failed = [self._failure(sample, sample.trouble) for sample in samples if sample.trouble]
-        questions = len(survey.questions)
-        self.done = sum(questions - len(self.missing(sample)) for sample in self.usable)
-        self.progress = Progress(f"extract | {role.name}", len(self.usable) * questions, self.done, "answers")
+        unusable = [sample for sample in samples if sample.trouble]
+        self.failed = [self._failure(sample, sample.trouble) for sample in unusable]
+        wanted = len(self.usable) * len(survey.questions)
+        self.done = wanted - sum(len(self.missing(sample)) for sample in self.usable)
+        self.progress = Progress(f"extract | {role.name}", wanted, self.done, "answers")
 
     def missing(self, sample: Sample) -> list[int]:
         """The numbers of the questions about this sample that have no answer yet."""
@@ -54,13 +52,13 @@ class Ledger:
         return [sample for sample in self.usable if not self.missing(sample)]
 
     def answer(self, sample: Sample, number: int) -> dict:
-        """The model's answer to the question of this number: tokens, text, finished."""
+        """The answer to the question of this number: tokens, text, finished."""
         return self.journal.read(self.role.name, sample.key, number)
 
     def tokens_of(self, sample: Sample, number: int) -> list[int]:
         return self.answer(sample, number)["tokens"]
 
-    # ------------------------------------------------------------------------------------------ the model
+    # ----------------------------------------------------------------------------------- the model
     @property
     def facts(self) -> dict:
         """What was recorded last of the model; empty before that."""
@@ -69,7 +67,7 @@ class Ledger:
     def record(self, facts: dict) -> None:
         self.journal.append([facts])
 
-    # ------------------------------------------------------------------------------------- taking answers
+    # --------------------------------------------------------------------------------- its answers
     def keep(self, answered: list[tuple[Sample, list[Answer]]]) -> None:
         """Write the answers that are missing into the journal."""
         rows = [{"model": self.role.name, "key": sample.key, "question_idx": number,
@@ -85,32 +83,8 @@ class Ledger:
         self.failed.append(self._failure(sample, reason))
         log(f"extract | {self.role.name} | WARNING | clip {sample.key} failed: {reason}")
 
-    def _failure(self, sample: Sample, reason: str) -> dict:
+    def _failure(self, sample: Sample, reason: str | None) -> dict:
+        """A row of `failed`; content: digests of the clip's files, which tell whether it was mended."""
         return {"sample_idx": sample.index, "sample_id": sample.id, "sequence": sample.sequence,
                 "clip": sample.clip, "model": self.role.name, "reason": reason,
                 "content": digests_of(sample, self.survey.content)}
-
-
-# ------------------------------------------------------------------------------------------- weights
-def check_revision(journal: Journal, role: Role, name: str, revision: str) -> None:
-    """A UserError unless the weights of this folder or hub id are those that have answered so far."""
-    from vlm.contract import same_weights
-
-    recorded = journal.models.get(role.name, {}).get("revision")
-    if not journal.has_any(role.name) or same_weights(recorded, revision):
-        return
-    if recorded not in (None, earlier_revision(Path(name))):
-        raise UserError(f"{journal.path} has answers of other weights of {name} ({recorded} there, "
-                        f"{revision} now); choose another --output_file, or start afresh with --restart")
-    log(f"extract | {role.name} | WARNING | {journal.path} does not tell the content of the weights "
-        f"that gave its answers ({recorded}): they are taken for those of {name} now")
-
-
-def earlier_revision(folder: Path) -> str | None:
-    """The revision as earlier versions recorded it: names and sizes of the weight files. None for a hub id."""
-    if not (folder / "config.json").is_file():
-        return None
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-    return f"local {digest.hexdigest()[:12]}"

@@ -1,24 +1,46 @@
-"""One model's pass over the clips: load it, let it answer what is missing, compare with one by one, unload it."""
+"""Each model's pass over the clips: load it, answer what is missing, check parity, unload it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+import hashlib
+from pathlib import Path
+from typing import Literal
 
 from base import UserError, log
+from clips.dataset import Sample
 from extraction.answering import Answering, Job
-from extraction.ledger import Ledger, check_revision
+from extraction.ledger import Ledger, Survey
+from machine.device import Runtime
+from pairs.journal import Journal
+from vlm.contract import VisionLanguageModel, same_weights
+from vlm.roles import ROLES, Role
 
-if TYPE_CHECKING:
-    from clips.dataset import Sample
-    from machine.device import Runtime
-    from vlm.contract import VisionLanguageModel
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Where each role's model is, and how it runs."""
+
+    names: dict[Literal["draft", "target"], str]         # role -> folder or hub id
+    runtime: Runtime
+
+    def check(self, survey: Survey, max_new_tokens: int) -> None:
+        """A UserError for all that would end either pass and can be known without loading weights."""
+        for role in ROLES.values():
+            role.check(self.names[role.role], survey.questions, survey.view, max_new_tokens)
+
+    def check_weights(self, journal: Journal) -> None:
+        """A UserError unless the models that have answered so far have the same weights now."""
+        for role in ROLES.values():
+            name = self.names[role.role]
+            if journal.has_any(role.name):
+                check_weights(journal, role, name, role.revision(name))
 
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How long answers may be, how many clips are answered at a time, and how many answers are compared."""
+    """How long answers may be, and how many clips are answered at a time and compared."""
 
     max_new_tokens: int
     num_workers: int                 # threads that read clips ahead
@@ -26,50 +48,90 @@ class Pace:
     parity_check: int = 0            # clips whose answers are compared with those given one by one
 
 
-def answer_missing(ledger: Ledger, name: str, runtime: Runtime, pace: Pace) -> list[Sample]:
-    """Let the ledger's model, of this folder or hub id, answer what is missing. Returns the samples that it answered.
+def answer_all(survey: Survey, models: Models, journal: Journal,
+               pace: Pace) -> dict[Literal["draft", "target"], Ledger]:
+    """Let each model in turn answer what the journal lacks. Role -> what its model has answered.
 
-    Loads nothing where no answer and no comparison is missing. A UserError when no clip has an answer at the end.
+    The target is asked about those clips alone that the draft has answered.
     """
-    role, samples = ledger.role, ledger.samples
-    todo = ledger.unanswered()
-    if todo or (pace.parity_check and "parity" not in ledger.facts):
-        log(f"extract | {role.name} | loading {name}")
-        model = role.load(name, runtime)
-        facts = {"model": role.name, **model.facts(name), "prompt": role.prompt("{query}")}
-        check_revision(ledger.journal, role, name, facts["revision"])
-        answer(ledger, model, facts, todo, pace)
-    answered = ledger.answered()
-    assert len(answered) + len(ledger.failed) == len(samples), \
-        f"{len(answered)} + {len(ledger.failed)} of {len(samples)} clips"
-    log(f"extract | {role.name} | {len(answered)} of {len(samples)} clips answered, {len(ledger.failed)} failed")
-    if not answered:
-        raise UserError(f"{role.name}: none of {len(samples)} clips could be answered; the first reason: "
-                        f"{ledger.failed[0]['reason']}")
-    return answered
+    models.check_weights(journal)
+    ledgers, samples = {}, survey.samples
+    for role in ROLES.values():
+        ledgers[role.role] = ledger = Ledger(role, survey, samples, journal)
+        if ledger.unanswered() or (pace.parity_check and "parity" not in ledger.facts):
+            run_model(ledger, models, pace)
+        samples = answered_by(ledger)
+    return ledgers
 
 
-def answer(ledger: Ledger, model: VisionLanguageModel, facts: dict, todo: list[Sample], pace: Pace) -> None:
-    """Answer these samples, compare some answers, and record the facts of the model. Unloads the model."""
+def run_model(ledger: Ledger, models: Models, pace: Pace) -> None:
+    """Load the model of a ledger and let it answer what is missing."""
+    role, name = ledger.role, models.names[ledger.role.role]
+    log(f"extract | {role.name} | loading {name}")
+    model = role.load(name, models.runtime)
+    facts = {"model": role.name, **model.facts(name), "prompt": role.prompt("{query}")}
+    check_weights(ledger.journal, role, name, facts["revision"])
+    answer(ledger, model, facts, pace)
+
+
+def answer(ledger: Ledger, model: VisionLanguageModel, facts: dict, pace: Pace) -> None:
+    """Let a loaded model answer what is missing, compare some answers, record facts, unload it."""
     from vlm.batches import clips_that_fit
 
     role, view, questions = ledger.role, ledger.survey.view, ledger.survey.questions
-    todo = sorted(todo, key=lambda sample: role.most_pictures([sample], view))     # as many pictures side by side
+    # Clips of as many pictures side by side: they can share a batch.
+    todo = sorted(ledger.unanswered(), key=lambda sample: role.most_pictures([sample], view))
     size = pace.batch_size or clips_that_fit(
         model, questions, pace.max_new_tokens, role.most_pictures(todo, view))
-    ledger.record({**facts, "batch_size": size})
-    log(f"extract | {role.name} | {min(size, len(todo))} clips at a time, {pace.num_workers} threads reading ahead")
-    job = Job(role.name, functools.partial(role.pictures, view=view), questions, pace.max_new_tokens,
-              pace.num_workers)
     at_once = max(1, min(size, len(todo)))
+    facts["batch_size"] = size
+    ledger.record(facts)
+    log(f"extract | {role.name} | {at_once} clips at a time, {pace.num_workers} threads reading ahead")
+    read = functools.partial(role.pictures, view=view)
+    job = Job(role.name, read, questions, pace.max_new_tokens, pace.num_workers)
     answering = Answering(model, job, at_once, ledger)
     answering.run(todo)
-    if answering.size < at_once:              # memory was short
-        size = answering.size
-    facts = {**facts, "batch_size": size}
-    answered = ledger.answered()[:pace.parity_check]
-    if answered:
-        facts["parity"] = answering.parity(answered, ledger.tokens_of)
-    if facts != ledger.facts:
-        ledger.record(facts)
+    final = dict(facts)
+    if answering.size < at_once:                             # memory was short
+        final["batch_size"] = answering.size
+    if compared := ledger.answered()[:pace.parity_check]:
+        final["parity"] = answering.parity(compared, ledger.tokens_of)
+    if final != facts:
+        ledger.record(final)
     answering.unload()
+
+
+def answered_by(ledger: Ledger) -> list[Sample]:
+    """The samples with an answer to every question; a UserError if there is none."""
+    role, samples, failed = ledger.role, ledger.samples, ledger.failed
+    answered = ledger.answered()
+    total = len(samples)
+    assert len(answered) + len(failed) == total, f"{len(answered)} + {len(failed)} of {total}"
+    log(f"extract | {role.name} | {len(answered)} of {total} clips answered, {len(failed)} failed")
+    if not answered:
+        raise UserError(f"{role.name}: none of {total} clips could be answered; the first reason: "
+                        f"{failed[0]['reason']}")
+    return answered
+
+
+# ----------------------------------------------------------------------------------------- weights
+def check_weights(journal: Journal, role: Role, name: str, revision: str) -> None:
+    """A UserError unless these weights of a folder or hub id are those that answered so far."""
+    recorded = journal.models.get(role.name, {}).get("revision")
+    if not journal.has_any(role.name) or same_weights(recorded, revision):
+        return
+    if recorded not in (None, earlier_revision(Path(name))):
+        raise UserError(f"{journal.path} has answers of other weights of {name} ({recorded} there, "
+                        f"{revision} now); choose another --output_file, or start afresh with --restart")
+    log(f"extract | {role.name} | WARNING | {journal.path} does not tell the content of the weights "
+        f"that gave its answers ({recorded}): they are taken for those of {name} now")
+
+
+def earlier_revision(folder: Path) -> str | None:
+    """The revision as earlier versions recorded it: names and sizes of files. None for a hub id."""
+    if not (folder / "config.json").is_file():
+        return None
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+    return f"local {digest.hexdigest()[:12]}"

@@ -1,7 +1,7 @@
-"""The pair file of an extraction: written whole at the end; an earlier one is recognised, and gone on with.
+"""The pair file of an extraction: written whole at the end; an earlier one is continued.
 
-A whole output without failed clips is finished. One with failed clips gives its answers to a new journal, and the
-clips that failed are tried again.
+A whole output without failed clips is finished. One with failed clips gives its answers to a new
+journal, and the clips that failed are tried again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REPLACE = "choose another --output_file, or --restart to replace it"
 FIELDS: tuple[Literal["tokens", "text", "finished"], ...] = ("tokens", "text", "finished")
 
 
-# ------------------------------------------------------------------------------------------- an earlier output
+# ------------------------------------------------------------------------------- an earlier output
 @dataclasses.dataclass(frozen=True)
 class Earlier:
     """A whole output of these clips and questions that is there already."""
@@ -44,11 +44,16 @@ class Earlier:
     def models(self) -> dict[str, dict]:
         """The facts that were recorded of each model, by its name."""
         models = self.beside.get("models")
-        return {name: {**facts, "model": name} for name, facts in models.items() if isinstance(facts, dict)
-                } if isinstance(models, dict) else {}
+        if not isinstance(models, dict):
+            return {}
+        known = {name: facts for name, facts in models.items() if isinstance(facts, dict)}
+        return {name: {**facts, "model": name} for name, facts in known.items()}
 
     def differs(self, settings: dict, survey: Survey) -> str:
-        """In what it was made differently, in words. Clips that failed may have been mended since."""
+        """In what it was made differently, in words.
+
+        Clips that failed may have been mended since.
+        """
         failed = self.failed if is_failed(self.beside.get("failed"), survey) else []
         wanted = {**settings, "total_samples": len(survey.samples)}
         if "dataset_content" in self.beside:         # outputs of earlier versions don't record it
@@ -57,10 +62,10 @@ class Earlier:
         return differences({**self.beside, **recorded}, wanted)
 
     def check_again(self, settings: dict, survey: Survey) -> None:
-        """A UserError unless its failed clips can be tried again with these settings, all of them known."""
+        """A UserError unless its failed clips can be tried again with these settings, all resolved."""
         if differs := self.differs(settings, survey):
-            raise UserError(f"{self.path} has {len(self.failed)} failed clips, which can be tried again with its own "
-                            f"settings alone ({differs}): give those, or {REPLACE}")
+            raise UserError(f"{self.path} has {len(self.failed)} failed clips, which can be tried again "
+                            f"with its own settings alone ({differs}): give those, or {REPLACE}")
 
     def entries(self, survey: Survey) -> Iterator[dict]:
         """The lines of a journal that goes on from here: facts of the models, then all answers."""
@@ -83,22 +88,24 @@ class Earlier:
 def find_earlier(path: Path, settings: dict, survey: Survey) -> Earlier | None:
     """The output that is at this path already, if there is one that no journal stands beside.
 
-    A journal beside an output is of a later run with --restart, which goes on; or the machine stopped between the
-    writing of the output and the end of its journal, then going on writes it again. A UserError for an output that is
-    not whole, or was made of other clips or with other settings.
+    A journal beside an output is of a later run with --restart, which goes on; or the machine
+    stopped between the writing of the output and the end of its journal, then going on writes it
+    again. A UserError for an output that is not whole, or was made of other clips or with other
+    settings.
     """
     if not path.exists() or Journal.path_of(path).exists():
         return None
     rows = JsonRows(path)
     try:
-        pairs = sum(1 for _ in rows)             # what a file says beside its rows is known after them
+        pairs = sum(1 for _ in rows)             # what stands beside rows is known after them
     except UserError as error:
         raise UserError(f"{error}; nothing goes on from there: {REPLACE}") from error
     earlier, recorded = Earlier(path, pairs, rows.beside), rows.beside.get(f"{TARGET.name}_success")
     if differs := earlier.differs(settings, survey):
         raise UserError(f"{path} exists and was made differently ({differs}); {REPLACE}")
     if pairs != recorded or not is_failed(rows.beside.get("failed"), survey):
-        raise UserError(f"{path} was changed: it holds {pairs} pairs and says that it has {recorded}; {REPLACE}")
+        raise UserError(f"{path} was changed: it holds {pairs} pairs and says that it has {recorded}; "
+                        + REPLACE)
     return earlier
 
 
@@ -118,8 +125,11 @@ def is_failure(row: object, samples: int) -> bool:
 def may_succeed_now(earlier: Earlier, survey: Survey) -> bool:
     """Whether it is worth loading the models again: the files of a clip that failed can be read."""
     by_key = {sample.key: sample for sample in survey.samples if not sample.trouble}
-    wanted = [(by_key.get(key_of(row)), BY_NAME.get(str(row.get("model")), DRAFT)) for row in earlier.failed]
-    return any(is_readable(sample, role, survey.view) for sample, role in wanted if sample)
+    for row in earlier.failed:
+        sample, role = by_key.get(key_of(row)), BY_NAME.get(str(row.get("model")), DRAFT)
+        if sample and is_readable(sample, role, survey.view):
+            return True
+    return False
 
 
 def is_readable(sample: Sample, role: Role, view: View) -> bool:
@@ -132,11 +142,13 @@ def is_readable(sample: Sample, role: Role, view: View) -> bool:
         return False
 
 
-# ----------------------------------------------------------------------------------------------- writing
-def write_output(path: Path, head: dict, survey: Survey, ledgers: dict[Literal["draft", "target"], Ledger]) -> None:
-    """The output file, whole: a head, one row a line in `results`, then `failed`.
+# ----------------------------------------------------------------------------------------- writing
+def write_output(path: Path, head: dict, survey: Survey,
+                 ledgers: dict[Literal["draft", "target"], Ledger]) -> None:
+    """Write the output file, whole: a head, one row a line in `results`, then `failed`.
 
-    head: what the program records of the run: dataset_dir, settings. ledgers: role -> what its model has answered.
+    head: what the program records of the run: dataset_dir, settings.
+    ledgers: role -> what its model has answered.
     """
     samples, questions = survey.samples, survey.questions
     pairs = ledgers[TARGET.role].answered()
@@ -145,9 +157,9 @@ def write_output(path: Path, head: dict, survey: Survey, ledgers: dict[Literal["
                for role in ROLES.values()}
     models = {role.name: ledgers[role.role].facts for role in ROLES.values()}
     head = {"timestamp": now(), **head, "dataset_content": fingerprint(survey.content),
-            "total_samples": len(samples), "num_questions": len(questions), "questions": questions, **success,
-            "vocab_size": max(facts["vocab_size"] for facts in models.values()), "models": models,
-            **provenance()}
+            "total_samples": len(samples), "num_questions": len(questions), "questions": questions,
+            **success, "vocab_size": max(facts["vocab_size"] for facts in models.values()),
+            "models": models, **provenance()}
 
     def rows() -> Iterator[dict]:
         for sample in pairs:
@@ -158,5 +170,5 @@ def write_output(path: Path, head: dict, survey: Survey, ledgers: dict[Literal["
                        **{role.key(field): answers[role][field] for role in answers for field in FIELDS}}
 
     write_rows(path, head, rows(), failed)
-    log(f"RESULT | {path} | {len(pairs) * len(questions)} pairs of {len(samples)} clips x {len(questions)} questions "
-        f"| {len(failed)} failed")
+    log(f"RESULT | {path} | {len(pairs) * len(questions)} pairs of {len(samples)} clips x "
+        f"{len(questions)} questions | {len(failed)} failed")

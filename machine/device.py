@@ -30,8 +30,8 @@ def choose_device(name: str = "auto") -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees {count} CUDA "
-                            "devices; use --device cpu, or install a PyTorch built for your driver")
+            raise UserError(f"--device {name}: this PyTorch ({torch.__version__}) sees {count} "
+                            "CUDA devices; use --device cpu, or a PyTorch built for your driver")
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
     return device

@@ -51,7 +51,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        if error.errno and error.filename in (None, str(temporary)):     # a failed write names no file
+        if error.errno and error.filename in (None, str(temporary)):   # a failed write names no file
             error.filename = str(path)
         raise
     finally:
@@ -59,7 +59,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_abandoned(path: Path) -> None:
-    """Remove temporary files for `path` whose process on this host is gone, or that are a day old."""
+    """Remove temporary files for `path` that are a day old, or whose process on this host is gone."""
     stem, suffix = re.escape(path.stem), re.escape(path.suffix)
     pattern = re.compile(rf"\.{stem}\.(?:(.+)\.)?(\d+)\.tmp{suffix}")
     for name in os.listdir(path.parent):
@@ -100,7 +100,7 @@ def write_json(path: Path, results: dict) -> None:
 
 
 def json_text(value, path: Path, indent: int | None = None) -> str:
-    """The value as JSON for the file `path`. NaN and infinity, which JSON lacks, become null: a WARNING."""
+    """The value as JSON for the file `path`. NaN and infinity become null, with a WARNING."""
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
@@ -112,7 +112,7 @@ def json_text(value, path: Path, indent: int | None = None) -> str:
 
 
 def without_nan(value, place: str, places: list[str]):
-    """The value with None for NaN and infinity; their places ("metrics.test[3]") go into `places`."""
+    """The value with None for NaN and infinity; `places` gets their places ("metrics.test[3]")."""
     if isinstance(value, float) and not math.isfinite(value):
         places.append(place)
         return None
@@ -166,7 +166,7 @@ def read_json(path: Path, max_bytes: int = 128 * MIB):
         raise UserError(f"no such file: {path}") from error
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError: ValueErrors
+    except (ValueError, RecursionError) as error:      # of json, of the UTF-8 decoder
         raise not_json(path, error) from error
 
 
@@ -196,7 +196,7 @@ def check_format(path: Path, number, known: int) -> int:
 
 
 def is_machine_trouble(error: BaseException) -> bool:
-    """Whether the machine is in trouble: no memory, no descriptors, a disk that is gone, no permission.
+    """Whether the machine is in trouble: no memory, no descriptors, no permission, a disk that is gone.
 
     Such an error says nothing about the clip that was being read: the run should stop, and the same
     command go on once the machine is well. Its causes count too, so a reader may wrap it (`raise
@@ -218,7 +218,7 @@ def is_machine_trouble(error: BaseException) -> bool:
 # --------------------------------------------------------------------------------------------- lock
 @contextlib.contextmanager
 def only_writer(path: Path, wait: bool | None = None) -> Iterator[None]:
-    """Hold the lock of this file or folder. The lock file names its holder; flock ends with a process.
+    """Hold the lock of this file or folder. The lock file names the holder; flock ends with it.
 
     wait: the program's --wait, if it has one: whether to wait for another process that holds the
     lock, or raise UserError. A lock that is removed while it is held, alone or with its folder,
@@ -230,14 +230,14 @@ def only_writer(path: Path, wait: bool | None = None) -> Iterator[None]:
 
     def check_held() -> None:
         if not is_same_file(descriptor, lock):
-            raise UserError(f"{lock} was removed or renamed, perhaps with its folder, while this process "
-                            f"wrote {path}; put the folder back, make sure that no other process writes "
-                            "there, and give the same command again")
+            raise UserError(f"{lock} was removed or renamed, perhaps with its folder, while this "
+                            f"process wrote {path}; put the folder back, make sure that no other "
+                            "process writes there, and give the same command again")
 
     try:
         take_lock(descriptor, lock, path, wait)
         if not is_same_file(descriptor, lock):
-            raise UserError(f"{lock} was removed while another process wrote: give the command again")
+            raise UserError(f"{lock} was removed while another process wrote; repeat the command")
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {host()} since {now()}".encode(), 0)
@@ -260,15 +260,16 @@ def take_lock(descriptor: int, lock: Path, path: Path, wait: bool | None) -> Non
         holder = plain(os.pread(descriptor, 200, 0).decode(errors="replace")) or "another process"
         if not wait:
             otherwise = "" if wait is None else ", or use --wait"
-            raise UserError(f"{path} is being written by {holder}: wait for it{otherwise}") from None
+            message = f"{path} is being written by {holder}: wait for it{otherwise}"
+            raise UserError(message) from None
         log(f"{path} is being written by {holder}: waiting for it to end")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             error.filename = str(lock)
             raise
-        log(f"WARNING | the disk of {lock} has no locks ({error.strerror}): make sure that no other "
-            f"process writes {path}")
+        log(f"WARNING | the disk of {lock} has no locks ({error.strerror}): make sure that no "
+            f"other process writes {path}")
 
 
 def is_same_file(descriptor: int, path: Path) -> bool:
@@ -280,15 +281,15 @@ def is_same_file(descriptor: int, path: Path) -> bool:
 
 # ------------------------------------------------------------------------------------------ folders
 def make_folder(path: Path) -> Path:
-    """Make the folder (and its parents) and write a file there; a UserError if that is impossible."""
+    """Make the folder (and its parents) and write a file there; a UserError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".writable.{host()}.{os.getpid()}.tmp"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise UserError(f"can't write to the folder {path}: {error.strerror}; choose another folder, "
-                        "or correct its permissions") from error
+        raise UserError(f"can't write to the folder {path}: {error.strerror}; choose another, or "
+                        "correct its permissions") from error
     return path
 
 

@@ -14,7 +14,7 @@ import torch
 
 
 def side_stream() -> torch.cuda.Stream:
-    """The capture stream of the current device (PyTorch's own belongs to the first that captured)."""
+    """The capture stream of the current device; PyTorch's own belongs to the first that captured."""
     return _side_stream(torch.cuda.current_device())
 
 

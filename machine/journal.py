@@ -1,11 +1,11 @@
-"""A journal file: JSON values appended one a line, whole and synced, that outlive a crash at any moment.
+"""A journal file: JSON values, appended one a line, that outlive a crash at any moment.
 
-    {"format": 2, "run": "9f3c...", ..., "crc": 1234}     first line: what all further lines belong to
-    {..., "of": 1234, "crc": 5678}                        of: the checksum of the first line
+    {"format": 2, "run": "9f3c...", ..., "crc": 1234}  first line: what all further lines belong to
+    {..., "of": 1234, "crc": 5678}                     of: the checksum of the first line
 
     file = JournalFile(path, is_entry)
-    places = list(file.lines())              # what an earlier run left: (offset, value); its first line is file.head
-    file.begin({"settings": ...})            # drops what is torn, damaged or of another run
+    places = list(file.lines())         # (offset, value) of an earlier run; file.head: the first line
+    file.begin({"settings": ...})       # drops what is torn, damaged or of another run
     offsets = file.append([{...}, {...}])
     value = file.read(offsets[0])
 
@@ -32,7 +32,8 @@ from machine.files import check_format, check_plain, write_whole
 FORMAT = 2                     # format 1 had neither a format number, nor "run", nor "of"
 CRC = b', "crc": '             # in front of each line's checksum, its last item
 BEGINNINGS = (b'{"format": ', b'{"settings": ')              # of a first line: now, and in format 1
-# Longer lines are damage. An answer of 2^15 tokens takes 3 MiB, the digests of a million clips 100 MiB.
+# Longer lines are damage. An answer of 2^15 tokens takes 3 MiB, the digests of a million clips 100
+# MiB.
 MAX_LINE, MAX_FIRST_LINE = 2**24, 2**28
 START_AFRESH = "start afresh with --restart"
 
@@ -58,12 +59,12 @@ class JournalFile:
         """is_entry: whether a value is of a kind that this journal holds behind its first line."""
         check_plain(path, follow=False)
         self.path, self.is_entry = path, is_entry
-        self.head: dict = {}                       # the first line's value; empty: there is none yet
-        self.checksum = 0                          # of the first line
+        self.head: dict = {}                  # the first line's value; empty: there is none yet
+        self.checksum = 0                     # of the first line
         self.counts = Counts()
         self.opened = contextlib.ExitStack()
 
-    # ------------------------------------------------------------------------------------------- opening
+    # ------------------------------------------------------------------------------------- opening
     def lines(self) -> Iterator[tuple[int, dict]]:
         """Read the first line into `head`, then yield (offset, value) of each good line.
 
@@ -73,13 +74,13 @@ class JournalFile:
         if not self.path.exists():
             return
         with open(self.path, "rb", buffering=2**16) as file:
-            size = os.fstat(file.fileno()).st_size                     # what is appended later is not read
+            size = os.fstat(file.fileno()).st_size            # what is appended later is not read
             first = file.readline(min(size, MAX_FIRST_LINE))
             if not self._read_first(first, size):
                 return
             offset = self.counts.end = len(first)
             while offset < size:
-                line = file.readline(min(size - offset, MAX_LINE))     # a longer line: in damaged parts
+                line = file.readline(min(size - offset, MAX_LINE))      # a longer line: in parts
                 if (value := self._judge(line, offset)) is not None:
                     yield offset, value
                 offset += len(line)
@@ -96,14 +97,14 @@ class JournalFile:
         if head is None or "of" in head:
             if len(line) == size and is_unfinished(line):
                 return False
-            raise UserError(f"{self.path}: the first line of this journal is damaged, so nobody knows "
-                            f"what its lines belong to; {START_AFRESH}")
+            raise UserError(f"{self.path}: the first line of this journal is damaged, so nobody "
+                            f"knows what its lines belong to; {START_AFRESH}")
         check_format(self.path, head.get("format"), FORMAT)
         self.head, self.checksum = head, checksum_of(line)
         return True
 
     def _judge(self, line: bytes, offset: int) -> dict | None:
-        """The value of a line that belongs to the first one; None for any other, which is counted."""
+        """The value of a line that belongs to the first; None for any other, which is counted."""
         counts, value = self.counts, value_of(line)
         if value is None:
             counts.damaged += 1
@@ -122,7 +123,8 @@ class JournalFile:
         """Whether a line is of this run; takes the mark that says so out of its value."""
         if "format" in self.head:
             return value.pop("of", None) == self.checksum
-        # Format 1 marks no line. A second first line shows that files were joined: what follows it is of another run.
+        # Format 1 marks no line. A second first line shows that files were joined: the rest is
+        # another run's.
         return not self.counts.foreign and "of" not in value and "settings" not in value
 
     def begin(self, head: dict, values: Iterable[dict] = ()) -> bool:
@@ -146,8 +148,9 @@ class JournalFile:
         return anew
 
     def _write_anew(self, head: dict, values: Iterable[dict]) -> None:
-        """Replace the file by one with this first line, its good lines and these values, with new checksums."""
-        # "run" tells the journals of two runs of one command apart: they may differ in the models' weights.
+        """Replace the file by one with this first line, its good lines and these values."""
+        # "run" tells the journals of two runs of one command apart: they may differ in the models'
+        # weights.
         first = line_of({"format": FORMAT, "run": secrets.token_hex(8), **head})
 
         def write(temporary: Path) -> None:
@@ -161,10 +164,14 @@ class JournalFile:
         write_whole(self.path, write)
         self.head, self.checksum = value_of(first) or {}, checksum_of(first)
 
-    # ------------------------------------------------------------------------------------------- open
+    # ---------------------------------------------------------------------------------------- open
     def append(self, values: list[dict]) -> list[int]:
-        """Put the values on the disk, all or none; returns the offset of each line. Call check_place after it."""
+        """Put the values on the disk, all or none; returns the offset of each line.
+
+        Call check_place afterwards.
+        """
         lines = [line_of(value, self.checksum) for value in values]
+        assert max(map(len, lines), default=0) <= MAX_LINE, max(map(len, lines))
         offsets, offset = [], self.writer.tell()
         self._write(b"".join(lines))
         for line in lines:
@@ -173,27 +180,27 @@ class JournalFile:
         return offsets
 
     def _write(self, data: bytes) -> None:
-        """Write all of it: a full disk or a signal in the middle leaves no half of a line."""
+        """Write all of it, or nothing where a full disk or a signal interrupts."""
         end, left = self.writer.tell(), memoryview(data)
         try:
             while left:
                 left = left[self.writer.write(left):]
             os.fsync(self.writer.fileno())
         except BaseException as error:
-            if left or isinstance(error, OSError):
-                with contextlib.suppress(OSError):       # if this fails too, the next start cuts it off
-                    self.writer.truncate(end)
+            with contextlib.suppress(OSError):       # else the next start cuts it off
+                self.writer.truncate(end)
+                self.writer.seek(end)
             if isinstance(error, OSError):
                 error.filename = str(self.path)          # a failed write doesn't say of which file
             raise
 
     def check_place(self) -> None:
-        """A UserError when another file or none is at the path: what is written would be lost or not be found."""
-        with contextlib.suppress(OSError):
+        """A UserError when the path has another file or none: what is written would be lost."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if os.path.samestat(os.fstat(self.writer.fileno()), os.stat(self.path)):
                 return
-        raise UserError(f"{self.path} was removed or renamed while this run writes it: put it (or its folder) "
-                        "back and give the same command again, which goes on with what it finds there")
+        raise UserError(f"{self.path} was removed or renamed while this run writes it: put it (or its "
+                        "folder) back and give the same command again, which goes on with it")
 
     def read(self, offset: int) -> dict:
         """The value of the line at this offset."""
@@ -209,17 +216,17 @@ class JournalFile:
 
 
 def next_data(file: BinaryIO, offset: int, size: int) -> int:
-    """The first offset from here on that is in no hole: a sparse file can have any size, and its holes no lines."""
-    position = os.lseek(file.fileno(), 0, os.SEEK_CUR)             # the buffered reader counts on it
+    """The first offset from here on that is in no hole of a sparse file of any size."""
+    position = os.lseek(file.fileno(), 0, os.SEEK_CUR)         # the buffered reader counts on it
     try:
         return os.lseek(file.fileno(), offset, os.SEEK_DATA)
     except OSError as error:
-        return size if error.errno == errno.ENXIO else offset      # nothing but a hole; or no such call here
+        return size if error.errno == errno.ENXIO else offset  # nothing but a hole; or not known
     finally:
         os.lseek(file.fileno(), position, os.SEEK_SET)
 
 
-# ------------------------------------------------------------------------------------------------- lines
+# ------------------------------------------------------------------------------------------- lines
 def line_of(value: dict, of: int | None = None) -> bytes:
     """A line with its checksum. of: the checksum of the first line; None: this is a first line."""
     text = json.dumps(value if of is None else {**value, "of": of}).encode()[:-1]

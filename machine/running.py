@@ -48,7 +48,7 @@ _resume_command: list[str] = []    # without python; empty: nothing to resume
 
 # --------------------------------------------------------------------------------------------- stop
 class Stopped(SystemExit):
-    """A signal asked the program to end; raised wherever the main thread is: `finally` blocks run."""
+    """A signal asked the program to end; raised in the main thread, so that `finally` blocks run."""
 
 
 class Stop:
@@ -99,7 +99,7 @@ def finishing(task: str) -> Iterator[Callable[[], bool]]:
 
 
 def raise_again(unraisable) -> None:
-    """sys.unraisablehook: raise a stop again, a moment later, that Python dropped inside a __del__."""
+    """sys.unraisablehook: raise a stop again a moment after Python dropped it inside a __del__."""
     stopped = unraisable.exc_value
     if not isinstance(stopped, Stopped):
         sys.__unraisablehook__(unraisable)
@@ -112,14 +112,25 @@ def raise_again(unraisable) -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
+def end_without_package(kind, error, trace) -> None:
+    """sys.excepthook: a package may be missing while a program imports modules, before run()."""
+    line = missing_package(error) if isinstance(error, ModuleNotFoundError) else ""
+    if line:
+        end(line, 2)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = end_without_package
+
+
 # ------------------------------------------------------------------------------------------- resume
 def goes_on_with(arguments: list[str]) -> None:
-    """Set the command (without python) for the RESUME line of a stopped run; [] when all is done."""
+    """Set the command (without python) for the RESUME line of a stopped run; []: all is done."""
     _resume_command[:] = arguments
 
 
 def shell_command(words: list[str]) -> str:
-    """A command that survives logging and pasting: quoted for bash, control characters as $'\\x1b'."""
+    """A command to log and paste: quoted for bash, control characters as $'\\x1b'."""
     def quote(word: str) -> str:
         if not UNSEEN.search(word):
             return shlex.quote(word)
@@ -195,7 +206,7 @@ def place_of(error: OSError) -> str:
 
 
 def end(line: str, code: int, wait: bool = True) -> typing.NoReturn:
-    """Print the last log line, if any, and exit. wait: for threads that still work, as Python does."""
+    """Print the last log line, if any, and exit. wait: as Python does, for threads at work."""
     if line:
         log(line)
     if not wait and any(not thread.daemon for thread in threading.enumerate()[1:]):

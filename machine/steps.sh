@@ -1,14 +1,15 @@
 # shellcheck shell=bash
-# Steps of a workflow: skipped when done, stopped with the script, one workflow at a time. Sourced; runs nothing.
+# Steps of a workflow: skipped when done, stopped with the script, one workflow at a time. To be sourced.
 # Works with bash 3.2, the newest that macOS has.
 
-log() { printf '[%s] %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$*" 2> /dev/null || true; }    # a full disk ends no work
+now() { date '+%Y-%m-%d %H:%M:%S'; }
+log() { printf '[%s] %s\n' "$(now)" "$*" 2> /dev/null || true; }                # a full disk ends no work
 die() { log "ERROR | $*" >&2; exit 2; }
 
 # quoted WORD... : the words as a line that can be pasted into a shell
 quoted() { local line; line="$(printf '%q ' "$@")"; echo "${line% }"; }
 
-# split NAME : sets the array `words` to the words of the setting NAME; quotes as in a shell, nothing is expanded
+# split NAME : sets the array `words` to the words of the setting NAME; quotes work, nothing is expanded
 split() {
   local word
   words=()
@@ -21,7 +22,7 @@ split() {
 child=''
 stop() {
   local numbers=(TERM INT HUP USR1 USR2 XCPU)
-  trap 'kill -TERM "${child}" 2> /dev/null || true' "${numbers[@]}"         # one more goes to the step
+  trap 'kill -TERM "${child}" 2> /dev/null || true' "${numbers[@]}"       # one more goes to the step
   if [[ -n "${child}" ]]; then
     kill -TERM "${child}" 2> /dev/null || true
     while kill -0 "${child}" 2> /dev/null; do wait "${child}" || true; done
@@ -29,58 +30,59 @@ stop() {
   log "RESUME | ${RESUME}"
   exit 143
 }
-trap stop TERM INT HUP USR1 USR2 XCPU        # Slurm announces the end of a job with USR1, USR2 or XCPU
-trap '' PIPE                                 # the reader of the log may go; the work goes on
+trap stop TERM INT HUP USR1 USR2 XCPU      # Slurm announces the end of a job with USR1, USR2 or XCPU
+trap '' PIPE                               # the reader of the log may go; the work goes on
 
-bound=()                                     # a step ends with the script even when that is killed with -9
+bound=()                                   # a step ends with the script even if that gets kill -9
 if command -v setpriv > /dev/null; then bound=(setpriv --pdeathsig TERM); fi
 
-# step NAME RESULT COMMAND... : run COMMAND unless RESULT is there already, which is written whole, and last
+# step NAME RESULT COMMAND... : run COMMAND unless RESULT exists, which is written whole, and last
 step() {
   local name="$1" result="$2" start="${SECONDS}" status=0
   shift 2
   if [[ -s "${result}" ]]; then log "${name} | skipped, ${result} exists"; return; fi
   log "${name} | start | $(quoted "$@")"
-  RUN_BY_WORKFLOW=1 ${bound[@]+"${bound[@]}"} "$@" &          # not in the foreground: bash would let a kill wait
+  RUN_BY_WORKFLOW=1 ${bound[@]+"${bound[@]}"} "$@" &       # in the foreground a kill would have to wait
   child=$!
   wait "${child}" || status=$?
   child=''
-  if (( status == 2 )); then                 # the program has said what is wrong, in one ERROR line
-    log "${name} ended with status 2 after $((SECONDS - start)) s"
+  if (( status != 0 )); then
+    if (( status != 2 )); then name="ERROR | ${name}"; fi      # 2: the program has printed its ERROR line
+    log "${name} ended with status ${status} after $((SECONDS - start)) s"
     exit 2
   fi
-  (( status == 0 )) || { log "ERROR | ${name} ended with status ${status} after $((SECONDS - start)) s"; exit 2; }
   [[ -s "${result}" ]] || die "${name} ended well but did not write ${result}"
   log "${name} | done in $((SECONDS - start)) s | ${result}"
 }
 
 unwritable() { die "can't write to $1: make room in ${TASK_DIR}, or choose another"; }
 
-# lock : one workflow at a time in TASK_DIR; the lock is held by the script and its steps, and can't go stale
+# lock : one workflow at a time in TASK_DIR; script and steps hold the lock, which can't go stale
 lock() {
   local file="${STATE}.lock" trouble
-  [[ ! -d "${STATE}" ]] || die "${STATE} is a folder, wanted a file: remove it, or choose another TASK_DIR"
+  [[ ! -d "${STATE}" ]] || die "${STATE} is a folder, wanted a file: remove it, or change TASK_DIR"
   true 2> /dev/null >> "${file}" || unwritable "${file}"
   exec 9>> "${file}"
   if ! command -v flock > /dev/null; then
     log "WARNING | there is no flock command here: start one workflow at a time in ${TASK_DIR}"
   elif ! trouble="$(flock -n 9 2>&1)"; then
-    if [[ -n "${trouble}" ]]; then           # not held, but an error: Lustre and NFS may have no locks
-      log "WARNING | no locks on the disk of ${TASK_DIR} (${trouble##*: }): start one workflow at a time there"
+    if [[ -n "${trouble}" ]]; then         # nobody holds it: Lustre and NFS may have no locks
+      log "WARNING | no locks on the disk of ${TASK_DIR} (${trouble##*: }): start one workflow at a time"
     elif ! flock -w "${LOCK_WAIT_S}" 9; then
-      die "another workflow is at work in ${TASK_DIR} ($(cat "${file}")): wait for it, or name another TASK_DIR"
+      die "another workflow is at work in ${TASK_DIR} ($(cat "${file}")): wait for it, or change TASK_DIR"
     fi
   fi
-  echo "process $$ on ${HOSTNAME} since $(date '+%Y-%m-%d %H:%M:%S')" 2> /dev/null > "${file}" || unwritable "${file}"
+  echo "process $$ on ${HOSTNAME} since $(now)" 2> /dev/null > "${file}" || unwritable "${file}"
 }
 
-# chosen NAME PREFIX : the folder in TASK_DIR PREFIX_{date}_{time} chosen for this, now or when it was started before
+# chosen NAME PREFIX : the folder TASK_DIR/PREFIX_{date}_{time} for NAME, chosen at its first start
 chosen() {
   local folder
   folder="$(sed -n "s/^$1=//p" "${STATE}" 2> /dev/null || true)"
   if [[ -z "${folder}" ]]; then
     folder="$2_$(date +%Y%m%d_%H%M%S)"
-    { cat "${STATE}" 2> /dev/null || true; echo "$1=${folder}"; } 2> /dev/null > "${STATE}.tmp" || unwritable "${STATE}"
+    { cat "${STATE}" 2> /dev/null || true; echo "$1=${folder}"; } 2> /dev/null > "${STATE}.tmp" \
+      || unwritable "${STATE}"
     mv -f "${STATE}.tmp" "${STATE}" || unwritable "${STATE}"
   fi
   echo "${TASK_DIR}/${folder}"

@@ -62,8 +62,8 @@ def _reason(error: Exception) -> str:
 class _BoundedReads(io.FileIO):
     """Refuses to read a directory of gigabytes at once, as zipfile would."""
 
-    def read(self, size: int = -1) -> bytes:
-        if size > MAX_DIRECTORY:
+    def read(self, size: int | None = -1) -> bytes:
+        if size and size > MAX_DIRECTORY:
             raise ValueError(f"a directory of {size} bytes")
         return super().read(size)
 

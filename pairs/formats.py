@@ -33,6 +33,8 @@ MAX_DIGITS = 18                # of a clip number; a longer one is taken as a na
 LLAMA_BOS = 1                  # of LLaMA's tokenizer; in Qwen's vocabulary 1 is a quotation mark
 MAYBE_BOS = (f"starts with id {LLAMA_BOS}; if that is the tokenizer's BOS, drop such rows with "
              f"--bos_id {LLAMA_BOS}")
+LOOP, NO_DRAFT, SHORT_TARGET = "one id repeated", "empty draft", "target under 4 tokens"
+FLAGS = (LOOP, NO_DRAFT, SHORT_TARGET, MAYBE_BOS)
 
 
 class Row(NamedTuple):
@@ -130,7 +132,7 @@ class _File:
         self.bos_ids: tuple[int | None, int | None] = (bos_id, bos_id)
         self.identity = 0            # a checksum of what identifies each usable row: clip, question
         self.report = {"path": str(path), "format": None, "rows": 0, "used": 0, "largest_id": -1,
-                       "dropped": collections.Counter(), "flagged": collections.Counter()}
+                       "dropped": collections.Counter(), "flagged": dict.fromkeys(FLAGS, 0)}
 
     def __iter__(self) -> Iterator[Row]:
         report, seen = self.report, set()
@@ -176,15 +178,12 @@ class _File:
     def _flag(self, draft: list[int], target: list[int]) -> None:
         """Count what is suspicious about a row that is used."""
         flagged = self.report["flagged"]
-        if _is_degenerate(draft) or _is_degenerate(target):
-            flagged["one id repeated"] += 1
-        if not draft:
-            flagged["empty draft"] += 1
-        if len(target) < 4:
-            flagged["target under 4 tokens"] += 1
-        if any(tokens[:1] == [LLAMA_BOS] and len(tokens) > 1 and bos_id is None
-               for tokens, bos_id in zip((draft, target), self.bos_ids)):
-            flagged[MAYBE_BOS] += 1
+        flagged[LOOP] += _is_degenerate(draft) or _is_degenerate(target)
+        flagged[NO_DRAFT] += not draft
+        flagged[SHORT_TARGET] += len(target) < 4
+        flagged[MAYBE_BOS] += any(
+            tokens[:1] == [LLAMA_BOS] and len(tokens) > 1 and bos_id is None
+            for tokens, bos_id in zip((draft, target), self.bos_ids))
 
     def _check_rows(self) -> None:
         """A UserError for a file without any row of a known format."""
@@ -277,6 +276,7 @@ def _finished(report: dict) -> dict:
         raise UserError(f"{path} has no usable rows: {report['rows']} rows, all dropped ({reasons})")
     log(f"data | {path} | {report['format']} | {used} of {report['rows']} rows used"
         + (f" | dropped {reasons}" if reasons else ""))
-    for flag, count in report["flagged"].items():
+    flagged = {flag: count for flag, count in report["flagged"].items() if count}
+    for flag, count in flagged.items():
         log(f"data | WARNING | {path} | {count} of {used} rows: {flag}")
-    return {**report, "dropped": dict(report["dropped"]), "flagged": dict(report["flagged"])}
+    return {**report, "dropped": dict(report["dropped"]), "flagged": flagged}

@@ -1,6 +1,7 @@
-"""What an extraction has answered so far, on the disk beside its output, so that the same command goes on with it.
+"""What an extraction has answered so far, on the disk beside its output: the same command goes on there.
 
-    .<output>.journal.jsonl   first line: the settings, and for each clip a digest of its files; then an answer a line
+    .<output>.journal.jsonl   first line: the settings, and for each clip a digest of its files;
+                              then the facts of a model or an answer a line
     .<output>.lock            locked while a process writes; its text says which one and since when
 
 Rows are found by model, clip and question. Imports no torch.
@@ -19,9 +20,10 @@ from base import UserError, log
 from machine.files import check_plain
 from machine.journal import START_AFRESH, JournalFile
 
-Content = dict[str, dict[str, str]]              # model -> clip's key -> digest of the files that the model sees
+Content = dict[str, dict[str, str]]              # model -> clip's key -> digest of the files it sees
 FACTS = {"model": str, "vocab_size": int}        # a line with facts of a loaded model
-ANSWER = {"model": str, "key": str, "question_idx": int, "tokens": list, "text": str, "finished": bool}
+ANSWER = {"model": str, "key": str, "question_idx": int, "tokens": list, "text": str,
+          "finished": bool}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,23 +46,26 @@ class Journal:
     So a million answers fit.
     """
 
-    def __init__(self, output_file: Path, settings: dict[str, Setting], content: Content | None = None,
-                 entries: Iterable[dict] = ()):
-        """Open the journal of this output, or begin it with `entries`, facts and answers of an earlier run.
+    def __init__(self, output_file: Path, settings: dict[str, Setting],
+                 content: Content | None = None, entries: Iterable[dict] = ()):
+        """Open the journal of this output, or begin it with `entries`: facts and answers of an earlier run.
 
-        content: of the clips now; a clip that was answered when its files were others is not gone on with.
-        Raises UserError, and changes nothing, when the answers there were made with other settings or files.
+        content: of the clips now; a clip that was answered when its files were others is not gone
+        on with. Raises UserError, and changes nothing, when the answers there were made with other
+        settings or files.
         """
         self.path = self.path_of(output_file)
-        # (model, question number) -> {sample key: offset of the line}; flat keys would take twice the memory
+        # (model, question number) -> {sample key: offset of the line}; flat keys would take twice
+        # the memory
         self.places: dict[tuple[str, int], dict[str, int]] = collections.defaultdict(dict)
-        self.models: dict[str, dict] = {}                         # model -> name, revision, vocab_size, prompt, ...
+        self.models: dict[str, dict] = {}        # model -> name, revision, vocab_size, prompt, ...
         self.file = JournalFile(self.path, is_entry)
         self._read()
         content = content or {}
         before = self._check(settings, content)
+        clips = {model: {**before.get(model, {}), **content[model]} for model in content}
         head = {"settings": {name: setting.value for name, setting in settings.items()},
-                "clips": {model: {**before.get(model, {}), **content[model]} for model in content} or before}
+                "clips": clips or before}
         if self.file.begin(head, entries):
             self._read()
         if self.places:
@@ -80,7 +85,7 @@ class Journal:
     def __len__(self) -> int:
         return sum(map(len, self.places.values()))
 
-    # ------------------------------------------------------------------------------------------ going on
+    # ------------------------------------------------------------------------------------ going on
     def _read(self) -> None:
         """Note where each answer is; a later one to the same question counts."""
         self.places.clear()
@@ -95,7 +100,7 @@ class Journal:
             self.places[entry["model"], entry["question_idx"]][sys.intern(entry["key"])] = offset
 
     def _check(self, settings: dict[str, Setting], content: Content) -> Content:
-        """The digests in the first line; a UserError when answers there depend on what is different now."""
+        """The digests in the first line; a UserError when an answer depends on what differs now."""
         head = self.file.head
         if not head:
             return {}
@@ -103,15 +108,19 @@ class Journal:
         if not isinstance(there, dict) or not is_content(before):
             raise UserError(f"{self.path} is no journal of an extraction; {START_AFRESH}")
         answered = {model for model, _ in self.places}
-        binding = {name: setting.value for name, setting in settings.items() if answered.intersection(setting.models)}
+        binding = {name: setting.value for name, setting in settings.items()
+                   if answered.intersection(setting.models)}
         reasons = [differences(there, binding), self._changed_clips(before, content)]
         if differs := "; ".join(filter(None, reasons)):
-            raise UserError(f"{self.path} is the journal of an extraction with other settings ({differs}); give "
-                            f"those again, choose another --output_file, or {START_AFRESH}")
+            raise UserError(f"{self.path} is the journal of an extraction with other settings ({differs}); "
+                            f"give those again, choose another --output_file, or {START_AFRESH}")
         return before
 
     def _changed_clips(self, before: Content, content: Content) -> str:
-        """Which answered clips had other files then, in words. What is known of one time only is not compared."""
+        """Which answered clips had other files then, in words.
+
+        What is known of one time only is not compared.
+        """
         changed: dict[str, None] = {}
         for (model, _), keys in self.places.items():
             then, now = before.get(model, {}), content.get(model, {})
@@ -119,9 +128,10 @@ class Journal:
                         if key in then and then[key] != now.get(key, then[key])}
         if not changed:
             return ""
-        return f"the files of {len(changed)} answered clips have changed, the first: {next(iter(changed))}"
+        first = next(iter(changed))
+        return f"the files of {len(changed)} answered clips have changed, the first: {first}"
 
-    # ------------------------------------------------------------------------------------------ answers
+    # ------------------------------------------------------------------------------------- answers
     def append(self, entries: list[dict]) -> None:
         """Put entries on the disk, then note where they are."""
         for entry, offset in zip(entries, self.file.append(entries)):
@@ -139,9 +149,11 @@ class Journal:
     def read(self, model: str, sample_key: str, question_number: int) -> dict:
         """That answer, from the disk."""
         entry = self.file.read(self.places[model, question_number][sample_key])
-        if [entry.get(name) for name in ("model", "key", "question_idx")] != [model, sample_key, question_number]:
-            raise UserError(f"{self.path}: the answer of {model} to question {question_number} about {sample_key} is "
-                            "not where it was written; the file was changed: give the same command again")
+        wanted = {"model": model, "key": sample_key, "question_idx": question_number}
+        if any(entry.get(name) != value for name, value in wanted.items()):
+            raise UserError(f"{self.path}: the answer of {model} to question {question_number} about "
+                            f"{sample_key} is not where it was written; the file was changed: give the "
+                            "same command again")
         return entry
 
     def remove(self) -> None:
@@ -154,7 +166,8 @@ class Journal:
     def __exit__(self, kind, error, trace) -> None:
         self.file.close()
         if kind is not None and len(self):
-            log(f"extract | {len(self)} answers are kept in {self.path}; the same command goes on from there")
+            log(f"extract | {len(self)} answers are kept in {self.path}; the same command goes on "
+                "from there")
 
 
 def is_content(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""What several test files share: pairs to train on, and one shortened demo, made once by the real workflow script."""
+"""Shared by test files: pairs to train on, and one shortened demo that the real workflow script runs once."""
 
 import contextlib
 import dataclasses
@@ -19,18 +19,20 @@ from tests.recordings import BAD, GOOD, write_sequence
 from tests.warm import Warm
 
 ROOT = Path(__file__).parents[1]
-signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell that starts tests with & has it ignored by all
+signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell ignores it in what it starts with &
 torch.set_num_threads(1)      # the models are tiny: two threads only get in each other's way
 
 
 def flat(answers: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What Pairs holds of them: (tokens, where each answer starts, how long it is)."""
+    """The answers as Pairs holds them: (tokens, start of each answer, length of each answer)."""
     lengths = np.array([len(answer) for answer in answers], np.int32)
-    return np.concatenate([np.array(answer, np.int32) for answer in answers]), np.cumsum(lengths) - lengths, lengths
+    tokens = np.concatenate([np.array(answer, np.int32) for answer in answers])
+    return tokens, np.cumsum(lengths) - lengths, lengths
 
 
-def write_pairs(path: Path, sequences: list[str], pairs_each: int = 20, seed: int = 0, **recorded) -> Path:
-    """Pairs whose target tokens are the draft's, each mapped to another id: only the draft tells what comes."""
+def write_pairs(path: Path, sequences: list[str], pairs_each: int = 20, seed: int = 0,
+                **recorded) -> Path:
+    """Pairs whose target tokens are the draft's, each mapped to another id: only the draft predicts them."""
     rng, ids = np.random.default_rng(seed), np.arange(3, 43)
     mapping = dict(zip(ids, np.random.default_rng(99).permutation(ids)))
     rows = []
@@ -38,21 +40,23 @@ def write_pairs(path: Path, sequences: list[str], pairs_each: int = 20, seed: in
         for clip in range(pairs_each):
             draft = rng.choice(ids, rng.integers(4, 10))
             rows.append({"sample_idx": len(rows), "sequence": sequence, "clip": clip,
-                         "egpt_tokens": draft.tolist(), "vl_tokens": [int(mapping[token]) for token in draft]})
+                         "egpt_tokens": draft.tolist(),
+                         "vl_tokens": [int(mapping[token]) for token in draft]})
     path.write_text(json.dumps({**recorded, "results": rows}))
     return path
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> dict:
-    folder, drives = tmp_path_factory.mktemp("data"), ["zurich_00_a", "zurich_00_b", "thun_01_a", "bern_02_a"]
+    folder = tmp_path_factory.mktemp("data")
+    drives = ["zurich_00_a", "zurich_00_b", "thun_01_a", "bern_02_a"]
     return {"train": write_pairs(folder / "train_tokens_500ms.json", drives),
             "test": write_pairs(folder / "test_tokens_500ms.json", ["basel_03_a"], seed=1)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Where `run_full_workflow.sh --demo` left things; `log` is what it printed, `again` what a second start did."""
+    """The folders of a `run_full_workflow.sh --demo`; `log`: its output, `again`: that of a second start."""
 
     data: Path
     tokens: Path
@@ -67,7 +71,7 @@ class Demo:
 
 
 def names_of(task: Path) -> list[str]:
-    """What is in a task folder, but for its lock."""
+    """The names in a task folder, without its lock."""
     return sorted(path.name for path in task.iterdir() if path.name != ".lock")
 
 
@@ -76,12 +80,12 @@ def run_workflow(folder: Path, *arguments: str, **settings: str) -> subprocess.C
     environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PYTHON": sys.executable,
                    "DATA_ROOT": str(folder / "data"), "TOKENS_DIR": str(folder / "tokens"),
                    "TASK_DIR": str(folder / "task"), **settings}
-    return subprocess.run(["bash", str(ROOT / "run_full_workflow.sh"), *arguments], env=environment, text=True,
-                          capture_output=True, timeout=600, stdin=subprocess.DEVNULL)
+    return subprocess.run(["bash", str(ROOT / "run_full_workflow.sh"), *arguments], env=environment,
+                          text=True, capture_output=True, timeout=600, stdin=subprocess.DEVNULL)
 
 
 def wait_until_gone(group: int) -> None:
-    """Until no process of this group is left; one that nobody has waited for is none any more."""
+    """Wait until no process of this group is left; zombies, which nobody has waited for, don't count."""
     deadline = time.monotonic() + 30
     while True:
         states = set()
@@ -100,7 +104,8 @@ def demo(tmp_path_factory) -> Demo:
     folder = tmp_path_factory.mktemp("demo")
     shorter = {"DEMO_FLAGS": "--train_clips 24 --test_clips 20",
                "EXTRACT_FLAGS": "--max_new_tokens 80 --batch_size 16 --num_workers 2",
-               "TRAIN_FLAGS": "--embed_dim 32 --num_layers 1 --num_heads 2 --num_epochs 2 --no-refit --no-online",
+               "TRAIN_FLAGS": "--embed_dim 32 --num_layers 1 --num_heads 2 --num_epochs 2 "
+                              "--no-refit --no-online",
                "DECODE_FLAGS": "--max_samples 3 --max_new_tokens 80 --num_workers 1"}
     first, second = (run_workflow(folder, "--demo", **shorter) for _ in range(2))
     assert first.returncode == 0, first.stdout + first.stderr
@@ -117,13 +122,14 @@ def warm():
 
 @pytest.fixture
 def disk(tmp_path):
-    """A function that mounts a disk of so many KiB, or gives the mounted one another size or other options."""
+    """A function that mounts a disk with these options ("size=4k"), or remounts it with others."""
     place = tmp_path / "disk"
     place.mkdir()
 
     def mount(options: str) -> Path:
-        how = f"{'remount,' * os.path.ismount(place)}{options}"
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", how, "tmpfs", place], capture_output=True, text=True)
+        options = f"{'remount,' * os.path.ismount(place)}{options}"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place],
+                              capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"no file system may be mounted here: {done.stderr.strip()}")
         return place
@@ -135,7 +141,7 @@ def disk(tmp_path):
         subprocess.run(["umount", place], check=True)
 
 
-_figures: list[tuple] = []         # (what, how often, what came of it), printed as a table at the end
+_figures: list[tuple] = []         # (what, number, result), printed as a table at the end
 
 
 @pytest.fixture(scope="session")
@@ -154,12 +160,14 @@ def prepare(tmp_path, monkeypatch, capsys):
     import prepare_dsec
 
     def call(*flags, root=tmp_path / "dsec", output=tmp_path / "data", split="test", duration="1s"):
-        words = ["--dsec_root", root, "--output_root", output, "--split", split, "--duration", duration, *flags]
+        words = ["--dsec_root", root, "--output_root", output, "--split", split, "--duration", duration,
+                 *flags]
         monkeypatch.setattr(sys, "argv", ["prepare_dsec.py", *map(str, words)])
         capsys.readouterr()
         prepare_dsec.main()
         kind = {"train": "train", "test": "seq"}[split]
-        return output / f"my_egpt_dsec_{split}" / f"my_egpt_dsec_{kind}_{duration}", capsys.readouterr().out
+        folder = output / f"my_egpt_dsec_{split}" / f"my_egpt_dsec_{kind}_{duration}"
+        return folder, capsys.readouterr().out
     return call
 
 

@@ -175,9 +175,9 @@ class Readers:
 
     def index(self, path: Path) -> None:
         samples = self.dataset.read_dataset(path.parent)
-        self.dataset.content_of(samples, "all")
         for sample in samples:
             paths = (*sample.event_images, *filter(None, (sample.events, sample.video)))
+            self.dataset.digest_of(paths)
             assert all(path.is_relative_to(self.set) for path in paths)
             if not sample.trouble:
                 with contextlib.suppress(self.dataset.MediaError):

@@ -52,7 +52,8 @@ def number_of(picture: np.ndarray) -> int:
     return round((left.mean() - 20) / 22) + 10 * int(np.abs(COLOURS - right).sum(1).argmin())
 
 
-def write_sequence(root: Path, sequence: str, split: str = "test", frames: int = 46, rate: int = 20_000,
+def write_sequence(root: Path, sequence: str, split: str = "test", frames: int = 46,
+                   rate: int = 20_000,
                    flat: bool = False, seed: int = 0, corner: tuple[int, int] = SIZE) -> Made:
     """`frames` pictures 50 ms apart, `rate` events a second from T_OFFSET to 10 ms after the last one.
 
@@ -89,7 +90,8 @@ def break_picture(made: Made) -> None:
     path.write_bytes(path.read_bytes()[:60])
 
 
-def painted(events: list[tuple[int, int, int]], canvas: tuple[int, int], blue_over_red: bool) -> np.ndarray:
+def painted(events: list[tuple[int, int, int]], canvas: tuple[int, int],
+            blue_over_red: bool) -> np.ndarray:
     """The picture of these events as one would paint it by hand. canvas is (width, height)."""
     picture = np.full((canvas[1], canvas[0], 3), 255, np.uint8)
     if blue_over_red:

@@ -150,7 +150,7 @@ def test_warming_up_teaches_nothing(trained, monkeypatch):
 def test_the_output_holds_everything(measured, trained):
     results, _ = measured
     assert set(results) == {
-        "kind", "date", "size", "device", "dtype", "gamma", "what", "config", "answers",
+        "kind", "date", "size", "device", "dtype", "quantization", "gamma", "what", "config", "answers",
         "peer_answers", "prompt_positions", "limits", "memory_mib", "runs", "costs_ms", "wanted",
         "seconds", "provenance"
     }

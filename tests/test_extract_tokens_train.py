@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import extract_tokens_train
 from base import UserError
@@ -255,7 +256,7 @@ def test_all_event_pictures_may_differ_in_number(extract, copy):
     assert len(rows_of(extract("--event_images", "all", dataset_dir=copy))) == 5
 
 
-# -------------------------------------------------------------------------------- bad data, nothing lost
+# -------------------------------------------------------------------------- bad data, nothing lost
 def test_clips_with_bad_media_fail_alone_and_say_why(extract, copy):
     rows = json.loads((copy / "EventGPT_Instruction_Subset.json").read_text())
     (copy / "event_image" / rows[0]["event_image"][0]).write_bytes(b"")
@@ -301,6 +302,54 @@ def test_a_mistake_in_the_target_costs_nothing_of_the_draft(extract, tmp_path, m
     assert loaded == ["draft", "target", "target"]
 
 
+def no_tokenizer(folder) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def a_missing_shard(folder) -> None:
+    weights = {name: "model-00001-of-00002.safetensors" for name in load_file(folder / "model.safetensors")}
+    last = list(weights)[-1]
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {**weights, last: "model-00002-of-00002.safetensors"}}))
+
+
+def a_shard_cut_short(folder) -> None:
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 9)
+
+
+def quantised_weights(folder) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
+
+
+@pytest.mark.parametrize("damage, words", [
+    (no_tokenizer, "tokenizer"), (a_missing_shard, "model-00002-of-00002.safetensors"),
+    (a_shard_cut_short, "model.safetensors"), (quantised_weights, "quantised already"),
+    (lambda folder: (folder / "config.json").unlink(), "config.json"), (shutil.rmtree, "no such")])
+@pytest.mark.parametrize("flag", ["--draft_model", "--target_model"])
+def test_half_a_model_is_found_before_either_is_loaded(extract, demo, tmp_path, monkeypatch, flag, damage, words):
+    role = {"--draft_model": "eventgpt", "--target_model": "video_llava"}[flag]
+    folder = shutil.copytree(demo.models / role, tmp_path / "model")
+    damage(folder)
+    monkeypatch.setattr(Role, "load", None)
+    with pytest.raises(UserError, match=words):
+        extract(flag, folder)
+    assert not (tmp_path / ".pairs.json.journal.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--query", "what is <image>?"), "<image>"), (("--query", "what is <event>?"), "<event>"),
+    (("--query", "why " * 3000), "positions"), (("--max_new_tokens", 2040), "positions")])
+def test_questions_that_a_model_can_not_take_are_found_before_either_is_loaded(
+        extract, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr(Role, "load", None)
+    with pytest.raises(UserError, match=words):
+        extract(*flags)
+    assert not (tmp_path / ".pairs.json.journal.jsonl").exists()
+
+
 def test_two_writers_are_kept_apart(extract, tmp_path):
     with open(tmp_path / ".pairs.json.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -311,7 +360,7 @@ def test_two_writers_are_kept_apart(extract, tmp_path):
     assert len(rows_of(extract())) == 5                         # the lock is free: its file may stay
 
 
-# ------------------------------------------------------------------------------------------ user mistakes
+# ----------------------------------------------------------------------------------- user mistakes
 @pytest.mark.parametrize("flags, message", [
     (("--draft_model", "nowhere"), "no such folder: nowhere"),
     (("--target_model", "./nowhere"), "no such model folder: ./nowhere"),
@@ -330,7 +379,7 @@ def test_two_writers_are_kept_apart(extract, tmp_path):
     (("--query", "what is <video>?"), "<video>"),
     (("--query", "caf\udce9"), r"--query: 'caf\\udce9' is no text in UTF-8"),
     (("--num_frames", str(10**9)), "--num_frames must be at most 1000"),
-    (("--num_frames", "400"), "keeps 2,048 positions of a prompt, the pictures alone take 4,004"),
+    (("--num_frames", "400"), "positions, the model has 2048: use fewer pictures"),
     (("--output_file", "/dev/null/out.json"), "can't write to the folder"),
 ])
 def test_mistakes_get_a_clear_error(extract, flags, message):

@@ -52,7 +52,7 @@ def wait_for_answers(output: Path, number: int) -> None:
         time.sleep(OFTEN_S)
 
 
-# ----------------------------------------------------------------------------------------------------- kill -9
+# ----------------------------------------------------------------------------------------- kill -9
 def kill_at_random(demo: Demo, warm: Warm, folder: Path, undisturbed: tuple, kills: int, each: int) -> dict:
     """Extractions that are killed `each` times and then left to end, until there were so many kills: the losses."""
     wanted, seconds = undisturbed
@@ -92,7 +92,7 @@ def test_kill_9_at_a_hundred_random_moments_loses_nothing(demo, warm, undisturbe
     assert found == {"kills": 100, "lost": 0, "twice": 0, "different": 0, "halves": 0}
 
 
-# ----------------------------------------------------------------------------------------------------- signals
+# ----------------------------------------------------------------------------------------- signals
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_stopped_run_says_the_command_that_goes_on(demo, warm, undisturbed, tmp_path, number, code):
     output, log = tmp_path / "out.json", tmp_path / "log"
@@ -136,7 +136,7 @@ def test_an_output_without_the_end_of_its_journal_is_written_again(demo, warm, u
     assert read(output) == undisturbed[0]
 
 
-# -------------------------------------------------------------------------------------------------------- disk
+# -------------------------------------------------------------------------------------------- disk
 @pytest.mark.parametrize(("kib", "when"), [(8, "the journal is written"), (20, "the output is written")])
 def test_with_room_the_command_goes_on_that_met_a_full_disk(demo, warm, undisturbed, disk, tmp_path, kib, when):
     output, log = disk(f"size={kib}k") / "out.json", tmp_path / "log"

@@ -203,7 +203,7 @@ def test_without_an_output_folder_the_same_command_finds_its_journal_in_the_task
 def test_a_journal_of_other_settings_or_clips_is_refused_and_stays(demo, task, warm, tmp_path):
     output, log, data = tmp_path / "out", tmp_path / "log", tmp_path / "data"
     shutil.copytree(demo.test_1s, data)
-    flags = flags_of(demo, task, "--output_folder", output, "--dataset_dir", data)
+    flags = flags_of(demo, task, "--compare", "--output_folder", output, "--dataset_dir", data)
     process = start(warm, flags, log)
     wait_for(output / ".journal.jsonl", CLIPS + 2)
     os.kill(process, signal.SIGTERM)

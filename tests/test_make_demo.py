@@ -126,7 +126,8 @@ def test_a_text_that_names_nothing_or_two_things_reads_as_none():
 
 # ---------------------------------------------------------------------------------------- data sets
 def test_train_and_test_share_no_drive_and_names_are_none_of_dsec():
-    train, test = ({drive_of(sequence) for sequence in sequences_of(split)} for split in ("train", "test"))
+    train, test = ({drive_of(sequence) for sequence in sequences_of(split)}
+                   for split in ("train", "test"))
     assert not train & test
     assert len(sequences_of("test")) >= 8 and len(test) >= 4
     assert all(re.fullmatch(r"demo[a-z]+_\d\d", drive) for drive in train | test)
@@ -140,7 +141,8 @@ def test_rows_have_the_published_fields_and_point_at_files(data_set):
         assert list(row) == ["id", "split", "event_data", "video_data", "mp4_data", "event_image",
                              "conversations"]
         assert row["split"] == folder.name and row["event_data"].endswith("/000000.npy")
-        assert row["conversations"] == [{"from": "human", "value": ""}, {"from": "gpt", "value": ""}]
+        assert row["conversations"] == [{"from": "human", "value": ""},
+                                        {"from": "gpt", "value": ""}]
         assert (folder / "mp4" / row["mp4_data"]).is_file() and f"{row['video_data']}.mp4" == row["mp4_data"]
         assert [(folder / "event_image" / name).is_file() for name in row["event_image"]] == [True] * 5
     samples = read_dataset(folder)

@@ -60,7 +60,8 @@ def whole(world, demo) -> dict[str, bytes]:
     lines = [{"model": "eventgpt", "vocab_size": 64},
              *({"model": "eventgpt", "key": f"town/{i}", "question_idx": 0, "tokens": [3, 2], "text": "a",
                 "finished": True} for i in range(3))]
-    events = {**{name: np.arange(25, dtype=np.uint16) % 7 for name in "xytp"}, "time_start": np.int64(7),
+    columns = {name: np.arange(25, dtype=np.uint16) % {"p": 2, "t": 25}.get(name, 7) for name in "xytp"}
+    events = {**columns, "time_start": np.int64(7),
               "duration_ms": 0.5, "image_indices_in_clip": [1, 2]}
     return {
         "pairs": json.dumps({"vocab_size": 64, "models": {"eventgpt": {"name": "x"}}, "results": rows}).encode(),

@@ -66,7 +66,8 @@ def pixels(path: Path) -> np.ndarray:
 def test_windows_of_the_test_sequences_are_counted_as_published():
     for sequence, (seconds, *wanted) in TEST_SEQUENCES.items():
         last_us = FIRST_US + round(seconds * 1e6)
-        found = [len(window_starts(FIRST_US, last_us, ms * 1000, ms * 500)) for ms in (500, 1000, 2000, 4000)]
+        found = [len(window_starts(FIRST_US, last_us, ms * 1000, ms * 500))
+                 for ms in (500, 1000, 2000, 4000)]
         assert found == wanted, sequence
     for ms, total in {500: 2220, 1000: 1100, 2000: 540, 4000: 260, 5000: 205, 8000: 122, 10_000: 93,
                       16_000: 52}.items():
@@ -82,7 +83,8 @@ def test_windows_follow_the_rule_for_any_length():
         for length in map(int, lengths):
             starts = window_starts(FIRST_US, FIRST_US + length, duration, duration // 2)
             assert len(starts) == max(0, (length - duration) // (duration // 2) + 1)
-            assert all(start >= FIRST_US and start + duration <= FIRST_US + length for start in starts)
+            assert all(start >= FIRST_US and start + duration <= FIRST_US + length
+                       for start in starts)
 
 
 # ------------------------------------------------------------------------------------------ content
@@ -94,7 +96,8 @@ def test_every_pixel_of_every_event_picture_is_as_painted_by_hand(prepare, one, 
     # events fill.
     canvas, length_us = {"500ms": ((64, 48), 500_000), "1s": ((640, 480), 1_000_000)}[duration]
     small = ["--canvas", "64x48"] if duration == "500ms" else []
-    folder, said = prepare("--render", render, "--video_size", "64x48", "--workers", "1", "--sequences",
+    folder, said = prepare("--render", render, "--video_size", "64x48", "--workers", "1",
+                           "--sequences",
                            GOOD, *small,
                            root=root, duration=duration)
     assert len(list((folder / "event_image" / GOOD).iterdir())) == 5 * count
@@ -119,7 +122,8 @@ def test_every_frame_of_every_video_is_the_right_picture(prepare, one, duration,
             stream = video.streams.video[0]
             assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 20)
             assert (stream.width, stream.height) == SIZE
-            numbers = [number_of(picture.to_ndarray(format="rgb24")) for picture in video.decode(stream)]
+            numbers = [number_of(picture.to_ndarray(format="rgb24"))
+                       for picture in video.decode(stream)]
         first = clip * frames // 2
         assert numbers == list(range(first, first + frames)), path
 
@@ -158,7 +162,8 @@ def test_both_layouts_and_any_number_of_workers_give_the_same_files(prepare, one
 
 
 def test_stride_pictures_canvas_and_video_size_do_what_they_say(prepare, one):
-    folder, _ = prepare("--sequences", GOOD, "--stride", "none", "--event_images", "2", "--canvas", "70x50",
+    folder, _ = prepare("--sequences", GOOD, "--stride", "none", "--event_images", "2",
+                        "--canvas", "70x50",
                         "--video_size", "32x24", "--workers", "1", root=one[0], duration="500ms")
     assert len(read_rows(folder)) == 4
     assert sorted(path.name for path in (folder / "event_image" / GOOD).iterdir())[:3] == [
@@ -171,7 +176,8 @@ def test_stride_pictures_canvas_and_video_size_do_what_they_say(prepare, one):
         pictures = [picture.to_ndarray(format="rgb24") for picture in video.decode(video=0)]
     assert [number_of(picture) for picture in pictures] == [*range(10, 20)] and pictures[0].shape == (24,
                                                                                                       32, 3)
-    other, _ = prepare(*SMALL, "--sequences", GOOD, "--stride", "125", root=one[0], output=folder.parent)
+    other, _ = prepare(*SMALL, "--sequences", GOOD, "--stride", "125", root=one[0],
+                       output=folder.parent)
     assert len(read_rows(other)) == 11                                      # (2.25 - 1) / 0.125 + 1
 
 
@@ -197,7 +203,8 @@ def test_the_folder_goes_straight_through_extraction(prepare, one, tmp_path, mon
     monkeypatch.setattr(sys, "argv", [
         "extract_tokens_train.py", "--dataset_dir", str(folder), "--output_file", str(output),
         "--draft_model",
-        str(models / "eventgpt"), "--target_model", str(models / "video_llava"), "--max_new_tokens", "8",
+        str(models / "eventgpt"), "--target_model", str(models / "video_llava"),
+        "--max_new_tokens", "8",
         "--device", "cpu"])
     extract_tokens_train.main()
     found = json.loads(output.read_text())
@@ -227,7 +234,8 @@ def test_exit_codes_and_the_last_line(two, tmp_path):
 
     def call(*flags):
         return subprocess.run(
-            [sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root", tmp_path / "out",
+            [sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root",
+             tmp_path / "out",
              "--split", "test", "--duration", "1s", *SMALL, "--sequences", BAD, GOOD, *flags],
             text=True, capture_output=True)
 
@@ -283,11 +291,15 @@ def test_folders_beyond_the_list_are_named_and_used_only_when_asked_for(prepare,
     (("--stride", "0"), "--stride must be half, none or milliseconds"),
     (("--stride", "-5"), "--stride must be"),
     (("--event_images", "0"), "--event_images must be from 1 to 10, got 0"),
-    (("--canvas", "640"), "--canvas must be WIDTHxHEIGHT"), (("--canvas", "0x5"), "--canvas must be"),
+    (("--canvas", "640"), "--canvas must be WIDTHxHEIGHT"),
+    (("--canvas", "0x5"), "--canvas must be"),
     (("--video_size", "641x480"), "and even"), (("--video_size", "99998x480"), "1 to 16384 px"),
-    (("--workers", "0"), "--workers must be 1 or more"), (("--render", "red"), "invalid choice: 'red'"),
-    (("--duration", "0s"), "must be milliseconds or seconds"), (("--duration", "1m"), "--duration must be"),
-    (("--duration", "../1s"), "--duration must be"), (("--dsec_root", "nowhere"), "nowhere: no such folder")])
+    (("--workers", "0"), "--workers must be 1 or more"),
+    (("--render", "red"), "invalid choice: 'red'"),
+    (("--duration", "0s"), "must be milliseconds or seconds"),
+    (("--duration", "1m"), "--duration must be"),
+    (("--duration", "../1s"), "--duration must be"),
+    (("--dsec_root", "nowhere"), "nowhere: no such folder")])
 def test_a_wrong_flag_is_one_clear_error(prepare, two, flags, words):
     with pytest.raises(UserError, match=re.escape(words)):
         prepare(*flags, root=two[0])
@@ -389,7 +401,8 @@ def test_blocks_are_neighbours_of_one_sequence_and_frames_are_decoded_once(prepa
     assert [len(block) for block in blocks] == [8, 8] and [*itertools.chain(*blocks)] == clips + others
     assert [len(block) for block in blocks_of(clips, 4)] == [2] * 4
     read, paths = windows.read_event_image, []
-    monkeypatch.setattr(windows, "read_event_image", lambda path: paths.append(path.name) or read(path))
+    monkeypatch.setattr(windows, "read_event_image", lambda path: paths.append(path.name)
+                        or read(path))
     prepare(*SMALL, "--sequences", GOOD, root=one[0], duration="500ms")
     assert paths == [f"{number:06d}.png" for number in range(45)]
 
@@ -397,10 +410,10 @@ def test_blocks_are_neighbours_of_one_sequence_and_frames_are_decoded_once(prepa
 # ----------------------------------------------------------------------------------------- packages
 @pytest.mark.parametrize("package", ["h5py", "hdf5plugin"])
 def test_a_missing_package_is_one_clear_line(one, package, tmp_path):
-    code = (f"import sys; sys.modules[{package!r}] = None; import base, prepare_dsec\n"
+    code = (f"import sys; sys.modules[{package!r}] = None; import machine.running, prepare_dsec\n"
             f"sys.argv = ['prepare_dsec.py', '--dsec_root', {str(one[0])!r}, '--split', 'test', "
             f"'--duration', '1s', "
-            f"'--output_root', {str(tmp_path / 'data')!r}]\nbase.run(prepare_dsec.main)")
+            f"'--output_root', {str(tmp_path / 'data')!r}]\nmachine.running.run(prepare_dsec.main)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 2 and not done.stderr
     line, = done.stdout.splitlines()

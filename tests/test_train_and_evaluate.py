@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import acceptance.evaluation as evaluation
 import train_and_evaluate
 import training.loop as loop
 from base import ROOT, UserError
@@ -304,7 +305,7 @@ def test_a_state_that_does_not_fit_is_refused(monkeypatch, tmp_path, files, chan
 def test_nobody_else_writes_into_a_task_and_no_unfinished_one_is_begun_anew(monkeypatch, tmp_path, files, trained):
     task = stopped(monkeypatch, tmp_path / "task", files, 2)
     before = {path: path.read_bytes() for path in task.glob("[!.]*")}
-    with only_writer(task), pytest.raises(UserError, match=r"is being written by process \d+ since .*; wait for it$"):
+    with only_writer(task), pytest.raises(UserError, match=r"is being written by process \d+ on .* since .*: wait for it$"):
         resume(monkeypatch, task)
     for flags in ([], ["--checkpoint", str(trained[0] / "best_model.pt")]):
         flags += ["--task_folder", str(task)]
@@ -345,15 +346,12 @@ def test_a_checkpoint_whose_logits_overflow_is_a_user_error(trained, monkeypatch
 
 
 def test_a_figure_that_is_no_number_is_written_as_null_and_named(monkeypatch, tmp_path, files, capsys):
-    import acceptance.metrics as acceptance
-
-    monkeypatch.setattr(acceptance, "step_ms", lambda adapter, pairs: float("nan"))
-    _, results = run_main(monkeypatch, tmp_path, files["train"], files["test"], "--conditioning", "prefix",
-                          "--num_epochs", "1", "--no-refit", "--no-online")
-    assert results["metrics"]["test"]["step_ms"] is None
-    assert "WARNING | results.metrics.test.step_ms is nan: no finite number, written as null" in capsys.readouterr().out
-    odd = train_and_evaluate.finite({"a": [1.5, float("inf"), {"b": (float("nan"), 2, None, "x", True)}]})
-    assert odd == {"a": [1.5, None, {"b": [None, 2, None, "x", True]}]}
+    monkeypatch.setattr(evaluation, "step_ms", lambda adapter, pairs: float("nan"))
+    task, results = run_main(monkeypatch, tmp_path, files["train"], files["test"], "--conditioning", "prefix",
+                             "--num_epochs", "1", "--no-refit", "--no-online")
+    assert results["metrics"]["test"]["step_ms"] is None and (task / "RESULTS.md").exists()
+    warning = "no finite numbers, written as null: metrics.test.step_ms"
+    assert warning in capsys.readouterr().out
 
 
 def test_the_smallest_width_trains_and_is_measured(monkeypatch, tmp_path, files):

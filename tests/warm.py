@@ -1,6 +1,6 @@
-"""A program again and again, each time in a fork of one process that has imported everything it needs.
+"""Run a program many times, each in a fork of one process that has imported everything.
 
-A run so takes what its work takes: a hundred of them can be killed in minutes.
+A run then takes only the time of its work: a hundred of them can be killed in minutes.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 SERVER = """
 import gc, json, os, sys
+import machine.running
 import torch
 import extract_tokens_train, machine.running, matplotlib.pyplot, speculative_decode, train_and_evaluate
 import acceptance.evaluation, decoding.answers, decoding.drafts, decoding.results, drafting.hybrid, reports.task_report
@@ -46,8 +47,9 @@ for line in sys.stdin:
 
 class Warm:
     def __init__(self):
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                                       stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=environment,
+                                       text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.server.stdout.readline() == "ready\n"
 
     def _ask(self, **what) -> int:
@@ -56,7 +58,7 @@ class Warm:
         return int(self.server.stdout.readline())
 
     def start(self, flags: list, log: Path, program: str = "extract_tokens_train.py") -> int:
-        """The process number of a run with these flags; what it prints is appended to the log."""
+        """Start a run with these flags, its output appended to the log. Returns its process number."""
         return self._ask(argv=[program, *map(str, flags)], log=str(log))
 
     def wait(self, process: int) -> int:
@@ -64,7 +66,7 @@ class Warm:
         return self._ask(wait=process)
 
     def killed_after(self, process: int, seconds: float) -> bool:
-        """kill -9 so much later; False if it had ended before."""
+        """kill -9 after so many seconds; False if the process had ended before."""
         time.sleep(seconds)
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)

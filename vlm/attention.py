@@ -1,4 +1,4 @@
-"""Attention as LLaMA's decoders need it: causal over prompts, masked over a cache, and in two parts that are joined.
+"""Attention as LLaMA's decoders need it: causal over prompts, and in two parts that are joined.
 
 A prompt that many rows share (several questions about one clip) is attended to once for all of them, and joined with
 each row's own part by the sums of their exponentials (Juravsky et al. 2024, "Hydragen"; the sums as in Dao et al.
@@ -30,27 +30,6 @@ def causal(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan
     return mixed.transpose(1, 2).flatten(2)
 
 
-def masked(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """query (heads, n, d), keys, values (kv_heads, slots, d), mask (n, slots) to add -> like query.
-
-    A few positions are written out: SDPA gives each head one thread block, and a GPU has four times as many to give
-    (7B on an H200, 9 positions: 50 us a layer). Scores are float32 between the products, as inside SDPA.
-    """
-    heads, n, d = query.shape
-    if not 1 < n <= 32:
-        return F.scaled_dot_product_attention(query[None], keys[None], values[None], mask,
-                                              enable_gqa=len(keys) != heads)[0]
-    query = query.reshape(len(keys), -1, d)                                   # heads that share keys side by side
-    chances = torch.add(mask, scores_of(query, keys).view(heads, n, -1), alpha=d ** -0.5).softmax(-1).to(query)
-    return torch.bmm(chances.view(len(keys), -1, keys.shape[1]), values).view(heads, n, d)
-
-
-def scores_of(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """(B, n, d), (B, slots, d) -> their products (B, n, slots), float32 on a GPU."""
-    wide = {"out_dtype": torch.float32} if query.is_cuda and query.dtype != torch.float32 else {}
-    return torch.bmm(query, keys.mT, **wide)
-
-
 # --------------------------------------------------------------------------------------------- in two parts
 def shared_and_own(queries: torch.Tensor, shared: torch.Tensor, own: torch.Tensor,
                    slots: torch.Tensor) -> torch.Tensor:
@@ -64,6 +43,12 @@ def shared_and_own(queries: torch.Tensor, shared: torch.Tensor, own: torch.Tenso
     by_head = queries.view(groups, rows // groups * T, kv_heads, -1, d).transpose(1, 2)
     seen, sums = with_sums(by_head.reshape(groups, kv_heads, -1, d), *shared)
     return join(queries, own, slots, seen, sums)
+
+
+def scores_of(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """(B, n, d), (B, slots, d) -> their products (B, n, slots), float32 on a GPU."""
+    wide = {"out_dtype": torch.float32} if query.is_cuda and query.dtype != torch.float32 else {}
+    return torch.bmm(query, keys.mT, **wide)
 
 
 def with_sums(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

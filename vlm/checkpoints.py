@@ -1,8 +1,10 @@
-"""A model's folder, or its snapshot in the hub's cache, examined without loading weights. Imports no torch.
+"""A model's folder, or its snapshot in the hub's cache, examined without its weights.
 
-    checkpoint = open_checkpoint(name)         # a UserError for whatever is missing, cut short or too large
-    checkpoint.config                          # config.json, without the keys that would choose code to run
-    checkpoint.revision()                      # the hub's commit, or a digest of the folder's content
+    checkpoint = open_checkpoint(name)     # a UserError for what is missing, cut short or too large
+    checkpoint.config                      # config.json, without keys that would choose code to run
+    checkpoint.revision()                  # the hub's commit, or a digest of the folder's content
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,22 +21,31 @@ from machine.files import read_json
 from vlm import hub
 from vlm.fingerprint import digest_of, read_header
 
-SIZES = re.compile(r"num_\w*(layers|heads)|(hidden|intermediate|vocab|image|patch)_size|max_position_embeddings")
-LARGEST = {"num_hidden_layers": 1000}            # a larger number in a config.json is damage or malice
+SIZES = re.compile(
+    r"num_\w*(layers|heads)|(hidden|intermediate|vocab|image|patch)_size|max_position_embeddings"
+)
+LARGEST = {"num_hidden_layers": 1000}  # a larger number in a config.json is damage or malice
 LARGEST_SIZE = 10**7
 
-# Files that are parsed whole. The largest tokenizer.json in public use has 35 MB; 64 MiB of JSON take about 1 GiB.
+# Files that are parsed whole. The largest tokenizer.json in public use has 35 MB; 64 MiB of JSON
+# take about 1 GiB.
 PARSED = (".json", ".txt", ".model", ".jinja")
 LARGEST_FILE = {"config.json": 4 * 2**20}
 LARGEST_PARSED = 64 * 2**20
 
 # In the order in which transformers looks for them: one file, or an index that names the shards.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # Read whole into the digest, where they exist: they decide what the same weights answer.
 DIGESTED = ("config.json", "generation_config.json", *TOKENIZERS, "tokenizer_config.json",
             "special_tokens_map.json", "added_tokens.json", *hub.PIXEL_SETTINGS)
-# Keys by which a config names code: of the folder itself, or an attention kernel to be fetched from the hub.
+# Keys by which a config names code: of the folder itself, or an attention kernel to be fetched from
+# the hub.
 NAMES_CODE = {"auto_map", "custom_generate", "attn_implementation", "_attn_implementation",
               "_attn_implementation_internal", "experts_implementation", "_experts_implementation"}
 LFS_POINTER = b"version https://git-lfs"
@@ -55,9 +66,11 @@ class Checkpoint:
         return weight_files(self.folder)
 
     def revision(self, more: str = "") -> str:
-        """The commit, or "content <20 hex digits>" of weights, configs and tokenizer, and of the text `more`.
+        """The commit, or "content <20 hex digits>" of weights, configs and tokenizer, and of the
+        text `more`.
 
-        A copy of a folder has the same digest, other weights of the same names and sizes have another one.
+        A copy of a folder has the same digest, other weights of the same names and sizes have
+        another one.
         """
         if self.commit:
             return self.commit
@@ -76,12 +89,14 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str | Path, from_hub: bool = True) -> Checkpoint:
-    """The model of this folder, or else of this hub id (downloaded where the hub's cache lacks it)."""
+    """The model of this folder, or else of this hub id (downloaded if the hub's cache lacks it)."""
     folder, commit = Path(name), None
     if not folder.is_dir():
         if not from_hub or not hub.is_id(str(name)):
-            raise UserError(f"no such model folder: {name}"
-                            + (" (and not a hub id like LanguageBind/Video-LLaVA-7B-hf)" if from_hub else ""))
+            raise UserError(
+                f"no such model folder: {name}"
+                + (" (and not a hub id like LanguageBind/Video-LLaVA-7B-hf)" if from_hub else "")
+            )
         folder, commit = hub.snapshot(str(name), lacks)
     config = read_model_config(folder)
     if reason := lacks(folder):
@@ -91,7 +106,9 @@ def open_checkpoint(name: str | Path, from_hub: bool = True) -> Checkpoint:
 
 
 def read_model_config(folder: Path) -> dict:
-    """A model folder's config.json without NAMES_CODE; a UserError when the folder or the file isn't there."""
+    """A model folder's config.json without NAMES_CODE; a UserError when the folder or the file
+    isn't there.
+    """
     if not folder.is_dir():
         raise UserError(f"no such model folder: {folder}")
     file = folder / "config.json"
@@ -123,28 +140,41 @@ def check_sizes(config: dict, file: Path) -> None:
 
 
 def check_unquantised(name: str | Path, config: dict) -> None:
-    """A UserError for weights that were quantised before they were saved: --quantization is applied to plain ones."""
-    configs = [config, *(value for value in config.values() if isinstance(value, dict))]
-    for settings in configs:
-        found = settings.get("quantization_config") or settings.get("compression_config")
-        if found:
-            method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
-            bits = isinstance(found, dict) and [bits for bits in (4, 8) if found.get(f"load_in_{bits}bit")]
-            raise UserError(f"{name} is quantised already (quantization_config in config.json: {method!s:.40}"
-                            f"{f', {bits[0]} bit' if bits else ''}): wanted the unquantised weights (float16 or "
-                            "bfloat16), which --quantization 4bit or 8bit quantises while loading")
+    """A UserError for weights that were saved quantised: --quantization applies to plain ones."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        settings = part.get("quantization_config") or part.get("compression_config")
+        if settings:
+            raise UserError(
+                f"{name} is quantised already (quantization_config in config.json: "
+                f"{_method_of(settings)}): wanted the unquantised weights (float16 or bfloat16), "
+                "which --quantization 4bit or 8bit quantises while loading"
+            )
 
 
-# -------------------------------------------------------------------------------------- is everything there
+def _method_of(settings: object) -> str:
+    """The method and bits of a quantization_config, for a message."""
+    if not isinstance(settings, dict):
+        return f"{settings!s:.40}"
+    bits = next((f", {bits} bit" for bits in (4, 8) if settings.get(f"load_in_{bits}bit")), "")
+    return f"{settings.get('quant_method', 'an unnamed method')!s:.40}{bits}"
+
+
+# ------------------------------------------------------------------------------ is everything there
 def lacks(folder: Path) -> str | None:
-    """What is missing, cut short or unusable in a model folder, in words; None if it looks whole."""
+    """What is missing, cut short or unusable in a model folder; None if it looks whole."""
     if not (folder / "config.json").is_file():
         return "it has no config.json"
     if (folder / "adapter_config.json").exists():
-        return ("it has an adapter_config.json: adapters (LoRA) are not applied; merge the adapter into the weights "
-                "and remove that file")
+        return (
+            "it has an adapter_config.json: adapters (LoRA) are not applied; merge the adapter into "
+            "the weights and remove that file"
+        )
     for file in sorted(folder.iterdir()):
-        if file.suffix in PARSED and file.is_file() and (reason := too_large(file) or pointer(file)):
+        if (
+            file.suffix in PARSED
+            and file.is_file()
+            and (reason := too_large(file) or pointer(file))
+        ):
             return reason
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return f"it has no tokenizer ({' or '.join(TOKENIZERS)}); download the folder again, whole"
@@ -162,7 +192,7 @@ def too_large(file: Path) -> str | None:
 
 
 def pointer(file: Path) -> str | None:
-    """Git without LFS leaves a note in place of each large file: the commonest half of a download."""
+    """Git without LFS leaves a note in place of each large file: the commonest half download."""
     with open(file, "rb") as opened:
         is_pointer = opened.read(len(LFS_POINTER)) == LFS_POINTER
     if not is_pointer:
@@ -190,23 +220,31 @@ def incomplete(file: Path) -> str | None:
         return f"the weight file {file.name} is damaged: {error}; download it again"
     size = begin + max((end for _, end in tensors.values()), default=0)
     if file.stat().st_size != size:
-        return (f"the weight file {file.name} has {file.stat().st_size:,} bytes, its header says {size:,}: it is cut "
-                "short or damaged; download it again")
+        return (
+            f"the weight file {file.name} has {file.stat().st_size:,} bytes, its header says "
+            f"{size:,}: it is cut short or damaged; download it again"
+        )
     return None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files that transformers reads from this folder, there or not; a UserError if none is named."""
+    """The weight files that transformers reads from this folder, there or not; a UserError if none
+    is named.
+    """
     name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if name is None:
-        raise UserError("it has no weights (model.safetensors or pytorch_model.bin, or their index.json); download "
-                        "the folder again, whole")
+        raise UserError(
+            "it has no weights (model.safetensors or pytorch_model.bin, or their index.json); "
+            "download the folder again, whole"
+        )
     if not name.endswith(".json"):
         return [folder / name]
     index = read_json(folder / name)
     shards = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(shards, dict) or not shards or not all(map(_is_plain_name, shards.values())):
-        raise UserError(f"{name} is not the index of weights: wanted a weight_map from tensors to files beside it")
+        raise UserError(
+            f"{name} is not the index of weights: wanted a weight_map from tensors to files beside it"
+        )
     return [folder / shard for shard in sorted(set(shards.values()))]
 
 

@@ -1,8 +1,8 @@
 """What a vision-language model must offer, and what it hands over. Imports no torch.
 
-vlm/eventgpt.py and vlm/video_llava.py satisfy the Protocol through vlm/model.py, which holds what both do alike.
-Sizes in the docstrings: B clips or rows, n pictures, S pixels a side, L positions of a prompt, H hidden size, P
-positions up to the end of the pictures, V vocabulary size.
+vlm/eventgpt.py and vlm/video_llava.py satisfy the Protocol through vlm/model.py, which holds what
+both do alike. Sizes in the docstrings: B clips or rows, n pictures, S pixels a side, L positions of
+a prompt, H hidden size, P positions up to the end of the pictures, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """New tokens only (no prompt, no BOS; EOS kept when produced), their text, and whether EOS ended it."""
+    """New tokens only (no prompt, no BOS; EOS kept when produced), their text, and whether EOS
+    ended it.
+    """
 
     tokens: list[int]
     text: str
@@ -31,10 +33,11 @@ class Answer:
 
 
 class NotNumbers(Exception):
-    """The logits that would decide a token of this answer are NaN or infinite: the answer has no tokens.
+    """The logits that would decide a token of this answer are NaN or infinite: the answer has no
+    tokens.
 
-    The clip failed, its neighbours did not. vlm.batches.Batches returns this in place of the clip's answers, all
-    others raise it. rows: which rows of the call, where one call answers several.
+    The clip failed, its neighbours did not. vlm.batches.Batches returns this in place of the clip's
+    answers, all others raise it. rows: which rows of the call, where one call answers several.
     """
 
     def __init__(self, dtype: torch.dtype | str, rows: tuple[int, ...] = ()):
@@ -48,8 +51,8 @@ class NotNumbers(Exception):
 def same_weights(recorded: str | None, revision: str) -> bool | None:
     """Whether a recorded revision is this one; None if that can't be told, which is never a yes.
 
-    It can't be told of "unknown", of "local ..." (files of earlier versions: names and sizes alone, no content), or of
-    a commit of the hub beside the content of a folder.
+    It can't be told of "unknown", of "local ..." (files of earlier versions: names and sizes alone,
+    no content), or of a commit of the hub beside the content of a folder.
     """
     kinds = [_kind_of(recorded), _kind_of(revision)]
     return recorded == revision if kinds[0] == kinds[1] != "unknown" else None
@@ -62,18 +65,19 @@ def _kind_of(revision: str | None) -> Literal["commit", "content", "unknown"]:
 
 
 class VisionLanguageModel(Protocol):
-    """A loaded model. Greedy; the checkpoint's own generation settings play no part but for its EOS ids.
+    """A loaded model. Greedy; the checkpoint's own generation settings play no part but for its EOS
+    ids.
 
-    All calls but prepare() belong into one thread. Errors: UserError for what a user can put right (a prompt that
-    is too long, a mark in a question), NotNumbers for logits that are none, RuntimeError for a lack of memory
-    (vlm.loading.short_of_memory tells).
+    All calls but prepare() belong into one thread. Errors: UserError for what a user can put right
+    (a prompt that is too long, a mark in a question), NotNumbers for logits that are none,
+    RuntimeError for a lack of memory (vlm.loading.short_of_memory tells).
     """
 
     model: nn.Module               # transformers' module; gone after unload()
     tokenizer: Any                 # of transformers
     pixels: PixelSettings          # how pictures become input
     runtime: Runtime               # device, dtype, quantisation, as loaded
-    revision: str                  # a hub's commit of 40 hex digits, or "content <digest>" of a folder
+    revision: str  # a hub's commit of 40 hex digits, or "content <digest>" of a folder
 
     @property
     def vocab_size(self) -> int:
@@ -85,7 +89,9 @@ class VisionLanguageModel(Protocol):
 
     @property
     def decoder(self) -> tuple[nn.Module, nn.Module]:
-        """(the LLaMA-like layers with embed_tokens, layers and norm; the output layer), what vlm/llama.py runs."""
+        """(the LLaMA-like layers with embed_tokens, layers and norm; the output layer), what
+        vlm/llama.py runs.
+        """
 
     @property
     def max_positions(self) -> int:
@@ -96,16 +102,21 @@ class VisionLanguageModel(Protocol):
         """Positions of a prompt that are kept; the rest is cut off at the end."""
 
     def facts(self, name: str | Path) -> dict:
-        """What files record of the model: name, revision, vocab_size, quantization, dtype; read off the weights."""
+        """What files record of the model: name, revision, vocab_size, quantization, dtype; read off
+        the weights.
+        """
 
     def prepare(self, pictures: list[np.ndarray]) -> torch.Tensor:
-        """RGB pictures (H, W, 3) uint8 of a clip, oldest first -> (n, 3, S, S) in the model's dtype, on the CPU.
+        """RGB pictures (H, W, 3) uint8 of a clip, oldest first -> (n, 3, S, S) in the model's
+        dtype, on the CPU.
 
         Thread-safe. Raises MediaError for pictures that can't be shown to the model.
         """
 
     def prompt_parts(self, query: str) -> tuple[list[int], list[int]]:
-        """The prompt's ids before and after the pictures' positions. The first part is the same for all queries."""
+        """The prompt's ids before and after the pictures' positions. The first part is the same for
+        all queries.
+        """
 
     def visual_tokens(self, pictures: int) -> int:
         """Positions that so many pictures take."""
@@ -114,16 +125,22 @@ class VisionLanguageModel(Protocol):
         """pixels (B, n, 3, S, S) on the model's device -> (B, visual_tokens(n), H)."""
 
     def shared_embeds(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels (B, n, 3, S, S) on the model's device -> (B, P, H): the prompts up to the end of the pictures."""
+        """pixels (B, n, 3, S, S) on the model's device -> (B, P, H): the prompts up to the end of
+        the pictures.
+        """
 
     def prompt_embeds(self, pixels: torch.Tensor, query: str) -> torch.Tensor:
-        """One clip's pixels (n, 3, S, S) as prepare() gives them -> (1, L, H), the decoder's input."""
+        """pixels (n, 3, S, S) of one clip as prepare() gives them -> (1, L, H): input of the decoder."""
 
-    def answer(self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int) -> list[Answer]:
-        """transformers' own greedy answers, one per row; rows may differ in query, not in the number of pictures.
+    def answer(
+        self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int
+    ) -> list[Answer]:
+        """transformers' own greedy answers, one per row; rows may differ in query, not in the
+        number of pictures.
 
-        Slow (our own loops are steps.py and batches.py): the reference that they are compared with. Raises NotNumbers
-        if a token of any row would come from logits that are none; its `rows` says which.
+        Slow (our own loops are steps.py and batches.py): the reference that they are compared with.
+        Raises NotNumbers if a token of any row would come from logits that are none; its `rows`
+        says which.
         """
 
     def unload(self) -> None:

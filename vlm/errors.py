@@ -7,7 +7,9 @@ import torch
 from base import first_line
 
 # Advice of other libraries that would let a file run code of its own.
-UNSAFE_ADVICE = re.compile(r"trust_remote_code|weights_only|allow_pickle|add_safe_globals|safe_globals")
+UNSAFE_ADVICE = re.compile(
+    r"trust_remote_code|weights_only|allow_pickle|add_safe_globals|safe_globals"
+)
 MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
@@ -20,6 +22,8 @@ def in_words(error: BaseException) -> str:
 
 
 def short_of_memory(error: BaseException) -> bool:
-    """Whether this error is a lack of memory. On a CPU and inside CUDA's libraries it is a plain RuntimeError."""
+    """Whether this error is a lack of memory. On a CPU and inside CUDA's libraries it is a plain
+    RuntimeError.
+    """
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(part in str(error) for part in MEMORY_WORDS))

@@ -3,7 +3,7 @@
 Our own forward over transformers' modules: positions and places in the cache are explicit tensors, so that a CUDA
 graph can hold a step, and what stands between the matrix products takes one pass each (kernels.py). Where q/k/v and
 gate/up are plain layers they are fused; the model's modules become views of the fused matrices: nothing is stored
-twice, and transformers' forward goes on working.
+twice, and transformers' forward goes on working. The same holds for 4-bit layers where nf4.py is adopted.
 """
 
 import contextlib
@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from base import UserError
+from vlm.adopt_nf4 import adopt
 from vlm.fits import why_not
-from vlm.kernels import rotate_and_store, swiglu
+from vlm.kernels import add_and_norm, rotate_and_store, swiglu
+from vlm.nf4 import NF4Linear
 
 SAME = 0.05                  # `apart` below this is rounding; a graph that went wrong is off by all
 NO_NUMBER = -1               # in place of a token where the logits are no numbers
@@ -52,6 +54,7 @@ class Llama:
         cos, sin = language_model.rotary_emb(weight[:1, None], position_ids=positions[None])
         minus, plus = sin.chunk(2, -1)
         self.rope = torch.cat([cos, torch.cat([-minus, plus], -1)]).contiguous()
+        adopt(language_model, self.dtype)            # 4-bit layers, where that is faster
         self.qkv, self.gate_up = [], []
         for layer in language_model.layers:          # one at a time: what is replaced is freed before the next
             self.qkv.append(fuse([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]))
@@ -77,19 +80,21 @@ class Llama:
         cache (layers, 2, rows, kv_heads, slots, d) gets their keys and values at places (n,): row * slots + slot.
         attend(number of the layer, queries (n, heads, d)) -> (n, heads * d); keys and values are in the cache then.
         """
+        h = normed(x, self.model.layers[0].input_layernorm)
         for number, layer in enumerate(self.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
-            qkv = together(normed(x, layer.input_layernorm), self.qkv[number],
+            qkv = together(h, self.qkv[number],
                            attention.q_proj, attention.k_proj, attention.v_proj).view(len(x), -1, self.head_dim)
             queries = rotate_and_store(qkv, self.rope, positions, cache[number], places)
             if number + 1 == self.depth and not follow:
                 return None
-            x = x + attention.o_proj(attend(number, queries))
-            gate_up = together(normed(x, layer.post_attention_layernorm), self.gate_up[number],
-                               mlp.gate_proj, mlp.up_proj)
+            x, h = add_and_norm(x, attention.o_proj(attend(number, queries)), layer.post_attention_layernorm)
+            gate_up = together(h, self.gate_up[number], mlp.gate_proj, mlp.up_proj)
             gate, up = gate_up.chunk(2, -1)
-            x = x + mlp.down_proj(swiglu(gate_up) if self.is_silu else mlp.act_fn(gate) * up)
-        return x
+            out = mlp.down_proj(swiglu(gate_up) if self.is_silu else mlp.act_fn(gate) * up)
+            if number + 1 == self.depth:
+                return x + out
+            x, h = add_and_norm(x, out, self.model.layers[number + 1].input_layernorm)
 
     def following(self, x: torch.Tensor) -> Next:
         """x (n, D) as `layers` gives it -> what follows each position."""
@@ -103,14 +108,18 @@ def normed(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def together(x: torch.Tensor, weight: torch.Tensor | None, *modules: nn.Module) -> torch.Tensor:
+def together(x: torch.Tensor, weight: torch.Tensor | NF4Linear | None, *modules: nn.Module) -> torch.Tensor:
     """The outputs of linear layers side by side: one product where they are fused, else the modules as they are."""
+    if isinstance(weight, NF4Linear):
+        return weight(x)
     return F.linear(x, weight) if weight is not None else torch.cat([module(x) for module in modules], -1)
 
 
 @torch.no_grad()         # not inference_mode: the modules must not be left with inference tensors
-def fuse(modules: list[nn.Module]) -> torch.Tensor | None:
+def fuse(modules: list[nn.Module]) -> torch.Tensor | NF4Linear | None:
     """One matrix of the weights of plain linear layers without bias, which are views of it from then on; or None."""
+    if type(modules[0]) is NF4Linear:
+        return modules[0].fused
     if any(type(module) is not nn.Linear or module.bias is not None for module in modules):
         return None                                  # bitsandbytes' layers are subclasses of nn.Linear
     weights, rows = [module.weight for module in modules], 0

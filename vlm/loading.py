@@ -14,64 +14,93 @@ from machine.device import Runtime
 from vlm.checkpoints import Checkpoint
 from vlm.errors import in_words, short_of_memory
 
-transformers_logging.set_verbosity_error()       # what matters is checked below and logged as our own lines
+# what matters is checked below and logged as our own lines
+transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()      # a bar would write \r into a log file
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)    # 8bit says at every layer that it casts
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # 8bit says at every layer that it casts
 
 BLOCK_4BIT = 64                                  # weights that share a scale
-BITS = {"4bit": 4.127, "8bit": 8}                # a weight of a quantised layer, with its share of the scales
-QUANTISED = {"Linear4bit": "4bit", "NF4Linear": "4bit", "Linear8bitLt": "8bit"}     # bitsandbytes' and ours
-ATTENTION = "sdpa"                               # never the config's: it may name a kernel to fetch from the hub
+BITS = {"4bit": 4.127, "8bit": 8}  # a weight of a quantised layer, with its share of the scales
+# bitsandbytes' and ours
+QUANTISED = {"Linear4bit": "4bit", "NF4Linear": "4bit", "Linear8bitLt": "8bit"}
+ATTENTION = "sdpa"  # never the config's: it may name a kernel to fetch from the hub
 
 
-# ------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 def load_checked(model_class, checkpoint: Checkpoint, config, runtime: Runtime, keep: list[str],
                  key_mapping: dict[str, str] | None = None):
-    """from_pretrained, streamed shard by shard, that raises a UserError unless every weight was found and fits.
+    """from_pretrained, streamed shard by shard, that raises a UserError unless every weight was
+    found and fits.
 
-    keep: full names of the sub-modules that stay unquantised; transformers 5 matches them from the start of the
-    name and silently quantises what no entry matches, so the quantised layers are counted afterwards. key_mapping:
-    patterns of the weights' names in the files -> ours.
+    keep: full names of the sub-modules that stay unquantised; transformers 5 matches them from the
+    start of the name and silently quantises what no entry matches, so the quantised layers are
+    counted afterwards. key_mapping: patterns of the weights' names in the files -> ours.
     """
     quantization = None
     if runtime.quantization != "none":
         quantization = BitsAndBytesConfig(
-            load_in_4bit=runtime.quantization == "4bit", load_in_8bit=runtime.quantization == "8bit",
-            bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=runtime.dtype,
+            load_in_4bit=runtime.quantization == "4bit",
+            load_in_8bit=runtime.quantization == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=runtime.dtype,
             llm_int8_skip_modules=keep)
     name, needed_gib = checkpoint.name, check_room(model_class, checkpoint, config, runtime)
     try:
         model, info = model_class.from_pretrained(
-            checkpoint.folder, config=config, dtype=runtime.dtype, device_map={"": runtime.device},
-            output_loading_info=True, quantization_config=quantization, ignore_mismatched_sizes=True,
-            trust_remote_code=False, local_files_only=True, attn_implementation=ATTENTION,
-            generation_config=GenerationConfig(),      # else generate() would follow the folder's
-            **({"key_mapping": key_mapping} if key_mapping else {}))
-    except Exception as error:        # damaged weights break in safetensors, torch and transformers in many ways
+            checkpoint.folder,
+            config=config,
+            dtype=runtime.dtype,
+            device_map={"": runtime.device},
+            output_loading_info=True,
+            quantization_config=quantization,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            attn_implementation=ATTENTION,
+            generation_config=GenerationConfig(),  # else generate() would follow the folder's
+            **({"key_mapping": key_mapping} if key_mapping else {}),
+        )
+    # damaged weights break in safetensors, torch and transformers in many ways
+    except Exception as error:
         if short_of_memory(error):
             raise no_room(name, runtime, needed_gib, f"; {in_words(error)}") from error
         raise UserError(f"can't load the model {name}: {in_words(error)}") from error
-    trouble = [f"{kind.replace('_keys', '')}: {', '.join(sorted(str(key) for key in info[kind])[:12])}"
-               f" ({len(info[kind])} in all)"
-               for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]]
+    trouble = [
+        f"{kind.replace('_keys', '')}: {', '.join(sorted(str(key) for key in info[kind])[:12])}"
+        f" ({len(info[kind])} in all)"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[kind]
+    ]
     if trouble:
-        raise UserError(f"the weights of {name} don't fit {model_class.__name__}: {'; '.join(trouble)}")
+        raise UserError(
+            f"the weights of {name} don't fit {model_class.__name__}: {'; '.join(trouble)}"
+        )
     check_quantised(model, runtime, keep)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit" and module.in_features % BLOCK_4BIT:
-            module.support_avx512bf16_for_cpu = False     # its packed form there can't hold part of a block
+            # its packed form there can't hold part of a block
+            module.support_avx512bf16_for_cpu = False
     return model.eval().requires_grad_(False)
 
 
 def check_quantised(model: torch.nn.Module, runtime: Runtime, keep: list[str]) -> None:
-    """Every linear layer of the language model's blocks is quantised, no kept one is; our mistake if not."""
+    """Every linear layer of the language model's blocks is quantised, no kept one is; our mistake
+    if not.
+    """
     linear = {name: type(module).__name__ for name, module in model.named_modules()
               if isinstance(module, torch.nn.Linear)}
     quantised = [name for name, kind in linear.items() if kind in QUANTISED]
-    kept = [name for name in quantised if any(name == part or name.startswith(f"{part}.") for part in keep)]
+    kept = [
+        name
+        for name in quantised
+        if any(name == part or name.startswith(f"{part}.") for part in keep)
+    ]
     blocks = [name for name in linear if "language_model" in name and ".layers." in name]
     wanted = len(blocks) if runtime.quantization != "none" else 0
-    assert not kept and len(quantised) == wanted, f"{len(quantised)} layers quantised, wanted {wanted}; kept: {kept}"
+    assert not kept and len(quantised) == wanted, (
+        f"{len(quantised)} layers quantised, wanted {wanted}; kept: {kept}"
+    )
     log(f"load | {type(model).__name__} | {runtime.device} {dtype_name(runtime.dtype)} | quantised "
         f"{len(quantised)} of {len(linear)} linear layers ({runtime.quantization})")
 
@@ -87,9 +116,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# -------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 def check_room(model_class, checkpoint: Checkpoint, config, runtime: Runtime) -> float:
-    """GiB that the weights will take; a UserError when there is no room, or when a folder can't hold that many."""
+    """GiB that the weights will take; a UserError when there is no room, or when a folder can't
+    hold that many.
+    """
     name = checkpoint.name
     try:
         with torch.device("meta"):                                      # shapes alone
@@ -97,14 +128,30 @@ def check_room(model_class, checkpoint: Checkpoint, config, runtime: Runtime) ->
     except Exception as error:        # a damaged config breaks in transformers in many ways
         raise UserError(f"can't make the model that {name} describes: {in_words(error)}") from error
     files = checkpoint.weights
-    count, size = sum(weight.numel() for weight in weights.values()), sum(file.stat().st_size for file in files)
-    if count / 2 > size:                                                # no format takes less than half a byte each
-        raise UserError(f"can't load the model {name}: its config.json describes {count:,} weights, far more than "
-                        f"fit into its {len(files)} weight files of {size:,} bytes: one is cut short or missing, or "
-                        "this is the config.json of other weights")
+    count, size = (
+        sum(weight.numel() for weight in weights.values()),
+        sum(file.stat().st_size for file in files),
+    )
+    if count / 2 > size:  # no format takes less than half a byte each
+        raise UserError(
+            f"can't load the model {name}: its config.json describes {count:,} weights, far more "
+            f"than fit into its {len(files)} weight files of {size:,} bytes: one is cut short or "
+            "missing, or this is the config.json of other weights"
+        )
     bits = 8 * runtime.dtype.itemsize
-    needed_gib = sum(weight.numel() * (BITS.get(runtime.quantization, bits) if weight.dim() == 2 and ".layers." in key
-                     and "language_model" in key else bits) for key, weight in weights.items()) / 8 / 2**30
+    needed_gib = (
+        sum(
+            weight.numel()
+            * (
+                BITS.get(runtime.quantization, bits)
+                if weight.dim() == 2 and ".layers." in key and "language_model" in key
+                else bits
+            )
+            for key, weight in weights.items()
+        )
+        / 8
+        / 2**30
+    )
     if needed_gib > free_gib(runtime.device):
         raise no_room(name, runtime, needed_gib)
     return needed_gib
@@ -112,10 +159,12 @@ def check_room(model_class, checkpoint: Checkpoint, config, runtime: Runtime) ->
 
 def no_room(name: str | Path, runtime: Runtime, needed_gib: float, more: str = "") -> UserError:
     return UserError(
-        f"not enough memory for {name} on {runtime.device}: its weights take about {needed_gib:.1f} GiB "
+        f"not enough memory for {name} on {runtime.device}: its weights take about "
+        f"{needed_gib:.1f} GiB "
         f"({dtype_name(runtime.dtype)}, quantization {runtime.quantization}), "
-        f"{free_gib(runtime.device):.1f} GiB are free{more}; try --quantization 4bit or --dtype bfloat16, end what "
-        "else uses the memory, or use a larger device")
+        f"{free_gib(runtime.device):.1f} GiB are free{more}; try --quantization 4bit or --dtype "
+        "bfloat16, end what else uses the memory, or use a larger device"
+    )
 
 
 def free_gib(device: torch.device) -> float:
@@ -125,7 +174,8 @@ def free_gib(device: torch.device) -> float:
         return (torch.cuda.mem_get_info(device)[0] + cached) / 2**30
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return sum(int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree")) / 2**20       # from KiB
+        # from KiB
+        return sum(int(lines[name].split()[0]) for name in ("MemAvailable", "SwapFree")) / 2**20
     except (OSError, KeyError, ValueError):      # not Linux
         return float("inf")
 
@@ -148,26 +198,37 @@ def scales_of(weight: torch.nn.Parameter) -> list[torch.Tensor]:
     kind = type(weight).__name__
     if kind == "Params4bit":
         state = weight.quant_state
-        return [state.absmax, state.state2.absmax] if state.nested else [state.absmax]       # scales of scales
-    if kind == "Int8Params" and weight.SCB is not None:          # LLM.int8 moves it elsewhere with the first product
+        # scales of scales
+        return [state.absmax, state.state2.absmax] if state.nested else [state.absmax]
+    # LLM.int8 moves it elsewhere with the first product
+    if kind == "Int8Params" and weight.SCB is not None:
         return [weight.SCB]
     return []
 
 
-# ------------------------------------------------------------------------------------------ positions
+# ---------------------------------------------------------------------------------------- positions
 def check_prompts(name: str | Path, parts: list[tuple[int, int]], max_new_tokens: int,
                   limits: tuple[int, int]) -> None:
     """A UserError unless every prompt and its answer fit; a WARNING for prompts that are cut.
 
-    parts: positions of each prompt up to the end of the pictures, and behind; limits: max_prompt and max_positions.
+    parts: positions of each prompt up to the end of the pictures, and behind; limits: max_prompt
+    and max_positions.
     """
     max_prompt, max_positions = limits
-    before, longest = max(front for front, _ in parts), max(front + behind for front, behind in parts)
+    before, longest = (
+        max(front for front, _ in parts),
+        max(front + behind for front, behind in parts),
+    )
     if max_prompt < max_positions and before >= max_prompt:
-        raise UserError(f"{name} keeps {max_prompt:,} positions of a prompt, the pictures alone take {before:,}: "
-                        "use fewer pictures")
+        raise UserError(
+            f"{name} keeps {max_prompt:,} positions of a prompt, the pictures alone take "
+            f"{before:,}: use fewer pictures"
+        )
     if max_prompt < min(longest, max_positions):
-        log(f"load | WARNING | {name} | a prompt has {longest:,} positions: its end is cut off after {max_prompt:,}")
+        log(
+            f"load | WARNING | {name} | a prompt has {longest:,} positions: its end is cut off "
+            f"after {max_prompt:,}"
+        )
     if max_prompt < max_positions:
         longest = min(longest, max_prompt)
     check_positions(longest, max_new_tokens, max_positions)
@@ -175,6 +236,8 @@ def check_prompts(name: str | Path, parts: list[tuple[int, int]], max_new_tokens
 
 def check_positions(prompt: int, max_new_tokens: int, positions: int) -> None:
     if prompt + max_new_tokens > positions:
-        raise UserError(f"the prompt ({prompt} tokens) and --max_new_tokens {max_new_tokens} need "
-                        f"{prompt + max_new_tokens} positions, the model has {positions}: use fewer pictures or "
-                        "tokens, or a shorter question")
+        raise UserError(
+            f"the prompt ({prompt} tokens) and --max_new_tokens {max_new_tokens} need "
+            f"{prompt + max_new_tokens} positions, the model has {positions}: use fewer pictures "
+            "or tokens, or a shorter question"
+        )

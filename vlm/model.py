@@ -1,7 +1,8 @@
-"""What both models do alike once they are loaded: pixels, prompts, transformers' own greedy answers, facts, unloading.
+"""What both models do alike once they are loaded: pixels, prompts, transformers' own greedy
+answers, facts, unloading.
 
-Subclasses (EventGPT, VideoLlava) add what vlm/contract.py asks for beside: prompt_parts, visual_tokens,
-visual_features, decoder, max_positions, max_prompt and answer.
+Subclasses (EventGPT, VideoLlava) add what vlm/contract.py asks for beside: prompt_parts,
+visual_tokens, visual_features, decoder, max_positions, max_prompt and answer.
 """
 
 import dataclasses
@@ -23,7 +24,9 @@ from vlm.tokenizers import guarded
 
 @dataclasses.dataclass
 class LoadedModel:
-    """The parts of a model that is ready to answer; vlm.contract.VisionLanguageModel says what each is."""
+    """The parts of a model that is ready to answer; vlm.contract.VisionLanguageModel says what each
+    is.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -61,18 +64,22 @@ class LoadedModel:
         return torch.cat([clip, self._embed(self.prompt_parts(query)[1])], 1)[:, :self.max_prompt]
 
     def _embed(self, ids: list[int]) -> torch.Tensor:
-        return self.model.get_input_embeddings()(torch.tensor([ids], dtype=torch.long, device=self.runtime.device))
+        return self.model.get_input_embeddings()(
+            torch.tensor([ids], dtype=torch.long, device=self.runtime.device)
+        )
 
     def unload(self) -> None:
         del self.model
         free_memory()
 
 
-# ----------------------------------------------------------------------------------------- answering
+# ---------------------------------------------------------------------------------------- answering
 class Checked(LogitsProcessor):
-    """Notes in which steps of generate() a row's logits are no numbers; the tokens taken there mean nothing.
+    """Notes in which steps of generate() a row's logits are no numbers; the tokens taken there mean
+    nothing.
 
-    Without it the largest of NaN logits is token 0. Nothing here waits for the device or changes a logit.
+    Without it the largest of NaN logits is token 0. Nothing here waits for the device or changes a
+    logit.
     """
 
     def __init__(self):
@@ -85,23 +92,37 @@ class Checked(LogitsProcessor):
     def rows(self, lengths: list[int]) -> list[int]:
         """Rows of which a token came from such a step; lengths: tokens of each answer."""
         steps = torch.stack(self.steps, 1).tolist() if self.steps else [[]] * len(lengths)
-        return [number for number, (bad, length) in enumerate(zip(steps, lengths)) if any(bad[:length])]
+        return [
+            number for number, (bad, length) in enumerate(zip(steps, lengths)) if any(bad[:length])
+        ]
 
 
-def generate_greedily(model, tokenizer, eos_ids: Iterable[int], max_new_tokens: int, **inputs) -> list[Answer]:
-    """transformers' greedy generate on a left-padded batch -> one Answer per row; NotNumbers names the rows with none.
+def generate_greedily(
+    model, tokenizer, eos_ids: Iterable[int], max_new_tokens: int, **inputs
+) -> list[Answer]:
+    """transformers' greedy generate on a left-padded batch -> one Answer per row; NotNumbers names
+    the rows with none.
 
     The checkpoint's own generation_config plays no part (sampling settings, a length limit).
-    inputs: input_ids (B, L) or inputs_embeds (B, L, H), attention_mask (B, L), and what else the model takes.
+    inputs: input_ids (B, L) or inputs_embeds (B, L, H), attention_mask (B, L), and what else the
+    model takes.
     """
     eos_ids = list(eos_ids)
     pad = tokenizer.pad_token_id
-    settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_ids, use_cache=True,
-                                bos_token_id=tokenizer.bos_token_id, pad_token_id=eos_ids[0] if pad is None else pad)
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_ids,
+        use_cache=True,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=eos_ids[0] if pad is None else pad,
+    )
     checked = Checked()
     with torch.inference_mode():
-        ids = model.generate(**inputs, generation_config=settings, logits_processor=LogitsProcessorList([checked]))
-    if "input_ids" in inputs:                                  # then the prompt stands in front; else it does not
+        ids = model.generate(
+            **inputs, generation_config=settings, logits_processor=LogitsProcessorList([checked])
+        )
+    if "input_ids" in inputs:  # then the prompt stands in front; else it does not
         ids = ids[:, inputs["input_ids"].shape[1]:]
     tokens = [cut_at_end(row, eos_ids) for row in ids.tolist()]
     if bad := checked.rows(list(map(len, tokens))):
@@ -117,5 +138,8 @@ def cut_at_end(row: list[int], eos_ids: Iterable[int]) -> list[int]:
 
 def answer_of(tokens: list[int], eos_ids: Iterable[int], tokenizer) -> Answer:
     """tokens: as cut_at_end gives them."""
-    text = guarded("the tokenizer can't decode an answer", lambda: tokenizer.decode(tokens, skip_special_tokens=True))
+    text = guarded(
+        "the tokenizer can't decode an answer",
+        lambda: tokenizer.decode(tokens, skip_special_tokens=True),
+    )
     return Answer(tokens, text.strip(), bool(tokens) and tokens[-1] in eos_ids)

@@ -19,6 +19,7 @@ from vlm.contract import VisionLanguageModel
 from vlm.eventgpt import CLIP_L_336, EventGPTConfig, EventGPTModel
 from vlm.loading import check_quantised
 from vlm.model import LoadedModel
+from vlm.nf4 import Linear4bit
 from vlm.video_llava import VIDEO, VideoLlava
 
 SEED = 42                            # of the weights, and of the benchmark's pictures
@@ -97,17 +98,22 @@ def random_model(kind: type[LoadedModel], size: Literal["7b", "small"], runtime:
 
 def quantise(model: nn.Module, runtime: Runtime) -> None:
     """The language model's layers in bitsandbytes' 4-bit form, as loading a checkpoint with --quantization 4bit."""
-    import bitsandbytes
-
     for name, module in list(model.named_modules()):
         if "language_model" in name and ".layers." in name and type(module) is nn.Linear:
-            layer = bitsandbytes.nn.Linear4bit(module.in_features, module.out_features, bias=False, device="meta",
-                                               compute_dtype=runtime.dtype, quant_type="nf4")
-            layer.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4",
-                                                      compress_statistics=True).to(runtime.device)
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
+            setattr(model.get_submodule(parent), child, linear_4bit(module.weight.data, runtime))
     check_quantised(model, runtime, [])
+
+
+def linear_4bit(weight: torch.Tensor, runtime: Runtime) -> Linear4bit:
+    """bitsandbytes' linear layer with this weight (N, K), in NF4 with nested statistics."""
+    import bitsandbytes
+
+    n, k = weight.shape
+    layer = bitsandbytes.nn.Linear4bit(k, n, bias=False, device="meta", compute_dtype=runtime.dtype, quant_type="nf4")
+    layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4",
+                                              compress_statistics=True).to(runtime.device)
+    return layer
 
 
 class Forced:

@@ -1,12 +1,14 @@
-"""The two roles and the model that plays each: the ONE table of what differs between draft and target.
+"""The two roles and the model that plays each: the ONE table of what differs between draft and
+target.
 
     for role in ROLES.values():                          # the draft first, then the target
         role.check(name, questions, view, max_new_tokens)
     model = DRAFT.load(folder, runtime)                  # a vlm.contract.VisionLanguageModel
     pixels = model.prepare(DRAFT.pictures(sample, view))
 
-To put another model into a role, write its file in vlm/ (load, check, prompt and a class that satisfies
-vlm/contract.py) and change its entry here. Imports no torch: a model's own file is imported when it is needed.
+To put another model into a role, write its file in vlm/ (load, check, prompt and a class that
+satisfies vlm/contract.py) and change its entry here. Imports no torch: a model's own file is
+imported when it is needed.
 """
 
 from __future__ import annotations
@@ -30,17 +32,19 @@ if TYPE_CHECKING:
 class View:
     """How much of a clip the models are shown."""
 
-    num_frames: int = 8                                 # video frames, for a model that reads videos
-    event_images: Literal["first", "all"] = "first"     # event pictures, for a model that reads events
+    num_frames: int = 8  # video frames, for a model that reads videos
+    event_images: Literal["first", "all"] = "first"  # event pictures, for a model that reads events
 
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
     """Which pictures of a clip a model reads."""
 
-    read: Callable[[Sample, View], list[np.ndarray]]           # RGB (H, W, 3) uint8, oldest first; or a MediaError
-    files: Callable[[Sample, View], list[Path | None]]         # the files that they come from; None: a row names none
-    most: Callable[[list[Sample], View], int]                  # the most pictures of any of these samples
+    # RGB (H, W, 3) uint8, oldest first; or a MediaError
+    read: Callable[[Sample, View], list[np.ndarray]]
+    # the files that they come from; None: a row names none
+    files: Callable[[Sample, View], list[Path | None]]
+    most: Callable[[list[Sample], View], int]  # the most pictures of any of these samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +52,11 @@ class Role:
     """One role: the names in flags and files, and the model that plays it."""
 
     role: Literal["draft", "target"]      # the name in code and logs, and in Pairs
-    name: str                             # of the model in JSON: models.eventgpt, failed[].model, eventgpt_success
-    row: str                              # begins the keys of a pair row: egpt_tokens, egpt_text, egpt_finished
+    name: str  # of the model in JSON: models.eventgpt, failed[].model, eventgpt_success
+    row: str  # begins the keys of a pair row: egpt_tokens, egpt_text, egpt_finished
     title: str                            # the model's name in sentences and reports
     flag: str                             # --flag that names the folder (or hub id)
-    module: str                           # holds load(name, runtime), check(...), revision(name), prompt(query)
+    module: str  # holds load(name, runtime), check(...), revision(name), prompt(query)
     sees: Pictures
 
     @property
@@ -64,27 +68,39 @@ class Role:
         return f"{self.row}_{field}"
 
     def load(self, name: str | Path, runtime: Runtime) -> VisionLanguageModel:
-        """The model of this folder or hub id, ready to answer; raises UserError (see vlm/contract.py)."""
+        """The model of this folder or hub id, ready to answer; raises UserError (see
+        vlm/contract.py).
+        """
         return self._module.load(name, runtime)
 
-    def check(self, name: str | Path, questions: list[str], view: View, max_new_tokens: int) -> None:
-        """Raise UserError for everything that would end the model's run and can be known without its weights.
+    def check(
+        self, name: str | Path, questions: list[str], view: View, max_new_tokens: int
+    ) -> None:
+        """Raise UserError for everything that would end the model's run and can be known without
+        its weights.
 
-        Missing folder, shards or tokenizer files, half a download, a checkpoint that is quantised already, special
-        marks in a question, a prompt and answer longer than the model's positions. Takes about a second.
+        Missing folder, shards or tokenizer files, half a download, a checkpoint that is quantised
+        already, special marks in a question, a prompt and answer longer than the model's positions.
+        Takes about a second.
         """
         self._module.check(name, questions, view, max_new_tokens)
 
     def revision(self, name: str | Path) -> str:
-        """What tells these weights from others, as the loaded model records it; see vlm.contract.same_weights."""
+        """What tells these weights from others, as the loaded model records it; see
+        vlm.contract.same_weights.
+        """
         return self._module.revision(name)
 
     def prompt(self, query: str) -> str:
-        """The prompt as text, with a mark where the pictures go; a UserError if the query holds such a mark."""
+        """The prompt as text, with a mark where the pictures go; a UserError if the query holds
+        such a mark.
+        """
         return self._module.prompt(query)
 
     def pictures(self, sample: Sample, view: View) -> list[np.ndarray]:
-        """What the model sees of a sample: RGB pictures (H, W, 3) uint8, oldest first; raises MediaError."""
+        """What the model sees of a sample: RGB pictures (H, W, 3) uint8, oldest first; raises
+        MediaError.
+        """
         return self.sees.read(sample, view)
 
     def files(self, sample: Sample, view: View) -> list[Path | None]:
@@ -96,7 +112,7 @@ class Role:
         return self.sees.most(samples, view)
 
 
-# --------------------------------------------------------------------------------------------- what a model reads
+# ------------------------------------------------------------------------------- what a model reads
 RAW_EVENT_PICTURES = 5           # drawn from the raw events of a clip that has no event pictures
 
 
@@ -115,7 +131,10 @@ def most_event_pictures(samples: list[Sample], view: View) -> int:
     """RAW_EVENT_PICTURES where no sample is known."""
     if view.event_images == "first":
         return 1
-    return max((len(sample.event_images) or RAW_EVENT_PICTURES for sample in samples), default=RAW_EVENT_PICTURES)
+    return max(
+        (len(sample.event_images) or RAW_EVENT_PICTURES for sample in samples),
+        default=RAW_EVENT_PICTURES,
+    )
 
 
 def _video_frames(sample: Sample, view: View) -> list[np.ndarray]:
@@ -125,9 +144,11 @@ def _video_frames(sample: Sample, view: View) -> list[np.ndarray]:
 
 
 EVENTS = Pictures(_event_pictures, _event_files, most_event_pictures)
-VIDEO = Pictures(_video_frames, lambda sample, view: [sample.video], lambda samples, view: view.num_frames)
+VIDEO = Pictures(
+    _video_frames, lambda sample, view: [sample.video], lambda samples, view: view.num_frames
+)
 
-# ------------------------------------------------------------------------------------------------------ the table
+# ---------------------------------------------------------------------------------------- the table
 DRAFT = Role("draft", "eventgpt", "egpt", "EventGPT", "draft_model", "vlm.eventgpt", EVENTS)
 TARGET = Role("target", "videollava", "vl", "Video-LLaVA", "target_model", "vlm.video_llava", VIDEO)
 ROLES = {role.role: role for role in (DRAFT, TARGET)}

@@ -1,10 +1,12 @@
-"""Video-LLaVA: LLaMA that reads 8 video frames, through transformers' VideoLlavaForConditionalGeneration.
+"""Video-LLaVA: LLaMA that reads 8 video frames, through transformers'
+VideoLlavaForConditionalGeneration.
 
-Pixels and prompt are made here, because transformers' own video processor needs torchvision; they are equal to
-VideoLlavaImageProcessor's and to the processor's ids (tests/test_video_llava.py). Every frame gives 1 + patches
-tokens (the CLS token stays), 8 x 257 = 2056 for the published model.
+Pixels and prompt are made here, because transformers' own video processor needs torchvision; they
+are equal to VideoLlavaImageProcessor's and to the processor's ids (tests/test_video_llava.py).
+Every frame gives 1 + patches tokens (the CLS token stays), 8 x 257 = 2056 for the published model.
 
-Reference: Lin et al., Video-LLaVA: Learning United Visual Representation by Alignment Before Projection, 2023.
+Reference: Lin et al., Video-LLaVA: Learning United Visual Representation by Alignment Before
+Projection, 2023.
 """
 
 from pathlib import Path
@@ -22,17 +24,29 @@ from vlm.fits import why_not
 from vlm.loading import check_positions, check_prompts, free_memory, load_checked, weights_mib
 from vlm.model import LoadedModel, generate_greedily
 from vlm.roles import View
-from vlm.tokenizers import check_ids, check_tokenizer, ids_of, load_tokenizer, warn_of_special_tokens
+from vlm.tokenizers import (
+    check_ids,
+    check_tokenizer,
+    ids_of,
+    load_tokenizer,
+    warn_of_special_tokens,
+)
 
 VIDEO, IMAGE = "<video>", "<image>"
-# Never quantised. transformers 5 wants full names; giving a list drops its own default, so lm_head is in it.
+# Never quantised. transformers 5 wants full names; giving a list drops its own default, so lm_head
+# is in it.
 KEEP = ["model.video_tower", "model.image_tower", "model.multi_modal_projector", "lm_head"]
 
 
 def prompt(query: str) -> str:
-    """The prompt of one question; VIDEO stands once and is repeated for every visual token when tokenised."""
+    """The prompt of one question; VIDEO stands once and is repeated for every visual token when
+    tokenised.
+    """
     if VIDEO in query or IMAGE in query:
-        raise UserError(f"the question may contain neither {VIDEO} nor {IMAGE}, which stand for pictures: {query!r}")
+        raise UserError(
+            f"the question may contain neither {VIDEO} nor {IMAGE}, which stand for pictures: "
+            f"{query!r}"
+        )
     return f"USER: {VIDEO}\n{query} ASSISTANT:"
 
 
@@ -43,13 +57,17 @@ def prompt_ids(tokenizer, query: str, video_tokens: int) -> list[int]:
     return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
 
 
-# ----------------------------------------------------------------------------------------- without weights
+# ---------------------------------------------------------------------------------- without weights
 def read_config(name: str | Path) -> tuple[VideoLlavaConfig, PixelSettings, Checkpoint]:
-    """The settings of a folder, or else of a hub id; a UserError when it is no Video-LLaVA that can run here."""
+    """The settings of a folder, or else of a hub id; a UserError when it is no Video-LLaVA that can
+    run here.
+    """
     checkpoint = open_checkpoint(name)
     kind = checkpoint.config.get("model_type")
     if kind != "video_llava":
-        raise UserError(f"can't load the config of {name}: it is of a {kind} model, wanted video_llava")
+        raise UserError(
+            f"can't load the config of {name}: it is of a {kind} model, wanted video_llava"
+        )
     try:
         config = VideoLlavaConfig.from_dict(checkpoint.config)
         reason = why_not(config.text_config)
@@ -63,7 +81,11 @@ def read_config(name: str | Path) -> tuple[VideoLlavaConfig, PixelSettings, Chec
 
 def read_tokenizer(checkpoint: Checkpoint, config: VideoLlavaConfig):
     """The tokenizer of the checkpoint; a UserError unless it fits the config."""
-    tokenizer, name, size = load_tokenizer(checkpoint.folder), checkpoint.name, config.text_config.vocab_size
+    tokenizer, name, size = (
+        load_tokenizer(checkpoint.folder),
+        checkpoint.name,
+        config.text_config.vocab_size,
+    )
     check_tokenizer(tokenizer, name, size)
     video_id = tokenizer.convert_tokens_to_ids(VIDEO)
     if video_id != config.video_token_index:
@@ -88,9 +110,16 @@ def check(name: str | Path, questions: list[str], view: View, max_new_tokens: in
         ids_of(tokenizer, name, prompt(question), config.text_config.vocab_size)
     warn_of_special_tokens(tokenizer, name, questions)
     parts = [split(tokenizer, question, config.video_token_index) for question in questions]
-    video, positions = view.num_frames * frame_tokens(config), config.text_config.max_position_embeddings
-    check_prompts(name, [(len(before) + video, len(after)) for before, after in parts], max_new_tokens,
-                  (positions, positions))
+    video, positions = (
+        view.num_frames * frame_tokens(config),
+        config.text_config.max_position_embeddings,
+    )
+    check_prompts(
+        name,
+        [(len(before) + video, len(after)) for before, after in parts],
+        max_new_tokens,
+        (positions, positions),
+    )
 
 
 def revision(name: str | Path) -> str:
@@ -102,12 +131,14 @@ def split(tokenizer, query: str, video_id: int) -> tuple[list[int], list[int]]:
     """The prompt's ids before and after the video's."""
     ids = prompt_ids(tokenizer, query, 1)
     if ids.count(video_id) != 1:
-        raise UserError(f"the tokenizer reads {VIDEO} as {ids.count(video_id)} tokens of id {video_id}, wanted 1: its "
-                        "files are damaged or of another model")
+        raise UserError(
+            f"the tokenizer reads {VIDEO} as {ids.count(video_id)} tokens of id {video_id}, wanted "
+            "1: its files are damaged or of another model"
+        )
     return ids[:ids.index(video_id)], ids[ids.index(video_id) + 1:]
 
 
-# ---------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------- the model
 class VideoLlava(LoadedModel):
     """The target model, ready to answer (EventGPT has the same verbs)."""
 
@@ -115,7 +146,8 @@ class VideoLlava(LoadedModel):
     def load(name: str | Path, runtime: Runtime) -> "VideoLlava":
         """From a folder, or else a hub id (vlm/hub.py).
 
-        The image tower, which no video passes through, is dropped: 0.3 G of the published 7.4 G parameters.
+        The image tower, which no video passes through, is dropped: 0.3 G of the published 7.4 G
+        parameters.
         """
         config, pixels, checkpoint = read_config(name)
         tokenizer = read_tokenizer(checkpoint, config)
@@ -123,9 +155,13 @@ class VideoLlava(LoadedModel):
         model.model.image_tower = None
         free_memory()
         log(f"load | {name} | weights {weights_mib(model):,.1f} MiB, the image tower dropped")
-        return VideoLlava(model, tokenizer, pixels, runtime, checkpoint.revision(), tuple(checkpoint.eos_ids()))
+        return VideoLlava(
+            model, tokenizer, pixels, runtime, checkpoint.revision(), tuple(checkpoint.eos_ids())
+        )
 
-    def answer(self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int) -> list[Answer]:
+    def answer(
+        self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int
+    ) -> list[Answer]:
         """One greedy answer per row; rows may differ in query, not in the number of frames."""
         rows = [self._prompt_ids(len(pixels[0]), query) for query in queries]
         check_positions(max(map(len, rows)), max_new_tokens, self.max_positions)
@@ -135,9 +171,16 @@ class VideoLlava(LoadedModel):
         mask = torch.tensor([[0] * n + [1] * len(row) for n, row in zip(left, rows)])
         device = self.runtime.device
         return generate_greedily(
-            self.model, self.tokenizer, self.eos_ids, max_new_tokens, input_ids=ids.to(device),
+            self.model,
+            self.tokenizer,
+            self.eos_ids,
+            max_new_tokens,
+            input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            pixel_values_videos=torch.stack(pixels).to(device, self.runtime.dtype, non_blocking=True))
+            pixel_values_videos=torch.stack(pixels).to(
+                device, self.runtime.dtype, non_blocking=True
+            ),
+        )
 
     def prompt_parts(self, query: str) -> tuple[list[int], list[int]]:
         return split(self.tokenizer, query, self.model.config.video_token_index)

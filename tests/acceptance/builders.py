@@ -19,7 +19,8 @@ def pairs_of(drafts: list[list[int]], targets: list[list[int]]) -> Pairs:
 
 
 def random_pairs(contract: str) -> Pairs:
-    """30 pairs of 1 to 9 tokens: a target token is the draft's plus 3, or that of the place before."""
+    """30 pairs of 1 to 9 tokens: a target token is the draft's plus 3, or that of the place before.
+    """
     rng = np.random.default_rng(0)
     drafts = [list(map(int, rng.permutation(VOCAB_SIZE)[:rng.integers(1, 10)])) for _ in range(30)]
     answers = [[(token + 3) % VOCAB_SIZE for token in draft] for draft in drafts]
@@ -29,7 +30,9 @@ def random_pairs(contract: str) -> Pairs:
 
 
 class Oracle(nn.Module):
-    """Knows that a target token is the draft's plus 3, and proposes the one `late` places further on."""
+    """Knows that a target token is the draft's plus 3, and proposes the one `late` places further
+    on.
+    """
 
     def __init__(self, contract: str = CONTRACT, late: int = 0):
         super().__init__()

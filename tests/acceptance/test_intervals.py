@@ -9,7 +9,8 @@ from acceptance.intervals import interval
 def test_intervals_hold_the_value_and_pairing_takes_the_common_part_out():
     random = np.random.default_rng(0)
     lengths = np.full(200, 50)
-    good = random.random((200, 50)) < np.repeat(random.uniform(0.4, 0.9, 10), 20)[:, None]    # blocks differ
+    # blocks differ
+    good = random.random((200, 50)) < np.repeat(random.uniform(0.4, 0.9, 10), 20)[:, None]
     better = good | (random.random((200, 50)) < 0.05)
     names = [f"town_{i // 20:02}_a" for i in range(200)]
     one = interval(good.sum(1), lengths, names)

@@ -7,7 +7,8 @@ from acceptance.metrics import expected_tokens, measure
 
 
 def test_the_metrics_of_a_worked_example():
-    top1 = np.array([[1, 1, 0, 1], [1, 0, 1, 1], [0, 1, 1, 1]], bool)      # answers of 4, 2 and 1 tokens
+    # answers of 4, 2 and 1 tokens
+    top1 = np.array([[1, 1, 0, 1], [1, 0, 1, 1], [0, 1, 1, 1]], bool)
     result = measure(top1, np.array([4, 2, 1]), top1 | True)
     assert result["alpha"] == 4 / 7 and result["top5"] == 1.0
     assert result["first_token"] == 2 / 3 and result["mean_run"] == (2 + 1 + 0) / 3

@@ -10,21 +10,23 @@ from tests.acceptance.builders import CONTRACT, random_pairs
 
 
 def decode_one(right: list[bool], gamma: int) -> tuple[int, list[int]]:
-    """Speculative decoding of one answer as it is defined, token by token: (passes, accepted proposals of each)."""
+    """Speculative decoding of one answer as it is defined, token by token: (passes, accepted
+    proposals of each).
+    """
     at, accepted = 0, []
     while at < len(right):
         run = 0
         while run < gamma and at + run < len(right) and right[at + run]:
             run += 1
         accepted.append(run)
-        at += run + 1                                    # the bonus token; past the end there is none
+        at += run + 1  # the bonus token; past the end there is none
     return len(accepted), accepted
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 3, 5, 8, 12])
 def test_simulation_of_all_answers_together_equals_each_one_alone(gamma):
     random = np.random.default_rng(gamma)
-    lengths = random.integers(1, 15, 60)                 # answers of one token and shorter than gamma among them
+    lengths = random.integers(1, 15, 60)  # answers of one token and shorter than gamma among them
     top1 = random.random((60, 14)) < 0.7
     top1[:5], top1[5:10] = True, False
     found = simulate(top1, lengths, gamma)

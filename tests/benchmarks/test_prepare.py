@@ -23,7 +23,8 @@ def measured(tmp_path_factory) -> dict:
         monkeypatch.setenv("TMPDIR", str(folder))
         monkeypatch.setattr(prepare.tempfile, "tempdir", None)  # what TMPDIR said before is remembered
         benchmark.measure("prepare",
-                          Config(events=40_000, seconds=3, video_size="64x48", painted=20_000, workers=2,
+                          Config(events=40_000, seconds=3, video_size="64x48",
+                                 painted=20_000, workers=2,
                                             output=folder / "out.json"))
     assert os.listdir(folder) == ["out.json"]                               # the recording is gone
     return json.loads((folder / "out.json").read_text())
@@ -62,7 +63,8 @@ def test_made_up_events_come_in_parts_and_read_back(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("flags", "words"), [
     (["--events", "10"], "--events must be 1000 or more, got 10"),
     (["--seconds", "0"], "--seconds must be 1"),
-    (["--seed", "-1"], "--seed must be 0 or more"), (["--workers", "0"], "--workers must be 1 or more")])
+    (["--seed", "-1"], "--seed must be 0 or more"),
+    (["--workers", "0"], "--workers must be 1 or more")])
 def test_a_mistake_is_one_line(flags, words, tmp_path):
     command = [sys.executable, ROOT / "benchmark.py", "prepare", "--output", tmp_path / "out.json"]
     found = subprocess.run([*command, *flags], text=True, capture_output=True, timeout=60)
@@ -71,6 +73,6 @@ def test_a_mistake_is_one_line(flags, words, tmp_path):
 
 
 def test_a_recording_that_would_not_fit_is_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "painting", lambda config: {})
+    monkeypatch.setattr(prepare, "time_painting", lambda events, seed: {})
     with pytest.raises(UserError, match="set TMPDIR to a folder with more room"):
         prepare.measure(Config(events=10**13))

@@ -16,7 +16,8 @@ RED, BLUE, WHITE = [255, 0, 0], [0, 0, 255], [255, 255, 255]
 
 
 def save_events(path: Path, **columns) -> Path:
-    np.save(path, {name: np.array(column, np.uint16) for name, column in columns.items()}, allow_pickle=True)
+    np.save(path, {name: np.array(column, np.uint16) for name, column in columns.items()},
+            allow_pickle=True)
     return path
 
 
@@ -139,7 +140,8 @@ def test_every_spelling_of_polarity_paints_the_same_pictures(tmp_path, name, pol
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(("values", "words"), [
-    ([1, 2], r"from 1 to 2 \(1, 2, ...\)"), ([0, 1, 2], "from 0 to 2"), ([-1, 0, 1], "from -1 to 1"),
+    ([1, 2], r"from 1 to 2 \(1, 2, ...\)"), ([0, 1, 2], "from 0 to 2"),
+    ([-1, 0, 1], "from -1 to 1"),
     ([-2, 1], "from -2 to 1"), ([0, 255], "from 0 to 255"), ([3], "from 3 to 3")])
 def test_values_that_are_no_polarity_are_refused_by_name(tmp_path, name, values, words):
     found = columns()

@@ -102,7 +102,8 @@ def video(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(("limit", "value", "words"), [
-    ("MAX_FRAMES", 9, "10 frames, wanted 1 to 9"), ("MAX_PIXELS", 64 * 48 - 1, "64 x 48 px, wanted"),
+    ("MAX_FRAMES", 9, "10 frames, wanted 1 to 9"),
+    ("MAX_PIXELS", 64 * 48 - 1, "64 x 48 px, wanted"),
     ("MAX_SIDE", 63, "64 x 48 px, wanted")])
 def test_what_a_video_announces_is_bounded_before_it_is_decoded(video, monkeypatch, limit, value, words):
     def decode(*_):
@@ -158,7 +159,8 @@ def test_decoding_ends_after_its_time(video, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{other}\n#EXT-X-ENDLIST\n",
-                                  "ffconcat version 1.0\nfile {other}\n", "v=0\nm=video 5004 RTP/AVP 96\n"])
+                                  "ffconcat version 1.0\nfile {other}\n",
+                                  "v=0\nm=video 5004 RTP/AVP 96\n"])
 def test_a_play_list_that_names_other_files_is_no_video(video, tmp_path, text):
     (tmp_path / "list.mp4").write_text(text.format(other=video.name))
     with pytest.raises(MediaError, match=r"can't read the video .*list\.mp4"):
@@ -197,9 +199,11 @@ def test_pickles_that_cheat_are_refused(tmp_path, name, operations):
 
 @pytest.mark.parametrize("protocol", [3, 4])
 def test_event_files_of_every_age_are_read(tmp_path, protocol):
-    columns = {name: np.arange(9, dtype=kind) for name, kind in (("x", "u2"), ("y", "u2"), ("t", "i8"))}
+    columns = {name: np.arange(9, dtype=kind)
+               for name, kind in (("x", "u2"), ("y", "u2"), ("t", "i8"))}
     columns["p"] = np.arange(9, dtype="u1") % 2
-    more = {"time_start": np.int64(2**40), "duration_ms": 0.5, "indices": [1], "name": "é", "no": None,
+    more = {"time_start": np.int64(2**40), "duration_ms": 0.5, "indices": [1],
+            "name": "é", "no": None,
             "yes": True}
     array = np.array({**columns, **more}, dtype=object)
     np.save(tmp_path / "e.npy", array, allow_pickle=True)

@@ -70,10 +70,12 @@ def test_pixels_are_those_of_the_folders_own_processor(tmp_path, files):
 @pytest.mark.parametrize(("files", "words"), [
     ({"preprocessor_config": {"size": 56, "crop_size": 60}}, "crop_size 60"),
     ({"preprocessor_config": {}}, "vision tower's 48 px"),  # transformers would take 224
-    ({"preprocessor_config": {**SETTINGS, "size": {"height": 48, "width": 48}}}, "wanted the shortest edge"),
+    ({"preprocessor_config": {**SETTINGS, "size": {"height": 48, "width": 48}}},
+     "wanted the shortest edge"),
     ({"preprocessor_config": {**SETTINGS, "size": {"shortest_edge": 48, "longest_edge": 60}}},
      "the shortest edge"),
-    ({"preprocessor_config": {**SETTINGS, "crop_size": {"height": 48, "width": 40}}}, "and a square"),
+    ({"preprocessor_config": {**SETTINGS, "crop_size": {"height": 48, "width": 40}}},
+     "and a square"),
     ({"preprocessor_config": {**SETTINGS, "resample": 2}}, "resample 2"),
     ({"preprocessor_config": {**SETTINGS, "image_mean": 0.5}}, "three numbers as image_mean"),
     *(({"preprocessor_config": {**SETTINGS, name: False}}, f"{name} is False") for name in (
@@ -85,7 +87,8 @@ def test_pixels_are_those_of_the_folders_own_processor(tmp_path, files):
     ({"processor_config": {"image_processor": 3}}, "found int"),
     ({"processor_config": {"video_processor": OTHER}, "preprocessor_config": SETTINGS},
      "pixel settings differ"),
-    ({"video_preprocessor_config": OTHER, "preprocessor_config": SETTINGS}, "pixel settings differ")])
+    ({"video_preprocessor_config": OTHER, "preprocessor_config": SETTINGS},
+     "pixel settings differ")])
 def test_settings_that_would_give_other_pixels_are_refused(tmp_path, files, words):
     with pytest.raises(UserError, match=words):
         PixelSettings.of_folder(model_folder(tmp_path, **files), 48)

@@ -43,7 +43,8 @@ def test_every_known_form_gives_the_questions(tmp_path, name, mark):
     ("a.json", '[{"turns": []}]'),
     ("a.json", "[1]"), ("a.json", '[" "]'), ("a.csv", "id,answer\n1,Because.\n"),
     ("a.csv", 'question\n"open'),
-    ("a.csv", "question,id\n,1\n"), ("a.txt", "id,question\n1,Why?\n"), ("a.txt", "question\nWhy?\n"),
+    ("a.csv", "question,id\n,1\n"), ("a.txt", "id,question\n1,Why?\n"),
+    ("a.txt", "question\nWhy?\n"),
     ("a.txt", ""), ("a.json", "[]"), ("a.csv", ""), ("a.yaml", "- Why?\n"), ("a.parquet", "PAR1")])
 def test_anything_else_is_refused_with_the_known_forms(tmp_path, name, content):
     (tmp_path / name).write_text(content)

@@ -24,7 +24,8 @@ def greys(frames: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize("total, indices", [
-    (10, [0, 1, 2, 3, 5, 6, 7, 9]), (20, [0, 2, 5, 8, 10, 13, 16, 19]), (3, [0, 0, 0, 0, 1, 1, 1, 2]),
+    (10, [0, 1, 2, 3, 5, 6, 7, 9]), (20, [0, 2, 5, 8, 10, 13, 16, 19]),
+    (3, [0, 0, 0, 0, 1, 1, 1, 2]),
     (1, [0] * 8)])
 def test_eight_frames_are_sampled_uniformly(tmp_path, total, indices):
     write_video(tmp_path / "a.mp4", grey_frames(total))
@@ -120,7 +121,8 @@ def test_a_file_without_a_video_stream_is_named(tmp_path):
 
     with av.open(str(tmp_path / "sound.mp4"), "w") as file:
         stream = file.add_stream("aac", rate=16000)
-        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp",
+                                           layout="mono")
         sound.sample_rate = 16000
         file.mux(stream.encode(sound))
         file.mux(stream.encode())
@@ -138,7 +140,8 @@ def remux(source: Path, target: Path, first: int, end: int) -> None:
         copy = out.add_stream_from_template(stream)
         for packet in file.demux(stream):
             if packet.dts is not None and packet.pts < end * packet.duration:
-                packet.dts, packet.pts = (time - first * packet.duration for time in (packet.dts, packet.pts))
+                packet.dts, packet.pts = (time - first * packet.duration
+                                          for time in (packet.dts, packet.pts))
                 packet.stream = copy
                 out.mux(packet)
 
@@ -156,7 +159,8 @@ def test_a_clip_trimmed_without_encoding_shows_its_frames_alone(tmp_path, name, 
 
 
 @pytest.mark.parametrize("flags",
-                         ["frag_keyframe", "frag_keyframe+empty_moov", "frag_keyframe+default_base_moof"])
+                         ["frag_keyframe", "frag_keyframe+empty_moov",
+                          "frag_keyframe+default_base_moof"])
 def test_all_fragments_are_read_whatever_the_head_announces(tmp_path, flags):
     make_video(tmp_path / "a.mp4", 40, options={"movflags": flags}, codec_options={"g": "8"})
     assert greys(read_video(tmp_path / "a.mp4", 4)) == [0, 13, 26, 39]
@@ -183,7 +187,8 @@ def test_the_count_in_the_head_of_an_avi_is_not_believed(tmp_path, announced):
 
 @pytest.mark.parametrize(("name", "options"), [
     ("a.mp4", {}), ("a.mp4", {"movflags": "faststart"}), ("a.mov", {"movflags": "faststart"}),
-    ("a.mp4", {"movflags": "frag_keyframe+empty_moov"}), ("a.avi", {}), ("a.mkv", {}), ("a.webm", {})])
+    ("a.mp4", {"movflags": "frag_keyframe+empty_moov"}), ("a.avi", {}), ("a.mkv", {}),
+    ("a.webm", {})])
 def test_a_file_whose_end_is_gone_is_refused_in_every_container_that_can_tell(tmp_path, name, options):
     make_video(tmp_path / name, 40, "libvpx-vp9" if name.endswith("webm") else "libx264", options)
     data = (tmp_path / name).read_bytes()
@@ -235,7 +240,8 @@ def with_matrix(path: Path, numbers: tuple[float, ...]) -> None:
 def test_frames_are_turned_and_mirrored_as_the_metadata_says(tmp_path, matrix):
     path, random = tmp_path / "a.mp4", np.random.default_rng(0)
     small = random.integers(0, 255, (3, 4, 3), dtype=np.uint8)
-    write_video(path, [np.kron(np.roll(small, k, 0), np.ones((16, 16, 1), np.uint8)) for k in range(3)])
+    write_video(path, [np.kron(np.roll(small, k, 0), np.ones((16, 16, 1), np.uint8))
+                       for k in range(3)])
     plain = read_video(path, 3)
     with_matrix(path, matrix)
     for turned, picture in zip(read_video(path, 3), plain):
@@ -294,7 +300,8 @@ def test_an_error_of_the_system_is_no_fault_of_the_video(tmp_path, monkeypatch):
     import av
 
     write_video(tmp_path / "a.mp4", grey_frames(3))
-    for error in (OSError(24, "Too many open files"), OSError(5, "Input/output error"), MemoryError()):
+    for error in (OSError(24, "Too many open files"), OSError(5, "Input/output error"),
+                  MemoryError()):
         def fail(*_, error=error, **__):
             raise error
 

@@ -1,4 +1,6 @@
-"""The memory's file: it comes back as it was, and takes no more time and space than its limits allow."""
+"""The memory's file: it comes back as it was, and takes no more time and space than its limits
+allow.
+"""
 
 import time
 import zipfile
@@ -28,7 +30,7 @@ def test_a_memory_of_absurd_size_is_one_clear_error(tmp_path, answers, tokens, t
 
 
 def test_a_small_file_of_very_many_tokens_is_read_up_to_its_limit_and_says_so(tmp_path, capsys):
-    write(tmp_path / "m.npz", 900, 2**15)                # 118 MB of deflated zeros: 30 million tokens
+    write(tmp_path / "m.npz", 900, 2**15)  # 118 MB of deflated zeros: 30 million tokens
     assert (tmp_path / "m.npz").stat().st_size < 2**18
     start = time.monotonic()
     answers = load_memory(tmp_path / "m.npz")

@@ -1,4 +1,6 @@
-"""An adapter whose logits are no numbers proposes nothing there, and leaves nothing behind in its cache."""
+"""An adapter whose logits are no numbers proposes nothing there, and leaves nothing behind in its
+cache.
+"""
 
 import math
 
@@ -8,7 +10,8 @@ import torch
 from drafting.adapter import Adapter, LiveAdapter, LiveDraftAdapter
 from drafting.contract import NOTHING
 from drafting.hybrid import Hybrid, LiveHybrid
-from drafting.memory import LiveMemory, Memory, NGrams
+from drafting.memory import LiveMemory, Memory
+from drafting.ngrams import NGrams
 from drafting.steps import AdapterSteps
 from tests.acceptance.builders import pairs_of
 from token_adapter import AdapterConfig, TokenAdapter
@@ -20,7 +23,8 @@ def tiny(conditioning: str, bad: bool = True) -> TokenAdapter:
     torch.manual_seed(0)
     adapter = TokenAdapter(AdapterConfig(20, conditioning, 8, 1, 2, 16, 12, dropout=0.0)).eval()
     if bad:
-        with torch.no_grad():             # the output layer stays as it was: logits are numbers until BAD is fed
+        # the output layer stays as it was: logits are numbers until BAD is fed
+        with torch.no_grad():
             adapter.output_proj[1].weight = torch.nn.Parameter(adapter.output_proj[1].weight.detach().clone())
             adapter.embedding.weight[BAD] = math.nan
     return adapter.requires_grad_(False)
@@ -53,11 +57,12 @@ def test_rows_without_numbers_are_empty_and_the_memory_goes_on_alone():
 
 
 @pytest.mark.parametrize("conditioning", ["draft", "prefix", "prefix+draft"])
-def test_an_adapter_of_nan_proposes_no_token_live_or_simulated(conditioning):
+def test_an_adapter_of_nan_proposes_no_token_live_or_simulated(conditioning, capsys):
     adapter, pairs = tiny(conditioning, bad=False), pairs_of([[5, 6]], [[0, 1, 2, 3]])
     for weight in adapter.parameters():
         weight.fill_(math.nan)
     live = LiveAdapter(adapter) if adapter.config.sees_prefix else LiveDraftAdapter(adapter)
+    assert "WARNING | the adapter has weights that are no numbers" in capsys.readouterr().out
     live.begin([5, 6])
     assert live.propose([], 4) == [] and live.propose([0, 1], 4) == []
     simulated = Adapter(adapter, pairs)

@@ -51,7 +51,7 @@ def test_every_live_drafter_is_made_proposes_ids_and_measures_itself(conditionin
 def test_live_memories_learn_each_for_itself_and_know_earlier_decodings():
     parts = LiveParts(None, [[8, 9, 10]], [[8, 9, 11]])
     ours, theirs = (LIVE["memory"].make_live(parts) for _ in range(2))
-    assert ours.propose([8, 9], 1) == [11]                    # of an earlier decoding: counts as much as a fresh one
+    assert ours.propose([8, 9], 1) == [11]  # of an earlier decoding: counts as much as a fresh one
     for _ in range(3):
         ours.learn([8, 9, 12])
     assert ours.propose([8, 9], 1) == [12] and theirs.propose([8, 9], 1) == [11]

@@ -28,7 +28,8 @@ class Model:
 class Engine:
     """Stands in for vlm.batches.Batches; `plan` maps (stage, number of the batch) to an error, raised once.
 
-    The stages of a batch: made, begun, running (after the batch before it was handed over), done (waited for).
+    The stages of a batch: made, begun, running (after the batch before it was handed over), done
+    (waited for).
     """
 
     plan: dict = {}                # noqa: RUF012 - each test sets its own
@@ -56,14 +57,17 @@ class Engine:
 
         def wait():
             self.raise_planned("done", number)
-            return [NotNumbers("float16") if name == 5 and "nan" in Engine.plan else [Answer([name], "", True)]
-                    for name in names]
+            spoilt = [5] if "nan" in Engine.plan else []
+            return [NotNumbers("float16") if name in spoilt else [Answer([name], "", True)] for name in names]
 
         return wait
 
 
 class Results:
-    """Keeps all that it is given. before, after: number of a call of keep -> an error, raised once there."""
+    """Keeps all that it is given.
+
+    before, after: number of a call of keep -> an error, raised once there.
+    """
 
     def __init__(self, before: dict | None = None, after: dict | None = None):
         self.before, self.after = before or {}, after or {}
@@ -85,7 +89,8 @@ class Results:
 @pytest.fixture
 def answer(monkeypatch):
     """Answer 7 clips, 2 at a time; returns (the results, Answering, the error that ended it)."""
-    def call(plan: dict | None = None, results: Results | None = None, read=lambda sample: sample.clip, size=2):
+    def call(plan: dict | None = None, results: Results | None = None, read=lambda sample: sample.clip,
+             size=2):
         Engine.plan, Engine.sizes = plan or {}, []
         monkeypatch.setattr(vlm.batches, "Batches", Engine)
         results = results or Results()
@@ -115,7 +120,7 @@ def test_a_lack_of_memory_halves_the_batch_and_loses_nothing(answer, stage, numb
     assert answering.size == (2 if stage == "made" and number else 1)          # the engine is made but once
 
 
-# ------------------------------------------------------------ while the batch before is handed over (the old fault)
+# ------------------------------------------- while the batch before is handed over (the old fault)
 @pytest.mark.parametrize("short", [SHORT, MemoryError(), RuntimeError("CUDA error: out of memory")], ids=repr)
 @pytest.mark.parametrize("number", [0, 2, 3])
 @pytest.mark.parametrize("where", ["waiting for the device", "keep"])
@@ -131,13 +136,14 @@ def test_a_lack_of_memory_while_answers_are_handed_over_costs_no_answer_and_no_c
 
 def test_answers_that_memory_is_never_enough_for_end_the_run_and_the_others_are_kept(answer):
     results, _, error = answer({("done", 1): [SHORT]})
-    assert isinstance(error, UserError) and "no memory is left to take over the answers of draft" in str(error)
+    assert isinstance(error, UserError)
+    assert "no memory is left to take over the answers of draft" in str(error)
     assert results.answers == {0: [0], 1: [1]} and not results.lost
 
 
-# ------------------------------------------------------------------------------------------ whatever else ends a run
-ENDS = [KeyboardInterrupt(), Stopped(143), RuntimeError("device-side assert"), ValueError("a bug"), UserError("stop"),
-        OSError(28, "No space left on device")]
+# ------------------------------------------------------------------------ whatever else ends a run
+ENDS = [KeyboardInterrupt(), Stopped(143), RuntimeError("device-side assert"), ValueError("a bug"),
+        UserError("stop"), OSError(28, "No space left on device")]
 
 
 @pytest.mark.parametrize("end", ENDS, ids=repr)
@@ -150,7 +156,7 @@ def test_what_ends_a_run_loses_no_batch_that_the_device_was_given(answer, end, s
 @pytest.mark.parametrize("end", ENDS, ids=repr)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_what_ends_a_run_while_answers_are_kept_loses_only_what_could_not_be_written(answer, end, when):
-    """Keeping is tried once more: the disk may have had room for less, and a signal is no reason to lose any."""
+    """Keeping is tried once more: the disk may have room for less, and a signal is no reason to lose any."""
     results, _, error = answer({}, Results(**{when: {2: end}}))
     assert error is end and results.answers == {number: [number] for number in range(4)}
 
@@ -161,7 +167,8 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_own_error(answer):
     assert error is full and results.answers == {0: [0], 1: [1]}
 
 
-@pytest.mark.parametrize("trouble", [MachineTrouble("mp4/ is gone"), OSError(5, "Input/output error"), MemoryError()])
+@pytest.mark.parametrize("trouble", [
+    MachineTrouble("mp4/ is gone"), OSError(5, "Input/output error"), MemoryError()])
 def test_trouble_of_the_machine_while_reading_ends_the_run_after_what_was_begun(answer, trouble):
     def read(sample):
         if sample.clip == 4:
@@ -185,7 +192,7 @@ def test_a_file_that_is_broken_fails_its_clip_alone(answer):
     assert sorted(results.answers) == [1, 2, 4, 5]
 
 
-# -------------------------------------------------------------------------------------------- logits that are none
+# ---------------------------------------------------------------------------- logits that are none
 def test_a_clip_without_numbers_fails_alone_and_says_the_dtype(answer):
     results, _, error = answer({"nan": True})
     assert error is None and sorted(results.answers) == [0, 1, 2, 3, 4, 6]
@@ -198,7 +205,7 @@ def test_a_clip_without_numbers_fails_once_when_its_batch_is_handed_over_twice(a
     assert error is None and list(results.lost) == [5] and len(results.answers) == 6
 
 
-# --------------------------------------------------------------------------------------------------------- parity
+# ------------------------------------------------------------------------------------------ parity
 def test_an_answer_that_one_by_one_has_no_numbers_for_is_not_equal():
     def broken(pixels, questions, max_new_tokens):
         if int(pixels[0]) == 1:

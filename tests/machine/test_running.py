@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -56,6 +57,17 @@ def test_a_mistyped_module_of_ours_is_a_bug_and_no_package_to_install(name):
         assert ended.returncode == 2 and "'bsae_of' is not installed" in ended.stdout
     else:
         assert ended.returncode == 1 and "ModuleNotFoundError" in ended.stderr and "ERROR" not in ended.stdout
+
+
+@pytest.mark.parametrize("name", ["no_such_package", "pairs.fromats"])
+def test_a_package_that_is_missing_while_a_program_imports_its_modules_is_one_line_too(name):
+    code = f"import machine.running\nimport {name}"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if name == "pairs.fromats":
+        assert ended.returncode == 1 and "Traceback" in ended.stderr and not ended.stdout
+    else:
+        assert (ended.returncode, ended.stderr, ended.stdout.count("\n")) == (2, "", 1)
+        assert "ERROR | the package 'no_such_package' is not installed" in ended.stdout
 
 
 def test_a_module_that_python_itself_lacks_is_not_to_be_installed():
@@ -266,6 +278,15 @@ def test_a_log_that_cannot_be_written_ends_no_work(tmp_path, out, code):
         base.log('x')
         if {code}: raise base.UserError('the end')""", stdout=file)
     assert (ended.returncode, ended.stderr) == (code, "") and (tmp_path / "done").exists()
+
+
+def test_without_a_standard_output_the_work_goes_on(tmp_path):
+    body = f"""
+        progress = base.Progress('x', 1)
+        progress.update(1)
+        pathlib.Path({str(tmp_path / 'done')!r}).touch()"""
+    command = f"{sys.executable} -c {shlex.quote(program(body))} >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 0 and (tmp_path / "done").exists()
 
 
 STEADY = """

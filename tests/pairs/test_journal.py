@@ -80,7 +80,7 @@ def five(tmp_path):
     return journal.path, content
 
 
-# ------------------------------------------------------------------------------------------ settings
+# ---------------------------------------------------------------------------------------- settings
 def test_only_settings_that_an_answer_depends_on_are_compared(five, tmp_path):
     path, content = five
     assert len(reopened(tmp_path, content, num_frames=4)) == 5                 # the target has not answered yet
@@ -131,7 +131,7 @@ def test_another_kind_of_journal_is_refused(tmp_path, head):
         reopened(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------ rows of others
+# ---------------------------------------------------------------------------------- rows of others
 def test_answers_of_a_joined_journal_of_other_settings_are_not_believed(five, tmp_path, capsys):
     path, content = five
     (tmp_path / "other").mkdir()
@@ -168,7 +168,7 @@ def test_a_line_that_is_no_answer_is_dropped(five, tmp_path, junk):
     assert json.dumps(junk)[:-1] + ', "of"' not in path.read_text()
 
 
-# ------------------------------------------------------------------------------------------ other data
+# -------------------------------------------------------------------------------------- other data
 def test_answered_clips_whose_files_changed_are_refused_and_named(five, tmp_path):
     path, content = five
     before = path.read_bytes()
@@ -199,7 +199,7 @@ def test_a_journal_without_digests_is_gone_on_with(five, tmp_path):
     assert json.loads(path.read_bytes().splitlines()[0])["clips"] == content
 
 
-# ------------------------------------------------------------------------------------------ begun, and thrown away
+# -------------------------------------------------------------------------- begun, and thrown away
 def test_a_journal_may_begin_with_the_answers_of_an_output(tmp_path):
     entries = [{"model": "eventgpt", "vocab_size": 64}, *(answer_of(f"town/{i}", 0, [i]) for i in range(3))]
     with Journal(tmp_path / "out.json", ALIKE, entries=iter(entries)) as journal:

@@ -1,0 +1,136 @@
+"""A tree of proposals: the tokens that are most likely to be reached, several where a drafter is
+unsure.
+
+One pass of the target verifies all nodes; the longest path of right nodes is accepted. A chain is a
+single path. Simulation and the live loop both build trees by `build_tree`. OPT-Tree (Wang et al.
+2024) and EAGLE-2 (Li et al. 2024) choose nodes by the same product of probabilities.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from typing import Any, Protocol, runtime_checkable
+
+from drafting.contract import Drafter
+
+MAX_DEPTH = 24                 # tokens on one path
+MAX_CHILDREN = 6               # of one node
+
+
+@runtime_checkable
+class Branching(Drafter, Protocol):
+    """A live drafter that has second choices. A place is a point in an answer, in any form that the
+    drafter likes.
+    """
+
+    def place_after(self, prefix: list[int]) -> Any:
+        """The place after a verified prefix."""
+
+    def next_place(self, place: Any, token: int) -> Any:
+        """The place after one more token."""
+
+    def choices(self, place: Any, reached: float, price: float) -> list[tuple[float, int]]:
+        """(probability, token) of at most MAX_CHILDREN next tokens, best first.
+
+        reached: probability that the place is reached; price: tokens per second, as for
+        `Drafter.propose`.
+        """
+
+
+@dataclasses.dataclass
+class Tree:
+    """Nodes in the order they were chosen: a parent stands before its children."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    # number of the parent node; -1: the prefix
+    parents: list[int] = dataclasses.field(default_factory=list)
+    # probability that the path up to it is right
+    reached: list[float] = dataclasses.field(default_factory=list)
+
+    @staticmethod
+    def chain(tokens: list[int]) -> Tree:
+        """A single path."""
+        return Tree(list(tokens), list(range(-1, len(tokens) - 1)))
+
+    def is_chain(self) -> bool:
+        return self.parents == list(range(-1, len(self.tokens) - 1))
+
+    def positions(self) -> list[int]:
+        """For the last known token, position 0, and each node, at its number + 1: the position that
+        it follows.
+        """
+        return [-1, *(parent + 1 for parent in self.parents)]
+
+    def below(self, vocab_size: int) -> Tree:
+        """The tree without ids outside a vocabulary, and without what follows them."""
+        if all(0 <= token < vocab_size for token in self.tokens):
+            return self
+        number, tree = {-1: -1}, Tree()
+        for node, (token, parent) in enumerate(zip(self.tokens, self.parents)):
+            if 0 <= token < vocab_size and parent in number:
+                number[node] = len(tree.tokens)
+                tree.tokens.append(token)
+                tree.parents.append(number[parent])
+        return tree
+
+    def accepted(self, answer: list[int]) -> int:
+        """Length of the longest path of nodes that an answer begins with."""
+        depth_of = {-1: 0}                                             # right nodes -> their depth
+        for node, (token, parent) in enumerate(zip(self.tokens, self.parents)):
+            depth = depth_of.get(parent)
+            if depth is not None and depth < len(answer) and answer[depth] == token:
+                depth_of[node] = depth + 1
+        return max(depth_of.values())
+
+    def depth(self) -> int:
+        """Tokens of the longest path."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 + (depths[parent] if parent >= 0 else 0))
+        return max(depths, default=0)
+
+    def chain_first(self) -> Tree:
+        """The same tree with its most probable path first, which is verified like a chain."""
+        chain, parent = [], -1
+        children: dict[int, int] = {}
+        for node, above in enumerate(self.parents):
+            children.setdefault(above, node)  # the first child is the most probable
+        while parent in children:
+            parent = children[parent]
+            chain.append(parent)
+        order = [*chain, *sorted(set(range(len(self.tokens))) - set(chain))]
+        place = {-1: -1, **{node: at for at, node in enumerate(order)}}
+        return Tree([self.tokens[node] for node in order],
+                    [place[self.parents[node]] for node in order],
+                    [self.reached[node] for node in order])
+
+
+def build_tree(drafter: Branching, prefix: list[int], nodes: int, depth: int = MAX_DEPTH,
+               price: float = 0.0, least: float = 0.0) -> Tree:
+    """The `nodes` tokens that are most likely to be reached after the prefix, by the drafter's own
+    probabilities.
+
+    One node is expanded at a time, the most probable first: expanding several together fills the
+    tree with unlikely siblings and loses all of the gain. least: nodes that are reached with less
+    probability are left out.
+    """
+    tree, heap, number = Tree(), [], 0
+
+    def expand(place: Any, node: int, reached: float, level: int) -> None:
+        nonlocal number
+        for probability, token in drafter.choices(place, reached, price):
+            heapq.heappush(heap, (-reached * probability, number, node, token, place, level))
+            number += 1
+
+    expand(drafter.place_after(prefix), -1, 1.0, 1)
+    while heap and len(tree.tokens) < nodes:
+        negative, _, parent, token, place, level = heapq.heappop(heap)
+        if -negative < least or not negative:
+            break
+        tree.tokens.append(token)
+        tree.parents.append(parent)
+        tree.reached.append(-negative)
+        if level < depth and len(tree.tokens) < nodes:
+            expand(drafter.next_place(place, token), len(tree.tokens) - 1, -negative, level + 1)
+    return tree
