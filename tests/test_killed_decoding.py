@@ -233,7 +233,7 @@ def test_with_room_the_command_goes_on_that_met_a_full_disk(demo, task, warm, un
     text, left = log.read_text(), places(place / "out" / ".journal.jsonl")
     assert "Traceback" not in text and text.count("ERROR |") == 1
     command = shlex.join(["speculative_decode.py", *map(str, flags)])
-    advice = f"No space left on device; make room, then go on with: {sys.executable} {command}"
+    advice = f"No space left on device; make room, then resume with: {sys.executable} {command}"
     assert advice in text.splitlines()[-1]
     assert (len(left) == 2 * CLIPS) == (kib == 40) and not (place / "out" / "DECODE.md").exists()
     disk("size=2m")
