@@ -1,4 +1,6 @@
-"""Decoding that is killed, stopped and out of room at any moment: no answer lost, none twice, the same figures."""
+"""Decoding that is killed, stopped and out of room at any moment: no answer lost, none twice, the
+same figures.
+"""
 
 import json
 import os
@@ -19,7 +21,10 @@ from tests.warm import Warm
 OFTEN_S = 0.005                # between looks at a file
 PATIENCE_S = 120               # a run takes seconds: longer is a hang
 CLIPS = 6
-TIMES = {"draft_s", "opening_s", "prefill_s", "verify_s", "vision_s", "eventgpt_s", "all_s", "first_token_s"}
+TIMES = {
+    "draft_s", "opening_s", "prefill_s", "verify_s", "vision_s", "eventgpt_s", "all_s",
+    "first_token_s"
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +33,11 @@ def task(demo) -> Path:
 
 
 def flags_of(demo: Demo, task: Path, *more) -> list:
-    return ["--task", task, "--dataset_dir", demo.test_1s, "--draft_model", demo.models / "eventgpt",
-            "--target_model", demo.models / "video_llava", "--max_samples", CLIPS, "--max_new_tokens", 40,
-            "--num_workers", 1, "--device", "cpu", "--gamma", 4, "--no-plots", *more]
+    return [
+        "--task", task, "--dataset_dir", demo.test_1s, "--draft_model", demo.models / "eventgpt",
+        "--target_model", demo.models / "video_llava", "--max_samples", CLIPS, "--max_new_tokens",
+        40, "--num_workers", 1, "--device", "cpu", "--gamma", 4, "--no-plots", *more
+    ]
 
 
 def start(warm: Warm, flags: list, log: Path) -> int:
@@ -47,7 +54,10 @@ def without_times(value):
 def read(folder: Path) -> tuple:
     """What must be the same in every run of the same command."""
     results = json.loads((folder / "decode.json").read_text())
-    same = {key: results[key] for key in ("answers", "failed", "totals", "target", "models", "drafter", "noise")}
+    same = {
+        key: results[key]
+        for key in ("answers", "failed", "totals", "target", "models", "drafter", "noise")
+    }
     assert (folder / "DECODE.md").stat().st_size > 1000
     return without_times(same), load_memory(folder / "memory.npz")
 
@@ -85,9 +95,12 @@ def undisturbed(demo, task, warm, tmp_path_factory) -> tuple[tuple, float]:
     return read(folder / "out"), seconds
 
 
-# ----------------------------------------------------------------------------------------------------- kill -9
-def kill_at_random(demo: Demo, task: Path, warm: Warm, folder: Path, undisturbed: tuple, kills: int) -> dict:
-    """Decodings that are killed up to 5 times and then left to end, until there were so many kills: the losses."""
+# ------------------------------------------------------------------------------------------ kill -9
+def kill_at_random(demo: Demo, task: Path, warm: Warm, folder: Path, undisturbed: tuple,
+                   kills: int) -> dict:
+    """Decodings that are killed up to 5 times and then left to end, until there were so many kills:
+    the losses.
+    """
     wanted, seconds = undisturbed
     moments, number = random.Random(0), 0
     counts = dict.fromkeys(("kills", "lost", "twice", "different", "halves"), 0)
@@ -102,7 +115,8 @@ def kill_at_random(demo: Demo, task: Path, warm: Warm, folder: Path, undisturbed
             counts["kills"] += 1
             now = places(output / ".journal.jsonl")
             if not now and (output / "DECODE.md").exists():
-                counts["halves"] += read(output) != wanted          # killed behind the end of its journal
+                # killed behind the end of its journal
+                counts["halves"] += read(output) != wanted
                 break
             counts["lost"] += len(set(before) - set(now))
             counts["twice"] += len(now) - len(set(now))
@@ -110,7 +124,8 @@ def kill_at_random(demo: Demo, task: Path, warm: Warm, folder: Path, undisturbed
         if not (output / "DECODE.md").exists() or (output / ".journal.jsonl").exists():
             assert warm.wait(start(warm, flags, folder / "log")) == 0, (folder / "log").read_text()
         counts["different"] += read(output) != wanted
-        assert {path.name for path in output.iterdir()} == {".lock", "DECODE.md", "decode.json", "memory.npz"}
+        assert {path.name for path in output.iterdir()
+                } == {".lock", "DECODE.md", "decode.json", "memory.npz"}
     return counts
 
 
@@ -120,18 +135,21 @@ def test_kill_9_loses_nothing(demo, task, warm, undisturbed, tmp_path):
 
 
 @pytest.mark.faults
-def test_kill_9_at_fifty_random_moments_loses_nothing(demo, task, warm, undisturbed, tmp_path, figures):
+def test_kill_9_at_fifty_random_moments_loses_nothing(demo, task, warm, undisturbed, tmp_path,
+                                                      figures):
     counts = kill_at_random(demo, task, warm, tmp_path, undisturbed, kills=50)
-    figures.append((f"kill -9 of a decoding ({CLIPS} clips, all drafters) at a random moment", counts["kills"],
-                    f"answers lost {counts['lost']}, answers twice {counts['twice']}, half outputs "
-                    f"{counts['halves']}, final figures different {counts['different']}"))
+    figures.append(
+        (f"kill -9 of a decoding ({CLIPS} clips, all drafters) at a random moment", counts["kills"],
+         f"answers lost {counts['lost']}, answers twice {counts['twice']}, half outputs "
+         f"{counts['halves']}, final figures different {counts['different']}"))
     assert counts == {"kills": 50, "lost": 0, "twice": 0, "different": 0, "halves": 0}
 
 
-# ----------------------------------------------------------------------------------------------------- signals
+# ------------------------------------------------------------------------------------------ signals
 @pytest.mark.parametrize(("number", "code", "after"), [
     (signal.SIGTERM, 143, 3), (signal.SIGTERM, 143, CLIPS + 2), (signal.SIGINT, 130, CLIPS + 1)])
-def test_a_stopped_run_says_the_command_that_goes_on(demo, task, warm, undisturbed, tmp_path, number, code, after):
+def test_a_stopped_run_says_the_command_that_goes_on(demo, task, warm, undisturbed, tmp_path,
+                                                     number, code, after):
     output, log = tmp_path / "out", tmp_path / "log"
     flags = flags_of(demo, task, "--compare", "--output_folder", output)
     process = start(warm, [*flags, "--restart"], log)
@@ -142,15 +160,19 @@ def test_a_stopped_run_says_the_command_that_goes_on(demo, task, warm, undisturb
     last = log.read_text().splitlines()[-1]
     assert "Traceback" not in log.read_text() and " RESUME | " in last
     command = shlex.split(last.split(" RESUME | ")[1])
-    assert command == [sys.executable, "speculative_decode.py", *map(str, flags)]                # no --restart
+    # no --restart
+    assert command == [sys.executable, "speculative_decode.py", *map(str, flags)]
     assert warm.wait(start(warm, command[2:], log)) == 0
     drafts = sum(place[0] == "draft" for place in left)
-    assert f"going on: {drafts} drafts and {len(left) - drafts} answers are there already" in log.read_text()
+    assert f"going on: {drafts} drafts and {len(left) - drafts} answers are there already" in log.read_text(
+    )
     assert len(left) >= after and read(output) == undisturbed[0]
     results = json.loads((output / "decode.json").read_text())
     assert results["interrupted"] is True
     assert [row["answers"] for row in results["starts"]] == [0, len(left) - drafts]
-    assert sorted(path.name for path in output.iterdir()) == [".lock", "DECODE.md", "decode.json", "memory.npz"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        ".lock", "DECODE.md", "decode.json", "memory.npz"
+    ]
 
 
 def test_without_an_output_folder_the_same_command_finds_its_journal_in_the_task_folder(
@@ -167,8 +189,10 @@ def test_without_an_output_folder_the_same_command_finds_its_journal_in_the_task
     assert f"is being written by process {process} on " in (tmp_path / "second").read_text()
     os.kill(process, signal.SIGTERM)
     assert warm.wait(process) == 143
-    other = start(warm, flags_of(demo, own, "--drafter", "memory"), log)        # another decoding has another journal
-    assert warm.wait(other) == 0 and len(list(own.glob("decode_2*"))) == 1 and len(list(own.glob(".decode_*"))) == 1
+    # another decoding has another journal
+    other = start(warm, flags_of(demo, own, "--drafter", "memory"), log)
+    assert warm.wait(other) == 0 and len(list(own.glob("decode_2*"))) == 1 and len(
+        list(own.glob(".decode_*"))) == 1
     assert warm.wait(start(warm, flags_of(demo, own, "--compare"), log)) == 0
     made = sorted(own.glob("decode_2*"))
     assert len(made) == 2 and not list(own.glob(".decode_*"))
@@ -179,34 +203,38 @@ def test_without_an_output_folder_the_same_command_finds_its_journal_in_the_task
 def test_a_journal_of_other_settings_or_clips_is_refused_and_stays(demo, task, warm, tmp_path):
     output, log, data = tmp_path / "out", tmp_path / "log", tmp_path / "data"
     shutil.copytree(demo.test_1s, data)
-    flags = flags_of(demo, task, "--output_folder", output, "--dataset_dir", data)
+    flags = flags_of(demo, task, "--compare", "--output_folder", output, "--dataset_dir", data)
     process = start(warm, flags, log)
     wait_for(output / ".journal.jsonl", CLIPS + 2)
     os.kill(process, signal.SIGTERM)
     assert warm.wait(process) == 143
     journal = (output / ".journal.jsonl").read_bytes()
     assert warm.wait(start(warm, [*flags, "--max_new_tokens", 30], log)) == 2
-    assert "is the journal of another decoding (max_new_tokens: 40 there, 30 now)" in log.read_text()
+    assert "is the journal of another decoding (max_new_tokens: 40 there, 30 now)" in log.read_text(
+    )
     answered = [key for kind, key, _ in places(output / ".journal.jsonl") if kind == "answer"]
     for video in data.glob("mp4/**/*.mp4"):
         if f"{video.parent.name}/{int(video.stem)}" in answered:
             video.write_bytes(video.read_bytes() + b"\0")
     assert warm.wait(start(warm, flags, log)) == 2
-    assert f"the files of {len(answered)} clips have changed, the first: {answered[0]}" in log.read_text()
+    assert f"the files of {len(answered)} clips have changed, the first: {answered[0]}" in log.read_text(
+    )
     assert (output / ".journal.jsonl").read_bytes() == journal
     assert warm.wait(start(warm, [*flags, "--restart"], log)) == 0
 
 
-# -------------------------------------------------------------------------------------------------------- disk
+# --------------------------------------------------------------------------------------------- disk
 @pytest.mark.parametrize("kib", [6, 40])
-def test_with_room_the_command_goes_on_that_met_a_full_disk(demo, task, warm, undisturbed, disk, tmp_path, kib):
+def test_with_room_the_command_goes_on_that_met_a_full_disk(demo, task, warm, undisturbed, disk,
+                                                            tmp_path, kib):
     place, log = disk(f"size={kib}k"), tmp_path / "log"
     flags = flags_of(demo, task, "--compare", "--output_folder", place / "out")
     assert warm.wait(start(warm, flags, log)) == 2
     text, left = log.read_text(), places(place / "out" / ".journal.jsonl")
     assert "Traceback" not in text and text.count("ERROR |") == 1
     command = shlex.join(["speculative_decode.py", *map(str, flags)])
-    assert f"No space left on device; make room, then go on with: {sys.executable} {command}" in text.splitlines()[-1]
+    advice = f"No space left on device; make room, then resume with: {sys.executable} {command}"
+    assert advice in text.splitlines()[-1]
     assert (len(left) == 2 * CLIPS) == (kib == 40) and not (place / "out" / "DECODE.md").exists()
     disk("size=2m")
     assert warm.wait(start(warm, flags, log)) == 0
@@ -224,4 +252,5 @@ def test_an_exception_at_the_end_costs_no_answer(demo, task, warm, undisturbed, 
     began = time.monotonic()
     assert warm.wait(start(warm, flags, log)) == 0
     assert time.monotonic() - began < undisturbed[1] and read(output) == undisturbed[0]
-    assert "VideoLlava" not in log.read_text().split("going on")[1]                # nothing is left to be loaded for
+    # nothing is left to be loaded for
+    assert "VideoLlava" not in log.read_text().split("going on")[1]

@@ -1,4 +1,6 @@
-"""Decoding a data set with the demo's models: every answer the target's own, and mistakes said in one line."""
+"""Decoding a data set with the demo's models: every answer the target's own, and mistakes said in
+one line.
+"""
 
 import contextlib
 import dataclasses
@@ -39,12 +41,18 @@ def task(demo) -> Path:
     return next(folder for folder in demo.tasks.glob("1s_2*"))
 
 
-def run_main(monkeypatch, demo, task: Path, out: Path, *flags: str, without: tuple[str, ...] = ()) -> dict:
+def run_main(monkeypatch, demo, task: Path, out: Path, *flags: str,
+             without: tuple[str, ...] = ()) -> dict:
     """without: flags that are left out, with their values."""
-    arguments = ["--task", str(task), "--dataset_dir", str(demo.test_1s), "--output_folder", str(out),
-                 "--draft_model", str(demo.models / "eventgpt"), "--target_model", str(demo.models / "video_llava"),
-                 "--max_samples", "4", "--max_new_tokens", "80", "--num_workers", "1", "--device", "cpu",
-                 "--no-plots", *flags]
+    arguments = [
+        "--task",
+        str(task), "--dataset_dir",
+        str(demo.test_1s), "--output_folder",
+        str(out), "--draft_model",
+        str(demo.models / "eventgpt"), "--target_model",
+        str(demo.models / "video_llava"), "--max_samples", "4", "--max_new_tokens", "80",
+        "--num_workers", "1", "--device", "cpu", "--no-plots", *flags
+    ]
     for flag in without:
         at = arguments.index(flag)
         del arguments[at:at + 2]
@@ -56,17 +64,20 @@ def run_main(monkeypatch, demo, task: Path, out: Path, *flags: str, without: tup
 @pytest.fixture(scope="module")
 def compared(demo, task, tmp_path_factory) -> dict:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return run_main(monkeypatch, demo, task, tmp_path_factory.mktemp("decode"), "--compare", "--gamma", "8")
+        return run_main(monkeypatch, demo, task, tmp_path_factory.mktemp("decode"), "--compare",
+                        "--gamma", "8")
 
 
 def test_every_drafter_gives_the_answers_of_transformers_and_of_plain_decoding(compared):
     assert set(compared["totals"]["runs"]) == set(LIVE_NAMES)
     assert compared["totals"]["verdicts"] == {"exact": 4 * (len(LIVE_NAMES) + 1)}
-    assert compared["totals"]["runs"]["none"]["tau"] == 1.0 < compared["totals"]["runs"]["hybrid"]["tau"]
+    assert compared["totals"]["runs"]["none"]["tau"] == 1.0 < compared["totals"]["runs"]["hybrid"][
+        "tau"]
     for answer in compared["answers"]:
         assert answer["generate"]["tokens"] == len(answer["tokens"])
         for run in answer["runs"].values():
-            assert run["tokens"] == len(answer["tokens"]) <= sum(run["accepted"]) + len(run["accepted"])
+            assert run["tokens"] == len(
+                answer["tokens"]) <= sum(run["accepted"]) + len(run["accepted"])
             assert all(a <= p <= 8 for a, p in zip(run["accepted"], run["proposed"]))
 
 
@@ -79,9 +90,11 @@ def test_the_answers_are_those_that_extraction_wrote_for_these_clips(compared, d
 
 def test_costs_are_measured_for_every_length_and_every_drafter(compared):
     costs = compared["costs_ms"]
-    assert list(map(int, costs["verify"])) == list(range(1, 18)) and set(costs["proposal"]) == set(LIVE_NAMES)
-    assert all(cost > 0 for cost in (*costs["verify"].values(), costs["vision"], costs["prefill"],
-                                     *costs["eventgpt"]["verify"].values(), costs["proposal"]["hybrid"]))
+    assert list(map(int, costs["verify"])) == list(range(1, 18)) and set(
+        costs["proposal"]) == set(LIVE_NAMES)
+    assert all(cost > 0
+               for cost in (*costs["verify"].values(), costs["vision"], costs["prefill"],
+                            *costs["eventgpt"]["verify"].values(), costs["proposal"]["hybrid"]))
     assert 0 < compared["noise"] < 1e-3
 
 
@@ -97,8 +110,10 @@ def test_clips_of_a_sequence_come_in_order_unless_shuffled(monkeypatch, demo, ta
     assert shuffled != ordered and sorted(map(id, shuffled)) == sorted(map(id, samples))
 
 
-def test_several_questions_auto_gamma_and_shuffled_clips_are_lossless_too(monkeypatch, demo, task, tmp_path):
-    (tmp_path / "questions.txt").write_text("What are the key elements in this scene?\nIs there a vehicle?\n")
+def test_several_questions_auto_gamma_and_shuffled_clips_are_lossless_too(
+        monkeypatch, demo, task, tmp_path):
+    (tmp_path /
+     "questions.txt").write_text("What are the key elements in this scene?\nIs there a vehicle?\n")
     found = run_main(monkeypatch, demo, task, tmp_path / "out", "--compare", "--questions_file",
                      str(tmp_path / "questions.txt"), "--shuffle", "--max_samples", "3")
     assert found["gamma"] == "auto" and len(found["answers"]) == 6
@@ -110,10 +125,12 @@ def test_what_one_decoding_verified_the_next_one_can_begin_with(monkeypatch, dem
     first = run_main(monkeypatch, demo, task, tmp_path / "a", *flags)
     memory = ["--memory", str(tmp_path / "a" / "memory.npz")]
     again = run_main(monkeypatch, demo, task, tmp_path / "b", *flags, *memory)
-    assert [row["tokens"] for row in again["answers"]] == [row["tokens"] for row in first["answers"]]
+    assert [row["tokens"]
+            for row in again["answers"]] == [row["tokens"] for row in first["answers"]]
     assert again["totals"]["runs"]["memory"]["passes"] < first["totals"]["runs"]["memory"]["passes"]
     with pytest.raises(UserError, match="not the memory of a task"):
-        run_main(monkeypatch, demo, task, tmp_path / "c", *flags, "--memory", str(tmp_path / "none.npz"))
+        run_main(monkeypatch, demo, task, tmp_path / "c", *flags, "--memory",
+                 str(tmp_path / "none.npz"))
 
 
 def test_a_temperature_samples_and_the_same_seed_samples_alike(monkeypatch, demo, task, tmp_path):
@@ -125,16 +142,19 @@ def test_a_temperature_samples_and_the_same_seed_samples_alike(monkeypatch, demo
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_wrong_answer_ends_with_exit_3_and_the_report_says_where(monkeypatch, demo, task, tmp_path):
+def test_a_wrong_answer_ends_with_exit_3_and_the_report_says_where(monkeypatch, demo, task,
+                                                                   tmp_path):
     right = decoding.rules.greedy
 
-    def careless(answer, proposed, following):             # believes a first proposal without a look
+    # believes a first proposal without a look
+    def careless(answer, proposed, following):
         emitted = right(answer, proposed, following)
         return proposed[:1] or emitted if len(answer) > 3 else emitted
 
     monkeypatch.setattr(decoding.answers, "rule_of", lambda *_: careless)
     with pytest.raises(SystemExit) as ended:
-        run_main(monkeypatch, demo, task, tmp_path / "out", "--compare", "--max_samples", "1", "--gamma", "2")
+        run_main(monkeypatch, demo, task, tmp_path / "out", "--compare", "--max_samples", "1",
+                 "--gamma", "2")
     assert ended.value.code == 3
     found = json.loads((tmp_path / "out" / "decode.json").read_text())
     assert found["totals"]["verdicts"]["WRONG"] >= 1
@@ -158,28 +178,40 @@ def test_a_difference_is_a_tie_only_within_the_noise():
 
     assert judge([0, 1], [0, 1], Target(), None, 0.0) == {"verdict": "exact"}
     found = judge([0, 2], [0, 1], Target(), None, 0.2)
-    assert (found["verdict"], found["position"], found["ours"], found["plain"]) == ("tie", 1, [2], [1])
+    assert (found["verdict"], found["position"], found["ours"], found["plain"]) == ("tie", 1, [2],
+                                                                                    [1])
     assert found["gap"] == pytest.approx(0.1, abs=1e-3)
     assert verdict([0, 2], [0, 1], 0.05) == "WRONG"                 # beyond the noise
-    assert verdict([0, 0], [0, 1], 0.2) == "WRONG"                  # the two best are near, but ours is neither
-    assert verdict([0, 2], [0, 0], 0.2) == "WRONG"                  # nor may the plain answer be far from the best
-    assert verdict([0, 2, 1], [0, 1, 0], 0.2) == "WRONG"            # a tie first, and then a mistake; and a NaN
+    # the two best are near, but ours is neither
+    assert verdict([0, 0], [0, 1], 0.2) == "WRONG"
+    # nor may the plain answer be far from the best
+    assert verdict([0, 2], [0, 0], 0.2) == "WRONG"
+    # a tie first, and then a mistake; and a NaN
+    assert verdict([0, 2, 1], [0, 1, 0], 0.2) == "WRONG"
     assert verdict([0], [0, 1], 9.0) == "WRONG"                     # ended too early
 
 
 def test_the_price_of_a_second_counts_all_passes_but_the_prefill():
-    """A prefill costs the same whatever is proposed: with its tokens and without its seconds drafting looks dear."""
+    """A prefill costs the same whatever is proposed: with its tokens and without its seconds
+    drafting looks dear.
+    """
     pace = Pace(0.01)
     assert pace.price() == pytest.approx(100)
     # Prefill: 1 + 4 tokens. Then 9 tokens in 2 passes: 10 in 0.02 s with the plain step.
-    pace.add(Decoded([1] * 14, [4, 4, 4], [4, 4, 3], draft_s=0.007, opening_s=0.003, prefill_s=0.3, verify_s=0.006))
+    pace.add(
+        Decoded([1] * 14, [4, 4, 4], [4, 4, 3],
+                draft_s=0.007,
+                opening_s=0.003,
+                prefill_s=0.3,
+                verify_s=0.006))
     assert pace.price() == pytest.approx(500)
-    pace.add(Decoded([1] * 4 + [2], [8], [5], draft_s=0.002, opening_s=0.002, prefill_s=0.3))     # EOS was proposed
+    # EOS was proposed
+    pace.add(Decoded([1] * 4 + [2], [8], [5], draft_s=0.002, opening_s=0.002, prefill_s=0.3))
     pace.add(Decoded([1], [0], [0], prefill_s=0.3))
     assert pace.price() == pytest.approx(500)
 
 
-# ------------------------------------------------------------------------------------------------ no numbers
+# --------------------------------------------------------------------------------------- no numbers
 @pytest.fixture(scope="module")
 def unnamed_task(task, tmp_path_factory) -> Path:
     """The task without a record of the models that it was trained for."""
@@ -193,7 +225,9 @@ def unnamed_task(task, tmp_path_factory) -> Path:
 
 
 def overflowing(folder: Path, source: Path, value: float = 6e4) -> Path:
-    """A copy of a model whose first block scales up so far that float16 overflows; or holds this value."""
+    """A copy of a model whose first block scales up so far that float16 overflows; or holds this
+    value.
+    """
     shutil.copytree(source, folder)
     for file in folder.glob("*.safetensors"):
         state = load_file(file)
@@ -204,23 +238,31 @@ def overflowing(folder: Path, source: Path, value: float = 6e4) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("flags", [[], ["--compare"], ["--temperature", "1"], ["--gamma", "3"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [[], ["--compare"], ["--temperature", "1"], ["--gamma", "3"]],
+                         ids=" ".join)
 @pytest.mark.parametrize("model", ["video_llava", "eventgpt"])
-def test_when_no_answer_has_numbers_one_error_names_the_dtype(monkeypatch, demo, unnamed_task, tmp_path, flags, model):
+def test_when_no_answer_has_numbers_one_error_names_the_dtype(monkeypatch, demo, unnamed_task,
+                                                              tmp_path, flags, model):
     folder = overflowing(tmp_path / model, demo.models / model)
     flag = {"video_llava": "--target_model", "eventgpt": "--draft_model"}[model]
-    with pytest.raises(UserError, match=r"none of 4 clips .* in float16 are no numbers .*--dtype bfloat16 or float32"):
-        run_main(monkeypatch, demo, unnamed_task, tmp_path / "out", flag, str(folder), "--dtype", "float16", *flags)
-    assert not (tmp_path / "out" / "decode.json").exists() and not (tmp_path / "out" / "DECODE.md").exists()
+    with pytest.raises(
+            UserError,
+            match=r"none of 4 clips .* in float16 are no numbers .*--dtype bfloat16 or float32"):
+        run_main(monkeypatch, demo, unnamed_task, tmp_path / "out", flag, str(folder), "--dtype",
+                 "float16", *flags)
+    assert not (tmp_path / "out" / "decode.json").exists() and not (tmp_path / "out" /
+                                                                    "DECODE.md").exists()
     if not flags:
-        run_main(monkeypatch, demo, unnamed_task, tmp_path / "out", flag, str(folder), "--max_samples", "1", "--restart")
+        run_main(monkeypatch, demo, unnamed_task, tmp_path / "out", flag, str(folder),
+                 "--max_samples", "1", "--restart")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_an_answer_without_numbers_fails_and_the_others_are_those_of_a_run_without_it(
         monkeypatch, demo, task, tmp_path, dtype):
     """NaN from the vision tower, in the middle of the run and at its first clip."""
-    wanted = run_main(monkeypatch, demo, task, tmp_path / "whole", "--compare", "--dtype", dtype)["answers"]
+    wanted = run_main(monkeypatch, demo, task, tmp_path / "whole", "--compare", "--dtype",
+                      dtype)["answers"]
     features, seen = VideoLlava.visual_features, []
 
     def spoilt(self, pixels):
@@ -230,7 +272,8 @@ def test_an_answer_without_numbers_fails_and_the_others_are_those_of_a_run_witho
 
     monkeypatch.setattr(VideoLlava, "visual_features", spoilt)
     results = run_main(monkeypatch, demo, task, tmp_path / "out", "--compare", "--dtype", dtype)
-    assert [row["tokens"] for row in results["answers"]] == [wanted[1]["tokens"], wanted[3]["tokens"]]
+    assert [row["tokens"]
+            for row in results["answers"]] == [wanted[1]["tokens"], wanted[3]["tokens"]]
     assert [(row["clip"], row["model"], row["question_idx"]) for row in results["failed"]] == [
         (wanted[0]["clip"], "videollava", 0), (wanted[2]["clip"], "videollava", 0)]
     assert all(f"in {dtype} are no numbers" in row["reason"] for row in results["failed"])
@@ -241,19 +284,22 @@ def test_a_figure_that_is_nan_is_null_in_decode_json(monkeypatch, demo, task, tm
     measure = decoding.answers.measure_costs
     monkeypatch.setattr(decoding.answers, "measure_costs",
                         lambda *given: dataclasses.replace(measure(*given), prefill=math.nan))
-    results = run_main(monkeypatch, demo, task, tmp_path / "out", "--gamma", "2", "--max_samples", "1")
+    results = run_main(monkeypatch, demo, task, tmp_path / "out", "--gamma", "2", "--max_samples",
+                       "1")
     assert results["costs_ms"]["prefill"] is None and results["costs_ms"]["vision"] > 0
     assert (tmp_path / "out" / "DECODE.md").exists()
 
 
 def test_one_token_each_shows_no_speed_up(monkeypatch, demo, task, tmp_path):
-    results = run_main(monkeypatch, demo, task, tmp_path / "out", "--compare", "--max_new_tokens", "1")
+    results = run_main(monkeypatch, demo, task, tmp_path / "out", "--compare", "--max_new_tokens",
+                       "1")
     page = (tmp_path / "out" / "DECODE.md").read_text()
     assert results["totals"]["verdicts"] == {"exact": 4 * (len(LIVE_NAMES) + 1)}
-    assert "the speed of our own loop" not in page and "pays most" not in page and "no drafter pays" not in page
+    assert "the speed of our own loop" not in page
+    assert "pays most" not in page and "no drafter pays" not in page
 
 
-# ------------------------------------------------------------------------------------------- without EventGPT
+# --------------------------------------------------------------------------------- without EventGPT
 @pytest.mark.parametrize("drafter", ["memory", "lookup", "none"])
 def test_a_drafter_that_reads_no_draft_needs_no_draft_model_and_no_event_pictures(
         monkeypatch, demo, task, tmp_path, drafter):
@@ -261,24 +307,33 @@ def test_a_drafter_that_reads_no_draft_needs_no_draft_model_and_no_event_picture
     shutil.copytree(demo.test_1s, data, ignore=shutil.ignore_patterns("event_image", "event_npy"))
     flags = ["--drafter", drafter, "--gamma", "3", "--max_samples", "2"]
     with_draft = run_main(monkeypatch, demo, task, tmp_path / "with", *flags)
-    without = run_main(monkeypatch, demo, task, tmp_path / "without", *flags, "--dataset_dir", str(data),
-                       without=("--draft_model",))
-    assert [row["tokens"] for row in without["answers"]] == [row["tokens"] for row in with_draft["answers"]]
-    assert without["totals"]["runs"][drafter]["passes"] == with_draft["totals"]["runs"][drafter]["passes"]
+    without = run_main(monkeypatch,
+                       demo,
+                       task,
+                       tmp_path / "without",
+                       *flags,
+                       "--dataset_dir",
+                       str(data),
+                       without=("--draft_model", ))
+    assert [row["tokens"]
+            for row in without["answers"]] == [row["tokens"] for row in with_draft["answers"]]
+    assert without["totals"]["runs"][drafter]["passes"] == with_draft["totals"]["runs"][drafter][
+        "passes"]
     assert without["totals"]["eventgpt_s"] == 0 < with_draft["totals"]["eventgpt_s"]
     assert "eventgpt" not in without["costs_ms"] and "eventgpt" not in without["models"]
 
 
-@pytest.mark.parametrize(("flags", "reason"), [(["--drafter", "copy"], "the drafters copy read"),
-                                               (["--compare"], "read EventGPT's answers"),
-                                               (["--drafter", "none", "--parallel"], "--parallel measures")])
+@pytest.mark.parametrize(("flags", "reason"),
+                         [(["--drafter", "copy"], "the drafters copy read"),
+                          (["--compare"], "read EventGPT's answers"),
+                          (["--drafter", "none", "--parallel"], "--parallel measures")])
 def test_without_a_draft_model_a_drafter_that_reads_drafts_is_refused(
         monkeypatch, demo, task, tmp_path, flags, reason):
     with pytest.raises(UserError, match=f"--draft_model is missing: .*{reason}"):
         run_main(monkeypatch, demo, task, tmp_path / "out", *flags, without=("--draft_model",))
 
 
-# --------------------------------------------------------------------------------------- before any model loads
+# --------------------------------------------------------------------------- before any model loads
 @pytest.fixture
 def never_loaded(monkeypatch):
     """Loading a model fails the test."""
@@ -293,10 +348,12 @@ def half_of(source: Path, folder: Path, lacking: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("model", "lacking", "words"), [
-    ("video_llava", "*.safetensors", "has no weights"), ("video_llava", "tokenizer*", "has no tokenizer"),
-    ("eventgpt", "*.safetensors", "has no weights"), ("eventgpt", "tokenizer*", "has no tokenizer"),
-    ("video_llava", "config.json", "no config.json")])
+@pytest.mark.parametrize(("model", "lacking", "words"),
+                         [("video_llava", "*.safetensors", "has no weights"),
+                          ("video_llava", "tokenizer*", "has no tokenizer"),
+                          ("eventgpt", "*.safetensors", "has no weights"),
+                          ("eventgpt", "tokenizer*", "has no tokenizer"),
+                          ("video_llava", "config.json", "no config.json")])
 def test_half_a_download_is_said_before_any_model_is_loaded(
         monkeypatch, demo, task, tmp_path, never_loaded, model, lacking, words):
     flag = {"video_llava": "--target_model", "eventgpt": "--draft_model"}[model]
@@ -305,12 +362,15 @@ def test_half_a_download_is_said_before_any_model_is_loaded(
                  str(half_of(demo.models / model, tmp_path / model, lacking)))
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--target_model", "demo/models/nope"], "no such model folder"),
-    (["--query", "What is <image> here?"], "<image>"), (["--query", "Where is <event>?"], "<event>"),
-    (["--max_new_tokens", "100000"], "positions"), (["--num_frames", "900"], "positions"),
-    (["--memory", "none.npz"], "not the memory of a task")])
-def test_mistakes_are_said_before_any_model_is_loaded(monkeypatch, demo, task, tmp_path, never_loaded, flags, words):
+@pytest.mark.parametrize(("flags", "words"),
+                         [(["--target_model", "demo/models/nope"], "no such model folder"),
+                          (["--query", "What is <image> here?"], "<image>"),
+                          (["--query", "Where is <event>?"], "<event>"),
+                          (["--max_new_tokens", "100000"], "positions"),
+                          (["--num_frames", "900"], "positions"),
+                          (["--memory", "none.npz"], "not the memory of a task")])
+def test_mistakes_are_said_before_any_model_is_loaded(monkeypatch, demo, task, tmp_path,
+                                                      never_loaded, flags, words):
     with pytest.raises(UserError, match=words):
         run_main(monkeypatch, demo, task, tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
@@ -321,11 +381,13 @@ def test_other_weights_of_the_same_names_and_sizes_are_refused_before_any_model_
         monkeypatch, demo, task, tmp_path, never_loaded, model):
     flag = {"video_llava": "--target_model", "eventgpt": "--draft_model"}[model]
     folder = overflowing(tmp_path / model, demo.models / model, 1.0)
-    with pytest.raises(UserError, match=r"was trained on answers of .* \(revision content .*has revision content"):
+    with pytest.raises(
+            UserError,
+            match=r"was trained on answers of .* \(revision content .*has revision content"):
         run_main(monkeypatch, demo, task, tmp_path / "out", flag, str(folder))
 
 
-# ----------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 def test_a_folder_that_is_no_finished_task_is_refused(monkeypatch, demo, task, tmp_path):
     for missing in ("best_model.pt", "results.json"):
         broken = tmp_path / missing
@@ -344,20 +406,26 @@ COMMIT, OTHER_COMMIT = "1" * 40, "2" * 40
 
 
 def trained_on(role, *recorded: dict) -> Task:
-    return Task(Path("task"), LiveParts(), {}, {role.name: [{"name": "other", **facts} for facts in recorded]})
+    return Task(Path("task"), LiveParts(), {},
+                {role.name: [{"name": "other", **facts} for facts in recorded]})
 
 
 @pytest.mark.parametrize("role", ROLES.values(), ids=ROLES)
 def test_a_task_of_other_models_is_refused_with_both_named(role):
     facts = {"vocab_size": 691, "revision": CONTENT}
-    with pytest.raises(UserError, match=r"answers of other \(vocab_size 32064\), but mine has vocab_size 691"):
+    with pytest.raises(UserError,
+                       match=r"answers of other \(vocab_size 32064\), but mine has vocab_size 691"):
         check_model(trained_on(role, {"vocab_size": 32064}), role, "mine", facts)
     with pytest.raises(UserError, match=f"revision {OTHER_CONTENT}.*has revision {CONTENT}"):
-        check_model(trained_on(role, {"vocab_size": 691, "revision": OTHER_CONTENT}), role, "mine", facts)
+        check_model(trained_on(role, {"vocab_size": 691, "revision": OTHER_CONTENT}), role, "mine",
+                    facts)
     with pytest.raises(UserError, match=f"revision {OTHER_COMMIT}.*has revision {COMMIT}"):
-        check_model(trained_on(role, {"revision": OTHER_COMMIT}), role, "mine", {**facts, "revision": COMMIT})
-    with pytest.raises(UserError, match="revision"):                     # of two training files, one is of others
-        check_model(trained_on(role, {"revision": CONTENT}, {"revision": OTHER_CONTENT}), role, "mine", facts)
+        check_model(trained_on(role, {"revision": OTHER_COMMIT}), role, "mine",
+                    {**facts, "revision": COMMIT})
+    # of two training files, one is of others
+    with pytest.raises(UserError, match="revision"):
+        check_model(trained_on(role, {"revision": CONTENT}, {"revision": OTHER_CONTENT}), role,
+                    "mine", facts)
 
 
 @pytest.mark.parametrize("role", ROLES.values(), ids=ROLES)
@@ -367,23 +435,32 @@ def test_the_models_of_the_task_are_taken_and_what_can_not_be_told_is_a_warning(
     check_model(trained_on(role), role, "mine", facts)
     check_model(trained_on(role, {"vocab_size": 691}), role, "mine", facts)
     assert "WARNING" not in capsys.readouterr().out
-    for recorded, loaded in (("unknown", "unknown"), ("unknown", COMMIT), (COMMIT, "unknown"), (COMMIT, CONTENT),
-                             ("local", CONTENT), ("local 0123456789ab", CONTENT)):
-        check_model(trained_on(role, {"revision": recorded}), role, "mine", {**facts, "revision": loaded})
-        assert f"nothing tells whether its revision, {loaded}, is {recorded}" in capsys.readouterr().out
+    for recorded, loaded in (("unknown", "unknown"), ("unknown", COMMIT), (COMMIT, "unknown"),
+                             (COMMIT, CONTENT), ("local", CONTENT), ("local 0123456789ab",
+                                                                     CONTENT)):
+        check_model(trained_on(role, {"revision": recorded}), role, "mine",
+                    {**facts, "revision": loaded})
+        assert f"nothing tells whether its revision, {loaded}, is {recorded}" in capsys.readouterr(
+        ).out
 
 
-def test_an_adapter_of_a_larger_vocabulary_still_decodes_losslessly(monkeypatch, demo, task, tmp_path):
-    """Its ids beyond the target's are never fed; a task without memory.npz begins with an empty memory."""
+def test_an_adapter_of_a_larger_vocabulary_still_decodes_losslessly(monkeypatch, demo, task,
+                                                                    tmp_path):
+    """Its ids beyond the target's are never fed; a task without memory.npz begins with an empty
+    memory.
+    """
     other = tmp_path / "task"
     shutil.copytree(task, other, ignore=shutil.ignore_patterns("memory.npz", "decode_*"))
     torch.manual_seed(0)
-    save_adapter(TokenAdapter(AdapterConfig(900, "prefix", 32, 1, 2, 64, 60)), other / "best_model.pt")
-    found = run_main(monkeypatch, demo, other, tmp_path / "out", "--compare", "--max_samples", "2", "--gamma", "3")
+    save_adapter(TokenAdapter(AdapterConfig(900, "prefix", 32, 1, 2, 64, 60)),
+                 other / "best_model.pt")
+    found = run_main(monkeypatch, demo, other, tmp_path / "out", "--compare", "--max_samples", "2",
+                     "--gamma", "3")
     assert found["totals"]["verdicts"] == {"exact": 2 * (len(LIVE_NAMES) + 1)}
 
 
-def test_an_adapter_that_does_not_know_all_ids_proposes_nothing_from_there_on(monkeypatch, demo, task, tmp_path):
+def test_an_adapter_that_does_not_know_all_ids_proposes_nothing_from_there_on(
+        monkeypatch, demo, task, tmp_path):
     """Of pairs that recorded no vocabulary the adapter has ids up to the largest that it met."""
     other = tmp_path / "task"
     shutil.copytree(task, other, ignore=shutil.ignore_patterns("decode_*"))
@@ -391,27 +468,32 @@ def test_an_adapter_that_does_not_know_all_ids_proposes_nothing_from_there_on(mo
     for conditioning in ("prefix+draft", "draft"):
         adapter = TokenAdapter(AdapterConfig(120, conditioning, 32, 1, 2, 64, 60))
         save_adapter(adapter, other / "best_model.pt")
-        found = run_main(monkeypatch, demo, other, tmp_path / conditioning, "--compare", "--max_samples", "1")
+        found = run_main(monkeypatch, demo, other, tmp_path / conditioning, "--compare",
+                         "--max_samples", "1")
         assert found["totals"]["verdicts"] == {"exact": len(LIVE_NAMES) + 1}
         assert max(found["answers"][0]["tokens"]) >= 120
         assert ("hybrid" in found["reads_draft"]) == (conditioning == "prefix+draft")
 
 
-def test_both_models_at_work_at_once_are_timed_over_the_clips_that_were_decoded(monkeypatch, demo, task, tmp_path):
+def test_both_models_at_work_at_once_are_timed_over_the_clips_that_were_decoded(
+        monkeypatch, demo, task, tmp_path):
     monkeypatch.setattr(decoding.parallel, "PARALLEL_CLIPS", 2)
     data = tmp_path / "data"
     shutil.copytree(demo.test_1s, data)
     for broken in sorted(data.glob("mp4/*/*.mp4"))[:1]:
         broken.unlink()
-    found = run_main(monkeypatch, demo, task, tmp_path / "out", "--dataset_dir", str(data), "--parallel")
+    found = run_main(monkeypatch, demo, task, tmp_path / "out", "--dataset_dir", str(data),
+                     "--parallel")
     parallel = found["totals"]["parallel"]
     assert len(found["answers"]) == 3 and len(found["failed"]) == 1 and parallel["clips"] == 2
     assert parallel["all_s"] > 0 < parallel["plain_all_s"] and parallel["draft_device"] == "cpu"
-    assert set(found["costs_ms"]["proposal"]) == {"hybrid"}                # what ran beside it changed no figure
+    # what ran beside it changed no figure
+    assert set(found["costs_ms"]["proposal"]) == {"hybrid"}
     assert "EventGPT on cpu" in (tmp_path / "out" / "DECODE.md").read_text()
 
 
-def test_a_task_file_that_is_damaged_or_old_is_one_clear_error_or_does_without(monkeypatch, demo, task, tmp_path):
+def test_a_task_file_that_is_damaged_or_old_is_one_clear_error_or_does_without(
+        monkeypatch, demo, task, tmp_path):
     other = tmp_path / "task"
     shutil.copytree(task, other, ignore=shutil.ignore_patterns("decode_*"))
     results = json.loads((other / "results.json").read_text())
@@ -422,7 +504,8 @@ def test_a_task_file_that_is_damaged_or_old_is_one_clear_error_or_does_without(m
     read = read_task(other)
     assert read.parts.memory_share == 0.5 and read.models == {} and not any(read.simulated.values())
     whole = (other / "memory.npz").read_bytes()
-    for at in range(60, len(whole), 41):                                  # a flipped byte is seen or changes nothing
+    # a flipped byte is seen or changes nothing
+    for at in range(60, len(whole), 41):
         (other / "memory.npz").write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1:])
         with contextlib.suppress(UserError):
             read_task(other)
@@ -450,17 +533,21 @@ def test_a_data_set_without_media_is_one_clear_error(monkeypatch, demo, task, tm
         run_main(monkeypatch, demo, task, tmp_path / "out", "--dataset_dir", str(bare))
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--gamma", "0"], "--gamma must be auto or from 1 to 16, got 0"), (["--gamma", "17"], "--gamma"),
-    (["--temperature", "-1"], "--temperature"), (["--temperature", "1", "--compare"], "--compare needs greedy"),
-    (["--max_new_tokens", "0"], "--max_new_tokens"), (["--max_samples", "0"], "--max_samples"),
-    (["--query", " "], "--query is empty"), (["--draft_model", "nowhere"], "no such folder: nowhere"),
-    (["--drafter", "oracle"], "--drafter"), (["--temperature", "1e-9"], "from 0.01"),
-    (["--temperature", "1", "--parallel"], "--parallel needs greedy"),
-    (["--draft_device", "cpu"], "--draft_device belongs to --parallel"),
-    (["--draft_device", "cuda:99", "--parallel"], "CUDA devices"),
-    (["--output_folder", "README.md"], "can't write to"),
-    (["--task", "nowhere"], "nowhere is no finished task")])
+@pytest.mark.parametrize(
+    ("flags", "words"), [(["--gamma", "0"], "--gamma must be auto or from 1 to 16, got 0"),
+                         (["--gamma", "17"], "--gamma"), (["--temperature", "-1"], "--temperature"),
+                         (["--temperature", "1", "--compare"], "--compare needs greedy"),
+                         (["--max_new_tokens", "0"], "--max_new_tokens"),
+                         (["--max_samples", "0"], "--max_samples"),
+                         (["--query", " "], "--query is empty"),
+                         (["--draft_model", "nowhere"], "no such folder: nowhere"),
+                         (["--drafter", "oracle"], "--drafter"),
+                         (["--temperature", "1e-9"], "from 0.01"),
+                         (["--temperature", "1", "--parallel"], "--parallel needs greedy"),
+                         (["--draft_device", "cpu"], "--draft_device belongs to --parallel"),
+                         (["--draft_device", "cuda:99", "--parallel"], "CUDA devices"),
+                         (["--output_folder", "README.md"], "can't write to"),
+                         (["--task", "nowhere"], "nowhere is no finished task")])
 def test_a_mistake_in_the_flags_is_a_user_error(monkeypatch, demo, task, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         run_main(monkeypatch, demo, task, tmp_path / "out", *flags)
@@ -468,7 +555,8 @@ def test_a_mistake_in_the_flags_is_a_user_error(monkeypatch, demo, task, tmp_pat
 
 def test_a_task_is_not_written_over_and_no_two_write_one_folder(monkeypatch, demo, task, tmp_path):
     before = (task / "memory.npz").read_bytes()
-    with pytest.raises(UserError, match=r"is a task folder, whose memory\.npz would be written over"):
+    with pytest.raises(UserError,
+                       match=r"is a task folder, whose memory\.npz would be written over"):
         run_main(monkeypatch, demo, task, task)
     assert (task / "memory.npz").read_bytes() == before
     with only_writer(tmp_path), pytest.raises(UserError, match="is being written by process"):

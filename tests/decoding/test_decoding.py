@@ -1,4 +1,5 @@
-"""Speculative decoding says exactly what plain decoding says, and as fast as simulation foretells."""
+"""Speculative decoding says exactly what plain decoding says, and as fast as simulation foretells.
+"""
 
 import collections
 import dataclasses
@@ -35,7 +36,9 @@ class Following:
 
 
 class Automaton:
-    """A target whose next token hangs on its last three, enough to notice a wrong rollback. Prompts: token lists."""
+    """A target whose next token hangs on its last three, enough to notice a wrong rollback.
+    Prompts: token lists.
+    """
 
     vocab_size = VOCABULARY
 
@@ -50,7 +53,11 @@ class Automaton:
         self.prompt, self.fed = prompt, []
 
     def _after(self, tokens: list[int], count: int) -> Following:
-        rows = [self.logits[tuple(tokens[at - 3:at])] for at in range(len(tokens) - count + 1, len(tokens) + 1)]
+        rows = [
+            self.logits[tuple(tokens[at - 3:at])]
+            for at in range(len(tokens) - count + 1,
+                            len(tokens) + 1)
+        ]
         return Following(torch.stack(rows).argmax(-1), torch.stack(rows))
 
     def prefill(self, proposed: list[int]) -> Following:
@@ -80,27 +87,33 @@ class Knowing(NoDrafts):
 
     def propose(self, prefix, gamma, price=0.0):
         truth = [*self.answer, *[5] * 40][len(prefix):len(prefix) + gamma]
-        return [(token + 1) % VOCABULARY if self.wrong(len(prefix) + k) else token for k, token in enumerate(truth)]
+        return [(token + 1) % VOCABULARY if self.wrong(len(prefix) + k) else token
+                for k, token in enumerate(truth)]
 
 
 PROMPTS = ([1, 7, 9], [3, 3, 4], [20, 11, 8])
-QUALITY = {"never": lambda at: True, "always": lambda at: False, "sometimes": lambda at: at % 4 == 3,
-           "odd": lambda at: at * at % 7 in (2, 3)}
+QUALITY = {
+    "never": lambda at: True, "always": lambda at: False, "sometimes": lambda at: at % 4 == 3,
+    "odd": lambda at: at * at % 7 in (2, 3)
+}
 
 
-# ---------------------------------------------------------------------------------------------------- lossless
+# ----------------------------------------------------------------------------------------- lossless
 @pytest.mark.parametrize("quality", QUALITY)
 @pytest.mark.parametrize("gamma", [1, 2, 3, 5, 8, 12])
 def test_whatever_is_proposed_the_answer_is_that_of_plain_decoding(quality, gamma):
-    for eos_every in (0, 1, 2, 5):                    # 1: the first token ends the answer; 2, 5: EOS inside a draft
+    # 1: the first token ends the answer; 2, 5: EOS inside a draft
+    for eos_every in (0, 1, 2, 5):
         target = Automaton(eos_every, eos_every)
         for prompt in PROMPTS:
             for length in (1, 2, 7, 30):              # the limit falls inside a draft
                 plain = target.plain(prompt, length)
                 target.ask(prompt)
-                found = decode(target, Knowing(plain, QUALITY[quality]), Limits(length, (EOS,), gamma))
+                found = decode(target, Knowing(plain, QUALITY[quality]),
+                               Limits(length, (EOS, ), gamma))
                 assert found.tokens == plain
-                assert sum(found.accepted) <= sum(found.proposed) and len(found.accepted) <= len(plain)
+                assert sum(found.accepted) <= sum(found.proposed) and len(
+                    found.accepted) <= len(plain)
                 if quality == "always":
                     assert len(found.accepted) == -(-len(plain) // (gamma + 1))
                 if quality == "never":
@@ -112,7 +125,9 @@ def test_ids_that_the_target_does_not_have_are_never_fed_to_it():
     for strange in (VOCABULARY, -1, 10**6):
         plain = target.plain(PROMPTS[0], 12)
         drafter = NoDrafts()
-        drafter.propose = lambda prefix, gamma, _, odd=strange, plain=plain: [plain[len(prefix)], odd, 3][:gamma]
+        drafter.propose = lambda prefix, gamma, _, odd=strange, plain=plain: [
+            plain[len(prefix)], odd, 3
+        ][:gamma]
         target.ask(PROMPTS[0])
         found = decode(target, drafter, Limits(12, (EOS,), 5))
         assert found.tokens == plain and max(found.proposed) == 1
@@ -143,9 +158,10 @@ def test_a_drafter_is_asked_for_what_still_fits_and_told_what_is_worth_it():
     assert asked == [(0, 3, 0.25), (1, 3, 0.25), (2, 3, 0.25), (3, 2, 0.25), (4, 1, 0.25)]
 
 
-# ------------------------------------------------------------------------------------------------ temperature
+# -------------------------------------------------------------------------------------- temperature
 def test_sampling_gives_the_targets_own_distribution_whatever_is_proposed():
-    """Pairs of tokens drawn with proposals against their exact chances: chi-square over many seeds."""
+    """Pairs of tokens drawn with proposals against their exact chances: chi-square over many seeds.
+    """
     rng = np.random.default_rng(3)
     first, second = rng.normal(0, 1.5, 5), rng.normal(0, 1.5, (5, 5))
     temperature, seeds, draws = 0.7, (11, 12, 13), 3000
@@ -161,15 +177,21 @@ def test_sampling_gives_the_targets_own_distribution_whatever_is_proposed():
         for rule in (rule for seed in seeds for rule in [Sampling(temperature, seed)] * draws):
             rows = np.stack([first, *(second[token] for token in proposed)])
             tree = Tree.chain(proposed)
-            emitted = tree.follow(rule([], tree.depths(), Following(None, torch.from_numpy(rows))))[1]
-            if len(emitted) == 1:                                   # the second token comes from a plain pass
-                emitted = emitted + rule(emitted, [0], Following(None, torch.from_numpy(second[emitted[0]][None])))
+            following = Following(None, torch.from_numpy(rows))
+            emitted = tree.follow(rule([], tree.depths(), following))[1]
+            # the second token comes from a plain pass
+            if len(emitted) == 1:
+                emitted = emitted + rule(
+                    emitted, [0], Following(None, torch.from_numpy(second[emitted[0]][None])))
             counts[emitted[0] * 5 + emitted[1]] += 1
         observed = np.array([counts[cell] for cell in range(25)])
-        rare = expected < 5                                   # too few for chi-square one by one: taken together
-        observed, wanted = (np.append(found[~rare], found[rare].sum()) for found in (observed, expected))
+        # too few for chi-square one by one: taken together
+        rare = expected < 5
+        observed, wanted = (np.append(found[~rare], found[rare].sum())
+                            for found in (observed, expected))
         free = len(wanted) - 1
-        limit = free * (1 - 2 / (9 * free) + 3.09 * (2 / (9 * free)) ** 0.5) ** 3     # 0.1 % of runs exceed it
+        # 0.1 % of runs exceed it
+        limit = free * (1 - 2 / (9 * free) + 3.09 * (2 / (9 * free)) ** 0.5) ** 3
         assert ((observed - wanted) ** 2 / wanted).sum() < limit, proposed
 
 
@@ -180,12 +202,14 @@ def test_a_sampled_answer_is_the_same_for_the_same_seed_and_near_greedy_when_col
         for seed in seeds:
             target.ask(PROMPTS[1])
             drafter = Knowing(target.plain(PROMPTS[1], 20), QUALITY["odd"])
-            answers.append(decode(target, drafter, Limits(20, (EOS,), 5), rule=Sampling(temperature, seed)).tokens)
+            answers.append(
+                decode(target, drafter, Limits(20, (EOS, ), 5), rule=Sampling(temperature,
+                                                                              seed)).tokens)
         assert answers[0] == answers[1]
     assert answers[0] == target.plain(PROMPTS[1], 20)
 
 
-# --------------------------------------------------------------------------------------------------- drafters
+# ----------------------------------------------------------------------------------------- drafters
 def pairs_of(targets: list[list[int]], drafts: list[list[int]]) -> Pairs:
     return Pairs(*flat(drafts), *flat(targets), [""] * len(targets), list(range(len(targets))), [])
 
@@ -196,13 +220,16 @@ DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 
 @pytest.fixture(scope="module")
 def world() -> tuple:
-    """(automaton, training pairs, test pairs, prompts of the test answers): answers of 12 tokens at most."""
+    """(automaton, training pairs, test pairs, prompts of the test answers): answers of 12 tokens at
+    most.
+    """
     target, rng = Automaton(7, 5), np.random.default_rng(1)
     prompts = [rng.integers(3, VOCABULARY, 3).tolist() for _ in range(60)]
     answers = [target.plain(prompt, 12) for prompt in prompts]
     drafts = [rng.integers(3, VOCABULARY, rng.integers(0, 9)).tolist() for _ in prompts]
     drafts[41] = []
-    return (target, pairs_of(answers[:40], drafts[:40]), pairs_of(answers[40:], drafts[40:]), prompts[40:])
+    return (target, pairs_of(answers[:40], drafts[:40]), pairs_of(answers[40:],
+                                                                  drafts[40:]), prompts[40:])
 
 
 def tiny(conditioning: str, draft_vocab: bool = False) -> TokenAdapter:
@@ -228,10 +255,12 @@ def live(drafter: NoDrafts, world: tuple, gamma: int) -> list[Decoded]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("gamma", [1, 3, 8])
-@pytest.mark.parametrize("kind", ["memory", "copy", "draft", "prefix", "prefix+draft", "hybrid", "draft_vocab"])
+@pytest.mark.parametrize(
+    "kind", ["memory", "copy", "draft", "prefix", "prefix+draft", "hybrid", "draft_vocab"])
 def test_live_decoding_needs_the_passes_that_simulation_foretells(world, kind, gamma, device):
     _, training, test, _ = world
-    adapter = tiny(kind if kind in ("draft", "prefix") else "prefix+draft", kind == "draft_vocab").to(device)
+    adapter = tiny(kind if kind in ("draft", "prefix") else "prefix+draft",
+                   kind == "draft_vocab").to(device)
     answers = list(training.answers("target"))
     if kind == "memory":
         simulated, drafter = Memory(NGrams(answers), test), LiveMemory(NGrams(answers))
@@ -266,25 +295,31 @@ def test_the_cached_adapter_follows_a_prefix_that_grows_turns_back_and_turns_off
         if turn == 0:
             prefix = prefix[:int(rng.integers(0, len(prefix) + 1))]
         elif len(prefix) < 9:
-            prefix = prefix + rng.integers(0, VOCABULARY, rng.integers(0, 10 - len(prefix))).tolist()
+            prefix = prefix + rng.integers(0, VOCABULARY, rng.integers(0,
+                                                                       10 - len(prefix))).tolist()
         further = int(rng.integers(0, 10 - len(prefix)))
         rows = steps.after(prefix, further)
         assert len(rows) == further + 1
         said = list(prefix)
         for ids, chances in rows:
             with torch.no_grad():
-                parts = (torch.tensor(part, dtype=torch.long, device=device) for part in ([draft], [3], [said]))
+                parts = (torch.tensor(part, dtype=torch.long, device=device)
+                         for part in ([draft], [3], [said]))
                 logits = adapter(*parts)
             wanted = logits[0, -1].softmax(-1)
             # On a GPU proposals are made in bfloat16: near ties may change places.
-            assert chances == pytest.approx(wanted[ids].tolist(), rel=1e-4 if device == "cpu" else 0.03)
-            assert chances == pytest.approx(wanted.topk(5).values.tolist(), rel=1e-4 if device == "cpu" else 0.03)
+            assert chances == pytest.approx(wanted[ids].tolist(),
+                                            rel=1e-4 if device == "cpu" else 0.03)
+            assert chances == pytest.approx(wanted.topk(5).values.tolist(),
+                                            rel=1e-4 if device == "cpu" else 0.03)
             said.append(ids[0])
 
 
 @pytest.mark.parametrize("conditioning", ["prefix", "prefix+draft"])
 def test_what_a_graph_would_capture_can_run_before_anything_was_begun(conditioning):
-    """Capturing runs each size several times on the buffers as they are; a place below 0 would end the process."""
+    """Capturing runs each size several times on the buffers as they are; a place below 0 would end
+    the process.
+    """
     steps = AdapterSteps(tiny(conditioning))
     for size in ("start", *reversed(steps.SIZES)):
         for _ in range(4):
@@ -311,7 +346,8 @@ def test_proposals_end_where_they_are_no_longer_likely_enough():
     for least in (0.5, 0.1, 0.01, 0.0):
         some = adapter.propose([3], 6, 1000 * least)
         assert everything[:len(some)] == some
-        chance = float(np.prod([chances[0] for _, chances in adapter.steps.after([3], 5)][:len(some) + 1]))
+        chance = float(
+            np.prod([chances[0] for _, chances in adapter.steps.after([3], 5)][:len(some) + 1]))
         assert len(some) == 6 or chance < least
 
 
@@ -321,9 +357,11 @@ def test_a_hybrid_asks_its_adapter_only_where_the_memory_doubts_and_only_while_i
         hybrid.learn(answer)
     hybrid.begin([])
     after = hybrid.steps.after
-    hybrid.steps.after = lambda prefix, further=0: asked.append(list(prefix)) or after(prefix, further)
+    hybrid.steps.after = lambda prefix, further=0: asked.append(list(prefix)) or after(
+        prefix, further)
     hybrid.propose([], 3)
-    assert asked == [[5, 6]]                                       # there alone two tokens are as good as equal
+    # there alone two tokens are as good as equal
+    assert asked == [[5, 6]]
     hybrid.costs = Costs(adapter_step_s=0.001)
     for price, times in ((100.0, 1), (2000.0, 0)):
         asked.clear()
@@ -336,8 +374,9 @@ def test_measuring_a_drafter_sets_its_costs_and_teaches_it_nothing():
         work()
         return 0.25
 
-    for drafter in (LiveHybrid(NGrams([[3, 4, 5]]), tiny("prefix"), 0.5), LiveMemory(NGrams([[3, 4, 5]])),
-                    LiveAdapter(tiny("prefix")), LiveLookup(), LiveCopy(), NoDrafts()):
+    for drafter in (LiveHybrid(NGrams([[3, 4, 5]]), tiny("prefix"),
+                               0.5), LiveMemory(NGrams([[3, 4, 5]])), LiveAdapter(tiny("prefix")),
+                    LiveLookup(), LiveCopy(), NoDrafts()):
         before = counts_of(getattr(drafter, "ngrams", NGrams()))
         costs = drafter.measure([3, 4], [5], [3], timer, verify_s=0.5)
         assert costs is drafter.costs and costs.token_s >= 0.5 and costs.proposal_s >= 0
@@ -355,7 +394,8 @@ def test_an_adapter_proposes_nothing_past_its_longest_answer():
 def test_prompt_lookup_proposes_what_followed_the_longest_latest_match():
     lookup = LiveLookup()
     lookup.begin([], [1, 2, 3, 9, 1, 2])
-    assert lookup.propose([4, 1, 2], 3) == [4, 1, 2]               # ... 1 2 | 4 1 2: the latest "1 2" before
+    # ... 1 2 | 4 1 2: the latest "1 2" before
+    assert lookup.propose([4, 1, 2], 3) == [4, 1, 2]
     assert lookup.propose([7, 2, 3], 2) == [9, 1]
     assert lookup.propose([8], 3) == []
 
@@ -375,4 +415,5 @@ def test_a_memory_is_saved_and_comes_back_as_it_was(tmp_path, world):
 
 
 def test_matching_counts_the_common_beginning():
-    assert [matching(a, b) for a, b in (([], [1]), ([1, 2], [1, 3]), ([1, 2], [1, 2, 3]))] == [0, 1, 2]
+    assert [matching(a, b)
+            for a, b in (([], [1]), ([1, 2], [1, 3]), ([1, 2], [1, 2, 3]))] == [0, 1, 2]

@@ -1,4 +1,5 @@
-"""What a decoding's journal holds comes back as it was; anything else in it is dropped or refused."""
+"""What a decoding's journal holds comes back as it was; anything else in it is dropped or refused.
+"""
 
 import json
 
@@ -9,8 +10,10 @@ from decoding.journal import DecodingJournal, hidden_folder, is_entry, journal_o
 from drafting.memory import load_memory, save_memory
 
 SETTINGS, CONTENT = {"gamma": "auto"}, {"eventgpt": {"town/1": "a"}, "videollava": {"town/1": "b"}}
-RUN = {"tokens": 2, "proposed": [1], "accepted": [1], "draft_s": 0.1, "opening_s": 0.1, "prefill_s": 0.2,
-       "verify_s": 0.0}
+RUN = {
+    "tokens": 2, "proposed": [1], "accepted": [1], "draft_s": 0.1, "opening_s": 0.1,
+    "prefill_s": 0.2, "verify_s": 0.0
+}
 ROW = {"tokens": [4, 2], "text": "a", "runs": {"memory": RUN}}
 ENTRIES = [
     {"model": "eventgpt", "facts": {"revision": "content " + "a" * 20}},
@@ -29,11 +32,15 @@ def fill(path) -> None:
 def test_entries_come_back_as_they_were(tmp_path):
     fill(tmp_path / "j")
     with DecodingJournal(tmp_path / "j", SETTINGS, CONTENT) as journal:
-        assert journal.drafts == {("town/1", 0): ([4, 5], 0.5)} and journal.answers == {("town/1", 0): ROW}
-        assert journal.other_tokens == {("town/1", 0): {"copy": [4, 3]}} and journal.folder == "decode_2"
-        assert (journal.costs_ms, journal.noise, journal.draft_costs_ms) == ({"vision": 2.0}, 0.25, {"vision": 1.0})
+        assert journal.drafts == {("town/1", 0): ([4, 5], 0.5)
+                                  } and journal.answers == {("town/1", 0): ROW}
+        assert journal.other_tokens == {("town/1", 0): {"copy": [4, 3]}
+                                        } and journal.folder == "decode_2"
+        assert (journal.costs_ms, journal.noise, journal.draft_costs_ms) == ({"vision": 2.0}, 0.25,
+                                                                             {"vision": 1.0})
         journal.add({"costs_ms": {"vision": 3.0}, "noise": 0.5})
-        assert journal.costs_ms == {"vision": 3.0} and journal.noise == 0.25        # verdicts keep one threshold
+        # verdicts keep one threshold
+        assert journal.costs_ms == {"vision": 3.0} and journal.noise == 0.25
         assert [entry["answers"] for entry in journal.starts] == [0, 1]
 
 
@@ -62,12 +69,14 @@ def test_a_newer_format_is_one_clear_error(tmp_path):
         DecodingJournal(tmp_path / "j", SETTINGS, CONTENT)
 
 
-@pytest.mark.parametrize("entry", [
-    {}, {"draft": [4, "5"], "seconds": 0.5, "key": "a", "question_idx": 0}, {"draft": [4]},
-    {"answer": {**ROW, "tokens": [True]}, "key": "a", "question_idx": 0, "other_tokens": {}},
-    {"answer": {"tokens": [1]}, "key": "a", "question_idx": 0, "other_tokens": {}},
-    {"answer": {**ROW, "runs": {"memory": {"tokens": 1}}}, "key": "a", "question_idx": 0, "other_tokens": {}},
-    {"seconds": 1.0, "draft": [4]}, {"costs_ms": {}, "noise": None}])
+@pytest.mark.parametrize(
+    "entry",
+    [{}, {"draft": [4, "5"], "seconds": 0.5, "key": "a", "question_idx": 0}, {"draft": [4]}, {
+        "answer": {**ROW, "tokens": [True]}, "key": "a", "question_idx": 0, "other_tokens": {}
+    }, {"answer": {"tokens": [1]}, "key": "a", "question_idx": 0, "other_tokens": {}}, {
+        "answer": {**ROW, "runs": {"memory": {"tokens": 1}}}, "key": "a", "question_idx": 0,
+        "other_tokens": {}
+    }, {"seconds": 1.0, "draft": [4]}, {"costs_ms": {}, "noise": None}])
 def test_what_is_no_entry(entry):
     assert not is_entry(entry)
     assert all(map(is_entry, ENTRIES))

@@ -1,4 +1,6 @@
-"""A token never comes from logits that are not finite; such logits behind a refused proposal change nothing."""
+"""A token never comes from logits that are not finite; such logits behind a refused proposal change
+nothing.
+"""
 
 import dataclasses
 import math
@@ -21,7 +23,9 @@ class NotNumbers(Exception):
 
 
 class Spoilt(Automaton):
-    """Its logits are not finite after one context; spreads: they spoil all rows of the same pass, as masked NaN do."""
+    """Its logits are not finite after one context; spreads: they spoil all rows of the same pass,
+    as masked NaN do.
+    """
 
     def __init__(self, context: list[int], value: float = NAN, spreads: bool = False):
         super().__init__(5, 5)
@@ -46,7 +50,8 @@ class Spoilt(Automaton):
 def rule(request):
     if request.param == "greedy":
         return {}
-    return {"rule": Sampling(1e-3, 1)}                   # so cold that it says what greedy decoding says
+    # so cold that it says what greedy decoding says
+    return {"rule": Sampling(1e-3, 1)}
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
@@ -85,7 +90,9 @@ def test_such_logits_behind_a_refused_proposal_change_nothing(value, spreads, ru
 
 
 def test_an_end_before_such_a_token_is_an_end():
-    """EOS is proposed and right; what would follow it is asked for in the same pass and needed by nobody."""
+    """EOS is proposed and right; what would follow it is asked for in the same pass and needed by
+    nobody.
+    """
     plain = Automaton(5, 5).plain(PROMPTS[1], 30)
     assert plain[-1] == EOS
     target = Spoilt([*PROMPTS[1], *plain][-3:])
