@@ -128,7 +128,8 @@ def test_degenerate_answers_of_a_pair_file_are_flagged_on_the_page(tmp_path):
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     file, = load_pairs([tmp_path / "pairs.json"]).files
     text = page(write_task(tmp_path / "task", files={"train": [file], "test": [file]}))
-    assert text.count("2 x one id repeated, 1 x target under 4 tokens, 1 x empty draft") == 2
+    for flag in ("2 x one id repeated", "1 x target under 4 tokens", "1 x empty draft"):
+        assert text.count(flag) == 2
 
 
 def test_control_characters_and_halves_of_characters_are_shown_as_what_they_are(tmp_path):
