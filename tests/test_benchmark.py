@@ -19,6 +19,7 @@ from base import ROOT, UserError
 from benchmark import figures
 from benchmarks import decode, replay
 from benchmarks.decode import Config, read_answers
+from decoding.limits import MEASURED_SIZES
 from decoding.task import read_task
 from drafting.table import LIVE_NAMES
 from machine.device import Runtime
@@ -143,26 +144,27 @@ def test_warming_up_teaches_nothing(trained, monkeypatch):
     config = settings(trained, max_answers=3)
     decode.measure(config)
     answers = read_answers(config, read_task(trained[1])).answers("target")
-    assert learnt == [answer for answer in answers for _ in ("hybrid", "memory")]
+    learning = ("hybrid", "memory", "hybrid, tree", "memory, tree")
+    assert learnt == [answer for answer in answers for _ in learning]
 
 
 # ------------------------------------------------------------------------------------------ figures
 def test_the_output_holds_everything(measured, trained):
     results, _ = measured
     assert set(results) == {
-        "kind", "date", "size", "device", "dtype", "quantization", "gamma", "what", "config", "answers",
+        "kind", "date", "size", "device", "dtype", "quantization", "gamma", "tree", "what", "config", "answers",
         "peer_answers", "prompt_positions", "limits", "memory_mib", "runs", "costs_ms", "wanted",
         "seconds", "provenance"
     }
-    assert set(results["runs"]) == {*MODES, *LIVE_NAMES}
-    assert list(results["costs_ms"]["verify"]) == [str(k) for k in range(1, 18)]
+    assert set(results["runs"]) == {*MODES, *LIVE_NAMES, "hybrid, tree", "memory, tree"}
+    assert list(results["costs_ms"]["verify"]) == [str(k) for k in MEASURED_SIZES]
     assert set(results["costs_ms"]["propose_8"]) == {"adapter", "hybrid", "memory"}
     assert all(results["costs_ms"][name] > 0 for name in ("vision", "prefill"))
     assert (results["costs_ms"]["adapter_step"]
             is None) == (not read_task(trained[1]).adapter.config.sees_prefix)
     assert all(value > 0 for value in results["limits"].values())
     assert {"torch", "transformers"} <= set(results["provenance"]["versions"]) and len(
-        results["wanted"]) == 9
+        results["wanted"]) == 14
     assert "Replayed" in results["what"][1] and f"first {PART} of {ANSWERS} answers" in results[
         "what"][-1]
     spread = results["runs"]["hybrid"]["ms_per_token_by_answer"]

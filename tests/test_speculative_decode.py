@@ -24,6 +24,7 @@ import vlm.roles
 from base import UserError
 from decoding.clips import in_order
 from decoding.costs import Pace
+from decoding.limits import MAX_NODES, MEASURED_SIZES
 from decoding.loop import Decoded
 from decoding.task import Task, check_model, read_task
 from decoding.verdict import judge
