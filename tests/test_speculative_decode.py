@@ -147,10 +147,10 @@ def test_a_wrong_answer_ends_with_exit_3_and_the_report_says_where(monkeypatch, 
                                                                    tmp_path):
     right = decoding.rules.greedy
 
-    # believes a first proposal without a look
-    def careless(answer, proposed, following):
-        emitted = right(answer, proposed, following)
-        return proposed[:1] or emitted if len(answer) > 3 else emitted
+    # says something else wherever something is proposed
+    def careless(answer, depths, following):
+        chosen = right(answer, depths, following)
+        return [token + 1 for token in chosen] if len(answer) > 3 and len(depths) > 1 else chosen
 
     monkeypatch.setattr(decoding.answers, "rule_of", lambda *_: careless)
     with pytest.raises(SystemExit) as ended:
