@@ -51,7 +51,7 @@ def lead(results: dict) -> list[str]:
     name, sums = results["drafter"], results["totals"]
     run, verdicts = sums["runs"][name], own_verdicts(results)
     text = (f"**With {escape(name)} the target emits {run['tau']:.2f} tokens per pass (tau), gamma "
-            f"{escape(results['gamma'])}, over {sums['answers']} answers.** ")
+            f"{escape(results['gamma'])}{trees_of(results)}, over {sums['answers']} answers.** ")
     if run["proposed"]:
         text += (f"Of {run['proposed']} proposed tokens {run['accepted']} were accepted "
                  f"({accepted_share(run)}). ")
@@ -73,6 +73,13 @@ def lead(results: dict) -> list[str]:
                      f"answers took {whole_s(results, name):.2f} s draft free, {decode_s(run):.2f} "
                      "s of it decoding.")
     return [part for line in [*lines, *lead_warnings(results)] for part in (line, "")]
+
+
+def trees_of(results: dict) -> str:
+    """How proposals branched, for the lead; nothing for chains and for files that know no trees."""
+    tree = str(results.get("tree", "0"))
+    nodes = {"0": "", "auto": ", trees of as many nodes as are worth their cost"}
+    return nodes.get(tree, f", trees of up to {escape(tree)} nodes")
 
 
 def speed_sentence(results: dict) -> list[str]:

@@ -446,3 +446,11 @@ def test_an_answer_of_one_token_is_no_decoding_however_long_it_took(tmp_path):
     assert speed_ups(decoding(rows=rows), "hybrid") == {"plain": None, "generate": None, "whole": 8 / 2.75}
     text = lead(tmp_path, rows=rows)
     assert "the speed of" not in text and "can't be told" in text
+
+
+@pytest.mark.parametrize(("tree", "words"), [
+    (None, "gamma auto, over 2"), ("0", "gamma auto, over 2"),
+    ("auto", "gamma auto, trees of as many nodes as are worth their cost, over 2"),
+    ("32", "gamma auto, trees of up to 32 nodes, over 2")])
+def test_the_lead_says_whether_proposals_were_trees(tmp_path, tree, words):
+    assert words in lead(tmp_path, **({} if tree is None else {"tree": tree}))
