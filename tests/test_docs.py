@@ -48,7 +48,8 @@ def test_the_table_of_a_program_names_no_flag_that_it_lacks(config):
 
 def test_every_flag_in_the_pages_exists():
     known = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
-    known |= {"demo", "new", "help", "rebuild"}      # of the shell script, report.py and argparse
+    # of run_full_workflow.sh, report.py and argparse
+    known |= {"demo", "new", "only", "until", "help", "rebuild"}
     for page in PAGES:
         said = re.findall(r"(?<![\w-])--(?:no-)?([a-z][\w-]+)(?!\S*\.py)", page)
         assert set(said) <= known
