@@ -27,13 +27,16 @@ def seconds(work) -> float:
     return 0.25
 
 
+OURS = {"hybrid", "memory", "adapter", "lookup", "copy", "none"}     # drafters that others may join
+
+
 def test_names_and_styles_are_told_apart():
-    assert LIVE_NAMES == ("hybrid", "memory", "adapter", "lookup", "copy", "none")
+    assert LIVE_NAMES[0] == "hybrid" and set(LIVE_NAMES) >= OURS     # the first is the default
     assert len(LIVE) == sum(entry.name is not None for entry in DRAFTERS)
     assert len(SIMULATED) == sum(entry.results_name is not None for entry in DRAFTERS)
     assert set(styles()) == set(SIMULATED) and len(set(styles().values())) == len(SIMULATED)
-    assert results_names() == {"hybrid": "hybrid", "memory": "memory", "adapter": "adapter",
-                               "copy": "copy of the draft"}
+    assert results_names().items() >= {"hybrid": "hybrid", "memory": "memory", "adapter": "adapter",
+                                       "copy": "copy of the draft"}.items()
 
 
 @pytest.mark.parametrize("conditioning", ["draft", "prefix", "prefix+draft"])
@@ -61,7 +64,7 @@ def test_live_memories_learn_each_for_itself_and_know_earlier_decodings():
     ("draft", {"copy", "adapter"}), ("prefix", {"copy"}), ("prefix+draft", {"copy", "adapter", "hybrid"}),
     (None, {"copy"})])
 def test_who_reads_the_draft(conditioning, readers):
-    assert {name for name, entry in LIVE.items() if entry.reads_draft(conditioning)} == readers
+    assert {name for name in OURS if LIVE[name].reads_draft(conditioning)} == readers
 
 
 def test_every_simulated_drafter_is_made_where_its_parts_are_there():
@@ -73,8 +76,9 @@ def test_every_simulated_drafter_is_made_where_its_parts_are_there():
         assert proposals.shape == (3, 5) and proposals.dtype == np.int32, name
         drafter.learn(0)
     checkpoint = SimulationParts(tiny("draft"), PAIRS)
-    made = [name for name, entry in SIMULATED.items() if entry.make_simulated(checkpoint)]
-    assert made == ["copy of the draft", "adapter"]
+    made = {name for name, entry in SIMULATED.items() if entry.make_simulated(checkpoint)}
+    assert made >= {"copy of the draft", "adapter"}
+    assert not made & {"constant string", "n-gram", "memory", "hybrid", "prefix"}
     assert SIMULATED["constant string"].make_simulated(everything).predict(1)[0, 0] != NOTHING
 
 
