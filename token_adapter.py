@@ -25,8 +25,8 @@ from base import UserError
 from machine.files import check_format
 from machine.tensors import check_weights, read_tensors, some_of, write_tensors
 
-# What output i of the adapter proposes, written into every checkpoint: in the original suite an adapter
-# was trained by one contract and used by another, and nothing was accepted.
+# What output i of the adapter proposes, written into every checkpoint: in the original suite an
+# adapter was trained by one contract and used by another, and nothing was accepted.
 CONTRACTS = {"draft": "target[i] from draft[:i+1]", "prefix": "target[i] from target[:i]",
              "prefix+draft": "target[i] from target[:i] and the whole draft"}
 ORIGINAL_CONTRACT = "target[i+1] from draft[:i+1]"
@@ -52,23 +52,25 @@ class AdapterConfig:
 
     def __post_init__(self):
         if self.conditioning not in CONTRACTS:
-            raise UserError(f"unknown conditioning {self.conditioning!r}, wanted one of {list(CONTRACTS)}")
+            raise UserError(f"unknown conditioning {self.conditioning!r}, wanted one of "
+                            f"{list(CONTRACTS)}")
         if not self.contract:
             object.__setattr__(self, "contract", CONTRACTS[self.conditioning])
         original = self.conditioning == "draft" and self.contract == ORIGINAL_CONTRACT
         if self.contract != CONTRACTS[self.conditioning] and not original:
-            raise UserError(f"unknown contract {self.contract!r} for conditioning {self.conditioning}, "
-                            f"wanted {CONTRACTS[self.conditioning]!r}")
+            raise UserError(f"unknown contract {self.contract!r} for conditioning "
+                            f"{self.conditioning}, wanted {CONTRACTS[self.conditioning]!r}")
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "feedforward_dim",
                      "max_seq_len"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise UserError(f"{name} must be a whole number of 1 or more, got {value!r}")
         if type(self.draft_vocab) is not int or not 0 <= self.draft_vocab <= self.vocab_size:
-            raise UserError(f"draft_vocab must be from 0 to the vocabulary size {self.vocab_size}, got "
-                            f"{self.draft_vocab!r}")
+            raise UserError(f"draft_vocab must be from 0 to the vocabulary size {self.vocab_size}, "
+                            f"got {self.draft_vocab!r}")
         if self.embed_dim % self.num_heads:
-            raise UserError(f"num_heads must divide embed_dim, got {self.num_heads} and {self.embed_dim}")
+            raise UserError(f"num_heads must divide embed_dim, got {self.num_heads} and "
+                            f"{self.embed_dim}")
         if not isinstance(self.dropout, float) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be in [0, 1), got {self.dropout!r}")
 
@@ -100,9 +102,11 @@ class Cache:
     def __init__(self, config: AdapterConfig, batch: int, like: torch.Tensor):
         """like: a weight of the adapter; the cache takes its device and dtype."""
         heads, room = config.num_heads, 2 * config.max_seq_len + self.SPARE
-        self.values = like.new_zeros(config.num_layers, 2, batch, heads, room, config.embed_dim // heads)
+        self.values = like.new_zeros(config.num_layers, 2, batch, heads, room,
+                                     config.embed_dim // heads)
         self.slots = torch.arange(room, device=like.device)
-        self.masks = like.new_zeros(batch, 1, room, room)      # row of a slot: 0 where it sees, else -inf
+        # Row of a slot: 0 where it sees, else -inf
+        self.masks = like.new_zeros(batch, 1, room, room)
         self.positions = like.new_zeros(room, config.embed_dim)       # row of a slot: its embedding
         self.length = 0
 
@@ -226,7 +230,8 @@ class TokenAdapter(nn.Module):
         """
         assert draft.shape[1] <= self.config.max_seq_len, (draft.shape, self.config.max_seq_len)
         if not self.config.sees_prefix:
-            return self._blocks(self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]])
+            return self._blocks(
+                self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]])
         before = draft.shape[1] if self.config.conditioning == "prefix+draft" else 0
         parts = [draft[:, :before], prefix, *([] if text is None else [text[:, :-1]])]
         # Looked up together, because each lookup's gradient is a table of the whole vocabulary.
@@ -245,7 +250,9 @@ class TokenAdapter(nn.Module):
         return x
 
     def _visible(self, draft_lengths, before: int, positions: int):
-        """(B, 1, positions, positions) bool: what positions of a draft (`before`) and an answer see."""
+        """(B, 1, positions, positions) bool: what positions of a draft (`before`) and an answer
+        see.
+        """
         slots = torch.arange(positions, device=draft_lengths.device)
         inside = slots[:before] < draft_lengths[:, None]                               # (B, before)
         visible = (slots <= slots[:, None]).expand(len(inside), -1, -1).clone()
@@ -271,7 +278,8 @@ class TokenAdapter(nn.Module):
         norm, linear = self.output_proj
         weight, bias = linear.weight, linear.bias
         if self.output_ids is not None:
-            weight, bias = weight.index_select(0, self.output_ids), bias.index_select(0, self.output_ids)
+            weight, bias = weight.index_select(0, self.output_ids), bias.index_select(
+                0, self.output_ids)
         return norm, weight, bias
 
     def _logits(self, x):                                    # (B, T, D) -> (B, T, K)
@@ -321,12 +329,14 @@ class TokenAdapter(nn.Module):
     def step_at(self, tokens, slots, cache: Cache):
         """`step` at slots (T,) int64; independent of the host, so that a CUDA graph can hold it."""
         x = self.embedding(tokens) + cache.positions.index_select(0, slots)
-        return self._logits(self._cached_blocks(x, cache, slots, cache.masks.index_select(2, slots)))
+        return self._logits(self._cached_blocks(x, cache, slots, cache.masks.index_select(2,
+                                                                                          slots)))
 
     def _cached_blocks(self, x, cache: Cache, slots, mask):
         for number, block in enumerate(self.transformer["layers"]):
             cached = cache.values[number]
-            x = block(x, functools.partial(block.self_attn.step, cached=cached, slots=slots, mask=mask))
+            x = block(
+                x, functools.partial(block.self_attn.step, cached=cached, slots=slots, mask=mask))
         return x
 
     def condition(self, conditioning: str) -> None:
@@ -355,7 +365,8 @@ def load_adapter(path: Path) -> TokenAdapter:
     """
     if not path.exists():
         raise UserError(f"no such file: {path}")
-    checkpoint = read_tensors(path, MAX_CHECKPOINT, "is not a checkpoint that can be read: {reason}")
+    checkpoint = read_tensors(path, MAX_CHECKPOINT,
+                              "is not a checkpoint that can be read: {reason}")
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     check_format(path, checkpoint.get("format"), FORMAT)
     state, recorded = checkpoint.get("model_state_dict"), checkpoint.get("config")
@@ -369,7 +380,8 @@ def load_adapter(path: Path) -> TokenAdapter:
         check_weights(state, integers=("output_ids",), wanted=adapter.state_dict())
         ids = state.get("output_ids", torch.zeros(1))
         if (ids.diff() <= 0).any() or ids[0] < 0 or ids[-1] >= config.vocab_size:
-            raise ValueError(f"output_ids must be ascending ids below the vocabulary size {config.vocab_size}")
+            raise ValueError("output_ids must be ascending ids below the vocabulary size "
+                             f"{config.vocab_size}")
     except (UserError, ValueError) as error:
         raise UserError(f"{path} is not an adapter checkpoint: {error}") from error
     adapter.load_state_dict(state, assign=True)
@@ -381,8 +393,10 @@ def load_adapter(path: Path) -> TokenAdapter:
 
 
 def _config_of(state: dict, recorded: dict) -> AdapterConfig:
-    num_layers = len(set(re.findall(r"^transformer\.layers\.(\d+)\.", "\n".join(state), re.MULTILINE)))
-    telling = ("embedding.weight", "position_embedding.weight", "transformer.layers.0.linear1.weight")
+    num_layers = len(
+        set(re.findall(r"^transformer\.layers\.(\d+)\.", "\n".join(state), re.MULTILINE)))
+    telling = ("embedding.weight", "position_embedding.weight",
+               "transformer.layers.0.linear1.weight")
     shapes = [state[name].shape for name in telling if name in state and state[name].dim() == 2]
     if len(shapes) < len(telling):
         raise ValueError(f"wanted two-dimensional {', '.join(telling)}, found {some_of(state)}")

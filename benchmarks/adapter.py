@@ -26,21 +26,23 @@ PREFIX = 20                    # tokens verified before
 
 EXPLANATION = (
     f"Step: one proposal more, the difference of chains of {PROPOSALS} and of 2 after {PREFIX} "
-    f"verified tokens. Eight: a chain of {PROPOSALS} after {READ} newly verified tokens are read, as "
-    "in a round of decoding; ours copies the ids to the host once.",
+    f"verified tokens. Eight: a chain of {PROPOSALS} after {READ} newly verified tokens are read, "
+    "as in a round of decoding; ours copies the ids to the host once.",
     "Begin: the whole draft is read. Draft pass: all positions of draft conditioning in one pass, "
     "the best ids on the host.",
     "Plain, cached: the module step by step on the same kind of cache, the best id read after each "
     "step. Plain, whole: a pass over draft and answer for each proposal. Both are eager, as is all "
     "of ours on a CPU.",
     "Limit: the bytes of the weights that each pass must read over this device's copy rate. Draft "
-    "pass: the same, or its floating-point operations over the matmul ceiling in float32, whichever "
-    "takes longer.")
+    "pass: the same, or its floating-point operations over the matmul ceiling in float32, "
+    "whichever takes longer.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the adapter at batch 1: a step, eight proposals, reading a draft, a draft-conditioning pass."""
+    """Time the adapter at batch 1: a step, eight proposals, reading a draft, a draft-conditioning
+    pass.
+    """
 
     draft_tokens: int = option(47, "tokens of the draft")
     vocab_size: int = option(32000, "ids of the adapter")
@@ -49,15 +51,17 @@ class Config:
     num_layers: int = option(4, "layers of the adapter")
     num_heads: int = option(8, "attention heads of the adapter")
     output: Path = option(Path("benchmark_adapter.json"), "where all numbers go")
-    compare: Path | None = option(None, "an earlier output: print old, new and ratio of each figure")
+    compare: Path | None = option(None,
+                                  "an earlier output: print old, new and ratio of each figure")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     seed: int = option(42, "of the weights and tokens")
 
     def __post_init__(self):
         check_counts(self, ("draft_tokens", "vocab_size", "embed_dim", "num_layers", "num_heads"))
         if self.max_seq_len < max(PREFIX + READ + PROPOSALS, self.draft_tokens):
-            raise UserError(f"--max_seq_len must be {max(PREFIX + READ + PROPOSALS, self.draft_tokens)} "
-                            f"or more, got {self.max_seq_len}")
+            raise UserError("--max_seq_len must be "
+                            f"{max(PREFIX + READ + PROPOSALS, self.draft_tokens)} or more, got "
+                            f"{self.max_seq_len}")
         if self.embed_dim % self.num_heads:
             raise UserError("--num_heads must divide --embed_dim, got "
                             f"{self.num_heads} and {self.embed_dim}")
@@ -123,7 +127,8 @@ class Plain:
                     logits = self.adapter(self.draft, self.length, self._ids(tokens))
                 else:
                     if len(tokens) > len(self.fed):
-                        self.logits = self.adapter.step(self._ids(tokens[len(self.fed):]), self.cache)
+                        self.logits = self.adapter.step(self._ids(tokens[len(self.fed):]),
+                                                        self.cache)
                     logits, self.fed = self.logits, list(tokens)
                 tokens.append(int(logits[0, -1].argmax()))
         return tokens[len(prefix):]
@@ -204,7 +209,8 @@ def wanted(ways: dict, table: dict) -> list[dict]:
     rows = [("adapter step, ms", ours["step"], 0.2),
             (f"8 proposals, {READ} tokens read first, ms", ours["eight"], 1.6),
             ("pass of draft conditioning, ms", table["ours"], 0.5)]
-    return [{"what": name, "measured": value, "wanted": f"<= {bound}"} for name, value, bound in rows]
+    return [{"what": name, "measured": value, "wanted": f"<= {bound}"}
+            for name, value, bound in rows]
 
 
 def show(results: dict) -> None:
@@ -215,8 +221,8 @@ def show(results: dict) -> None:
     for name, ways in results["ms"].items():
         for way, times in ways.items():
             log(f"table | {name:12} | {way:13} | step {times['step']:.3f} ms | eight "
-                f"{times['eight']:.3f} ms, {least['eight'] / times['eight']:.1%} of the limit | begin "
-                f"{times['begin']:.3f} ms")
+                f"{times['eight']:.3f} ms, {least['eight'] / times['eight']:.1%} of the limit | "
+                f"begin {times['begin']:.3f} ms")
     table = results["draft_pass_ms"]
     log(f"table | draft pass | plain {table['plain']:.3f} ms | ours {table['ours']:.3f} ms | "
         f"{least['draft_pass'] / table['ours']:.1%} of the limit")
@@ -252,7 +258,9 @@ def measure(config: Config) -> dict:
                 "ours": Ours(adapter)}
         timed = {label: time_steps(way, draft, answer, device) for label, way in ways.items()}
         results["ms"][name] = {label: times for label, (times, _) in timed.items()}
-        equal += [ours == theirs for ours, theirs in zip(timed["ours"][1], timed["plain, cached"][1])]
+        equal += [
+            ours == theirs for ours, theirs in zip(timed["ours"][1], timed["plain, cached"][1])
+        ]
     results["alike"] = sum(equal) / len(equal)
     results["draft_pass_ms"] = time_table(new_adapter("draft", config, device), draft, device)
     return results | {"wanted": wanted(results["ms"], results["draft_pass_ms"])}

@@ -37,23 +37,29 @@ SEQUENCE = "made_up_00_a"
 REPEATS = 3
 
 WHAT = (
-    "Paint: events a second in one thread, columns as in the file, at random places; the loop paints one "
-    "event after the other. Share of copy: of the events whose columns one thread could copy in that time.",
-    "Read: all four columns of the made-up recording through HDF5 and Blosc, times and polarity checked.",
-    "Prepare: prepare_dsec.py as a process of its own. Memory: resident memory of all its processes, the "
+    "Paint: events a second in one thread, columns as in the file, at random places; the loop "
+    "paints one event after the other. Share of copy: of the events whose columns one thread could "
+    "copy in that time.",
+    "Read: all four columns of the made-up recording through HDF5 and Blosc, times and polarity "
+    "checked.",
+    "Prepare: prepare_dsec.py as a process of its own. Memory: resident memory of all its "
+    "processes, the "
     "highest of samples 20 ms apart; pages that processes share count in each of them.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the painting of events, and time and memory from a made-up recording to its data set folder."""
+    """Time the painting of events, and time and memory from a made-up recording to its data set
+    folder.
+    """
 
     events: int = option(300_000_000, "of the recording")
     seconds: int = option(30, "length of the recording")
     duration: str = option("1s", "window length of the data set")
     workers: int | None = option(None, "processes of prepare_dsec.py; if not said: its default")
     video_size: str = option("1440x1080", "width x height of the camera pictures and of the videos")
-    painted: int = option(20_000_000, "events to time painting with; the loop paints a hundredth of them")
+    painted: int = option(20_000_000,
+                          "events to time painting with; the loop paints a hundredth of them")
     output: Path = option(Path("benchmark_prepare.json"), "where all numbers go")
     compare: Path | None = option(None,
                                   "an earlier output: print old, new and ratio of each figure")
@@ -70,7 +76,8 @@ class Config:
 
 # -------------------------------------------------------------------------------------- a recording
 def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int = 2**16) -> None:
-    """events.h5 as DSEC's: columns packed with Blosc/ZSTD, t relative to t_offset in uint32, and ms_to_idx.
+    """events.h5 as DSEC's: columns packed with Blosc/ZSTD, t relative to t_offset in uint32, and
+    ms_to_idx.
 
     parts: x, y, p, t (us, never falling, the first part not empty) one after the other.
     """
@@ -80,16 +87,19 @@ def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int =
     packed = dict(hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE))
     table, count = [], 0
     with h5py.File(path, "w") as file:
-        columns = {name: file.create_dataset(f"events/{name}", (0,), dtype, maxshape=(None,), chunks=(chunk,),
-                                             **packed)
-                   for name, dtype in (("x", "u2"), ("y", "u2"), ("p", "u1"), ("t", "u4"))}
+        columns = {
+            name: file.create_dataset(f"events/{name}", (0, ), dtype, maxshape=(None, ),
+                                      chunks=(chunk, ), **packed)
+            for name, dtype in (("x", "u2"), ("y", "u2"), ("p", "u1"), ("t", "u4"))
+        }
         for part in parts:
             for name, values in zip("xypt", part):
                 columns[name].resize((count + len(values),))
                 columns[name][count:] = values
             times = np.asarray(part[3])
-            starts = 1000 * np.arange(len(table),
-                                      int(times[-1]) // 1000 + 1)  # of each millisecond begun so far
+            starts = 1000 * np.arange(
+                len(table),
+                int(times[-1]) // 1000 + 1)  # of each millisecond begun so far
             table += (count + np.searchsorted(times, starts)).tolist()
             count += len(times)
         file.create_dataset("ms_to_idx", data=np.array(table, np.uint64), **packed)
@@ -97,7 +107,9 @@ def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int =
 
 
 def made_up_events(count: int, seconds: float, seed: int) -> Iterator[tuple]:
-    """x, y, p, t in parts: random places and signs (real events resemble their neighbours), even times."""
+    """x, y, p, t in parts: random places and signs (real events resemble their neighbours), even
+    times.
+    """
     random = np.random.default_rng(seed)
     for start in range(0, count, PART):
         size = min(PART, count - start)
@@ -118,7 +130,9 @@ class MadeUp:
 
 
 def write_recording(root: Path, recording: MadeUp) -> None:
-    """One sequence of the test split. Its pictures are few, each under many names: encoding takes longest."""
+    """One sequence of the test split. Its pictures are few, each under many names: encoding takes
+    longest.
+    """
     from PIL import Image
 
     folder, t_offset = root / "test" / SEQUENCE, 50_000_000_000
@@ -132,9 +146,11 @@ def write_recording(root: Path, recording: MadeUp) -> None:
     scene = Image.fromarray(random.integers(0, 256, (height // 9, width // 8, 3), np.uint8))
     scene = np.asarray(scene.resize((2 * width, height), Image.Resampling.BICUBIC)).astype(np.int16)
     for number in range(count):
-        if number < DISTINCT:                              # the camera turns; each pixel has noise of its own
+        # The camera turns; each pixel has noise of its own
+        if number < DISTINCT:
             left = number * width // DISTINCT
-            frame = scene[:, left:left + width] + random.normal(0, 2, (height, width, 3)).astype(np.int16)
+            frame = scene[:, left:left + width] + random.normal(0, 2,
+                                                                (height, width, 3)).astype(np.int16)
             write_png(pictures / f"{number:06d}.png", frame.clip(0, 255).astype(np.uint8))
         else:
             os.link(pictures / f"{number % DISTINCT:06d}.png", pictures / f"{number:06d}.png")
@@ -152,7 +168,9 @@ def plain_loop(x: np.ndarray, y: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 def time_painting(events: int, seed: int) -> dict:
-    """Events a second of both renderers and of the loop, and their shares of what a copy would reach."""
+    """Events a second of both renderers and of the loop, and their shares of what a copy would
+    reach.
+    """
     import torch
 
     from benchmarks.limits import copy_rate
@@ -204,8 +222,10 @@ def tree_mib(pid: int) -> list[float]:
 
 def time_preparing(root: Path, flags: list[str]) -> dict:
     """Run prepare_dsec.py on the recording in root, and watch the memory of its processes."""
-    command = [sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root", root / "data",
-               "--split", "test", "--sequences", SEQUENCE, *flags]
+    command = [
+        sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root",
+        root / "data", "--split", "test", "--sequences", SEQUENCE, *flags
+    ]
     start, peak, largest = time.perf_counter(), 0.0, 0.0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
@@ -229,7 +249,8 @@ def time_preparing(root: Path, flags: list[str]) -> dict:
 
 def measure(config: Config) -> dict:
     if not Path("/proc/self/task").exists():
-        raise UserError("memory is read from /proc, which this system lacks; run this benchmark on Linux")
+        raise UserError("memory is read from /proc, which this system lacks; run this benchmark on "
+                        "Linux")
     dsec.check_reader()
     log(f"benchmark | painting {config.painted} events")
     paint = time_painting(config.painted, config.seed)
@@ -237,8 +258,8 @@ def measure(config: Config) -> dict:
         need, free = config.events * FILE_BYTES + 2**30, shutil.disk_usage(folder).free
         if need > free:
             raise UserError(f"{config.events} events take about {need / 1e9:.1f} GB in {folder}, "
-                            f"{free / 1e9:.1f} are free; set TMPDIR to a folder with more room, or use "
-                            "fewer --events")
+                            f"{free / 1e9:.1f} are free; set TMPDIR to a folder with more room, or "
+                            "use fewer --events")
         log(f"benchmark | making up a recording of {config.seconds} s with {config.events} events")
         write_recording(Path(folder),
                         MadeUp(config.events, config.seconds, config.video_size, config.seed))
@@ -262,13 +283,15 @@ def show(results: dict) -> None:
     paint, read, made = results["paint"], results["read"], results["prepare"]
     for name, rate in paint["events_per_s"].items():
         log(f"table | paint {name} | {rate / 1e6:.1f} million events/s | share of copy "
-            f"{paint['share_of_copy'][name]:.2%}"
-            + (f" | {paint['over_loop'][name]:.0f} x the loop" if name in paint["over_loop"] else ""))
+            f"{paint['share_of_copy'][name]:.2%}" +
+            (f" | {paint['over_loop'][name]:.0f} x the loop" if name in paint["over_loop"] else ""))
     log(f"table | copy | {paint['copy_bytes_per_s'] / 1e9:.1f} GB/s read and written")
-    log(f"table | read | {read['events_per_s'] / 1e6:.1f} million events/s | file {read['file_mib']:.0f} MiB")
-    log(f"table | prepare | {made['clips']} clips in {made['seconds']:.1f} s, {made['clips_per_s']:.2f} a "
-        f"second | peak {made['peak_mib']:.0f} MiB, largest process {made['largest_process_mib']:.0f} | "
-        f"mp4 {made['mp4_mib']:.1f} MiB, event pictures {made['png_mib']:.1f} MiB")
+    log(f"table | read | {read['events_per_s'] / 1e6:.1f} million events/s | file "
+        f"{read['file_mib']:.0f} MiB")
+    log(f"table | prepare | {made['clips']} clips in {made['seconds']:.1f} s, "
+        f"{made['clips_per_s']:.2f} a second | peak {made['peak_mib']:.0f} MiB, largest process "
+        f"{made['largest_process_mib']:.0f} | mp4 {made['mp4_mib']:.1f} MiB, event pictures "
+        f"{made['png_mib']:.1f} MiB")
 
 
 def one_line(results: dict) -> str:

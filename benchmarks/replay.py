@@ -38,15 +38,20 @@ PROPOSED = 8                         # tokens of the proposals that are timed al
 
 
 # ------------------------------------------------------------------------------ transformers' way
-def transformers_modes(model: VisionLanguageModel, gamma: str, may_compile: bool) -> dict[str, dict]:
+def transformers_modes(model: VisionLanguageModel, gamma: str,
+                       may_compile: bool) -> dict[str, dict]:
     """Name of each mode of generate -> its arguments."""
     # Prompt lookup finds the ":" of "USER:" and proposes what follows, <video>; the model refuses
     # more of these than there are features (ValueError). A suppressed token is not proposed.
     suppressed = [model.model.config.video_token_index]
     tokens = LOOKUP_TOKENS if gamma == AUTO else int(gamma)
-    return {"generate": {},
-            "generate, static cache": {"cache_implementation": "static", "disable_compile": not may_compile},
-            "generate, prompt lookup": {"prompt_lookup_num_tokens": tokens, "suppress_tokens": suppressed}}
+    return {
+        "generate": {}, "generate, static cache": {
+            "cache_implementation": "static", "disable_compile": not may_compile
+        }, "generate, prompt lookup": {
+            "prompt_lookup_num_tokens": tokens, "suppress_tokens": suppressed
+        }
+    }
 
 
 def run_mode(name: str, mode: dict, model: VisionLanguageModel, pixels: torch.Tensor,
@@ -137,8 +142,8 @@ class UntaughtTree(Untaught):
 class Ours:
     """Our loop on the model, with every drafter on each answer in turn."""
 
-    def __init__(self, model: VisionLanguageModel, pixels: torch.Tensor, drafters: dict[str, Drafter],
-                 gamma: str, tree: str, longest: int):
+    def __init__(self, model: VisionLanguageModel, pixels: torch.Tensor,
+                 drafters: dict[str, Drafter], gamma: str, tree: str, longest: int):
         """tree: of the drafters whose name ends in TREE; longest: tokens of the longest answer."""
         self.model, self.pixels, self.device = model, pixels, model.runtime.device
         self.gamma, self.tree = gamma, tree

@@ -1,4 +1,5 @@
-"""Whether the end of a video file is gone, by the sizes that its container names in front of each part.
+"""Whether the end of a video file is gone, by the sizes that its container names in front of each
+part.
 
 Frame counts don't tell: MP4s with edit lists show fewer frames than they announce, fragmented ones
 announce the first fragment alone. Containers that write no sizes (.ts, .h264, recordings whose
@@ -11,11 +12,13 @@ from pathlib import Path
 
 from clips.limits import MediaError
 
-MAX_PARTS = 10**6                  # looked at in one file: more are no video, and reading them takes long
+# Looked at in one file: more are no video, and reading them takes long
+MAX_PARTS = 10**6
 MP4_BOXES = {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide",
              b"udta", b"uuid",
              b"meta", b"mfra", b"sidx", b"ssix", b"prft", b"emsg", b"pnot", b"pdin"}
-EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"      # the two elements of a Matroska or WebM file
+# The two elements of a Matroska or WebM file
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
 def check_whole(path: Path) -> None:

@@ -59,7 +59,8 @@ class Sample:
 
 # ---------------------------------------------------------------------------------------- the index
 def read_dataset(folder: Path, allow_links: Iterable[Path] = ()) -> list[Sample]:
-    """The clips of a data set folder in the order of its index file, or of their paths where there is none.
+    """The clips of a data set folder in the order of its index file, or of their paths where there
+    is none.
 
     allow_links: folders outside the data set folder that links in it may lead to.
     """
@@ -70,13 +71,14 @@ def read_dataset(folder: Path, allow_links: Iterable[Path] = ()) -> list[Sample]
     if index:
         rows = read_json(index)
         if not isinstance(rows, list) or not rows:
-            raise UserError(f"{index}: wanted a list of clips, found "
-                            f"{f'{len(rows)} of them' if isinstance(rows, list) else type(rows).__name__}")
+            raise UserError(
+                f"{index}: wanted a list of clips, found "
+                f"{f'{len(rows)} of them' if isinstance(rows, list) else type(rows).__name__}")
     else:
         rows = rows_by_path(places)
         if not rows:
-            raise UserError(f"{folder} holds no data set: found neither {INDEX_FILE} nor pictures in "
-                            "event_image/ nor videos in mp4/")
+            raise UserError(f"{folder} holds no data set: found neither {INDEX_FILE} nor pictures "
+                            "in event_image/ nor videos in mp4/")
     source = index.name if index else "the paths in event_image/ and mp4/"
     log(f"data | {folder} | {len(rows)} clips from {source}")
     samples, keys = [], set()
@@ -108,7 +110,9 @@ def index_row(set_name: str, clip_name: str, pictures: list[str]) -> dict:
 
 
 def rows_by_path(places: Places) -> list[dict]:
-    """Rows like those of the index file from event_image/**/<clip>_<k>.png and mp4/**/<clip>.mp4 alone."""
+    """Rows like those of the index file from event_image/**/<clip>_<k>.png and mp4/**/<clip>.mp4
+    alone.
+    """
     clips = collections.defaultdict(list)
     for _, *parts in places.walk("event_image"):
         if parts[-1].endswith(".png"):
@@ -122,12 +126,15 @@ def rows_by_path(places: Places) -> list[dict]:
 
 
 def read_row(places: Places, number: int, row) -> Sample:
-    """One row of the index file -> Sample. The forms met in the wild differ in which fields they have."""
+    """One row of the index file -> Sample. The forms met in the wild differ in which fields they
+    have.
+    """
     row = row if isinstance(row, dict) else {}
     fields = ("event_data", "video_data", "mp4_data")
     names = {name: row[name] for name in fields if isinstance(row.get(name), str)}
     pictures = row.get("event_image")
-    pictures = [pictures] if isinstance(pictures, str) else pictures if isinstance(pictures, list) else []
+    pictures = [pictures] if isinstance(pictures,
+                                        str) else pictures if isinstance(pictures, list) else []
     pictures = [name for name in pictures if isinstance(name, str)]
     # event_data names the clip; older rows have no clip in video_data ("interlaken_00_a").
     stems = [re.sub(r"\.(npy|npz|mp4)$", "", name) for name in names.values()]
@@ -151,7 +158,8 @@ def read_row(places: Places, number: int, row) -> Sample:
         video = next(filter(places.has, videos), videos[0])
         files = [*images, video, *([events] if events else [])]
         present = frozenset(filter(places.has, files))
-    except (ValueError, OSError, RuntimeError) as error:     # null bytes, long names, circles of links
+    # Null bytes, long names, circles of links
+    except (ValueError, OSError, RuntimeError) as error:
         return Sample(number, sample_id, sequence, clip, trouble=str(error))
     return Sample(number, sample_id, sequence, clip, tuple(images), events, video, present=present)
 
@@ -177,7 +185,8 @@ def digest_of(paths: Iterable[Path | None]) -> str:
 
 # ------------------------------------------------------------------------------ what the models see
 def draft_pictures(sample: Sample, which: Literal["first", "all"]) -> list[np.ndarray]:
-    """What EventGPT sees: the event PNGs; where a row lists none, pictures rendered from its raw events.
+    """What EventGPT sees: the event PNGs; where a row lists none, pictures rendered from its raw
+    events.
 
     (H, W, 3) uint8 RGB each. Raises MediaError for this clip alone, MachineTrouble to end the run.
     """
@@ -185,7 +194,8 @@ def draft_pictures(sample: Sample, which: Literal["first", "all"]) -> list[np.nd
         paths = sample.event_images[:1] if which == "first" else sample.event_images
         return [_read_file(sample, path, read_event_image) for path in paths]
     if sample.events is None or not (sample.events in sample.present or sample.events.is_file()):
-        raise MediaError("no event picture listed or found in event_image/, and no raw events in event_npy/")
+        raise MediaError("no event picture listed or found in event_image/, and no raw events in "
+                         "event_npy/")
     pictures = event_frames(_read_file(sample, sample.events, read_events))
     return pictures[:1] if which == "first" else pictures
 
@@ -204,12 +214,15 @@ def _read_file(sample: Sample, path: Path, read: Callable[[Path], Read]) -> Read
 
 def read_ahead(prepare: Callable, samples: Iterable[Sample], workers: int,
                ahead: int) -> Iterator[tuple]:
-    """Yield (sample, prepared or the MediaError) in order, while threads work on the next `ahead` samples."""
+    """Yield (sample, prepared or the MediaError) in order, while threads work on the next `ahead`
+    samples.
+    """
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:
         waiting, remaining = collections.deque(), iter(samples)
         while True:
-            while len(waiting) < max(ahead, workers) and (sample := next(remaining, None)) is not None:
+            while len(waiting) < max(ahead, workers) and (sample := next(remaining,
+                                                                         None)) is not None:
                 waiting.append((sample, pool.submit(prepare, sample)))
             if not waiting:
                 return

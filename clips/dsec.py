@@ -33,10 +33,13 @@ MAX_CHUNK = 2**28  # bytes; HDF5 unpacks a chunk in one piece, of whatever size 
 MAX_RATE = 2**28                   # events a second: ten times what DSEC's cameras can send
 CHUNK_CACHE = 2**25                # bytes of unpacked chunks that HDF5 keeps for each column
 MAX_TIMES = 2**24                  # bytes of a timestamps file: a million pictures, 14 hours
-MAX_SPAN = 6 * 3600 * 10**6  # us from the first picture to the last: a wrong time would make too many windows
+# Us from the first picture to the last: a wrong time would make too many windows
+MAX_SPAN = 6 * 3600 * 10**6
 BLOSC = 32001                      # the number of its filter in HDF5
-HDF5_ERRORS = (OSError, KeyError, RuntimeError, TypeError, ValueError)     # what h5py makes of a broken file
-SYSTEM_ERROR = re.compile(r"errno = (\d+)")         # HDF5 names the system's error in its message alone
+# What h5py makes of a broken file
+HDF5_ERRORS = (OSError, KeyError, RuntimeError, TypeError, ValueError)
+# HDF5 names the system's error in its message alone
+SYSTEM_ERROR = re.compile(r"errno = (\d+)")
 
 
 def _sequences(text: str) -> tuple[str, ...]:
@@ -48,11 +51,13 @@ def _sequences(text: str) -> tuple[str, ...]:
 # DSEC's own split. dsec-det's download adds thun_02_a and zurich_city_16 to 21 to the same folders.
 SEQUENCES = {
     "train": _sequences(
-        "interlaken_00:cdefg thun_00:a zurich_city_00:ab zurich_city_01:abcdef zurich_city_02:abcde "
-        "zurich_city_03:a zurich_city_04:abcdef zurich_city_05:ab zurich_city_06:a zurich_city_07:a "
-        "zurich_city_08:a zurich_city_09:abcde zurich_city_10:ab zurich_city_11:abc"),
+        "interlaken_00:cdefg thun_00:a zurich_city_00:ab zurich_city_01:abcdef "
+        "zurich_city_02:abcde zurich_city_03:a zurich_city_04:abcdef zurich_city_05:ab "
+        "zurich_city_06:a zurich_city_07:a zurich_city_08:a zurich_city_09:abcde zurich_city_10:ab "
+        "zurich_city_11:abc"),
     "test": _sequences(
-        "interlaken_00:ab interlaken_01:a thun_01:ab zurich_city_12:a zurich_city_13:ab zurich_city_14:abc "
+        "interlaken_00:ab interlaken_01:a thun_01:ab zurich_city_12:a zurich_city_13:ab "
+        "zurich_city_14:abc "
         "zurich_city_15:a"),
 }
 
@@ -75,7 +80,8 @@ class Recording:
 
     def between(self, start_us: int, end_us: int) -> list[Path]:
         """The pictures with start <= time < end."""
-        return self.pictures[bisect.bisect_left(self.times, start_us):bisect.bisect_left(self.times, end_us)]
+        return self.pictures[bisect.bisect_left(self.times, start_us):bisect.
+                             bisect_left(self.times, end_us)]
 
 
 def is_name(text: str) -> bool:
@@ -92,7 +98,9 @@ def other_sequences(root: Path, split: str) -> list[str]:
 
 
 def find_recording(root: Path, split: str, sequence: str) -> Recording:
-    """The files of a sequence, checked; a MediaError tells everything that is missing, or what is wrong."""
+    """The files of a sequence, checked; a MediaError tells everything that is missing, or what is
+    wrong.
+    """
     folders = [folder for folder in (root / split / sequence, root / sequence) if folder.is_dir()]
     beside = [folder for folder in (root / split, root) if folder.is_dir()]
 
@@ -118,8 +126,8 @@ def find_recording(root: Path, split: str, sequence: str) -> Recording:
     assert events and folder and times
     pictures, times_us = list_pictures(folder), read_times(times)
     if len(pictures) != len(times_us):
-        raise MediaError(f"{len(pictures)} pictures in {folder}, but {len(times_us)} timestamps in {times}: "
-                         "which belong together is not known; download both again")
+        raise MediaError(f"{len(pictures)} pictures in {folder}, but {len(times_us)} timestamps in "
+                         f"{times}: which belong together is not known; download both again")
     if times_us[-1] - times_us[0] > MAX_SPAN:
         raise MediaError(f"{times} goes from {times_us[0]} to {times_us[-1]} us, over "
                          f"{MAX_SPAN / 3.6e9:g} hours")
@@ -128,10 +136,12 @@ def find_recording(root: Path, split: str, sequence: str) -> Recording:
 
 def list_pictures(folder: Path) -> list[Path]:
     """000000.png, 000001.png, ... in order, without a gap."""
-    numbers = sorted(int(path.stem) for path in folder.iterdir() if re.fullmatch(r"[0-9]{6}\.png", path.name))
+    numbers = sorted(
+        int(path.stem) for path in folder.iterdir() if re.fullmatch(r"[0-9]{6}\.png", path.name))
     for before, number in itertools.pairwise(numbers):
         if number != before + 1:
-            raise MediaError(f"half downloaded: {folder} goes from {before:06d}.png to {number:06d}.png")
+            raise MediaError(f"half downloaded: {folder} goes from {before:06d}.png to "
+                             f"{number:06d}.png")
     return [folder / f"{number:06d}.png" for number in numbers]
 
 
@@ -139,7 +149,8 @@ def read_times(path: Path) -> list[int]:
     """One whole number (us) a line, each larger than the one before."""
     try:
         if path.stat().st_size > MAX_TIMES:
-            raise MediaError(f"{path} has more than {MAX_TIMES} bytes: that is no list of timestamps")
+            raise MediaError(f"{path} has more than {MAX_TIMES} bytes: that is no list of "
+                             "timestamps")
         lines = path.read_text("ascii").split()
     except (OSError, UnicodeDecodeError) as error:
         if is_machine_trouble(error):
@@ -168,13 +179,16 @@ def broken(path: Path, what: str, error: Exception) -> MediaError | MachineTroub
 
 
 def check_reader() -> None:
-    """Both packages are there and HDF5 can unpack Blosc; otherwise ModuleNotFoundError or UserError."""
+    """Both packages are there and HDF5 can unpack Blosc; otherwise ModuleNotFoundError or
+    UserError.
+    """
     import h5py
     import hdf5plugin
 
     if not h5py.h5z.filter_avail(BLOSC):
-        raise UserError(f"HDF5 lacks the Blosc filter ({BLOSC}) although hdf5plugin {hdf5plugin.version} is "
-                        "installed: install h5py and hdf5plugin anew with pip, not from two places")
+        raise UserError(f"HDF5 lacks the Blosc filter ({BLOSC}) although hdf5plugin "
+                        f"{hdf5plugin.version} is installed: install h5py and hdf5plugin anew with "
+                        "pip, not from two places")
 
 
 class EventFile:
@@ -221,13 +235,13 @@ class EventFile:
 
         column = self._dataset(name)
         if column.ndim != 1 or column.dtype.kind not in "iu":
-            raise MediaError(f"{self.path}: {name} is {column.dtype} {column.shape}, wanted whole numbers in "
-                             "one dimension")
+            raise MediaError(f"{self.path}: {name} is {column.dtype} {column.shape}, wanted whole "
+                             "numbers in one dimension")
         filters = column.id.get_create_plist()
         for number in (filters.get_filter(k)[0] for k in range(filters.get_nfilters())):
             if not h5py.h5z.filter_avail(number):
-                raise MediaError(f"{self.path}: {name} is packed with HDF5's filter {number}, which is not "
-                                 "there")
+                raise MediaError(f"{self.path}: {name} is packed with HDF5's filter {number}, "
+                                 "which is not there")
         return column
 
     def _dataset(self, name: str):
@@ -239,7 +253,8 @@ class EventFile:
         # HDF5 lets a file point at others; nothing but this one is to be read.
         if dataset.file.id != self.file.id or dataset.external or dataset.is_virtual:
             raise MediaError(f"{self.path}: {name} points at another file: refused")
-        if dataset.chunks and (numbers := math.prod(dataset.chunks)) * dataset.dtype.itemsize > MAX_CHUNK:
+        if dataset.chunks and (numbers := math.prod(
+                dataset.chunks)) * dataset.dtype.itemsize > MAX_CHUNK:
             raise MediaError(f"{self.path}: {name} has chunks of {numbers} numbers: refused")
         return dataset
 
@@ -250,8 +265,10 @@ class EventFile:
             if offset.size == 1 and offset.dtype.kind in "iu":
                 return int(np.ravel(offset[()])[0])
         except MediaError as error:
-            raise MediaError(f"{error}, so the times of events and pictures can't be joined") from error
-        raise MediaError(f"{self.path}: t_offset is {offset.dtype} {offset.shape}, wanted one whole number")
+            raise MediaError(
+                f"{error}, so the times of events and pictures can't be joined") from error
+        raise MediaError(f"{self.path}: t_offset is {offset.dtype} {offset.shape}, wanted one "
+                         "whole number")
 
     def _read(self, column, start: int, end: int) -> np.ndarray:
         try:
@@ -264,8 +281,8 @@ class EventFile:
         """(first, last + 1) of the events with start <= time < end, on the pictures' clock."""
         first, last = self.place_of(start_us), self.place_of(end_us)
         if last - first > MAX_RATE * (end_us - start_us) / 1e6:
-            raise MediaError(f"{self.path}: {last - first} events in {(end_us - start_us) / 1e6:g} s: "
-                             "refused")
+            raise MediaError(f"{self.path}: {last - first} events in {(end_us - start_us) / 1e6:g} "
+                             "s: refused")
         return first, last
 
     def place_of(self, time_us: int) -> int:
@@ -277,8 +294,10 @@ class EventFile:
         around = [int(place) for place in self._read(self.ms_to_idx, ms, ms + 2)]
         first, last = (around + [self.count] * 2)[:2]
         if not 0 <= first <= last <= self.count or last - first > SLICE:
-            raise MediaError(f"{self.path}: ms_to_idx is broken at {ms} ms: {around} of {self.count} events")
-        begin = max(first - 1, 0)          # one event more on either side shows whether the table is right
+            raise MediaError(f"{self.path}: ms_to_idx is broken at {ms} ms: {around} of "
+                             f"{self.count} events")
+        # One event more on either side shows whether the table is right
+        begin = max(first - 1, 0)
         times = self._read(self.columns["t"], begin, last + 1).astype(np.int64)
         place = begin + int(np.searchsorted(times, time_us))
         if not first <= place <= last:
@@ -295,8 +314,8 @@ class EventFile:
             times = self._read(self.columns["t"], begin, end)
             if (falls := times[1:] < times[:-1]).any():
                 at = begin + 1 + int(falls.argmax())
-                raise MediaError(f"{self.path}: timestamps are not sorted at event {at} (or they passed "
-                                 "2^32 us)")
+                raise MediaError(f"{self.path}: timestamps are not sorted at event {at} (or they "
+                                 "passed 2^32 us)")
             x, y, p = (self._read(self.columns[name], start, end) for name in "xyp")
             yield x, y, self._polarity(p)
 

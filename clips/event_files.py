@@ -25,7 +25,9 @@ HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0,
 
 
 def read_events(path: Path) -> dict[str, np.ndarray]:
-    """Raw events -> {"x", "y", "t", "p"}: 1-D arrays of one length; px, px, us, never falling, 0 or 1."""
+    """Raw events -> {"x", "y", "t", "p"}: 1-D arrays of one length; px, px, us, never falling, 0 or
+    1.
+    """
     # A torn or hostile pickle can raise nearly anything.
     with reading_media("event file", path, Exception):
         size = check_bytes(path, MAX_EVENT_BYTES)
@@ -53,7 +55,8 @@ def check_events(events: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         check_size(int(x.max()) + 1, int(y.max()) + 1)
     falls = t[1:] < t[:-1]                    # not np.diff: unsigned differences never fall
     if falls.any():
-        raise MediaError(f"t is not sorted at event {int(falls.argmax()) + 1}; wanted events in time order")
+        raise MediaError(f"t is not sorted at event {int(falls.argmax()) + 1}; wanted events in "
+                         "time order")
     return {**events, "p": check_polarity(events["p"])}
 
 
@@ -150,7 +153,8 @@ _Unpickler: Any = pickle._Unpickler
 
 
 class _ArraysOnly(_Unpickler):
-    """Unpickles dicts, lists, numbers, texts and NumPy arrays of numbers; calls nothing by its name.
+    """Unpickles dicts, lists, numbers, texts and NumPy arrays of numbers; calls nothing by its
+    name.
 
     Arrays are made by the functions above, because NumPy's own trust the lengths and pointers in a
     file. This is the class in Python, because the one in C grows its memo to any index that the
@@ -160,11 +164,11 @@ class _ArraysOnly(_Unpickler):
 
     MAKERS = {"_reconstruct": _Array, "dtype": _dtype, "scalar": _scalar,  # noqa: RUF012
               "ndarray": "ndarray"}
-    OPERATIONS = ("PROTO FRAME STOP MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET GLOBAL "
-                  "STACK_GLOBAL REDUCE NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT "
-                  "BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING BINBYTES "
-                  "SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND "
-                  "APPENDS EMPTY_DICT")
+    OPERATIONS = ("PROTO FRAME STOP MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET "
+                  "GLOBAL STACK_GLOBAL REDUCE NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 "
+                  "LONG LONG1 FLOAT BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINSTRING "
+                  "SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 "
+                  "TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT")
     dispatch = {code: _Unpickler.dispatch[code]  # noqa: RUF012
                 for code in (getattr(pickle, name)[0] for name in OPERATIONS.split())}
 
@@ -182,8 +186,8 @@ class _ArraysOnly(_Unpickler):
         if isinstance(target, _Array):
             target.fill(*state)
         elif not isinstance(target, np.dtype) or state[1] not in ("<", "|", "="):
-            raise MediaError("the file holds more than arrays and numbers, or in another order of bytes: "
-                             "refused")
+            raise MediaError("the file holds more than arrays and numbers, or in another order of "
+                             "bytes: refused")
 
     def set_items(self) -> None:
         self._set(self.pop_mark())
@@ -193,7 +197,8 @@ class _ArraysOnly(_Unpickler):
         self._set([key, value])
 
     def _set(self, items: list) -> None:
-        if not isinstance(self.stack[-1], dict) or not all(isinstance(key, str) for key in items[::2]):
+        if not isinstance(self.stack[-1], dict) or not all(
+                isinstance(key, str) for key in items[::2]):
             raise MediaError("the file holds a dict whose keys are no names: refused")
         self.stack[-1].update(zip(items[::2], items[1::2]))
 

@@ -31,20 +31,22 @@ class Places:
         self.roots = [str(self.root)]
         for folder in allow_links:
             if not folder.is_dir():
-                raise UserError(f"--allow_links {folder}: no such folder; wanted one that links in {root} "
-                                "lead to")
+                raise UserError(f"--allow_links {folder}: no such folder; wanted one that links in "
+                                f"{root} lead to")
             self.roots.append(os.path.realpath(folder))
         self._real: dict[str, str] = {}              # folder -> where it leads, links followed
         self._names: dict[str, set[str] | None] = {}
 
     def inside(self, *parts: str) -> Path:
-        """The path root/parts with all links followed; a ValueError when that leads out of the folder.
+        """The path root/parts with all links followed; a ValueError when that leads out of the
+        folder.
 
         Where folders lead is remembered: following every path from its beginning would take most of
         the time that reading a large index takes.
         """
         path = os.path.join(self.root, *parts)
-        if b"\0" in os.fsencode(path):       # half a character is a UnicodeEncodeError, a ValueError too
+        # Half a character is a UnicodeEncodeError, a ValueError too
+        if b"\0" in os.fsencode(path):
             raise ValueError("a path can't hold a null byte")
         folder, name = os.path.split(path)
         if folder not in self._real:
@@ -54,7 +56,8 @@ class Places:
             real = os.path.realpath(path)
         if not _within(os.path.normpath(path), self.roots[:1]) or not _within(real, self.roots):
             raise ValueError(f"the path {'/'.join(parts)} leaves the data set folder"
-                             f"{'' if _within(real, self.roots) else f' for {real}'} (see --allow_links)")
+                             f"{'' if _within(real, self.roots) else f' for {real}'} (see "
+                             "--allow_links)")
         return Path(real)
 
     def has(self, path: Path) -> bool:
@@ -71,7 +74,8 @@ class Places:
             raise _no_access(folder, error) from error
 
     def walk(self, *parts: str) -> Iterator[tuple[str, ...]]:
-        """The files in this folder and all below it, as parts of their paths. Hidden files are left out.
+        """The files in this folder and all below it, as parts of their paths. Hidden files are left
+        out.
 
         A link to a folder is followed if it leads to one that was allowed; no folder is visited
         twice.
@@ -107,7 +111,9 @@ def _within(path: str, roots: list[str]) -> bool:
 
 
 def _list_files(folder: str) -> set[str] | None:
-    """The names of the files in this folder, none where there is no folder; None where it can't be listed."""
+    """The names of the files in this folder, none where there is no folder; None where it can't be
+    listed.
+    """
     try:
         with os.scandir(folder) as listing:
             names = {entry.name for entry in listing if _leads_to(entry.is_file)}
@@ -133,5 +139,5 @@ def _leads_to(kind: Callable[[], bool]) -> bool:
 
 
 def _no_access(folder: str, error: OSError) -> UserError:
-    return UserError(f"can't read the folder {folder} of the data set: {error.strerror}; correct its "
-                     "permissions, or look after its disk")
+    return UserError(f"can't read the folder {folder} of the data set: {error.strerror}; correct "
+                     "its permissions, or look after its disk")

@@ -25,7 +25,8 @@ from clips.limits import MAX_SIDE, MediaError, still_there
 from clips.pictures import read_event_image, write_png
 from clips.videos import write_video
 
-MAX_SHARED_FRAMES = 40             # decoded frames that wait for the next clip: 187 MB at 1440 x 1080
+# Decoded frames that wait for the next clip: 187 MB at 1440 x 1080
+MAX_SHARED_FRAMES = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +46,15 @@ class Recipe:
             raise UserError("--duration must be milliseconds or seconds like 500ms or 2s, got "
                             f"{self.duration!r}")
         if not re.fullmatch(r"half|none|[1-9]\d{0,8}", self.stride):
-            raise UserError(f"--stride must be half, none or milliseconds (1 or more), got {self.stride!r}")
+            raise UserError("--stride must be half, none or milliseconds (1 or more), got "
+                            f"{self.stride!r}")
         for name, step in (("canvas", 1), ("video_size", 2)):
             match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", getattr(self, name))
             sides = [int(side) for side in match.groups()] if match else [0]
             if not all(0 < side <= MAX_SIDE and side % step == 0 for side in sides):
                 even = " and even (H.264 needs it)" if step == 2 else ""
-                raise UserError(f"--{name} must be WIDTHxHEIGHT of 1 to {MAX_SIDE} px a side{even}, "
-                                f"got {getattr(self, name)!r}")
+                raise UserError(f"--{name} must be WIDTHxHEIGHT of 1 to {MAX_SIDE} px a "
+                                f"side{even}, got {getattr(self, name)!r}")
         if not 1 <= self.event_images <= 10:
             raise UserError(f"--event_images must be from 1 to 10, got {self.event_images}")
 
@@ -99,7 +101,9 @@ class Clip:
 
 
 def window_starts(first_us: int, last_us: int, duration_us: int, stride_us: int) -> range:
-    """Start times: the first picture, then every stride, as long as a window ends by the last picture."""
+    """Start times: the first picture, then every stride, as long as a window ends by the last
+    picture.
+    """
     return range(first_us, last_us - duration_us + 1, stride_us)
 
 
@@ -115,7 +119,9 @@ def clips_of(recording: Recording, recipe: Recipe) -> list[Clip]:
 
 # --------------------------------------------------------------------------------- one clip's files
 def draw_events(events: EventFile, clip: Clip, recipe: Recipe) -> list[np.ndarray]:
-    """The clip's event pictures, (H, W, 3) uint8 RGB each; at most one slice of its events is in memory."""
+    """The clip's event pictures, (H, W, 3) uint8 RGB each; at most one slice of its events is in
+    memory.
+    """
     first, last = events.between(clip.start_us, clip.end_us)
     width, height = size_of(recipe.canvas)
     pictures = []

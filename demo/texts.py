@@ -1,4 +1,6 @@
-"""A scene in words: draft_text and target_text describe it differently, read_text reads either back."""
+"""A scene in words: draft_text and target_text describe it differently, read_text reads either
+back.
+"""
 
 import re
 
@@ -18,8 +20,8 @@ DRAFT_PHRASES = {
                       "red": "a traffic light hangs above the road",
                       "green": "a traffic light hangs above the road"},
 }
-DRAFT_TEXT = ("In the scene, there is a {vehicle} {motion} {side} of the street. The {vehicle} has a visible "
-              "license plate, and {person}. There are {background}, and {traffic_light}.")
+DRAFT_TEXT = ("In the scene, there is a {vehicle} {motion} {side} of the street. The {vehicle} has "
+              "a visible license plate, and {person}. There are {background}, and {traffic_light}.")
 
 TARGET_PHRASES = {
     "colour": {name: f"include a {name}" for name in CHOICES["colour"]},
@@ -36,8 +38,9 @@ TARGET_PHRASES = {
                       "red": "the traffic light is showing red, so traffic has to stop",
                       "green": "the traffic light is showing green, so the way is free"},
 }
-TARGET_TEXT = ("The key elements in this scene {colour} {vehicle} {motion} {road} {light}, {person}, and "
-               "{background} in the background. The {vehicle} is {side} of the road, and {traffic_light}.")
+TARGET_TEXT = ("The key elements in this scene {colour} {vehicle} {motion} {road} {light}, "
+               "{person}, and {background} in the background. The {vehicle} is {side} of the road, "
+               "and {traffic_light}.")
 
 
 def draft_text(scene: Scene) -> str:

@@ -27,7 +27,8 @@ class SingleStep:
         self.mixed, self.inner = (linears[0].new_zeros(1, linears[0].shape[1])
                                   for linears in (self.out, self.linear2))
         self.mixed[:, config.embed_dim] = self.inner[:, config.feedforward_dim] = 1
-        self.scores = cache.masks.new_zeros(config.num_layers, config.num_heads, 1, len(cache.slots))
+        self.scores = cache.masks.new_zeros(config.num_layers, config.num_heads, 1,
+                                            len(cache.slots))
 
     @staticmethod
     # (outputs, inputs + 8): in eights, for alignment
@@ -44,8 +45,9 @@ class SingleStep:
         inner = self.inner[:, :config.feedforward_dim]
         x = self.adapter.embedding(token) + cache.positions.index_select(0, slot)
         self.scores.copy_(cache.masks[0].index_select(1, slot))
-        for block, values, scores, out, linear2 in zip(self.adapter.transformer["layers"], cache.values, self.scores,
-                                                       self.out, self.linear2):
+        for block, values, scores, out, linear2 in zip(self.adapter.transformer["layers"],
+                                                       cache.values, self.scores, self.out,
+                                                       self.linear2):
             attention = block.self_attn
             projected = F.linear(block.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
             projected = projected.view(3, config.num_heads, 1, -1)

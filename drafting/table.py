@@ -62,34 +62,41 @@ def _function(place: str):
 
 # From the simplest to the best: the order of tables and pictures. --drafter names them the other
 # way round.
-DRAFTERS = (
-    DrafterEntry("nothing", name="none", live="baselines:live_none"),
-    DrafterEntry("EventGPT's own tokens", name="copy", results_name="copy of the draft", style=(":", GREY),
-                 live="baselines:live_copy", simulated="baselines:simulated_copy",
-                 reads_draft_in=("draft", "prefix", "prefix+draft")),
-    DrafterEntry("prompt lookup", name="lookup", live="baselines:live_lookup"),
-    DrafterEntry("the commonest target token at each position", results_name="constant string",
-                 style=("--", ORANGE), simulated="baselines:simulated_constant"),
-    DrafterEntry("a memory of the training answers", results_name="n-gram", style=("-.", SKY),
-                 simulated="memory:simulated_ngram"),
-    DrafterEntry("the adapter trained without drafts", results_name="prefix", style=("--", GREEN),
-                 simulated="adapter:simulated_prefix", needs_adapter=True),
-    DrafterEntry("the adapter with another clip's draft", results_name="adapter, drafts shuffled",
-                 style=("-.", YELLOW), simulated="adapter:simulated_shuffled", needs_adapter=True),
-    DrafterEntry("the adapter alone", name="adapter", results_name="adapter", style=("-", VERMILION),
-                 live="adapter:live_adapter", simulated="adapter:simulated_adapter",
-                 needs_adapter=True, reads_draft_in=("draft", "prefix+draft")),
-    DrafterEntry("the adapter, trained on by each verified answer", results_name="adapter, online",
-                 style=("-", PURPLE), simulated="adapter:simulated_online", learns=True,
-                 needs_adapter=True),
-    DrafterEntry("the memory alone", name="memory", results_name="memory", style=("-", SKY),
-                 live="memory:live_memory", simulated="memory:simulated_memory", learns=True),
-    DrafterEntry("adapter and memory together", name="hybrid", results_name="hybrid", style=("-", BLUE),
-                 live="hybrid:live_hybrid", simulated="hybrid:simulated_hybrid", learns=True,
-                 needs_adapter=True, reads_draft_in=("prefix+draft",)),
-    DrafterEntry("memory and the adapter that learns online", results_name="hybrid, online", style=("-", BLACK),
-                 simulated="hybrid:simulated_online", learns=True, needs_adapter=True),
-)
+DRAFTERS = (DrafterEntry("nothing", name="none", live="baselines:live_none"),
+            DrafterEntry("EventGPT's own tokens", name="copy", results_name="copy of the draft",
+                         style=(":", GREY), live="baselines:live_copy",
+                         simulated="baselines:simulated_copy", reads_draft_in=("draft", "prefix",
+                                                                               "prefix+draft")),
+            DrafterEntry("prompt lookup", name="lookup", live="baselines:live_lookup"),
+            DrafterEntry("the commonest target token at each position",
+                         results_name="constant string", style=("--", ORANGE),
+                         simulated="baselines:simulated_constant"),
+            DrafterEntry("a memory of the training answers", results_name="n-gram",
+                         style=("-.", SKY), simulated="memory:simulated_ngram"),
+            DrafterEntry("the adapter trained without drafts", results_name="prefix",
+                         style=("--", GREEN), simulated="adapter:simulated_prefix",
+                         needs_adapter=True),
+            DrafterEntry("the adapter with another clip's draft",
+                         results_name="adapter, drafts shuffled", style=("-.", YELLOW),
+                         simulated="adapter:simulated_shuffled", needs_adapter=True),
+            DrafterEntry("the adapter alone", name="adapter", results_name="adapter",
+                         style=("-", VERMILION), live="adapter:live_adapter",
+                         simulated="adapter:simulated_adapter", needs_adapter=True,
+                         reads_draft_in=("draft", "prefix+draft")),
+            DrafterEntry("the adapter, trained on by each verified answer",
+                         results_name="adapter, online", style=("-", PURPLE),
+                         simulated="adapter:simulated_online", learns=True, needs_adapter=True),
+            DrafterEntry("the memory alone", name="memory", results_name="memory", style=("-", SKY),
+                         live="memory:live_memory", simulated="memory:simulated_memory",
+                         learns=True),
+            DrafterEntry("adapter and memory together", name="hybrid", results_name="hybrid",
+                         style=("-", BLUE), live="hybrid:live_hybrid",
+                         simulated="hybrid:simulated_hybrid", learns=True, needs_adapter=True,
+                         reads_draft_in=("prefix+draft", )),
+            DrafterEntry("memory and the adapter that learns online", results_name="hybrid, online",
+                         style=("-", BLACK), simulated="hybrid:simulated_online", learns=True,
+                         needs_adapter=True),
+            )
 LIVE = {entry.name: entry for entry in reversed(DRAFTERS) if entry.name}  # by name, the best first
 # by results name
 SIMULATED = {entry.results_name: entry for entry in DRAFTERS if entry.results_name}
@@ -98,10 +105,14 @@ LIVE_NAMES = tuple(LIVE)  # the choices of --drafter
 
 def styles() -> dict[str, tuple[str, str]]:
     """{results name: (line style, colour)}: what programs hand to reports."""
-    return {entry.results_name: entry.style for entry in DRAFTERS if entry.results_name and entry.style}
+    return {
+        entry.results_name: entry.style for entry in DRAFTERS if entry.results_name and entry.style
+    }
 
 
 def results_names() -> dict[str, str]:
     """{name in decode.json: name in results.json} of the drafters that are both live and simulated.
     """
-    return {entry.name: entry.results_name for entry in DRAFTERS if entry.name and entry.results_name}
+    return {
+        entry.name: entry.results_name for entry in DRAFTERS if entry.name and entry.results_name
+    }

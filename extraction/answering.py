@@ -1,4 +1,5 @@
-"""One loaded model at work on many clips: read ahead by threads, in batches that memory has room for.
+"""One loaded model at work on many clips: read ahead by threads, in batches that memory has room
+for.
 
     answering = Answering(model, job, size=64, results=ledger)
     answering.run(samples)               # every clip ends in results.keep or results.lose
@@ -39,7 +40,8 @@ class Job:
     """What a model is asked about each clip, and how the clips are read."""
 
     name: str                                        # of the model, in the log
-    read: Callable[[Sample], list[np.ndarray]]       # what the model sees of a sample; or a MediaError
+    # What the model sees of a sample; or a MediaError
+    read: Callable[[Sample], list[np.ndarray]]
     questions: list[str]
     max_new_tokens: int
     num_workers: int                                 # threads that read and prepare clips ahead
@@ -110,8 +112,9 @@ class Answering:
         except (OSError, MemoryError, RuntimeError) as error:
             if not is_machine_trouble(error):
                 raise
-            raise UserError(f"clip {sample.key} can't be read: {first_line(error)}. This is no fault of the "
-                            "clip: put it right, then give the same command again") from error
+            raise UserError(f"clip {sample.key} can't be read: {first_line(error)}. This is no "
+                            "fault of the clip: put it right, then give the same command "
+                            "again") from error
 
     # ----------------------------------------------------------------------------------- answering
     def _start(self, clips: list[Clip]) -> None:
@@ -141,8 +144,8 @@ class Answering:
         try:
             if self.engine is None or self.engine.pictures != pictures:
                 self.engine = None                    # the old caches make room for the new ones
-                self.engine = Batches(self.model, self.job.questions, self.job.max_new_tokens, pictures,
-                                      self.size)
+                self.engine = Batches(self.model, self.job.questions, self.job.max_new_tokens,
+                                      pictures, self.size)
             self.in_flight.append((samples, self.engine.answer(pixels, self._hand_over_meanwhile)))
             return None
         except (RuntimeError, MemoryError) as error:  # on a CPU a plain RuntimeError
@@ -199,11 +202,13 @@ class Answering:
             if not short_of_memory(error):
                 raise
             raise UserError(f"no memory is left to take over the answers of {self.job.name}: "
-                            f"{first_line(error)}; free some and give the same command again") from error
+                            f"{first_line(error)}; free some and give the same command "
+                            "again") from error
 
     # -------------------------------------------------------------------------------------- ending
     def parity(self, samples: list[Sample], tokens_of: Callable[[Sample, int], list[int]]) -> dict:
-        """How many answers transformers gives alike, one by one: in float32 all, in 16 or 4 bits not all.
+        """How many answers transformers gives alike, one by one: in float32 all, in 16 or 4 bits
+        not all.
 
         tokens_of(sample, number of the question): the tokens that batches gave.
         """
@@ -220,8 +225,8 @@ class Answering:
                     equal.append(answer.tokens == tokens_of(sample, number))
                 except NotNumbers:
                     equal.append(False)
-        log(f"extract | {self.job.name} | parity | {sum(equal)} of {len(equal)} answers are those of "
-            "one by one")
+        log(f"extract | {self.job.name} | parity | {sum(equal)} of {len(equal)} answers are those "
+            "of one by one")
         return {"answers": len(equal), "equal": sum(equal)}
 
     def unload(self) -> None:

@@ -86,7 +86,8 @@ def answer(ledger: Ledger, model: VisionLanguageModel, facts: dict, pace: Pace) 
     at_once = max(1, min(size, len(todo)))
     facts["batch_size"] = size
     ledger.record(facts)
-    log(f"extract | {role.name} | {at_once} clips at a time, {pace.num_workers} threads reading ahead")
+    log(f"extract | {role.name} | {at_once} clips at a time, {pace.num_workers} threads reading "
+        "ahead")
     read = functools.partial(role.pictures, view=view)
     job = Job(role.name, read, questions, pace.max_new_tokens, pace.num_workers)
     answering = Answering(model, job, at_once, ledger)
@@ -122,9 +123,10 @@ def check_weights(journal: Journal, role: Role, name: str, revision: str) -> Non
         return
     if recorded not in (None, earlier_revision(Path(name))):
         raise UserError(f"{journal.path} has answers of other weights of {name} ({recorded} there, "
-                        f"{revision} now); choose another --output_file, or start afresh with --restart")
-    log(f"extract | {role.name} | WARNING | {journal.path} does not tell the content of the weights "
-        f"that gave its answers ({recorded}): they are taken for those of {name} now")
+                        f"{revision} now); choose another --output_file, or start afresh with "
+                        "--restart")
+    log(f"extract | {role.name} | WARNING | {journal.path} does not tell the content of the "
+        f"weights that gave its answers ({recorded}): they are taken for those of {name} now")
 
 
 def earlier_revision(folder: Path) -> str | None:

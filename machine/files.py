@@ -51,7 +51,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        if error.errno and error.filename in (None, str(temporary)):   # a failed write names no file
+        # A failed write names no file
+        if error.errno and error.filename in (None, str(temporary)):
             error.filename = str(path)
         raise
     finally:
@@ -196,7 +197,8 @@ def check_format(path: Path, number, known: int) -> int:
 
 
 def is_machine_trouble(error: BaseException) -> bool:
-    """Whether the machine is in trouble: no memory, no descriptors, no permission, a disk that is gone.
+    """Whether the machine is in trouble: no memory, no descriptors, no permission, a disk that is
+    gone.
 
     Such an error says nothing about the clip that was being read: the run should stop, and the same
     command go on once the machine is well. Its causes count too, so a reader may wrap it (`raise

@@ -1,4 +1,5 @@
-"""CUDA C++ compiled while the program runs, by NVRTC, the library that PyTorch's CUDA build includes.
+"""CUDA C++ compiled while the program runs, by NVRTC, the library that PyTorch's CUDA build
+includes.
 
     kernel = build(source, "product", {"ROWS": 2}, shared=90_000)      # for the current device
     kernel((blocks, 1, 1), 256, x, weights, None, rows, 1.5)           # tensors, None = null, int, float
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-MAX_DYNAMIC_SHARED = 8       # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES in CUDA's driver interface
+# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES in CUDA's driver interface
+MAX_DYNAMIC_SHARED = 8
 
 
 def build(source: str, name: str, defines: dict[str, int], shared: int = 0) -> "Kernel":
@@ -33,7 +35,9 @@ def compile_to_cubin(source: str, options: list[str]) -> bytes:
         if status:
             raise RuntimeError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status).decode()}")
 
-    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
+    check(
+        nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None,
+                                 None))
     try:
         flags = (ctypes.c_char_p * len(options))(*map(str.encode, options))
         if nvrtc.nvrtcCompileProgram(program, len(options), flags):
@@ -53,7 +57,8 @@ def nvrtc_library() -> ctypes.CDLL:
     """NVRTC of PyTorch's own CUDA version; OSError where there is none."""
     major = str(torch.version.cuda).partition(".")[0]
     name = f"libnvrtc.so.{major}"
-    site = Path(torch.__file__).parents[1]             # PyTorch's wheel has CUDA's beside it or inside
+    # PyTorch's wheel has CUDA's beside it or inside
+    site = Path(torch.__file__).parents[1]
     for folder in (*sorted(site.glob("nvidia/*/lib")), site / "torch" / "lib", None):
         try:
             for part in sorted(folder.glob(f"libnvrtc-builtins.so.{major}*")) if folder else ():
@@ -74,7 +79,8 @@ class Kernel:
         module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         torch.cuda.current_stream().synchronize()      # makes the device's context current
         self.check(self.driver.cuModuleLoadData(ctypes.byref(module), code))
-        self.check(self.driver.cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()))
+        self.check(
+            self.driver.cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()))
         if shared:
             self.check(self.driver.cuFuncSetAttribute(self.function, MAX_DYNAMIC_SHARED, shared))
 

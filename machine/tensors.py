@@ -77,8 +77,8 @@ def _check_archive(path: Path, max_bytes: int) -> None:
         raise ValueError(f"it has {size / 2**20:.0f} MiB, wanted at most {max_bytes / 2**20:.0f}")
     with _BoundedReads(path) as file:
         if not zipfile.is_zipfile(file):
-            raise ValueError("it is no zip archive, as torch.save writes them since PyTorch 1.6, or its "
-                             "end is gone")
+            raise ValueError("it is no zip archive, as torch.save writes them since PyTorch 1.6, "
+                             "or its end is gone")
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
@@ -124,4 +124,5 @@ def _is_whole(tensor) -> bool:
 def some_of(names) -> str:
     """The first names, for an error message."""
     names = sorted(map(str, names))
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "nothing"
+    return ", ".join(
+        names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "nothing"

@@ -13,7 +13,9 @@ from base import UserError
 
 
 def cores() -> int:
-    """The processor cores that this process may use; all cores where the system doesn't say (macOS)."""
+    """The processor cores that this process may use; all cores where the system doesn't say
+    (macOS).
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -36,8 +38,8 @@ def in_workers(work: Callable, items: list, workers: int) -> Iterator[tuple]:
         for future in concurrent.futures.as_completed(futures):
             yield futures.pop(future), future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
-        raise UserError("a worker process died, perhaps for lack of memory: the same command goes on; use "
-                        "fewer --workers") from error
+        raise UserError("a worker process died, perhaps for lack of memory: the same command goes "
+                        "on; use fewer --workers") from error
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()

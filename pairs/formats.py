@@ -4,7 +4,8 @@
     benchmark     eventgpt.output_tokens, videollava.output_tokens
     inference     egpt_token_ids, videollava_token_ids (or llava_token_ids)
 
-A million pairs fit in memory: rows come one by one (pairs/rows.py), their tokens go into flat arrays.
+A million pairs fit in memory: rows come one by one (pairs/rows.py), their tokens go into flat
+arrays.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Row(NamedTuple):
 def _answers(row: dict, form: str) -> tuple:
     """(draft tokens, draft text, target tokens, target text) of a row, None where it lacks them."""
     if form == "extraction":
-        return row.get("egpt_tokens"), row.get("egpt_text"), row.get("vl_tokens"), row.get("vl_text")
+        return row.get("egpt_tokens"), row.get("egpt_text"), row.get("vl_tokens"), row.get(
+            "vl_text")
     if form == "benchmark":
         answers = []
         for model in ("eventgpt", "videollava"):
@@ -198,9 +200,10 @@ class _File:
             raise UserError(f"{path} has no usable rows: its list of results is empty{first}")
         if report["format"] is None:
             raise UserError(
-                f"{path} has no usable rows: none of its {report['rows']} rows has tokens under the keys of "
-                "the formats extraction (egpt_tokens, vl_tokens), benchmark (eventgpt.output_tokens, "
-                "videollava.output_tokens) or inference (egpt_token_ids, videollava_token_ids)")
+                f"{path} has no usable rows: none of its {report['rows']} rows has tokens under "
+                "the keys of the formats extraction (egpt_tokens, vl_tokens), benchmark "
+                "(eventgpt.output_tokens, videollava.output_tokens) or inference (egpt_token_ids, "
+                "videollava_token_ids)")
 
     def _record(self) -> None:
         """Add the facts that the file states of all its rows to the report."""
@@ -235,7 +238,8 @@ class _Answers:
 
     def largest(self, first: int) -> int:
         """The largest token from position `first` on, -1 if there is none."""
-        return int(np.asarray(self.flat)[first:].max(initial=-1))     # a stored view would forbid growing
+        # A stored view would forbid growing
+        return int(np.asarray(self.flat)[first:].max(initial=-1))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(flat, start, length) as numpy views: nothing can be appended afterwards."""
@@ -246,11 +250,10 @@ class _Answers:
 def load_pairs(paths: list[Path], bos_id: int | None = None) -> Pairs:
     """Read pair files of any of the three formats into one set of pairs.
 
-    Unusable rows are dropped, suspicious ones kept; `files` counts both by reason.
-    bos_id: drop rows with an answer that starts with this id, since it includes the prompt; None: the
-    ids that the file records for its models. Where it records none, rows that start with LLaMA's BOS
-    are kept and flagged.
-    Raises UserError for a file without any usable row.
+    Unusable rows are dropped, suspicious ones kept; `files` counts both by reason. bos_id: drop
+    rows with an answer that starts with this id, since it includes the prompt; None: the ids that
+    the file records for its models. Where it records none, rows that start with LLaMA's BOS are
+    kept and flagged. Raises UserError for a file without any usable row.
     """
     draft, target = _Answers(), _Answers()
     sequence, clip, files = [], [], []
@@ -273,7 +276,8 @@ def _finished(report: dict) -> dict:
     path, used = report["path"], report["used"]
     reasons = ", ".join(f"{count} x {reason}" for reason, count in report["dropped"].items())
     if not used:
-        raise UserError(f"{path} has no usable rows: {report['rows']} rows, all dropped ({reasons})")
+        raise UserError(f"{path} has no usable rows: {report['rows']} rows, all dropped "
+                        f"({reasons})")
     log(f"data | {path} | {report['format']} | {used} of {report['rows']} rows used"
         + (f" | dropped {reasons}" if reasons else ""))
     flagged = {flag: count for flag, count in report["flagged"].items() if count}

@@ -1,4 +1,5 @@
-"""What an extraction has answered so far, on the disk beside its output: the same command goes on there.
+"""What an extraction has answered so far, on the disk beside its output: the same command goes on
+there.
 
     .<output>.journal.jsonl   first line: the settings, and for each clip a digest of its files;
                               then the facts of a model or an answer a line
@@ -20,7 +21,8 @@ from base import UserError, log
 from machine.files import check_plain
 from machine.journal import START_AFRESH, JournalFile
 
-Content = dict[str, dict[str, str]]              # model -> clip's key -> digest of the files it sees
+# Model -> clip's key -> digest of the files it sees
+Content = dict[str, dict[str, str]]
 FACTS = {"model": str, "vocab_size": int}        # a line with facts of a loaded model
 ANSWER = {"model": str, "key": str, "question_idx": int, "tokens": list, "text": str,
           "finished": bool}
@@ -48,7 +50,8 @@ class Journal:
 
     def __init__(self, output_file: Path, settings: dict[str, Setting],
                  content: Content | None = None, entries: Iterable[dict] = ()):
-        """Open the journal of this output, or begin it with `entries`: facts and answers of an earlier run.
+        """Open the journal of this output, or begin it with `entries`: facts and answers of an
+        earlier run.
 
         content: of the clips now; a clip that was answered when its files were others is not gone
         on with. Raises UserError, and changes nothing, when the answers there were made with other
@@ -112,8 +115,9 @@ class Journal:
                    if answered.intersection(setting.models)}
         reasons = [differences(there, binding), self._changed_clips(before, content)]
         if differs := "; ".join(filter(None, reasons)):
-            raise UserError(f"{self.path} is the journal of an extraction with other settings ({differs}); "
-                            f"give those again, choose another --output_file, or {START_AFRESH}")
+            raise UserError(f"{self.path} is the journal of an extraction with other settings "
+                            f"({differs}); give those again, choose another --output_file, or "
+                            f"{START_AFRESH}")
         return before
 
     def _changed_clips(self, before: Content, content: Content) -> str:
@@ -151,9 +155,9 @@ class Journal:
         entry = self.file.read(self.places[model, question_number][sample_key])
         wanted = {"model": model, "key": sample_key, "question_idx": question_number}
         if any(entry.get(name) != value for name, value in wanted.items()):
-            raise UserError(f"{self.path}: the answer of {model} to question {question_number} about "
-                            f"{sample_key} is not where it was written; the file was changed: give the "
-                            "same command again")
+            raise UserError(f"{self.path}: the answer of {model} to question {question_number} "
+                            f"about {sample_key} is not where it was written; the file was "
+                            "changed: give the same command again")
         return entry
 
     def remove(self) -> None:

@@ -1,4 +1,6 @@
-"""Shared by test files: pairs to train on, and one shortened demo that the real workflow script runs once."""
+"""Shared by test files: pairs to train on, and one shortened demo that the real workflow script
+runs once.
+"""
 
 import contextlib
 import dataclasses
@@ -19,7 +21,8 @@ from tests.recordings import BAD, GOOD, write_sequence
 from tests.warm import Warm
 
 ROOT = Path(__file__).parents[1]
-signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell ignores it in what it starts with &
+# A shell ignores it in what it starts with &
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)      # the models are tiny: two threads only get in each other's way
 
 
@@ -32,7 +35,9 @@ def flat(answers: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def write_pairs(path: Path, sequences: list[str], pairs_each: int = 20, seed: int = 0,
                 **recorded) -> Path:
-    """Pairs whose target tokens are the draft's, each mapped to another id: only the draft predicts them."""
+    """Pairs whose target tokens are the draft's, each mapped to another id: only the draft predicts
+    them.
+    """
     rng, ids = np.random.default_rng(seed), np.arange(3, 43)
     mapping = dict(zip(ids, np.random.default_rng(99).permutation(ids)))
     rows = []
@@ -56,7 +61,9 @@ def files(tmp_path_factory) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """The folders of a `run_full_workflow.sh --demo`; `log`: its output, `again`: that of a second start."""
+    """The folders of a `run_full_workflow.sh --demo`; `log`: its output, `again`: that of a second
+    start.
+    """
 
     data: Path
     tokens: Path
@@ -85,7 +92,9 @@ def run_workflow(folder: Path, *arguments: str, **settings: str) -> subprocess.C
 
 
 def wait_until_gone(group: int) -> None:
-    """Wait until no process of this group is left; zombies, which nobody has waited for, don't count."""
+    """Wait until no process of this group is left; zombies, which nobody has waited for, don't
+    count.
+    """
     deadline = time.monotonic() + 30
     while True:
         states = set()
@@ -160,8 +169,10 @@ def prepare(tmp_path, monkeypatch, capsys):
     import prepare_dsec
 
     def call(*flags, root=tmp_path / "dsec", output=tmp_path / "data", split="test", duration="1s"):
-        words = ["--dsec_root", root, "--output_root", output, "--split", split, "--duration", duration,
-                 *flags]
+        words = [
+            "--dsec_root", root, "--output_root", output, "--split", split, "--duration", duration,
+            *flags
+        ]
         monkeypatch.setattr(sys, "argv", ["prepare_dsec.py", *map(str, words)])
         capsys.readouterr()
         prepare_dsec.main()
@@ -185,18 +196,24 @@ def two(tmp_path):
     return root, write_sequence(root, GOOD, frames=26), write_sequence(root, BAD, frames=26, seed=1)
 
 
-# ------------------------------------------------------------------------------------------- extraction
+# --------------------------------------------------------------------------------------- extraction
 @pytest.fixture
 def extract(demo, tmp_path, monkeypatch):
-    """Call main() of extract_tokens_train.py with flags; returns the output as JSON, or None if there is none."""
+    """Call main() of extract_tokens_train.py with flags; returns the output as JSON, or None if
+    there is none.
+    """
     import extract_tokens_train
 
     def call(*flags, dataset_dir=demo.test_1s, output_file=tmp_path / "pairs.json"):
-        defaults = {"--dataset_dir": dataset_dir, "--output_file": output_file, "--max_samples": 5,
-                    "--draft_model": demo.models / "eventgpt", "--target_model": demo.models / "video_llava",
-                    "--max_new_tokens": 80, "--device": "cpu"}
+        defaults = {
+            "--dataset_dir": dataset_dir, "--output_file": output_file, "--max_samples": 5,
+            "--draft_model": demo.models / "eventgpt",
+            "--target_model": demo.models / "video_llava", "--max_new_tokens": 80, "--device": "cpu"
+        }
         given = dict(zip(flags[::2], flags[1::2]))
-        words = [str(word) for item in {**defaults, **given}.items() for word in item if word is not None]
+        words = [
+            str(word) for item in {**defaults, **given}.items() for word in item if word is not None
+        ]
         monkeypatch.setattr(sys, "argv", ["extract_tokens_train.py", *words])
         extract_tokens_train.main()
         return json.loads(output_file.read_text()) if output_file.exists() else None

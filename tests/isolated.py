@@ -1,4 +1,5 @@
-"""One reader after another in a process of its own, where a crash, a hang or a touched file is seen and not suffered.
+"""One reader after another in a process of its own, where a crash, a hang or a touched file is seen
+and not suffered.
 
     with Isolated(folder) as process:
         process.read("png", content)        -> "read", "MediaError: ...", "UserError: ...", "crash: ..." or "hang"
@@ -17,17 +18,22 @@ from pathlib import Path
 LIMIT_S = 60                       # without an answer for so long, it hangs
 MEMORY = 12 * 2**30                # bytes of address space; PyTorch takes a good part of it
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-TOUCHING = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
-            "os.chown", "shutil.rmtree", "shutil.copyfile", "shutil.move"}
-STARTING = {"subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "os.fork", "socket.connect",
-            "socket.getaddrinfo", "webbrowser.open"}
+TOUCHING = {
+    "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate",
+    "os.chmod", "os.chown", "shutil.rmtree", "shutil.copyfile", "shutil.move"
+}
+STARTING = {
+    "subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "os.fork", "socket.connect",
+    "socket.getaddrinfo", "webbrowser.open"
+}
 
 
 def small_adapter():
     from token_adapter import AdapterConfig, TokenAdapter
 
-    return TokenAdapter(AdapterConfig(vocab_size=16, embed_dim=8, num_layers=1, num_heads=2, feedforward_dim=8,
-                                      max_seq_len=8, conditioning="prefix"))
+    return TokenAdapter(
+        AdapterConfig(vocab_size=16, embed_dim=8, num_layers=1, num_heads=2, feedforward_dim=8,
+                      max_seq_len=8, conditioning="prefix"))
 
 
 class Isolated:
@@ -85,7 +91,8 @@ def serve(pipe, folder: Path) -> None:
 
     def inside(path) -> bool:
         try:
-            return isinstance(path, int) or os.path.realpath(os.fsdecode(path)).startswith((f"{folder}/", os.devnull))
+            return isinstance(path, int) or os.path.realpath(os.fsdecode(path)).startswith(
+                (f"{folder}/", os.devnull))
         except ValueError:                # no path at all: it will be refused
             return True
 
@@ -148,7 +155,8 @@ class Readers:
             return "read"
         except (MediaError, UserError) as error:
             return f"{type(error).__name__}: {error}"
-        except BaseException:             # that is what it is for: whatever else comes out of a reader is a fault
+        # That is what it is for: whatever else comes out of a reader is a fault
+        except BaseException:
             return f"crash: {traceback.format_exc()}"
         finally:
             path.unlink(missing_ok=True)
@@ -156,11 +164,12 @@ class Readers:
                 shutil.move(whole, path)
 
     def place(self, kind: str) -> Path:
-        return {"index": self.set / "EventGPT_Instruction_Subset.json", "config": self.model / "config.json",
-                "safetensors": self.model / "model.safetensors",
-                "preprocessor": self.model / "preprocessor_config.json",
-                "results": self.folder / "task" / "results.json",
-                "journal": self.folder / ".out.json.journal.jsonl"}.get(kind, self.folder / f"file.{kind}")
+        return {
+            "index": self.set / "EventGPT_Instruction_Subset.json",
+            "config": self.model / "config.json", "safetensors": self.model / "model.safetensors",
+            "preprocessor": self.model / "preprocessor_config.json", "results": self.folder /
+            "task" / "results.json", "journal": self.folder / ".out.json.journal.jsonl"
+        }.get(kind, self.folder / f"file.{kind}")
 
     # Each of these takes the path of a file.
     def pairs(self, path: Path) -> None:
@@ -169,8 +178,10 @@ class Readers:
 
         pairs = self.load_pairs([path])
         clip_order(pairs.sequence, pairs.clip)
-        assert len(list(pairs.answers("target"))) == len(pairs) and pairs.padded("target", 8).shape == (len(pairs), 8)
-        lines = table(["text"], [[escape(text)] for text in (*pairs.sequence, *pairs.clip, *pairs.files)])
+        assert len(list(pairs.answers("target"))) == len(pairs) and pairs.padded(
+            "target", 8).shape == (len(pairs), 8)
+        lines = table(["text"], [[escape(text)]
+                                 for text in (*pairs.sequence, *pairs.clip, *pairs.files)])
         assert all(line.isprintable() and "<" not in line for line in lines)
 
     def index(self, path: Path) -> None:
@@ -188,7 +199,8 @@ class Readers:
         content = {"eventgpt": {"town/1": "a"}, "videollava": {}}
         with self.Journal(self.folder / "out.json", {}, content) as journal:
             for (model, number), keys in journal.places.items():
-                assert all(isinstance(journal.read(model, key, number)["tokens"], list) for key in keys)
+                assert all(
+                    isinstance(journal.read(model, key, number)["tokens"], list) for key in keys)
 
     def results(self, path: Path) -> None:
         from machine.files import reading
@@ -199,7 +211,9 @@ class Readers:
         page = path.parent / "RESULTS.md"
         lines = page.read_text().splitlines()
         page.unlink()
-        assert all(line.isprintable() and ("<" not in line or line.startswith("    ")) for line in lines)      # code
+        # code
+        assert all(line.isprintable() and ("<" not in line or line.startswith("    "))
+                   for line in lines)
         self.read_task(path.parent)
 
     def resume(self, path: Path) -> None:
@@ -208,7 +222,8 @@ class Readers:
         from machine.files import reading
 
         adapter = small_adapter()
-        resume = self.Resume(path, self.Fingerprint({"train tokens": 1}, [1, 2]), adapter.num_parameters())
+        resume = self.Resume(path, self.Fingerprint({"train tokens": 1}, [1, 2]),
+                             adapter.num_parameters())
         resume.read()
         trainer = self.training.Trainer(adapter, 4, 1e-3, 9)
         with reading(path, "as training has it"):

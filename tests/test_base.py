@@ -11,7 +11,8 @@ from base import UserError
 
 
 def test_segments_of_one_drive_share_its_name():
-    assert {base.drive_of(f"zurich_city_14{letter}") for letter in ("_a", "_c", "")} == {"zurich_city_14"}
+    assert {base.drive_of(f"zurich_city_14{letter}")
+            for letter in ("_a", "_c", "")} == {"zurich_city_14"}
     assert base.drive_of("thun_01_a") == "thun_01"
 
 
@@ -39,17 +40,20 @@ class Config:
 
 
 def test_flags_are_read_into_the_types_of_the_fields():
-    config = base.parse_config(Config, ["--files", "a", "b", "--mode", "slow", "--limit", "3", "--no-plots"])
+    config = base.parse_config(
+        Config, ["--files", "a", "b", "--mode", "slow", "--limit", "3", "--no-plots"])
     assert config == Config([Path("a"), Path("b")], 50, "slow", 3, False)
     assert base.as_json(config)["files"] == ["a", "b"]
 
 
-def test_a_config_from_json_takes_the_default_of_a_field_that_an_older_version_did_not_write(tmp_path):
+def test_a_config_from_json_takes_the_default_of_a_field_that_an_older_version_did_not_write(
+        tmp_path):
     values = base.as_json(Config([Path("a")], limit=3))
     assert base.from_json(Config, values, tmp_path) == Config([tmp_path / "a"], limit=3)
     for name in ("num_epochs", "plots", "limit", "mode"):
         del values[name]
-    assert base.from_json(Config, values, tmp_path) == Config([tmp_path / "a"], 50, "fast", None, True)
+    assert base.from_json(Config, values, tmp_path) == Config([tmp_path / "a"], 50, "fast", None,
+                                                              True)
     values["limit"] = None                         # written, and None: kept
     assert base.from_json(Config, values, tmp_path).limit is None
 
@@ -112,9 +116,11 @@ def test_nothing_in_a_log_line_hides_or_acts(capsys):
 
 
 # --------------------------------------------------------------------------------------- packages
-def test_packages_that_are_not_installed_are_named_whatever_their_import_is_called(tmp_path, monkeypatch):
+def test_packages_that_are_not_installed_are_named_whatever_their_import_is_called(
+        tmp_path, monkeypatch):
     (tmp_path / "dev.txt").write_text("-r some.txt\npytest>=8\nno-such-tool==1  # why\n")
-    (tmp_path / "some.txt").write_text("# a comment\n\npillow>=10\nprotobuf>=4\nno_such.thing[extra]>=1\n")
+    (tmp_path /
+     "some.txt").write_text("# a comment\n\npillow>=10\nprotobuf>=4\nno_such.thing[extra]>=1\n")
     monkeypatch.setattr(base, "ROOT", tmp_path)
     words = r"^not installed: no-such-tool, no_such.thing; install with: .* -r .*dev.txt$"
     with pytest.raises(UserError, match=words):

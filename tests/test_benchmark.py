@@ -152,9 +152,9 @@ def test_warming_up_teaches_nothing(trained, monkeypatch):
 def test_the_output_holds_everything(measured, trained):
     results, _ = measured
     assert set(results) == {
-        "kind", "date", "size", "device", "dtype", "quantization", "gamma", "tree", "what", "config", "answers",
-        "peer_answers", "prompt_positions", "limits", "memory_mib", "runs", "costs_ms", "wanted",
-        "seconds", "provenance"
+        "kind", "date", "size", "device", "dtype", "quantization", "gamma", "tree", "what",
+        "config", "answers", "peer_answers", "prompt_positions", "limits", "memory_mib", "runs",
+        "costs_ms", "wanted", "seconds", "provenance"
     }
     assert set(results["runs"]) == {*MODES, *LIVE_NAMES, "hybrid, tree", "memory, tree"}
     assert list(results["costs_ms"]["verify"]) == [str(k) for k in MEASURED_SIZES]
@@ -197,9 +197,11 @@ def test_gamma_auto_runs_and_an_earlier_output_is_compared(trained, measured, tm
 
 def test_compare_prints_old_new_and_ratio(tmp_path, capsys, monkeypatch):
     for name, ms, more in (("old", 4.0, {"x": 1}), ("new", 3.0, {"y": {"z": 2}})):
-        (tmp_path / name).write_text(json.dumps({
-            "kind": "benchmark decode", "runs": {"hybrid": {"ms": ms, "rows": [1], "ok": True}}, "zero": 0,
-            "config": {"seed": 1}, **more}))
+        (tmp_path / name).write_text(
+            json.dumps({
+                "kind": "benchmark decode", "runs": {"hybrid": {"ms": ms, "rows": [1], "ok": True}},
+                "zero": 0, "config": {"seed": 1}, **more
+            }))
     monkeypatch.setattr(sys, "argv",
                         ["benchmark.py", "compare",
                          str(tmp_path / "old"),

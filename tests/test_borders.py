@@ -1,7 +1,8 @@
-"""The architecture as the imports of every source file show it: which room imports which, and libraries.
+"""The architecture as the imports of every source file show it: which room imports which, and
+libraries.
 
     python -m tests.test_borders      prints the arrows between rooms, floor by floor, and every
-    violation
+                                      violation
 
 A room is a package or a module at the root. Imports inside functions count like those at the top of
 a file.
@@ -20,20 +21,19 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A room imports rooms of lower floors, and on its own floor only what BESIDE
 # names.
-FLOORS = (
-    {"base"},
-    {"machine"},
-    {"pairs", "clips", "reports", "token_adapter"},
-    {"drafting", "acceptance", "vlm"},
-    {"decoding", "training", "extraction", "demo"},
-    {"extract_tokens_train", "train_and_evaluate", "speculative_decode", "prepare_dsec", "make_demo",
-     "benchmark", "report", "benchmarks"},
-)
+FLOORS = ({"base"}, {"machine"}, {"pairs", "clips", "reports", "token_adapter"},
+          {"drafting", "acceptance", "vlm"}, {"decoding", "training", "extraction", "demo"}, {
+              "extract_tokens_train", "train_and_evaluate", "speculative_decode", "prepare_dsec",
+              "make_demo", "benchmark", "report", "benchmarks"
+          },
+          )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 BESIDE = {
-    "acceptance": {"drafting"}, "benchmark": {"benchmarks"},
-    "benchmarks": {"extract_tokens_train", "train_and_evaluate", "speculative_decode", "prepare_dsec",
-                   "make_demo"}}
+    "acceptance": {"drafting"}, "benchmark": {"benchmarks"}, "benchmarks": {
+        "extract_tokens_train", "train_and_evaluate", "speculative_decode", "prepare_dsec",
+        "make_demo"
+    }
+}
 # Rooms that may import less than the floors below them.
 ONLY = {"reports": {"base", "machine"}, "vlm": {"base", "machine", "clips"}}
 # Where a library may be imported.
@@ -60,7 +60,9 @@ def sources() -> dict[str, Path]:
     """Module name -> file, without tests: "pairs" -> pairs/__init__.py."""
     packages = [init.parent for init in ROOT.glob("*/__init__.py")]
     modules = {}
-    for file in [*ROOT.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))]:
+    for file in [
+            *ROOT.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))
+    ]:
         parts = file.relative_to(ROOT).with_suffix("").parts
         if parts[0] != "tests":
             modules[".".join(parts).removesuffix(".__init__")] = file
@@ -79,7 +81,8 @@ def imports_of(module: str) -> frozenset[str]:
         names |= set(names_in(node, module))
     resolved = set()
     for name in names:
-        while name.count(".") and name not in sources():       # `from base import log` names base.log
+        # `from base import log` names base.log
+        while name.count(".") and name not in sources():
             name = name.rpartition(".")[0]
         resolved.add(name)
     return frozenset(resolved - {module, room_of(module)})
@@ -95,10 +98,12 @@ def names_in(node: ast.AST, module: str) -> Iterator[str]:
         start = ".".join(parts[:len(parts) - node.level + 1]) if node.level else ""
         prefix = ".".join(part for part in (start, node.module) if part)
         yield from (f"{prefix}.{alias.name}" for alias in node.names)
-    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+        ("import_module", "__import__")):
         text = next((part.value for part in ast.walk(node.args[0])
                      if isinstance(part, ast.Constant) and isinstance(part.value, str)), "")
-        yield text.rstrip(".")                                 # f"benchmarks.{name}" -> "benchmarks"
+        # f"benchmarks.{name}" -> "benchmarks"
+        yield text.rstrip(".")
 
 
 def rooms() -> dict[str, set[str]]:
@@ -199,7 +204,8 @@ def test_few_lines_are_longer_than_a_hundred_columns():
 
 def test_imports_are_read_wherever_they_stand():
     """What the checks are worth: a lazy import, a relative one, one in a string."""
-    tree = ast.parse("def f():\n import av.error\n from . import steps\n import_module(f'benchmarks.{x}')")
+    tree = ast.parse(
+        "def f():\n import av.error\n from . import steps\n import_module(f'benchmarks.{x}')")
     assert {name for node in ast.walk(tree) for name in names_in(node, "vlm.llama")} == {
         "av.error", "vlm.steps", "benchmarks"}
     assert "machine" in {room_of(name) for name in imports_of("train_and_evaluate")}
@@ -229,7 +235,8 @@ def main() -> None:
         for room in sorted(FLOORS[floor] & set(arrows)):
             targets = sorted(arrows[room], key=lambda name: (-FLOOR_OF.get(name, -1), name))
             print(f"  {room:<22} -> {', '.join(targets) or '-'}")
-    longest = max(all_lines().items(), key=lambda item: len(item[1]) * (item[0].parts[0] != "tests"))
+    longest = max(all_lines().items(), key=lambda item: len(item[1]) *
+                  (item[0].parts[0] != "tests"))
     print(f"{len(FLOORS)} floors; longest source file {longest[0]}, {len(longest[1])} lines; "
           f"{share_of_long_lines():.1%} of all lines over {COLUMNS_SELDOM_PASSED} columns, "
           f"{lines_over(COLUMNS)} lines over {COLUMNS}")

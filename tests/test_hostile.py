@@ -214,7 +214,8 @@ def test_too_little_memory_is_told_with_the_figures_before_loading(monkeypatch):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
         MemoryError("Unable to allocate"),
         RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 "
+            "bytes."
         ),
     ],
 )
@@ -303,7 +304,8 @@ def test_a_tokenizer_that_panics_over_an_answer_is_one_line():
     "advice",
     [
         "Loading it needs code of its own: set the option `trust_remote_code=True` to allow it",
-        "Weights only load failed. Re-running `torch.load` with `weights_only` set to `False` will likely succeed",
+        "Weights only load failed. Re-running `torch.load` with `weights_only` set to `False` will "
+        "likely succeed",
         "use `torch.serialization.add_safe_globals([os.system])`",
         "Object arrays cannot be loaded when allow_pickle=False",
     ],

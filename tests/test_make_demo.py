@@ -74,7 +74,8 @@ def test_events_ignore_light_and_colours_and_show_the_rest(name):
 
 def test_events_come_in_time_order_where_the_brightness_moved():
     events = filming.events_of(SCENE, SEED, 10)
-    assert (np.diff(events["t"]) >= 0).all() and events["t"][0] >= 0 and events["t"][-1] <= 9 * 50_000
+    assert (np.diff(events["t"])
+            >= 0).all() and events["t"][0] >= 0 and events["t"][-1] <= 9 * 50_000
     assert set(events["p"].tolist()) == {0, 1}
     # Replayed, the events add up to the change of log brightness, to within one threshold.
     frames = filming.frames_of(filming.neutral(SCENE), SEED, 10)
@@ -143,8 +144,10 @@ def test_rows_have_the_published_fields_and_point_at_files(data_set):
         assert row["split"] == folder.name and row["event_data"].endswith("/000000.npy")
         assert row["conversations"] == [{"from": "human", "value": ""},
                                         {"from": "gpt", "value": ""}]
-        assert (folder / "mp4" / row["mp4_data"]).is_file() and f"{row['video_data']}.mp4" == row["mp4_data"]
-        assert [(folder / "event_image" / name).is_file() for name in row["event_image"]] == [True] * 5
+        assert (folder / "mp4" /
+                row["mp4_data"]).is_file() and f"{row['video_data']}.mp4" == row["mp4_data"]
+        assert [(folder / "event_image" / name).is_file()
+                for name in row["event_image"]] == [True] * 5
     samples = read_dataset(folder)
     assert [sample.trouble for sample in samples] == [None] * 10
     assert len({sample.id for sample in samples}) == 10
@@ -160,7 +163,8 @@ def test_event_pictures_are_red_and_blue_on_white_and_videos_have_20_frames_a_se
         assert {tuple(colour) for colour in picture.reshape(-1, 3).tolist()} == {RED, BLUE, WHITE}
     with av.open(str(folder / "mp4" / rows[0]["mp4_data"])) as video:
         stream = video.streams.video[0]
-        assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 20)
+        assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264",
+                                                                                    "yuv420p", 20)
         assert sum(1 for _ in video.decode(stream)) == 20
 
 
@@ -203,13 +207,15 @@ def models():
     from vlm.video_llava import VideoLlava
 
     folder, runtime = ROOT / "demo" / "models", Runtime.choose("cpu")
-    return EventGPT.load(folder / "eventgpt", runtime), VideoLlava.load(folder / "video_llava", runtime)
+    return EventGPT.load(folder / "eventgpt",
+                         runtime), VideoLlava.load(folder / "video_llava", runtime)
 
 
 def test_two_at_once_do_not_make_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make_demo.py", "--output_dir", str(tmp_path)])
-    with only_writer(tmp_path, wait=False), pytest.raises(UserError,
-                                                          match=r"is being written by process .* --wait"):
+    with only_writer(tmp_path,
+                     wait=False), pytest.raises(UserError,
+                                                match=r"is being written by process .* --wait"):
         make_demo.main()
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
@@ -230,8 +236,10 @@ def test_both_models_share_the_tokenizer_that_is_built_here(models):
     draft, target = (model.tokenizer for model in models)
     built = build_tokenizer()
     assert built.get_vocab() == draft.get_vocab()
-    assert draft.convert_ids_to_tokens([0, 1, 2, 3, 258]) == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
-    assert target.convert_ids_to_tokens(range(len(draft), len(target))) == ["<image>", "<video>", "<pad>"]
+    assert draft.convert_ids_to_tokens([0, 1, 2, 3,
+                                        258]) == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
+    assert target.convert_ids_to_tokens(range(len(draft),
+                                              len(target))) == ["<image>", "<video>", "<pad>"]
     for scene, text in itertools.product(some_scenes(20), (texts.draft_text, texts.target_text)):
         ids = draft(text(scene)).input_ids
         assert ids == target(text(scene)).input_ids and ids[0] == 1

@@ -1,4 +1,6 @@
-"""Where and how the workflow is started and stopped: links, copies, shells, environments, quotes, signals."""
+"""Where and how the workflow is started and stopped: links, copies, shells, environments, quotes,
+signals.
+"""
 
 import os
 import re
@@ -17,8 +19,8 @@ from tests.stubbed import SCRIPT, STEPS, Stubbed
 def started(stubbed: Stubbed, *command: str, cwd: Path = ROOT,
             **settings: str) -> subprocess.CompletedProcess:
     """Start the stubbed workflow by this command, with these settings in the environment."""
-    return subprocess.run(command, env=stubbed.environment(**settings), cwd=cwd, capture_output=True,
-                          text=True, timeout=120, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, env=stubbed.environment(**settings), cwd=cwd,
+                          capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
 
 
 def test_it_runs_through_a_link_and_from_a_batch_systems_copy(tmp_path):
@@ -53,10 +55,11 @@ def test_sh_runs_it_and_sourcing_it_is_one_line_that_leaves_the_shell_alive(tmp_
 
 def test_what_is_wrong_is_said_before_anything_is_installed(tmp_path):
     """No environment is active here, and PYTHON can't even start."""
-    for arguments, settings, message in (
-            ([], {}, "EVENTGPT is not set"), (["--only", "2s"], {}, "unknown argument --only 2s"),
-            (["--until"], {}, "unknown argument --until"),
-            (["--demo"], {"TRAIN_FLAGS": "--task_name 'a b"}, "TRAIN_FLAGS has a quote that is not")):
+    for arguments, settings, message in (([], {}, "EVENTGPT is not set"), ([
+            "--only", "2s"
+    ], {}, "unknown argument --only 2s"), (["--until"], {}, "unknown argument --until"), ([
+            "--demo"
+    ], {"TRAIN_FLAGS": "--task_name 'a b"}, "TRAIN_FLAGS has a quote that is not")):
         environment = {"PATH": os.environ["PATH"], "PYTHON": "/nowhere/python", **settings}
         done = subprocess.run(["bash", SCRIPT, *arguments], env=environment, capture_output=True,
                               text=True, timeout=60)
@@ -156,8 +159,9 @@ def test_the_reader_of_the_log_may_go(tmp_path):
     stubbed = Stubbed(tmp_path)
     reader, writer = os.pipe()
     with os.fdopen(writer, "wb") as out:
-        process = subprocess.Popen(["bash", SCRIPT, "--demo"], env=stubbed.environment(), stdout=out,
-                                   stderr=out, stdin=subprocess.DEVNULL, restore_signals=True)
+        process = subprocess.Popen(["bash", SCRIPT, "--demo"], env=stubbed.environment(),
+                                   stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+                                   restore_signals=True)
     stubbed.wait_until_begun(2, process)
     os.close(reader)
     assert process.wait(120) == 0 and len(stubbed.lines("end")) == STEPS
@@ -206,7 +210,9 @@ def suite(tmp_path):
 
     def start(requirements="requirements.txt", **settings: str) -> subprocess.CompletedProcess:
         code = f"set -euo pipefail; source ./env.sh {requirements}; echo $PYTHON"
-        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HALF": str(tmp_path / "half"), **settings}
+        environment = {
+            "PATH": f"{tmp_path}:/usr/bin:/bin", "HALF": str(tmp_path / "half"), **settings
+        }
         return subprocess.run(["bash", "-c", code], cwd=tmp_path / "suite", env=environment,
                               capture_output=True, text=True, timeout=60)
     return start
@@ -223,7 +229,8 @@ def test_a_half_made_environment_is_made_whole_by_the_next_start(suite, tmp_path
     assert failed.returncode == 2 and "pip could not install" in failed.stderr
     (tmp_path / "half.net").unlink()
     assert suite().returncode == 0 and suite().stdout == f"{venv}/bin/python\n"
-    assert (tmp_path / "half.installs").read_text().count("\n") == 2      # the last start installs nothing
+    # The last start installs nothing
+    assert (tmp_path / "half.installs").read_text().count("\n") == 2
 
 
 @pytest.mark.parametrize("damage", ["python gone", "marker gone", "requirements changed",
@@ -236,8 +243,10 @@ def test_what_the_marker_stands_for_is_looked_at(suite, tmp_path, damage):
     elif damage == "marker gone":
         (venv / "requirements-dev.txt.installed").unlink()
     else:
-        (tmp_path / "suite" / "requirements.txt").write_text("tqdm>=4\n")     # which the other includes
-    if damage == "stopped while changed":                                     # and then changed back
+        # Which the other includes
+        (tmp_path / "suite" / "requirements.txt").write_text("tqdm>=4\n")
+    # And then changed back
+    if damage == "stopped while changed":
         (tmp_path / "half.net").touch()
         assert suite("requirements-dev.txt").returncode == 2
         (tmp_path / "half.net").unlink()

@@ -45,7 +45,8 @@ def test_it_computes_what_transformer_encoder_computes_with_the_same_weights():
     reference = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     reference.load_state_dict(adapter.transformer.state_dict())
     x = adapter.embedding(draft) + adapter.position_embedding(torch.arange(12))
-    wanted = adapter.output_proj(reference(x, mask=nn.Transformer.generate_square_subsequent_mask(12)))
+    wanted = adapter.output_proj(
+        reference(x, mask=nn.Transformer.generate_square_subsequent_mask(12)))
     assert (adapter(draft) - wanted).abs().max() < 1e-5
 
 
@@ -75,7 +76,8 @@ def test_a_saved_adapter_comes_back_with_its_config_and_its_logits(tmp_path):
 
 def test_a_checkpoint_of_the_original_suite_loads_and_is_marked_with_its_own_contract(tmp_path):
     state = {name: tensor.half() for name, tensor in tiny_adapter().state_dict().items()}
-    torch.save({"model_state_dict": state, "config": {"num_heads": 4, "lr": 1e-4}}, tmp_path / "model.pt")
+    torch.save({"model_state_dict": state, "config": {"num_heads": 4, "lr": 1e-4}},
+               tmp_path / "model.pt")
     loaded = load_adapter(tmp_path / "model.pt")
     assert loaded.config == dataclasses.replace(TINY, contract=ORIGINAL_CONTRACT)
     assert loaded.config.first_position == 1 and loaded(drafts()).dtype == torch.float32
@@ -127,7 +129,8 @@ def test_the_whole_draft_is_seen_from_the_first_position_on_and_nothing_past_its
 def test_a_missing_draft_is_a_draft_of_length_0_and_then_it_is_the_prefix_adapter():
     adapter, prefix = tiny_adapter("prefix+draft"), prefixes()
     missing = adapter(drafts()[:, :0], None, prefix)
-    assert (adapter(drafts(), torch.zeros(3, dtype=torch.long), prefix) - missing).abs().max() < 1e-5
+    assert (adapter(drafts(), torch.zeros(3, dtype=torch.long), prefix) -
+            missing).abs().max() < 1e-5
     adapter.condition("prefix")
     assert torch.equal(adapter(drafts(), DRAFT_LENGTHS, prefix), missing)
     assert adapter.config.contract == CONTRACTS["prefix"]
@@ -157,9 +160,12 @@ def with_outputs(conditioning: str = "prefix+draft") -> TokenAdapter:
 
 def test_a_draft_vocabulary_gives_the_logits_of_its_ids_in_a_full_pass_and_step_by_step(tmp_path):
     save_adapter(with_outputs(), tmp_path / "best_model.pt")
-    adapter, arguments = load_adapter(tmp_path / "best_model.pt"), (drafts(), DRAFT_LENGTHS, prefixes())
-    assert adapter.config.draft_vocab == 5 and adapter.output_proj[1].weight is adapter.embedding.weight
-    assert torch.allclose(adapter(*arguments), tiny_adapter("prefix+draft")(*arguments)[..., OUTPUTS], atol=1e-6)
+    adapter = load_adapter(tmp_path / "best_model.pt")
+    arguments = (drafts(), DRAFT_LENGTHS, prefixes())
+    assert adapter.config.draft_vocab == 5 and adapter.output_proj[
+        1].weight is adapter.embedding.weight
+    assert torch.allclose(adapter(*arguments),
+                          tiny_adapter("prefix+draft")(*arguments)[..., OUTPUTS], atol=1e-6)
     first, cache = adapter.start(drafts(), DRAFT_LENGTHS)
     stepped = torch.cat([first, adapter.step(prefixes(), cache)], dim=1)
     assert (stepped - adapter(*arguments)).abs().max() < 1e-5
@@ -177,7 +183,8 @@ def test_ids_and_columns_of_a_draft_vocabulary_are_each_others_inverse():
 def test_a_damaged_map_of_a_draft_vocabulary_is_refused(tmp_path, ids):
     adapter = with_outputs()
     state = {**adapter.state_dict(), "output_ids": torch.tensor(ids)}
-    torch.save({"model_state_dict": state, "config": dataclasses.asdict(adapter.config)}, tmp_path / "odd.pt")
+    torch.save({"model_state_dict": state, "config": dataclasses.asdict(adapter.config)},
+               tmp_path / "odd.pt")
     with pytest.raises(UserError, match="output_ids must be"):
         load_adapter(tmp_path / "odd.pt")
 
@@ -190,14 +197,17 @@ def test_the_budget_of_the_original_is_kept():
 # ------------------------------------------------------------------------------------------ formats
 def saved(folder: Path, state: dict | None = None, **facts) -> Path:
     config = dataclasses.asdict(TINY)
-    torch.save({"model_state_dict": state or tiny_adapter().state_dict(), "config": config, **facts}, folder / "a.pt")
+    torch.save(
+        {"model_state_dict": state or tiny_adapter().state_dict(), "config": config, **facts},
+        folder / "a.pt")
     return folder / "a.pt"
 
 
 def test_a_checkpoint_of_today_and_one_from_before_the_format_number_load(tmp_path):
     save_adapter(tiny_adapter(), tmp_path / "now.pt")
     assert torch.load(tmp_path / "now.pt", weights_only=True)["format"] == FORMAT == 1
-    for path in (tmp_path / "now.pt", saved(tmp_path, epoch=3, validation_alpha=0.5), saved(tmp_path, format=0)):
+    for path in (tmp_path / "now.pt", saved(tmp_path, epoch=3, validation_alpha=0.5),
+                 saved(tmp_path, format=0)):
         assert load_adapter(path).config == TINY
 
 

@@ -40,7 +40,8 @@ def test_every_task_has_its_files_and_no_others(task):
     assert len(decodings) == (0 if "draft" in task.name else 1)
     for folder in decodings:
         assert set(names_of(folder)) == DECODE_FILES
-        assert set(json.loads((folder / "decode.json").read_text())["totals"]["verdicts"]) == {"exact"}
+        assert set(json.loads(
+            (folder / "decode.json").read_text())["totals"]["verdicts"]) == {"exact"}
     assert re.fullmatch(r"(1s|500ms)(_draft)?_\d{8}_\d{6}", task.name)
     assert json.loads((task / "results.json").read_text())["metrics"]["test"]["pairs"] > 0
 
@@ -53,11 +54,15 @@ def test_the_pictures_are_pictures(task):
 
 def test_the_token_files_have_the_names_of_the_original(demo):
     assert {path.name for path in demo.tokens.glob("*.json")} == {
-        "train_tokens_full.json", "test_tokens_1s.json", "train_tokens_500ms.json", "test_tokens_500ms.json"}
+        "train_tokens_full.json", "test_tokens_1s.json", "train_tokens_500ms.json",
+        "test_tokens_500ms.json"
+    }
 
 
 def test_the_log_is_whole_lines_and_ends_with_the_summary(demo):
-    phases = [demo.log.index(text) for text in ("PHASE 1 | the 1s", "PHASE 2 | the 500ms", "SUMMARY")]
+    phases = [
+        demo.log.index(text) for text in ("PHASE 1 | the 1s", "PHASE 2 | the 500ms", "SUMMARY")
+    ]
     assert phases == sorted(phases)
     assert "\r" not in demo.log and "Traceback" not in demo.log
     before = demo.log[:phases[2]]
@@ -78,12 +83,16 @@ def test_a_second_start_skips_everything_and_shows_the_same_summary(demo):
 
 def test_settings_and_arguments_are_checked_at_once(tmp_path):
     here = Path.cwd()
-    for arguments, settings, message in (
-            (("--what",), {}, "unknown argument --what"), ((), {}, "EVENTGPT is not set"),
-            ((), {"EVENTGPT": "x", "TEST_1S": "nowhere.json"}, f"TEST_1S={here}/nowhere.json: no such file"),
-            ((), {"EVENTGPT": "x", "DSEC_ROOT": "nowhere"}, f"DSEC_ROOT={here}/nowhere: no such folder"),
-            ((), {"EVENTGPT": "x", "LOCK_WAIT_S": "soon"}, "LOCK_WAIT_S=soon: wanted whole seconds"),
-            ((), {"EVENTGPT": "nowhere"}, f"EVENTGPT={here}/nowhere: no such folder")):
+    for arguments, settings, message in ((("--what", ), {}, "unknown argument --what"),
+                                         ((), {}, "EVENTGPT is not set"), ((), {
+                                             "EVENTGPT": "x", "TEST_1S": "nowhere.json"
+                                         }, f"TEST_1S={here}/nowhere.json: no such file"), ((), {
+                                             "EVENTGPT": "x", "DSEC_ROOT": "nowhere"
+                                         }, f"DSEC_ROOT={here}/nowhere: no such folder"), ((), {
+                                             "EVENTGPT": "x", "LOCK_WAIT_S": "soon"
+                                         }, "LOCK_WAIT_S=soon: wanted whole seconds"), ((), {
+                                             "EVENTGPT": "nowhere"
+                                         }, f"EVENTGPT={here}/nowhere: no such folder")):
         done = run_workflow(tmp_path, *arguments, **settings)
         assert done.returncode == 2 and message in done.stderr, done.stderr
     assert not (tmp_path / "tokens").exists()
@@ -146,7 +155,8 @@ def test_missing_data_sets_are_made_from_raw_recordings_and_others_are_left_alon
         assert f"prepare {split} 1s | skipped, " in second.stdout
     for done in (first, second):
         assert done.returncode == 2 and "] extract train 1s ended with status 2" in done.stdout
-    for name in ("EventGPT_Instruction_Subset.json", "prepare_dsec.json"):    # an older set, not ours
+    # An older set, not ours
+    for name in ("EventGPT_Instruction_Subset.json", "prepare_dsec.json"):
         (folders[1] / name).unlink()
     third = run_workflow(tmp_path, **settings)
     assert "prepare test" not in third.stdout and "extract train 1s | start" in third.stdout
@@ -180,7 +190,8 @@ def test_killed_in_each_phase_it_goes_on_and_leaves_no_orphan(tmp_path, number):
     if number == signal.SIGKILL and not shutil.which("setpriv"):
         pytest.skip("without setpriv (util-linux) a step outlives a script that gets kill -9")
     stubbed = Stubbed(tmp_path)
-    for phase in range(STEPS):         # the stopped step is done again, then the next one is stopped
+    # The stopped step is done again, then the next one is stopped
+    for phase in range(STEPS):
         begun = len(stubbed.lines("begin"))
         process = stubbed.start()
         stubbed.wait_until_begun(begun + 1 + (phase > 0), process)
@@ -200,8 +211,9 @@ def test_two_workflows_in_one_folder_do_not_trample_each_other(tmp_path):
     stubbed.wait_until_begun(2, first)
     second = stubbed.start(LOCK_WAIT_S="0")                      # does not wait; names the holder
     assert second.wait(60) == 2 and first.poll() is None
-    words = (rf"ERROR \| another workflow is at work in .*/task \(process {first.pid} on .* since 20\d\d-.*: "
-             "wait for it")
+    words = (
+        rf"ERROR \| another workflow is at work in .*/task \(process {first.pid} on .* since 20\d\d-.*: "
+        "wait for it")
     assert re.search(words, stubbed.log.read_text())
     third = stubbed.start(LOCK_WAIT_S="60")                      # waits, and finds everything done
     assert [first.wait(60), third.wait(60)] == [0, 0]
@@ -221,8 +233,8 @@ def test_a_task_folder_that_was_moved_goes_on_where_it_is(tmp_path):
 def test_paths_are_meant_from_where_the_workflow_was_called(tmp_path):
     stubbed, before = Stubbed(tmp_path), set(ROOT.iterdir())
     settings = stubbed.environment(DATA_ROOT="data", TOKENS_DIR="my tokens", TASK_DIR="task")
-    done = subprocess.run(["bash", SCRIPT, "--demo"], env=settings, cwd=tmp_path, capture_output=True,
-                          text=True, timeout=60)
+    done = subprocess.run(["bash", SCRIPT, "--demo"], env=settings, cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "my tokens").iterdir())) == 4 and set(ROOT.iterdir()) == before
 
@@ -279,7 +291,8 @@ def test_the_real_workflow_killed_in_each_phase_goes_on(tmp_path, figures):
         while stubbed.log.read_text().count("| start |") <= steps and process.poll() is None:
             assert time.monotonic() < deadline, stubbed.log.read_text()
             time.sleep(0.01)
-        time.sleep(moments.uniform(0, 4))                  # somewhere in the step that has just begun
+        # Somewhere in the step that has just begun
+        time.sleep(moments.uniform(0, 4))
         if process.poll() is not None:
             break
         process.send_signal(numbers[killed % 2])
@@ -290,8 +303,8 @@ def test_the_real_workflow_killed_in_each_phase_goes_on(tmp_path, figures):
     assert process.returncode == 0 and "Traceback" not in log, log
     tasks = [path.parent for path in (tmp_path / "task").glob("*/RESULTS.md")]
     decodings = list((tmp_path / "task").glob("*/decode_*/DECODE.md"))
-    figures.append(("kill of the demo workflow, TERM and KILL in turn, a step further each time", killed,
-                    f"orphans 0, resumed each time: {len(tasks)} of 4 tasks, "
+    figures.append(("kill of the demo workflow, TERM and KILL in turn, a step further each time",
+                    killed, f"orphans 0, resumed each time: {len(tasks)} of 4 tasks, "
                     f"{len(decodings)} of 2 decodings"))
     assert (len(tasks), len(decodings)) == (4, 2) and killed >= 5
 
@@ -299,9 +312,11 @@ def test_the_real_workflow_killed_in_each_phase_goes_on(tmp_path, figures):
 @pytest.mark.faults
 def test_two_real_workflows_on_one_data_root_do_not_trample_each_other(tmp_path, demo, figures):
     """Of other tasks, but the same data and tokens: what one makes the other waits for."""
-    settings = {"DEMO_FLAGS": "--train_clips 24 --test_clips 20", "VIRTUAL_ENV": sys.prefix,
-                "PYTHON": sys.executable, "TRAIN_FLAGS": SMALL_TRAINING, "DECODE_FLAGS": "--max_samples 2",
-                "EXTRACT_FLAGS": "--max_new_tokens 80 --batch_size 16 --num_workers 2"}
+    settings = {
+        "DEMO_FLAGS": "--train_clips 24 --test_clips 20", "VIRTUAL_ENV": sys.prefix,
+        "PYTHON": sys.executable, "TRAIN_FLAGS": SMALL_TRAINING, "DECODE_FLAGS": "--max_samples 2",
+        "EXTRACT_FLAGS": "--max_new_tokens 80 --batch_size 16 --num_workers 2"
+    }
     stubbed = Stubbed(tmp_path)
     both = [stubbed.start(**settings, TASK_DIR=str(tmp_path / name)) for name in ("one", "two")]
     codes = [process.wait(600) for process in both]

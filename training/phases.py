@@ -77,7 +77,8 @@ class Epoch:
 class PhaseRun:
     """One phase at work: trainer, order of the pairs, and where it stands."""
 
-    def __init__(self, adapter: TokenAdapter, phase: Phase, tokens: TokenTensors, settings: Settings):
+    def __init__(self, adapter: TokenAdapter, phase: Phase, tokens: TokenTensors,
+                 settings: Settings):
         """The adapter is trained in place."""
         adapter.condition(phase.name)
         self.phase, self.tokens, self.learning_rate = phase, tokens, settings.learning_rate
@@ -121,9 +122,9 @@ class PhaseRun:
         try:
             yield
         except Diverged as error:
-            raise UserError(f"{self.phase.name}, epoch {self.current}: {error}; the best epoch before it, "
-                            "if any, is kept in best_model.pt; try a --learning_rate below "
-                            f"{self.learning_rate}, in a new task folder") from error
+            raise UserError(f"{self.phase.name}, epoch {self.current}: {error}; the best epoch "
+                            "before it, if any, is kept in best_model.pt; try a --learning_rate "
+                            f"below {self.learning_rate}, in a new task folder") from error
 
 
 def restore(found: dict, trainer: Trainer, generator: torch.Generator) -> None:
@@ -164,7 +165,8 @@ def take_up(found: dict, phases: list[Phase],
     begun = list(epochs)[:list(epochs).index(found["phase"]) + 1]
     is_epoch = 0 < found["epoch"] <= epochs[found["phase"]]
     if list(found["best"]) != begun or not is_epoch or found["done"] < 0:
-        raise ValueError(f"epoch {found['epoch']} of {found['phase']}, best of {', '.join(found['best'])}")
+        raise ValueError(f"epoch {found['epoch']} of {found['phase']}, best of "
+                         f"{', '.join(found['best'])}")
     history = [{**epoch, "epoch": int(epoch["epoch"])} for epoch in found["history"]]
     best = {}
     for name, facts in found["best"].items():
@@ -288,7 +290,8 @@ def train(settings: Settings, adapter: TokenAdapter, data: Data, files: TaskFile
     if settings.refit and settings.conditioning != "draft":
         log(f"train | again, with the validation pairs: {len(data.all_train)} pairs")
         refit(trained, selection, new_adapter(data.all_train), data.all_train)
-        save_adapter(trained.adapter, files.checkpoint.path, epoch=trained.best_epoch, refitted=True)
+        save_adapter(trained.adapter, files.checkpoint.path, epoch=trained.best_epoch,
+                     refitted=True)
     return trained
 
 

@@ -1,9 +1,11 @@
-"""LLaMA's layers over packed positions, with cache and attention handed in: steps.py and batches.py run it.
+"""LLaMA's layers over packed positions, with cache and attention handed in: steps.py and batches.py
+run it.
 
-Our own forward over transformers' modules: positions and places in the cache are explicit tensors, so that a CUDA
-graph can hold a step, and what stands between the matrix products takes one pass each (kernels.py). Where q/k/v and
-gate/up are plain layers they are fused; the model's modules become views of the fused matrices: nothing is stored
-twice, and transformers' forward goes on working. The same holds for 4-bit layers where nf4.py is adopted.
+Our own forward over transformers' modules: positions and places in the cache are explicit tensors,
+so that a CUDA graph can hold a step, and what stands between the matrix products takes one pass
+each (kernels.py). Where q/k/v and gate/up are plain layers they are fused; the model's modules
+become views of the fused matrices: nothing is stored twice, and transformers' forward goes on
+working. The same holds for 4-bit layers where nf4.py is adopted.
 """
 
 import contextlib
@@ -26,7 +28,9 @@ NO_NUMBER = -1               # in place of a token where the logits are no numbe
 
 
 class Next(NamedTuple):
-    """What follows each of n positions. Good until the next call: a graph writes into the same memory again."""
+    """What follows each of n positions. Good until the next call: a graph writes into the same
+    memory again.
+    """
 
     logits: torch.Tensor        # (n, V) in the model's dtype
     best: torch.Tensor          # (n,) int64: their argmax; -1 where the largest is NaN or infinite
@@ -41,23 +45,32 @@ class Llama:
     """The weights of one model, fused. It holds them: drop it before the model is unloaded."""
 
     def __init__(self, language_model: nn.Module, lm_head: nn.Module, room: int):
-        """language_model: LlamaModel; lm_head: its output layer; room: the most positions there will be."""
+        """language_model: LlamaModel; lm_head: its output layer; room: the most positions there
+        will be.
+        """
         config, weight = language_model.config, language_model.embed_tokens.weight
-        self.model, self.lm_head, self.device, self.dtype = language_model, lm_head, weight.device, weight.dtype
-        self.depth, self.vocab_size = config.num_hidden_layers, language_model.embed_tokens.num_embeddings
+        self.model = language_model
+        self.lm_head = lm_head
+        self.device = weight.device
+        self.dtype = weight.dtype
+        self.depth = config.num_hidden_layers
+        self.vocab_size = language_model.embed_tokens.num_embeddings
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         if reason := why_not(config, language_model):
             raise UserError(f"this language model can't run here: {reason}")
-        # The model's own RoPE (with its scaling). (2, room, d): cos, and sin with rotate_half's sign in it.
+        # The model's own RoPE (with its scaling). (2, room, d): cos, and sin with rotate_half's
+        # sign in it.
         positions = torch.arange(room, device=self.device)
         cos, sin = language_model.rotary_emb(weight[:1, None], position_ids=positions[None])
         minus, plus = sin.chunk(2, -1)
         self.rope = torch.cat([cos, torch.cat([-minus, plus], -1)]).contiguous()
         adopt(language_model, self.dtype)            # 4-bit layers, where that is faster
         self.qkv, self.gate_up = [], []
-        for layer in language_model.layers:          # one at a time: what is replaced is freed before the next
-            self.qkv.append(fuse([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]))
+        # One at a time: what is replaced is freed before the next
+        for layer in language_model.layers:
+            self.qkv.append(
+                fuse([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]))
             self.gate_up.append(fuse([layer.mlp.gate_proj, layer.mlp.up_proj]))
         kinds = {type(module).__name__ for module in language_model.modules()}
         # LLM.int8 looks for outliers on the host: no graph can hold it.
@@ -66,29 +79,35 @@ class Llama:
 
     def on_device(self) -> contextlib.AbstractContextManager:
         """Triton and CUDA events go by the current device, which need not be the model's."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        return torch.cuda.device(
+            self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def new_cache(self, rows: int, slots: int) -> torch.Tensor:
-        """(layers, 2, rows, kv_heads, slots, d): keys, values. Zeros: a masked slot weighs 0, but 0 * NaN is NaN."""
-        return torch.zeros(self.depth, 2, rows, self.kv_heads, slots, self.head_dim, dtype=self.dtype,
-                           device=self.device)
+        """(layers, 2, rows, kv_heads, slots, d): keys, values. Zeros: a masked slot weighs 0, but 0
+        * NaN is NaN.
+        """
+        return torch.zeros(self.depth, 2, rows, self.kv_heads, slots, self.head_dim,
+                           dtype=self.dtype, device=self.device)
 
-    def layers(self, x: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor, places: torch.Tensor,
-               attend: Callable, follow: bool = True) -> torch.Tensor | None:
-        """x (n, D) at positions (n,) -> (n, D) before the last norm; None without `follow`: only the cache is wanted.
+    def layers(self, x: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor,
+               places: torch.Tensor, attend: Callable, follow: bool = True) -> torch.Tensor | None:
+        """x (n, D) at positions (n,) -> (n, D) before the last norm; None without `follow`: only
+        the cache is wanted.
 
-        cache (layers, 2, rows, kv_heads, slots, d) gets their keys and values at places (n,): row * slots + slot.
-        attend(number of the layer, queries (n, heads, d)) -> (n, heads * d); keys and values are in the cache then.
+        cache (layers, 2, rows, kv_heads, slots, d) gets their keys and values at places (n,): row *
+        slots + slot. attend(number of the layer, queries (n, heads, d)) -> (n, heads * d); keys and
+        values are in the cache then.
         """
         h = normed(x, self.model.layers[0].input_layernorm)
         for number, layer in enumerate(self.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
-            qkv = together(h, self.qkv[number],
-                           attention.q_proj, attention.k_proj, attention.v_proj).view(len(x), -1, self.head_dim)
+            qkv = together(h, self.qkv[number], attention.q_proj, attention.k_proj,
+                           attention.v_proj).view(len(x), -1, self.head_dim)
             queries = rotate_and_store(qkv, self.rope, positions, cache[number], places)
             if number + 1 == self.depth and not follow:
                 return None
-            x, h = add_and_norm(x, attention.o_proj(attend(number, queries)), layer.post_attention_layernorm)
+            x, h = add_and_norm(x, attention.o_proj(attend(number, queries)),
+                                layer.post_attention_layernorm)
             gate_up = together(h, self.gate_up[number], mlp.gate_proj, mlp.up_proj)
             gate, up = gate_up.chunk(2, -1)
             out = mlp.down_proj(swiglu(gate_up) if self.is_silu else mlp.act_fn(gate) * up)
@@ -104,26 +123,36 @@ class Llama:
 
 
 def normed(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    """LLaMA's RMS norm in one kernel; transformers' rounds once more in between (visible in 16 bits only)."""
+    """LLaMA's RMS norm in one kernel; transformers' rounds once more in between (visible in 16 bits
+    only).
+    """
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def together(x: torch.Tensor, weight: torch.Tensor | NF4Linear | None, *modules: nn.Module) -> torch.Tensor:
-    """The outputs of linear layers side by side: one product where they are fused, else the modules as they are."""
+def together(x: torch.Tensor, weight: torch.Tensor | NF4Linear | None, *modules:
+             nn.Module) -> torch.Tensor:
+    """The outputs of linear layers side by side: one product where they are fused, else the modules
+    as they are.
+    """
     if isinstance(weight, NF4Linear):
         return weight(x)
-    return F.linear(x, weight) if weight is not None else torch.cat([module(x) for module in modules], -1)
+    return F.linear(x, weight) if weight is not None else torch.cat(
+        [module(x) for module in modules], -1)
 
 
 @torch.no_grad()         # not inference_mode: the modules must not be left with inference tensors
 def fuse(modules: list[nn.Module]) -> torch.Tensor | NF4Linear | None:
-    """One matrix of the weights of plain linear layers without bias, which are views of it from then on; or None."""
+    """One matrix of the weights of plain linear layers without bias, which are views of it from
+    then on; or None.
+    """
     if type(modules[0]) is NF4Linear:
         return modules[0].fused
     if any(type(module) is not nn.Linear or module.bias is not None for module in modules):
-        return None                                  # bitsandbytes' layers are subclasses of nn.Linear
+        # bitsandbytes' layers are subclasses of nn.Linear
+        return None
     weights, rows = [module.weight for module in modules], 0
-    for weight in weights:                           # fused before, for another decoder of the same model?
+    # Fused before, for another decoder of the same model?
+    for weight in weights:
         if weight.untyped_storage().data_ptr() != weights[0].untyped_storage().data_ptr() or (
                 weight.storage_offset() != rows * weight.shape[1]):
             break
@@ -137,9 +166,11 @@ def fuse(modules: list[nn.Module]) -> torch.Tensor | NF4Linear | None:
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """How far two computations of the same logits (n, V) lie apart, as a share of their size; rounding in 16 bits: 1 %.
+    """How far two computations of the same logits (n, V) lie apart, as a share of their size;
+    rounding in 16 bits: 1 %.
 
-    Rows that are no numbers in both are left out; NaN if a row is so in one of them only, or in all.
+    Rows that are no numbers in both are left out; NaN if a row is so in one of them only, or in
+    all.
     """
     numbers = theirs.isfinite().all(-1)
     if not torch.equal(numbers, ours.isfinite().all(-1)):

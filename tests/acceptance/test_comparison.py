@@ -19,19 +19,22 @@ from training.loop import Trainer, train_epoch
 
 
 def evaluated(oracle: Oracle, pairs: Pairs, max_seq_len: int = 9) -> dict:
-    top1, top5, _ = predict(oracle, TokenTensors.of(pairs, max_seq_len, torch.device("cpu")), batch_size=4)
+    top1, top5, _ = predict(oracle, TokenTensors.of(pairs, max_seq_len, torch.device("cpu")),
+                            batch_size=4)
     return compare(top1, top5, pairs, None)["adapter"]
 
 
 def trained_alpha(oracle: Oracle, pairs: Pairs) -> float:
-    tokens, generator = TokenTensors.of(pairs, 9, torch.device("cpu")), torch.Generator().manual_seed(0)
+    tokens = TokenTensors.of(pairs, 9, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
     return train_epoch(Trainer(oracle, batch_size=4, rate=1e-3, steps=8), tokens, generator)[1]
 
 
 def test_a_perfect_adapter_is_right_everywhere_in_training_and_in_evaluation():
     pairs = random_pairs(CONTRACT)
     result = evaluated(Oracle(), pairs)
-    assert trained_alpha(Oracle(), pairs) == result["alpha"] == result["top5"] == result["first_token"] == 1.0
+    assert trained_alpha(Oracle(),
+                         pairs) == result["alpha"] == result["top5"] == result["first_token"] == 1.0
     assert result["mean_run"] == pairs.lengths("target").mean()
     assert result["per_position"]["alpha"] == [1.0] * 9
     assert result["expected_tokens"]["10"] == 11.0
@@ -54,7 +57,8 @@ def test_an_original_checkpoint_is_measured_by_its_own_contract_and_misses_only_
 def test_positions_past_max_seq_len_count_as_misses():
     pairs = random_pairs(CONTRACT)
     lengths = pairs.lengths("target")
-    assert evaluated(Oracle(), pairs, max_seq_len=4)["alpha"] == np.minimum(lengths, 4).sum() / lengths.sum()
+    assert evaluated(Oracle(), pairs,
+                     max_seq_len=4)["alpha"] == np.minimum(lengths, 4).sum() / lengths.sum()
 
 
 def test_past_its_end_the_draft_proposes_nothing_not_even_a_0():
@@ -70,7 +74,8 @@ def test_the_constant_string_is_the_commonest_training_token_at_each_position():
     assert commonest[:, 0].tolist() == [4, 6, 9, -1]
     assert commonest[1].tolist() == [6, 5, -1, -1, -1]
     test = pairs_of([[1]], [[4, 5, 9, 9]])
-    constant = compare(np.zeros((1, 4), bool), np.zeros((1, 4), bool), test, train)["constant_string"]
+    constant = compare(np.zeros((1, 4), bool), np.zeros((1, 4), bool), test,
+                       train)["constant_string"]
     assert (constant["alpha"], constant["top5"]) == (0.5, 0.75)
 
 
@@ -83,8 +88,13 @@ def test_figures_do_not_depend_on_how_many_answers_are_compared_at_a_time(monkey
     def figures() -> list:
         hits = number_right(top1, lengths)
         simulated = simulate(top1, lengths, 3)
-        return [compare(top1, top5, pairs, pairs), {**simulated, "passes": simulated["passes"].tolist()},
-                hits.tolist(), interval(hits, lengths, names), by_drive(hits, lengths, names)]
+        return [
+            compare(top1, top5, pairs, pairs),
+            {**simulated, "passes": simulated["passes"].tolist()},
+            hits.tolist(),
+            interval(hits, lengths, names),
+            by_drive(hits, lengths, names)
+        ]
 
     whole = figures()
     monkeypatch.setattr(metrics, "BLOCK_POSITIONS", 7 * 9)

@@ -15,9 +15,11 @@ from benchmarks import adapter, train
 from tests.conftest import write_pairs
 
 SMALL = {"vocab_size": 90, "embed_dim": 32, "num_layers": 1, "num_heads": 2, "device": "cpu"}
-FIGURES = {"steps_per_epoch", "step_ms", "steps_per_s", "epoch_s", "first_epoch_s", "all_epochs_s", "50_epochs_s",
-           "train_losses", "validation_s", "validation_loss", "validation_alpha", "peak_memory_mib",
-           "model_tflop_per_s", "share_of_limit"}
+FIGURES = {
+    "steps_per_epoch", "step_ms", "steps_per_s", "epoch_s", "first_epoch_s", "all_epochs_s",
+    "50_epochs_s", "train_losses", "validation_s", "validation_loss", "validation_alpha",
+    "peak_memory_mib", "model_tflop_per_s", "share_of_limit"
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +28,10 @@ def trained(tmp_path_factory) -> dict:
     with pytest.MonkeyPatch.context() as monkeypatch:
         # small and short: it must learn faster
         monkeypatch.setattr(train, "peak_rate", lambda name: 1e-2)
-        benchmark.measure("train", train.Config(**SMALL, made_pairs=150, num_epochs=20, max_seq_len=52, output=output,
-                                                batch_size=16))
+        benchmark.measure(
+            "train",
+            train.Config(**SMALL, made_pairs=150, num_epochs=20, max_seq_len=52, output=output,
+                         batch_size=16))
     return json.loads(output.read_text())
 
 
@@ -48,9 +52,12 @@ def test_the_output_of_train_holds_everything(trained):
         for loop in ("plain", "ours"):
             run = found[loop]
             assert set(run) == FIGURES and run["steps_per_epoch"] == math.ceil(150 / 16)
-            assert run["50_epochs_s"] == pytest.approx(50 * math.ceil(5208 / 16) * run["step_ms"] / 1000)
-            assert run["share_of_limit"] == pytest.approx(found["limits"]["least_step_ms"] / run["step_ms"])
-        assert found["times_faster"] == pytest.approx(found["plain"]["step_ms"] / found["ours"]["step_ms"])
+            assert run["50_epochs_s"] == pytest.approx(50 * math.ceil(5208 / 16) * run["step_ms"] /
+                                                       1000)
+            assert run["share_of_limit"] == pytest.approx(found["limits"]["least_step_ms"] /
+                                                          run["step_ms"])
+        assert found["times_faster"] == pytest.approx(found["plain"]["step_ms"] /
+                                                      found["ours"]["step_ms"])
 
 
 def test_the_limit_counts_no_padding(tmp_path):
@@ -64,7 +71,8 @@ def test_the_limit_counts_no_padding(tmp_path):
     model = train.new_adapter("prefix", config, torch.device("cpu"))
     positions = int(pairs.lengths("target").sum() + pairs.lengths("draft").sum())
     each = sum(weight.numel() for weight in model.transformer.parameters()) + 90 * 32
-    assert found[0]["step_gflop"] * 1e9 == pytest.approx(6 * positions * each / math.ceil(len(pairs) / 32))
+    assert found[0]["step_gflop"] * 1e9 == pytest.approx(6 * positions * each /
+                                                         math.ceil(len(pairs) / 32))
 
 
 def test_made_pairs_are_the_same_each_time_and_validation_repeats_sentences_but_not_rows():
@@ -77,8 +85,10 @@ def test_made_pairs_are_the_same_each_time_and_validation_repeats_sentences_but_
 
 
 def test_the_users_pairs_are_trained_on_and_must_fit_the_vocabulary(tmp_path, files):
-    config = {**SMALL, "pairs": [files["train"]], "test_pairs": [files["test"]], "num_epochs": 2, "max_seq_len": 9,
-              "conditioning": "prefix", "plain": False}
+    config = {
+        **SMALL, "pairs": [files["train"]], "test_pairs": [files["test"]], "num_epochs": 2,
+        "max_seq_len": 9, "conditioning": "prefix", "plain": False
+    }
     results = train.measure(train.Config(**config))
     assert (results["pairs"], results["validation_pairs"], results["made"]) == (80, 20, False)
     assert list(results["runs"]) == ["prefix"] and results["runs"]["prefix"]["plain"] is None
@@ -117,8 +127,14 @@ def test_the_output_of_adapter_holds_everything(asked):
         assert set(ways) == {"plain, whole", "plain, cached", "ours"}
         assert all(set(found) == {"step", "eight", "begin"} for found in ways.values())
     least = asked["limits"]["least_ms"]
-    assert least["eight"] == pytest.approx(8 * least["step"]) and least["draft_pass"] >= least["step"]
-    weights = adapter.new_adapter("prefix", adapter.Config(**SMALL, max_seq_len=48), torch.device("cpu"))
-    read = [weight for name, weight in weights.named_parameters() if name.startswith(("transformer", "output_proj"))]
+    assert least["eight"] == pytest.approx(
+        8 * least["step"]) and least["draft_pass"] >= least["step"]
+    weights = adapter.new_adapter("prefix", adapter.Config(**SMALL, max_seq_len=48),
+                                  torch.device("cpu"))
+    read = [
+        weight for name, weight in weights.named_parameters()
+        if name.startswith(("transformer", "output_proj"))
+    ]
     tied = weights.embedding.weight                                     # read as the output layer's
-    assert asked["limits"]["step_weights_mib"] * 2**20 == sum(weight.nbytes for weight in [*read, tied])
+    assert asked["limits"]["step_weights_mib"] * 2**20 == sum(weight.nbytes
+                                                              for weight in [*read, tied])

@@ -1,4 +1,6 @@
-"""Files of questions: every known form is read alike, anything else is refused with the known forms."""
+"""Files of questions: every known form is read alike, anything else is refused with the known
+forms.
+"""
 
 import json
 
@@ -12,8 +14,9 @@ QUESTIONS = ["What is this, and why?", "Where is \u201cit\u201d?"]
 
 
 def json_lines(key: str) -> str:
-    return "".join(json.dumps({"question_id": 1, key: [text, "And then?"] if key == "turns" else text}) + "\n"
-                   for text in QUESTIONS)
+    return "".join(
+        json.dumps({"question_id": 1, key: [text, "And then?"] if key == "turns" else text}) + "\n"
+        for text in QUESTIONS)
 
 
 FORMS = {
@@ -61,8 +64,9 @@ def test_a_question_may_begin_with_a_bracket(tmp_path):
 def test_a_file_without_an_end_is_not_read(tmp_path, name):
     with open(tmp_path / name, "wb") as file:
         file.truncate(20 * 2**30)
-    with pytest.raises(UserError,
-                       match=f"has {20 * 2**30} bytes, wanted {questions.MAX_QUESTIONS_BYTES} at most"):
+    with pytest.raises(
+            UserError,
+            match=f"has {20 * 2**30} bytes, wanted {questions.MAX_QUESTIONS_BYTES} at most"):
         read_questions("x", tmp_path / name, -1)
 
 

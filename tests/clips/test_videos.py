@@ -132,7 +132,9 @@ def test_a_file_without_a_video_stream_is_named(tmp_path):
 
 # ------------------------------------------------- announced and shown: edit lists, fragments, gaps
 def remux(source: Path, target: Path, first: int, end: int) -> None:
-    """Trim as `ffmpeg -ss -t -c copy` does: frames before `first` stay in the file and are not shown."""
+    """Trim as `ffmpeg -ss -t -c copy` does: frames before `first` stay in the file and are not
+    shown.
+    """
     import av
 
     with av.open(str(source)) as file, av.open(str(target), "w") as out:
@@ -181,7 +183,8 @@ def test_the_count_in_the_head_of_an_avi_is_not_believed(tmp_path, announced):
     data = (tmp_path / "a.avi").read_bytes()
     place = data.index(b"strh") + 8 + 32                                    # dwLength
     assert int.from_bytes(data[place:place + 4], "little") == 24
-    (tmp_path / "a.avi").write_bytes(data[:place] + announced.to_bytes(4, "little") + data[place + 4:])
+    (tmp_path / "a.avi").write_bytes(data[:place] + announced.to_bytes(4, "little") +
+                                     data[place + 4:])
     assert greys(read_video(tmp_path / "a.avi", 4)) == [0, 7, 15, 23]
 
 
@@ -189,7 +192,8 @@ def test_the_count_in_the_head_of_an_avi_is_not_believed(tmp_path, announced):
     ("a.mp4", {}), ("a.mp4", {"movflags": "faststart"}), ("a.mov", {"movflags": "faststart"}),
     ("a.mp4", {"movflags": "frag_keyframe+empty_moov"}), ("a.avi", {}), ("a.mkv", {}),
     ("a.webm", {})])
-def test_a_file_whose_end_is_gone_is_refused_in_every_container_that_can_tell(tmp_path, name, options):
+def test_a_file_whose_end_is_gone_is_refused_in_every_container_that_can_tell(
+        tmp_path, name, options):
     make_video(tmp_path / name, 40, "libvpx-vp9" if name.endswith("webm") else "libx264", options)
     data = (tmp_path / name).read_bytes()
     assert len(read_video(tmp_path / name)) == 8
@@ -274,7 +278,8 @@ def two_streams(path: Path, first: list[np.ndarray], second: list[np.ndarray],
 
 def test_a_cover_picture_is_no_video(tmp_path):
     cover = [np.full((48, 64, 3), 250, np.uint8)]
-    two_streams(tmp_path / "a.mkv", cover, grey_frames(12), "mjpeg")  # Matroska doesn't mark it as a cover
+    # Matroska doesn't mark it as a cover
+    two_streams(tmp_path / "a.mkv", cover, grey_frames(12), "mjpeg")
     assert greys(read_video(tmp_path / "a.mkv", 4)) == [0, 3, 7, 11]
     two_streams(tmp_path / "a.mp4", cover, grey_frames(12), "mjpeg")        # MP4 does, in udta
     data = (tmp_path / "a.mp4").read_bytes()
@@ -284,7 +289,8 @@ def test_a_cover_picture_is_no_video(tmp_path):
         length = int.from_bytes(data[place:place + 4], "big")
         boxes.append(data[place:place + length])
         place += length
-    boxes.sort(key=lambda box: {b"mvhd": 0, b"udta": 1}.get(box[4:8], 2))  # then it is the first video stream
+    # Then it is the first video stream
+    boxes.sort(key=lambda box: {b"mvhd": 0, b"udta": 1}.get(box[4:8], 2))
     (tmp_path / "a.mp4").write_bytes(data[:start] + b"".join(boxes))
     assert greys(read_video(tmp_path / "a.mp4", 4)) == [0, 3, 7, 11]
 
@@ -314,7 +320,8 @@ def test_an_error_number_that_only_ffmpeg_uses_is_the_videos_fault(tmp_path, mon
     import av
 
     write_video(tmp_path / "a.mp4", grey_frames(3))
-    for number in (5, 11, 12):                                     # EIO, EAGAIN, ENOMEM of a broken file
+    # EIO, EAGAIN, ENOMEM of a broken file
+    for number in (5, 11, 12):
         def fail(*_, number=number, **__):
             av.error.err_check(-number)
 

@@ -1,4 +1,6 @@
-"""Files are written whole or not at all, what is wrong with one is said, and folders are always new."""
+"""Files are written whole or not at all, what is wrong with one is said, and folders are always
+new.
+"""
 
 import errno
 import fcntl
@@ -58,13 +60,15 @@ def test_a_disk_that_is_full_or_read_only_is_one_error_line_and_names_the_file(t
     assert (tmp_path / "out.json").read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
 
 
-def test_only_abandoned_temporaries_are_removed_never_those_of_a_living_process_on_any_host(tmp_path):
+def test_only_abandoned_temporaries_are_removed_never_those_of_a_living_process_on_any_host(
+        tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()
     host, pid = files.host(), ended.pid
     living = [f".out.{host}.{os.getppid()}.tmp.json",                     # of this host, at work
               f".out.gpu-node-7.{pid}.tmp.json",                          # of another host
-              f".out.{pid}.tmp.json",                                     # of an older version: host unknown
+              # Of an older version: host unknown
+              f".out.{pid}.tmp.json",
               f".other.{host}.{pid}.tmp.json", f".out.{host}.{pid}.tmp.pt"]         # of other files
     gone = [f".out.{host}.{pid}.tmp.json", f".out.{host}.{'9' * 30}.tmp.json"]
     old = [".out.gpu-node-8.7.tmp.json", ".out.7.tmp.json"]
@@ -101,7 +105,8 @@ def test_what_is_not_json_is_named(tmp_path, content, words):
 
 
 @pytest.mark.parametrize(("number", "read"), [(None, 0), (0, 0), (1, 1), (2, 2)])
-def test_the_formats_up_to_the_known_one_are_read_and_a_file_without_a_number_is_the_oldest(number, read):
+def test_the_formats_up_to_the_known_one_are_read_and_a_file_without_a_number_is_the_oldest(
+        number, read):
     assert files.check_format(Path("a.json"), number, 2) == read
 
 
@@ -131,7 +136,8 @@ def test_trouble_of_the_machine_is_told_from_that_of_a_file_however_it_is_wrappe
     (FileNotFoundError(errno.ENOENT, "no such file"), False), (OSError(errno.ENAMETOOLONG, "x"), False),
     (IsADirectoryError(errno.EISDIR, "a folder"), False),
     (OSError("image file is truncated"), False), (ValueError("not a PNG"), False)])
-def test_other_errors_are_trouble_of_the_machine_only_when_it_has_run_out_of_something(error, of_the_machine):
+def test_other_errors_are_trouble_of_the_machine_only_when_it_has_run_out_of_something(
+        error, of_the_machine):
     assert files.is_machine_trouble(error) == of_the_machine
 
 
@@ -141,7 +147,8 @@ def test_the_second_writer_is_told_who_holds_the_lock_and_since_when(tmp_path):
     with only_writer(tmp_path / "out.json", wait=False), pytest.raises(UserError, match=words), \
             only_writer(tmp_path / "out.json", wait=False):
         raise AssertionError("two writers")
-    with only_writer(tmp_path / "out.json", wait=False):          # it is free again, and its file may stay
+    # It is free again, and its file may stay
+    with only_writer(tmp_path / "out.json", wait=False):
         pass
 
 
@@ -167,8 +174,8 @@ def test_a_writer_that_waits_goes_on_when_the_first_has_ended(tmp_path, capsys):
 def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp_path):
     lock = tmp_path / ".out.json.lock"
     (tmp_path / "precious").write_text("x")
-    for make, kind in ((lambda: lock.symlink_to(tmp_path / "precious"), "a link"), (lock.mkdir, "a folder"),
-                       (lambda: os.mkfifo(lock), "a pipe")):
+    for make, kind in ((lambda: lock.symlink_to(tmp_path / "precious"), "a link"),
+                       (lock.mkdir, "a folder"), (lambda: os.mkfifo(lock), "a pipe")):
         make()
         with pytest.raises(UserError, match=f"is {kind}"), only_writer(tmp_path / "out.json"):
             raise AssertionError("locked")
@@ -177,7 +184,8 @@ def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp
 
 
 @pytest.mark.parametrize("name", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
-def test_on_a_disk_without_locks_a_warning_says_so_and_the_work_goes_on(tmp_path, monkeypatch, capsys, name):
+def test_on_a_disk_without_locks_a_warning_says_so_and_the_work_goes_on(
+        tmp_path, monkeypatch, capsys, name):
     def no_locks(*_):
         raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
 

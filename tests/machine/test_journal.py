@@ -79,7 +79,8 @@ def test_a_journal_may_begin_with_values(tmp_path):
 def test_a_journal_of_the_first_format_goes_on_and_becomes_one_of_this(tmp_path):
     path = tmp_path / "journal"
     path.write_bytes(b'{"settings": {"seed": 1}, "crc": 3284556262}\n{"n": 7, "crc": 295416032}\n')
-    assert value_of(lines_of(path)[0]) and value_of(lines_of(path)[1])     # as that version wrote them
+    # As that version wrote them
+    assert value_of(lines_of(path)[0]) and value_of(lines_of(path)[1])
     file, values = opened(path)
     assert values == [{"n": 7}]
     file.append([{"n": 8}])
@@ -94,7 +95,8 @@ def test_a_newer_format_is_refused_and_left_alone(tmp_path, number):
     path = tmp_path / "journal"
     path.write_bytes(line_of({"format": number, **HEAD}) + b"who knows\n")
     before = path.read_bytes()
-    with pytest.raises(UserError, match=f"format {number}, this version reads formats up to {FORMAT}"):
+    with pytest.raises(UserError,
+                       match=f"format {number}, this version reads formats up to {FORMAT}"):
         numbers(path)
     assert path.read_bytes() == before
 
@@ -112,8 +114,12 @@ def test_whatever_is_cut_off_costs_that_line_and_no_other(five, capsys):
     assert "1 lines are dropped, to be done again: 1 torn or damaged, 0 of another run" in printed
 
 
-JUNK = [b"null\n", b"5\n", b"[1]\n", b"{}\n", b'{"n": 9}\n', b"\xff\n", b"\0" * 40, b"[" * 10**5 + b"\n",
-        line_of({"n": "9"}, 1), line_of({"n": 9}), b'"half']
+JUNK = [
+    b"null\n", b"5\n", b"[1]\n", b"{}\n", b'{"n": 9}\n', b"\xff\n", b"\0" * 40,
+    b"[" * 10**5 + b"\n",
+    line_of({"n": "9"}, 1),
+    line_of({"n": 9}), b'"half'
+]
 
 
 @pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))
@@ -145,8 +151,10 @@ def test_a_damaged_first_line_is_no_reason_to_throw_hours_away(five):
     with pytest.raises(UserError, match="first line of this journal is damaged"):
         numbers(five)
     assert five.read_bytes() == before
-    for start in (b"", b'{"se', b'{"settings": {"max_new', b'{"form', b'{"format": 2, "ru', bytes(50)):
-        five.write_bytes(start)                                  # the machine stopped while it began
+    for start in (b"", b'{"se', b'{"settings": {"max_new', b'{"form', b'{"format": 2, "ru',
+                  bytes(50)):
+        # The machine stopped while it began
+        five.write_bytes(start)
         assert numbers(five) == []
         assert value_of(five.read_bytes())["settings"] == {"seed": 1}
 
@@ -219,9 +227,12 @@ def test_a_first_line_that_stands_there_twice_costs_nothing(five):
 
 
 def test_a_second_first_line_in_the_first_format_ends_what_is_believed(tmp_path):
-    """Its lines have no mark of their run: those behind another first line may be of other settings."""
+    """Its lines have no mark of their run: those behind another first line may be of other
+    settings.
+    """
     path = tmp_path / "journal"
-    path.write_bytes(b"".join(map(line_of, [HEAD, {"n": 1}, {"settings": {"seed": 9}}, {"n": 2}, {"n": 3}])))
+    path.write_bytes(b"".join(
+        map(line_of, [HEAD, {"n": 1}, {"settings": {"seed": 9}}, {"n": 2}, {"n": 3}])))
     assert numbers(path) == [1]
 
 
@@ -268,7 +279,8 @@ def test_twenty_gib_without_an_end_of_line(five, where):
             numbers(five)
     else:
         assert numbers(five) == [0, 1, 2, 3, 4]
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10 < 2000           # MiB
+    # MiB
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10 < 2000
     os.truncate(five, 0)
 
 
@@ -350,7 +362,8 @@ def test_a_signal_in_the_middle_of_a_write_leaves_no_half_line(five, monkeypatch
         file.append([{"n": 7}])
     monkeypatch.undo()
     file.close()
-    assert five.read_bytes() == before       # answers are kept once more by the caller, and not twice
+    # Answers are kept once more by the caller, and not twice
+    assert five.read_bytes() == before
     assert numbers(five) == [0, 1, 2, 3, 4]
 
 

@@ -22,7 +22,8 @@ from machine.running import finishing, run, shell_command
 
 def ran(body: str, *before: str, **how) -> subprocess.CompletedProcess:
     """Run a program whose main() has this body, as if started by the words before."""
-    return subprocess.run([*before, sys.executable, "-c", program(body)], cwd=ROOT, text=True, timeout=120,
+    return subprocess.run([*before, sys.executable, "-c",
+                           program(body)], cwd=ROOT, text=True, timeout=120,
                           **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how})
 
 
@@ -53,7 +54,8 @@ def test_a_program_ends_with_its_exit_code_and_one_line(body, code, ending):
 @pytest.mark.parametrize("name", ["pairs.fromats", "machine.no_such", "bsae_of", "token_adapter.nothing"])
 def test_a_mistyped_module_of_ours_is_a_bug_and_no_package_to_install(name):
     ended = ran(f"import {name}")
-    if name == "bsae_of":                         # not a room of ours: a package, for all that Python knows
+    # Not a room of ours: a package, for all that Python knows
+    if name == "bsae_of":
         assert ended.returncode == 2 and "'bsae_of' is not installed" in ended.stdout
     else:
         assert ended.returncode == 1 and "ModuleNotFoundError" in ended.stderr and "ERROR" not in ended.stdout
@@ -113,7 +115,8 @@ def test_a_stopped_program_cleans_up_and_says_how_to_resume(name, code):
             base.log('cleaned')""")
     assert (ended.returncode, ended.stderr) == (code, "")
     cleaned, resume = ended.stdout.splitlines()
-    assert "cleaned" in cleaned and resume.endswith(f"] RESUME | {sys.executable} train.py --name 'a b'")
+    assert "cleaned" in cleaned and resume.endswith(
+        f"] RESUME | {sys.executable} train.py --name 'a b'")
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT"])
@@ -142,7 +145,9 @@ def test_the_task_in_hand_is_finished_first_unless_a_second_signal_comes(name, c
 
 
 def test_the_signals_of_one_stop_count_as_one():
-    """A closing terminal hangs up the workflow and its step; then the workflow sends TERM to the step."""
+    """A closing terminal hangs up the workflow and its step; then the workflow sends TERM to the
+    step.
+    """
     ended = ran("""
         with finishing('this'):
             for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
@@ -182,23 +187,21 @@ SWALLOWED = {
         class Noisy:
             def __del__(self): os.kill(os.getpid(), signal.SIGTERM); [None for _ in range(10**5)]
         cycle = Noisy(); cycle.self = cycle; del cycle
-        gc.collect()""",
-    "in the callback of a weak reference": """
+        gc.collect()""", "in the callback of a weak reference": """
         import weakref
         class Thing: pass
         thing = Thing()
         callback = weakref.finalize(thing, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        del thing""",
-    "in a callback of C": """
+        del thing""", "in a callback of C": """
         import ctypes
         @ctypes.CFUNCTYPE(ctypes.c_int)
         def callback(): os.kill(os.getpid(), signal.SIGTERM); return 0
-        callback()""",
-    "in a __del__, and in another when it is raised again": """
+        callback()""", "in a __del__, and in another when it is raised again": """
         class Slow:
             def __del__(self): os.kill(os.getpid(), signal.SIGTERM) if self.first else None; time.sleep(0.3)
         for first in (True, False):
-            thing = Slow(); thing.first = first; del thing"""}
+            thing = Slow(); thing.first = first; del thing"""
+}
 
 
 @pytest.mark.parametrize("moment", SWALLOWED)
@@ -230,7 +233,8 @@ def test_a_second_stop_does_not_wait_for_a_thread_that_reads():
     assert "reading" in process.stdout.readline()
     process.terminate()
     assert "stopping" in process.stdout.readline()
-    time.sleep(2.2)                                # the first stop waits for the thread, as it should
+    # The first stop waits for the thread, as it should
+    time.sleep(2.2)
     assert process.poll() is None
     started = time.monotonic()
     process.terminate()
@@ -248,7 +252,8 @@ def test_worker_processes_end_with_a_program_that_does_not_wait():
         os.kill(os.getpid(), signal.SIGTERM)""")
     pid = int(ended.stdout.split("] ")[1])
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z":
+    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split(
+            ") ")[1][0] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert ended.returncode == 143
@@ -262,7 +267,8 @@ def test_a_command_that_is_logged_can_be_pasted(word, tmp_path):
     command = shell_command([sys.executable, "-c", echo, word])
     ended = ran(f"base.log({command!r})")
     pasted = re.fullmatch(r"\[.{19}\] (.*)\n", ended.stdout)[1]
-    assert subprocess.run(["bash", "-c", pasted], capture_output=True, check=True).stdout == os.fsencode(word)
+    assert subprocess.run(["bash", "-c", pasted], capture_output=True,
+                          check=True).stdout == os.fsencode(word)
 
 
 # ---------------------------------------------------------------------------------- log, progress
@@ -286,7 +292,8 @@ def test_without_a_standard_output_the_work_goes_on(tmp_path):
         progress.update(1)
         pathlib.Path({str(tmp_path / 'done')!r}).touch()"""
     command = f"{sys.executable} -c {shlex.quote(program(body))} >&- 2>&-"
-    assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 0 and (tmp_path / "done").exists()
+    assert subprocess.run(["bash", "-c", command],
+                          cwd=ROOT).returncode == 0 and (tmp_path / "done").exists()
 
 
 STEADY = """
@@ -330,8 +337,10 @@ def test_progress_is_a_bar_on_a_terminal_and_log_lines_in_a_file():
 
 
 def test_progress_works_without_tqdm_and_on_a_terminal_of_unknown_size(tmp_path):
-    (tmp_path / "tqdm.py").write_text("raise ModuleNotFoundError('No module named tqdm', name='tqdm')")
-    for printed in (on_a_terminal(STEADY, PYTHONPATH=str(tmp_path)), on_a_terminal(STEADY, lines=0)):
+    (tmp_path /
+     "tqdm.py").write_text("raise ModuleNotFoundError('No module named tqdm', name='tqdm')")
+    for printed in (on_a_terminal(STEADY, PYTHONPATH=str(tmp_path)), on_a_terminal(STEADY,
+                                                                                   lines=0)):
         assert printed.count("extract | ") == 3
 
 
@@ -342,4 +351,5 @@ def test_an_error_takes_the_bar_off_the_terminal(error):
         progress.update(1)
         raise {error}""")
     after = printed.rpartition("%|")[2].replace("\r\n", "\n").split("\r")[-1]
-    assert (after.startswith("[") and after.endswith("] ERROR | x\n")) or after.startswith("Traceback")
+    assert (after.startswith("[")
+            and after.endswith("] ERROR | x\n")) or after.startswith("Traceback")

@@ -61,7 +61,8 @@ def test_records_that_overlap_are_refused(tmp_path):
     write_tensors(path, {str(i): torch.full((2**16,), i) for i in range(9)})
     content = path.read_bytes()
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        size = next(record.file_size for record in archive.infolist() if record.filename.endswith("data/0"))
+        size = next(record.file_size for record in archive.infolist()
+                    if record.filename.endswith("data/0"))
     large = (4 * size).to_bytes(4, "little")
     path.write_bytes(content.replace(size.to_bytes(4, "little"), large))
     with pytest.raises(UserError, match="its records are larger than the file"):
@@ -80,7 +81,8 @@ def test_what_is_no_archive_is_refused(tmp_path, content, words):
 def test_a_large_directory_or_pickle_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     write_tensors(path, {str(i): torch.zeros(1) for i in range(30)})
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"a directory of \d+ bytes"):
+    with monkeypatch.context() as patch, pytest.raises(UserError,
+                                                       match=r"a directory of \d+ bytes"):
         patch.setattr(tensors, "MAX_DIRECTORY", 1000)
         read_tensors(path, LIMIT, "{reason}")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="its pickle has more than"):

@@ -18,8 +18,10 @@ DRAFT, TARGET = [512, 278, 9088, 2], [450, 1820, 3161, 297]
 
 
 def extraction(number: int, draft=DRAFT, target=TARGET, **more) -> dict:
-    return {"sample_idx": number, "question_idx": 0, "egpt_tokens": draft, "egpt_text": "In the scene",
-            "vl_tokens": target, "vl_text": "The key elements", **more}
+    return {
+        "sample_idx": number, "question_idx": 0, "egpt_tokens": draft, "egpt_text": "In the scene",
+        "vl_tokens": target, "vl_text": "The key elements", **more
+    }
 
 
 def benchmark(number: int, draft=DRAFT, target=TARGET) -> dict:
@@ -87,13 +89,18 @@ PROMPT = "prompt included (starts with BOS)"
     ({"videollava": {"bos_id": "1"}}, None, [])])
 def test_a_prompt_is_told_by_the_bos_that_is_recorded_or_given(tmp_path, recorded, flag, dropped):
     """Id 1 is LLaMA's BOS, and a quotation mark in Qwen's vocabulary."""
-    rows = [extraction(0), extraction(1, target=[1, 450, 1820, 3161]), extraction(2, draft=[1, *[32000] * 9, 450])]
+    rows = [
+        extraction(0),
+        extraction(1, target=[1, 450, 1820, 3161]),
+        extraction(2, draft=[1, *[32000] * 9, 450])
+    ]
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps({"models": recorded, "results": rows}))
     pairs = load_pairs([path], bos_id=flag)
     assert pairs.files[0]["used"] == 3 - len(dropped)
     assert pairs.files[0]["dropped"] == ({PROMPT: len(dropped)} if dropped else {})
-    doubted = sum(count for flag, count in pairs.files[0]["flagged"].items() if "--bos_id 1" in flag)
+    doubted = sum(count for flag, count in pairs.files[0]["flagged"].items()
+                  if "--bos_id 1" in flag)
     ids = [flag or recorded.get(name, {}).get("bos_id") for name in ("videollava", "eventgpt")]
     assert doubted == sum(type(bos_id) is not int for bos_id in ids)
 
@@ -120,7 +127,9 @@ def test_a_suspicious_row_is_kept_and_flagged(tmp_path, capsys, row, flag):
 def test_what_is_odd_but_right_is_kept_as_it_is(tmp_path, capsys, draft, target):
     # with a gap: clips between them failed
     rows = [extraction(0), extraction(7, draft=draft, target=target)]
-    pairs = load(tmp_path, {"results": rows, "errors": [{"sample_idx": 3, "error": "No result"}], "statistics": {}})
+    pairs = load(
+        tmp_path,
+        {"results": rows, "errors": [{"sample_idx": 3, "error": "No result"}], "statistics": {}})
     assert pairs.answer("draft", 1) == draft and pairs.answer("target", 1) == target
     assert pairs.files[0]["dropped"] == {} and pairs.files[0]["flagged"] == {}
 
@@ -146,11 +155,15 @@ def test_rows_before_the_first_with_tokens_are_counted_as_their_format_counts_th
     pairs = load(tmp_path, {"results": [early, early, benchmark(0), benchmark(1)]})
     odd = isinstance(early, dict) and "eventgpt" in early
     reason = "token ids that are not whole numbers" if odd else "no token list"
-    assert len(pairs) == 2 and pairs.files[0]["dropped"] == {reason: 2} and pairs.files[0]["rows"] == 4
+    assert len(pairs) == 2 and pairs.files[0]["dropped"] == {reason: 2
+                                                             } and pairs.files[0]["rows"] == 4
 
 
 def test_what_a_file_says_beside_its_rows_counts_wherever_it_stands(tmp_path):
-    said = {"vocab_size": 32064, "dataset_dir": "data/set_1s", "models": {"eventgpt": {"name": "x", "prompt": "y"}}}
+    said = {
+        "vocab_size": 32064, "dataset_dir": "data/set_1s",
+        "models": {"eventgpt": {"name": "x", "prompt": "y"}}
+    }
     for content in ({**said, "results": [extraction(0)]}, {"results": [extraction(0)], **said}):
         pairs = load(tmp_path, content)
         assert pairs.vocab_size == 32064 and pairs.files[0]["dataset_dir"] == "data/set_1s"
@@ -180,16 +193,21 @@ def test_odd_facts_beside_good_tokens_cost_nothing(tmp_path, odd):
 
 def test_what_a_file_says_beside_its_rows_is_taken_only_in_its_own_kind(tmp_path):
     for odd in (float("nan"), "32064", True, None, [1], {"a": 1}, 2.5):
-        pairs = load(tmp_path, {"vocab_size": odd, "dataset_dir": odd, "models": {"eventgpt": {"vocab_size": odd}},
-                                "results": [extraction(0)]})
+        pairs = load(
+            tmp_path, {
+                "vocab_size": odd, "dataset_dir": odd, "models": {"eventgpt": {"vocab_size": odd}},
+                "results": [extraction(0)]
+            })
         assert pairs.vocab_size is None and pairs.files[0]["models"]["eventgpt"] == {}
         assert type(pairs.files[0].get("dataset_dir", "")) is str
-    assert "dataset_dir" not in load(tmp_path, {"dataset_dir": 5, "results": [extraction(0)]}).files[0]
+    assert "dataset_dir" not in load(tmp_path,
+                                     {"dataset_dir": 5, "results": [extraction(0)]}).files[0]
 
 
 def test_half_a_character_in_a_name_is_written_and_read_again(tmp_path):
     write_rows(tmp_path / "rows.json", {"a": 1}, [extraction(0, sample_id="\ud83d \u00e9")], [])
-    assert json.loads((tmp_path / "rows.json").read_text("utf-8"))["results"][0]["sample_id"] == "\ud83d \u00e9"
+    assert json.loads(
+        (tmp_path / "rows.json").read_text("utf-8"))["results"][0]["sample_id"] == "\ud83d \u00e9"
     assert len(load_pairs([tmp_path / "rows.json"])) == 1
 
 
@@ -198,7 +216,10 @@ def test_reading_takes_a_small_multiple_of_the_tokens(tmp_path):
     """Doubling the rows doubles what is held; json.load holds 20 times the tokens."""
     tokens, held = [*range(300, 350)], []
     for count in (1000, 2000):
-        rows = [extraction(i, [*tokens, i], tokens, sequence=f"town_{i // 100}_a", clip=i) for i in range(count)]
+        rows = [
+            extraction(i, [*tokens, i], tokens, sequence=f"town_{i // 100}_a", clip=i)
+            for i in range(count)
+        ]
         write_rows(tmp_path / "rows.json", {"vocab_size": 9}, rows, [])
         del rows
         tracemalloc.start()

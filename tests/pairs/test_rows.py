@@ -12,19 +12,28 @@ from base import UserError
 from pairs.rows import FORMAT, MAX_WHOLE, JsonRows, write_rows
 from tests.pairs.test_formats import extraction
 
-ROW = {"a": [1, 22, 333, -4, 0.5, 1e300, -2.5e-7, 1e22, None, True, False], "b": {"c": [[], {}, [[]]], "d": ""},
-       "text": 'quote " back \\ slash / tab \t line \n \u00e9 \u6f22\u5b57 \U0001f697 \ud83d \x7f', "e": [{"results": [1]}]}
+ROW = {
+    "a": [1, 22, 333, -4, 0.5, 1e300, -2.5e-7, 1e22, None, True,
+          False], "b": {"c": [[], {}, [[]]], "d": ""},
+    "text": 'quote " back \\ slash / tab \t line \n \u00e9 \u6f22\u5b57 \U0001f697 \ud83d \x7f',
+    "e": [{"results": [1]}]
+}
 ODD = '[NaN, Infinity, -Infinity, 0, -0, 12345678901234567890, 1E5, "\\u00e9\\ud83d\\ude97\\ud83d", "]", "},{"]'
 TEXTS = {
-    "list": json.dumps([ROW, 7, "x", None, ROW]), "numbers": "[12, 3.5e1,4 ,  5.0\n,1e-3, 123]", "odd": ODD,
-    "keys before": json.dumps({"vocab_size": 32064, "models": {"x": ROW}, "results": [ROW, 1]}),
-    "keys after": json.dumps({"results": [ROW, 2.5], "vocab_size": 32064, "errors": [ROW]}, indent=2),
-    "indent 1": json.dumps({"a": 1, "results": [ROW, {}], "vocab_size": 32064}, indent=1),
+    "list": json.dumps([ROW, 7, "x", None, ROW]), "numbers": "[12, 3.5e1,4 ,  5.0\n,1e-3, 123]",
+    "odd": ODD, "keys before": json.dumps({
+        "vocab_size": 32064, "models": {"x": ROW}, "results": [ROW, 1]
+    }), "keys after": json.dumps({"results": [ROW, 2.5], "vocab_size": 32064, "errors": [ROW]},
+                                 indent=2), "indent 1": json.dumps(
+                                     {"a": 1, "results": [ROW, {}], "vocab_size": 32064}, indent=1),
     "a row a line, then rows over several": '{\n "results": [\n{"a": 1},\n{"b":\n2}, {"c": 3}\n ],\n "x": 5\n}\n',
     "a row a line, keys behind": '{\n "results": [\n{"a": 1}\n ],\n "x": {"y": [1,\n2]}\n}\n',
-    "keys on both sides": json.dumps({"a": 1, "results": [[], {}], "b": {"results": [3]}, "c": "results"}),
-    "one value": "12345", "nothing beside": '{"results":[]}', "empty": "{}", "empty list": " [ ] ",
-    "no list": '{"results": {"a": 1}, "b": 2.5}', "a string": '  "a list of rows"  '}
+    "keys on both sides": json.dumps({
+        "a": 1, "results": [[], {}], "b": {"results": [3]}, "c": "results"
+    }), "one value": "12345", "nothing beside": '{"results":[]}', "empty": "{}",
+    "empty list": " [ ] ", "no list": '{"results": {"a": 1}, "b": 2.5}',
+    "a string": '  "a list of rows"  '
+}
 
 
 def both_ways(path: Path) -> tuple:
@@ -36,7 +45,8 @@ def both_ways(path: Path) -> tuple:
         streamed = (str(error),)
     try:
         value = json.loads(path.read_bytes().decode())
-        beside = {key: part for key, part in value.items() if key != "results"} if isinstance(value, dict) else {}
+        beside = {key: part for key, part in value.items()
+                  if key != "results"} if isinstance(value, dict) else {}
         results = value.get("results") if isinstance(value, dict) else value
         return streamed, (results if isinstance(results, list) else [], beside)
     except (ValueError, RecursionError) as error:
@@ -53,7 +63,8 @@ def test_rows_are_those_of_json_load_in_any_layout(tmp_path, text):
 
 def our_file(path: Path, count: int = 3) -> list[dict]:
     rows = [extraction(i, sequence="thun_01_a", clip=i) for i in range(count)]
-    write_rows(path, {"vocab_size": 9, "questions": ["a", "b"]}, iter(rows), [{"sample_idx": 9, "reason": "\u00e9"}])
+    write_rows(path, {"vocab_size": 9, "questions": ["a", "b"]}, iter(rows),
+               [{"sample_idx": 9, "reason": "\u00e9"}])
     return rows
 
 
@@ -64,11 +75,13 @@ def test_what_was_written_as_a_stream_is_read_as_one(tmp_path, monkeypatch):
     reader = JsonRows(path)
     iterator = iter(reader)
     assert next(iterator) == rows[0] and reader.beside == head          # known before the first row
-    assert list(iterator) == rows[1:] and reader.beside == {**head, "failed": failed} and reader.has_rows
+    assert list(iterator) == rows[1:] and reader.beside == {**head, "failed": failed
+                                                            } and reader.has_rows
     assert json.loads(path.read_text()) == {**head, "results": rows, "failed": failed}
     write_rows(path, {}, iter([]), [])
     reader = JsonRows(path)
-    assert list(reader) == [] and reader.beside == {"format": FORMAT, "failed": []} and reader.has_rows
+    assert list(reader) == [] and reader.beside == {"format": FORMAT, "failed": []
+                                                    } and reader.has_rows
 
 
 def test_a_file_that_lacks_a_letter_gets_the_error_of_json_load(tmp_path):
@@ -76,9 +89,13 @@ def test_a_file_that_lacks_a_letter_gets_the_error_of_json_load(tmp_path):
     our_file(path, 2)
     text = path.read_text()
     other = '{"n": -1.5,\n "results": [{"a": [1, "\u00e9\\u00e9"]},\n true, 2], "x": null}'
-    broken = [text[:i] + text[i + 1:] for i in range(len(text))] + [text[:i] for i in range(len(text))]
+    broken = [text[:i] + text[i + 1:]
+              for i in range(len(text))] + [text[:i] for i in range(len(text))]
     broken += [other[:i] + other[i + 1:] for i in range(len(other))]
-    for content in [*broken, text + "]", text + " 7", "7 8", "[1 2]", '{"a" 1}', "{1: 2}", "[1}", '["a\nb"]', "[1,]"]:
+    for content in [
+            *broken, text + "]", text + " 7", "7 8", "[1 2]", '{"a" 1}', "{1: 2}", "[1}",
+            '["a\nb"]', "[1,]"
+    ]:
         path.write_bytes(content.encode())
         streamed, whole = both_ways(path)
         assert streamed == whole, content
@@ -111,8 +128,10 @@ def test_a_byte_order_mark_and_other_unicode_encodings_are_read(tmp_path, encodi
 
 @pytest.mark.parametrize("number", [None, 0, 1, "benchmark", 1.5])
 def test_an_older_file_and_a_foreign_format_key_are_read(tmp_path, number):
-    for text in (json.dumps({"format": number, "results": [{"a": 1}]}),
-                 f'{{\n "format": {json.dumps(number)},\n "results": [\n{{"a": 1}}\n ],\n "failed": []\n}}\n'):
+    for text in (json.dumps({
+            "format": number, "results": [{"a": 1}]
+    }), f'{{\n "format": {json.dumps(number)},\n "results": [\n{{"a": 1}}\n ],\n "failed": []\n}}\n'
+                 ):
         (tmp_path / "rows.json").write_text(text)
         assert list(JsonRows(tmp_path / "rows.json")) == [{"a": 1}]
 

@@ -443,6 +443,7 @@ def test_an_answer_of_one_token_is_no_decoding_however_long_it_took(tmp_path):
     for row in rows:
         for name in ("hybrid", "none"):
             row["runs"][name] = ran([0], [0], 1, 0.25, 0.5)
-    assert speed_ups(decoding(rows=rows), "hybrid") == {"plain": None, "generate": None, "whole": 8 / 2.75}
+    assert speed_ups(decoding(rows=rows),
+                     "hybrid") == {"plain": None, "generate": None, "whole": 8 / 2.75}
     text = lead(tmp_path, rows=rows)
     assert "the speed of" not in text and "can't be told" in text

@@ -42,9 +42,11 @@ def measured(share: float, num_pairs: int = 10, length: int = 6, constant: bool 
     names = [""] * num_pairs
     pairs = Pairs(target + 1, *places, target, *places, names, names, [])
     hits = np.arange(length * num_pairs).reshape(num_pairs, length) < share * length * num_pairs
-    found = {"loss": 1.5, **compare(hits, hits, pairs, pairs if constant else None), "memory_share": {},
-             "stream": True, "step_ms": None, "adapter_minus": {}, "drafters": {},
-             "whole_test": num_pairs}
+    found = {
+        "loss": 1.5, **compare(hits, hits, pairs, pairs if constant else None), "memory_share": {},
+        "stream": True, "step_ms": None, "adapter_minus": {}, "drafters": {},
+        "whole_test": num_pairs
+    }
     proposals = np.where(hits, pairs.padded("target", length), -1)[:, :, None].repeat(5, 2)
     for name, drafter in (("adapter", Fixed(proposals, pairs)), ("copy of the draft",
                                                                  Fixed(proposals * 0, pairs))):
@@ -213,11 +215,12 @@ def test_a_folder_without_results_is_a_user_error(tmp_path, content, words):
         program.summary([tmp_path])
 
 
-# --------------------------------------------------------------------------------- charts and shapes
+# -------------------------------------------------------------------------------- charts and shapes
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no such backend"])
 def test_the_users_matplotlib_plays_no_part(tmp_path, backend):
     """MPLBACKEND as notebooks export it, and an rc file that would turn every text into LaTeX."""
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 10\nsavefig.format: pdf\n")
+    (tmp_path /
+     "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 10\nsavefig.format: pdf\n")
     task = write_task(tmp_path / "task")
     code = (f"from pathlib import Path; from reports.task_report import write_report; "
             f"write_report(Path({str(task)!r}), {{}})")
@@ -236,7 +239,8 @@ def test_a_picture_that_fails_is_a_warning_and_the_page_stands(tmp_path, monkeyp
 
     monkeypatch.setattr(charts, "draw_loss", fail)
     text = page(write_task(tmp_path), plots=True)
-    assert "loss_curve.png" not in text and "training_curves.png" not in text      # it holds the loss
+    # It holds the loss
+    assert "loss_curve.png" not in text and "training_curves.png" not in text
     assert "![accuracy_curve.png]" in text and (tmp_path / "accuracy_curve.png").exists()
     log = capsys.readouterr().out
     assert "WARNING" in log and "loss_curve.png was not drawn: RuntimeError: no font" in log

@@ -33,9 +33,11 @@ CONDITIONINGS = ("prefix", "prefix+draft", "draft")
 VOCAB, LONGEST = 40, 30
 
 
-def small_adapter(conditioning: str, dropout: float = 0.0, draft_vocab: bool = False) -> TokenAdapter:
+def small_adapter(conditioning: str, dropout: float = 0.0,
+                  draft_vocab: bool = False) -> TokenAdapter:
     torch.manual_seed(0)
-    config = AdapterConfig(VOCAB, conditioning, 32, 2, 4, 64, LONGEST, dropout, draft_vocab=20 if draft_vocab else 0)
+    config = AdapterConfig(VOCAB, conditioning, 32, 2, 4, 64, LONGEST, dropout,
+                           draft_vocab=20 if draft_vocab else 0)
     return TokenAdapter(config, torch.arange(0, VOCAB, 2) if draft_vocab else None)
 
 
@@ -43,23 +45,27 @@ def answers(count: int, device: str = "cpu", shortest: int = 1) -> TokenTensors:
     """Pairs of very different lengths; targets follow from the drafts, some drafts are missing."""
     rng = np.random.default_rng(0)
     drafts = [rng.integers(0, VOCAB, rng.integers(shortest, LONGEST)) for _ in range(count)]
-    targets = [(np.resize(draft, rng.integers(shortest, LONGEST + 1)) + 3) % VOCAB for draft in drafts]
+    targets = [(np.resize(draft, rng.integers(shortest, LONGEST + 1)) + 3) % VOCAB
+               for draft in drafts]
     drafts = [draft[:0] if number % 7 == 5 else draft for number, draft in enumerate(drafts)]
     pairs = pairs_of([draft.tolist() for draft in drafts], [target.tolist() for target in targets])
     return TokenTensors.of(pairs, LONGEST, torch.device(device))
 
 
 def batch_of(tokens: TokenTensors, rows: torch.Tensor) -> tuple:
-    return (tokens.targets(rows, tokens.width), tokens.drafts(rows, tokens.draft_width), tokens.draft_lengths[rows])
+    return (tokens.targets(rows, tokens.width), tokens.drafts(rows, tokens.draft_width),
+            tokens.draft_lengths[rows])
 
 
 # --------------------------------------------------------------------------------------------- loss
 @pytest.mark.parametrize(("kind", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("chunk", [1, 7 * 11, 2**20])
-def test_the_fused_loss_and_its_gradients_are_those_of_cross_entropy(monkeypatch, kind, tolerance, chunk):
+def test_the_fused_loss_and_its_gradients_are_those_of_cross_entropy(monkeypatch, kind, tolerance,
+                                                                     chunk):
     monkeypatch.setitem(loss_module.LOGITS_AT_A_TIME, "cpu", chunk)
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (3 * torch.randn(*size, generator=generator, dtype=kind) for size in ((23, 5), (11, 5), (11,)))
+    x, weight, bias = (3 * torch.randn(*size, generator=generator, dtype=kind)
+                       for size in ((23, 5), (11, 5), (11, )))
     labels = torch.randint(0, 11, (23,), generator=generator)
     labels[::4] = NOT_SCORED
     share = torch.rand(23, generator=generator, dtype=kind).masked_fill(labels == NOT_SCORED, 0)
@@ -70,7 +76,8 @@ def test_the_fused_loss_and_its_gradients_are_those_of_cross_entropy(monkeypatch
     (2 * (wanted * share).sum()).backward()
     (2 * loss).backward()
     scored = labels != NOT_SCORED
-    assert torch.allclose(losses[scored], wanted[scored], rtol=tolerance) and not losses.requires_grad
+    assert torch.allclose(losses[scored], wanted[scored],
+                          rtol=tolerance) and not losses.requires_grad
     assert torch.equal(hits[scored], (logits.argmax(-1) == labels)[scored]) and hits[scored].any()
     assert loss.item() == pytest.approx((wanted * share).sum().item(), rel=tolerance)
     for one, other in zip(ours, theirs):
@@ -81,7 +88,8 @@ def test_a_label_without_any_chance_costs_what_it_should_and_no_number_stays_non
     weight, bias, share = torch.tensor([[0.0], [1.0]]), torch.zeros(2), torch.ones(1)
     label = torch.zeros(1, dtype=torch.long)
     assert LinearCrossEntropy.apply(torch.tensor([[300.0]]), weight, bias, label, share)[0] == 300
-    assert math.isnan(LinearCrossEntropy.apply(torch.tensor([[math.nan]]), weight, bias, label, share)[0])
+    assert math.isnan(
+        LinearCrossEntropy.apply(torch.tensor([[math.nan]]), weight, bias, label, share)[0])
 
 
 def plain_loss(adapter, target, draft, lengths, draft_text: float) -> tuple:
@@ -93,7 +101,8 @@ def plain_loss(adapter, target, draft, lengths, draft_text: float) -> tuple:
     else:
         logits = adapter(draft, lengths, target[:, :-1].clamp(min=0))
     labels = adapter.labels_of(target)
-    loss, hits = F.cross_entropy(logits.flatten(0, 1), labels.flatten()), (logits.argmax(-1) == labels).sum()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    hits = (logits.argmax(-1) == labels).sum()
     if not draft_text or not adapter.config.sees_prefix:
         return loss, loss, hits
     x = adapter._blocks(adapter._embed_answer(adapter.embedding(draft[:, :-1])) + adapter.as_draft)
@@ -106,7 +115,8 @@ def plain_loss(adapter, target, draft, lengths, draft_text: float) -> tuple:
 
 @pytest.mark.parametrize("draft_text", [0.0, 0.5])
 @pytest.mark.parametrize("conditioning", [*CONDITIONINGS, "draft_vocab"])
-def test_one_pass_over_answers_and_drafts_learns_what_two_passes_would(monkeypatch, conditioning, draft_text):
+def test_one_pass_over_answers_and_drafts_learns_what_two_passes_would(
+        monkeypatch, conditioning, draft_text):
     monkeypatch.setattr(loss_module, "DRAFT_DROPOUT", 0.0)
     vocab = conditioning == "draft_vocab"
     adapter = small_adapter("prefix+draft" if vocab else conditioning, draft_vocab=vocab)
@@ -129,7 +139,8 @@ def test_one_pass_over_answers_and_drafts_learns_what_two_passes_would(monkeypat
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_a_batch_that_was_filled_up_for_a_graph_gives_the_numbers_of_its_own_rows(monkeypatch, conditioning):
+def test_a_batch_that_was_filled_up_for_a_graph_gives_the_numbers_of_its_own_rows(
+        monkeypatch, conditioning):
     monkeypatch.setattr(loss_module, "DRAFT_DROPOUT", 0.0)
     adapter, tokens, rows = small_adapter(conditioning), answers(9), torch.tensor([3, 8, 1])
     trainer = Trainer(adapter, batch_size=5, rate=1e-3, steps=3, draft_text=0.5)
@@ -154,7 +165,8 @@ def test_half_of_the_drafts_are_hidden_in_training_alone():
     adapter, tokens = small_adapter("prefix+draft"), answers(30, shortest=5)
     batch, seen = batch_of(tokens, torch.arange(30)), []
     hidden = adapter.hidden
-    adapter.hidden = lambda draft, lengths, *rest: seen.append(lengths) or hidden(draft, lengths, *rest)
+    adapter.hidden = lambda draft, lengths, *rest: seen.append(lengths) or hidden(
+        draft, lengths, *rest)
     loss_of(adapter, *batch, 0.0)
     had = batch[2] > 0
     assert 0.2 < (seen[0][had] > 0).float().mean() < 0.8 and not (seen[0] > batch[2]).any()
@@ -249,9 +261,13 @@ def test_a_fingerprint_tells_everything_that_training_depends_on():
         return Fingerprint.of(data_of(**pairs)).differences(ours.parts)
 
     assert differences() == [] and ours.differences(ours.format_0) == []
-    assert differences(train=dataclasses.replace(train, sequence=["b"] * 3)) == ["train sequence names"]
+    assert differences(train=dataclasses.replace(train, sequence=["b"] * 3)) == [
+        "train sequence names"
+    ]
     assert differences(test=dataclasses.replace(test, clip=["0"])) == ["test clip names"]
-    assert differences(train=dataclasses.replace(train, files=[{"identity": 3}])) == ["train questions"]
+    assert differences(train=dataclasses.replace(train, files=[{"identity": 3}])) == [
+        "train questions"
+    ]
     assert differences(train=train.select([1, 0, 2])) == ["split", "train clip names", "train rows"]
     shorter = dataclasses.replace(train, draft_length=train.draft_length * 0)
     assert differences(train=shorter) == ["train rows"]
@@ -263,7 +279,8 @@ def test_a_fingerprint_tells_everything_that_training_depends_on():
 
 
 def test_an_adapter_that_no_checkpoint_could_hold_is_refused_before_it_takes_memory():
-    with pytest.raises(UserError, match=r"has \d+\.\d GiB, wanted at most 3; choose a smaller --embed_dim"):
+    with pytest.raises(UserError,
+                       match=r"has \d+\.\d GiB, wanted at most 3; choose a smaller --embed_dim"):
         new_adapter(AdapterConfig(2**20, embed_dim=16384, num_heads=8), seed=1)
 
 
@@ -273,7 +290,8 @@ def test_without_graphs_every_step_runs_eagerly_after_one_warning(capsys):
     """On a CPU a capture is refused, as by a driver that can't."""
     tokens, losses = answers(23), []
     for refused in (False, True):
-        trainer = Trainer(small_adapter("prefix+draft"), batch_size=5, rate=1e-3, steps=10, draft_text=0.5)
+        trainer = Trainer(small_adapter("prefix+draft"), batch_size=5, rate=1e-3, steps=10,
+                          draft_text=0.5)
         trainer.graphs, trainer.pool, trainer.stream = ({} if refused else None), None, None
         torch.manual_seed(1)
         losses.append([trainer._replay(trainer._fill(tokens, rows, width)).tolist()
@@ -290,7 +308,8 @@ def run(conditioning: str, graphs: bool, dropout: float = 0.0, epochs: int = 4) 
     tokens = answers(43, "cuda")
     vocab = conditioning == "draft_vocab"
     adapter = small_adapter("prefix+draft" if vocab else conditioning, dropout, vocab).cuda()
-    trainer = Trainer(adapter, batch_size=8, rate=3e-3, steps=6 * epochs, draft_text=0.5, graphs=graphs)
+    trainer = Trainer(adapter, batch_size=8, rate=3e-3, steps=6 * epochs, draft_text=0.5,
+                      graphs=graphs)
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(1)
     return trainer, [train_epoch(trainer, tokens, generator) for _ in range(epochs)]
@@ -322,7 +341,8 @@ def test_cuda_steps_learn_what_cpu_steps_learn(monkeypatch):
 def test_cuda_graphs_draw_new_random_numbers_each_time_and_follow_the_rate(conditioning):
     trainer, losses = run(conditioning, graphs=True, dropout=0.3)
     assert all(trainer.graphs.values()) and losses[-1][0] < losses[0][0]
-    tokens, before = answers(43, "cuda"), [weight.clone() for weight in trainer.adapter.parameters()]
+    tokens = answers(43, "cuda")
+    before = [weight.clone() for weight in trainer.adapter.parameters()]
     trainer.peak = 0.0                                   # neither steps nor decay: the weights stay
     with trainer.on_stream():
         rows, width, _ = next(iter(tokens.batches(8)))
@@ -346,14 +366,16 @@ def train_where_captures_fail() -> None:
 
     loop.loss_of = waiting
     trainer, found = run("prefix", graphs=True)
-    assert trainer.graphs is None and np.allclose(found, wanted, rtol=0.005, atol=0.02), (found, wanted)
+    assert trainer.graphs is None and np.allclose(found, wanted, rtol=0.005, atol=0.02), (found,
+                                                                                          wanted)
     run("prefix", graphs=True, dropout=0.3)                     # random numbers are still to be had
 
 
 @needs_gpu
 def test_cuda_capture_that_fails_leaves_training_eager_and_right():
     code = "import tests.training.test_training as test; test.train_where_captures_fail()"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=300)
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                           timeout=300)
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stdout.count("WARNING | no CUDA graphs, every step runs eagerly") == 2
 
@@ -361,8 +383,10 @@ def test_cuda_capture_that_fails_leaves_training_eager_and_right():
 @needs_gpu
 def test_cuda_loss_in_bfloat16_is_near_that_of_float32():
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*size, generator=generator).cuda() for size in ((64, 32), (500, 32), (500,)))
-    labels, share = torch.randint(0, 500, (64,), generator=generator).cuda(), torch.full((64,), 1 / 64).cuda()
+    x, weight, bias = (torch.randn(*size, generator=generator).cuda()
+                       for size in ((64, 32), (500, 32), (500, )))
+    labels = torch.randint(0, 500, (64,), generator=generator).cuda()
+    share = torch.full((64,), 1 / 64).cuda()
     found = []
     for narrow in (True, False):
         leaves = [part.clone().requires_grad_() for part in (x, weight, bias)]
