@@ -27,9 +27,7 @@ from vlm.roles import ROLES, Role, View
 
 @dataclasses.dataclass(frozen=True)
 class ExtractConfig:
-    """Write both models' answer tokens for the clips of a data set folder into a JSON file of
-    pairs.
-    """
+    """Write both models' answer tokens for the clips of a data set folder into a JSON file of pairs."""
 
     dataset_dir: Path = required("data set folder, with event_image/ and mp4/", answers="both")
     output_file: Path = required("the JSON file to write")
@@ -133,8 +131,7 @@ def main():
         survey = Survey(samples, questions, view, content_of(samples, view))
         earlier = None
         if not config.restart:
-            earlier = find_earlier(config.output_file, values_of(config.settings(questions)),
-                                   survey)
+            earlier = find_earlier(config.output_file, values_of(config.settings(questions)), survey)
         if earlier and not may_succeed_now(earlier, survey):
             log(f"RESULT | {config.output_file} | finished before: {earlier.pairs} pairs, "
                 f"{len(earlier.failed)} failed")

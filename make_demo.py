@@ -27,10 +27,8 @@ class DemoConfig:
     output_dir: Path = option(ROOT / "demo" / "data", "where the four data sets go")
     models_dir: Path = option(ROOT / "demo" / "models",
                               "holds the two models, eventgpt and video_llava")
-    train_clips: int = option(
-        312, "clips of each training set, at least one for each of its 24 sequences")
-    test_clips: int = option(100,
-                             "clips of each test set, at least one for each of its 10 sequences")
+    train_clips: int = option(312, "clips of each training set, at least one for each of its 24 sequences")
+    test_clips: int = option(100, "clips of each test set, at least one for each of its 10 sequences")
     check_models: bool = option(False, "report how often the models describe the test clips right")
     train_models: bool = option(False,
                                 "make both models again from nothing (minutes), then check them")

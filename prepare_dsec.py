@@ -33,8 +33,7 @@ from machine.workers import cores
 class PrepareConfig:
     """Make a data set folder of one window length from raw DSEC recordings."""
 
-    dsec_root: Path = required(
-        "the download: holds train/ and test/ with a folder for each sequence")
+    dsec_root: Path = required("the download: holds train/ and test/ with a folder for each sequence")
     split: Literal["train", "test"] = required("which of DSEC's lists of sequences")
     duration: str = required("window length: 500ms, 1s, 2s, 4s, ...")
     output_root: Path = option(Path("data"), "where the data set folder goes")

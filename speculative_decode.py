@@ -266,11 +266,8 @@ def settings_of(config: DecodeConfig, task: Task, questions: list[str], runtime:
 
 def facts_of(config: DecodeConfig, settings: dict) -> dict:
     """What decode.json says of the run itself."""
-    return {
-        "config": as_json(config), "drafter": config.drafter, "gamma": config.gamma,
-        "tree": config.tree,
-        **{name: settings[name] for name in ("dtype", "quantization", "device")}
-    }
+    return {"config": as_json(config), "drafter": config.drafter, "gamma": config.gamma, "tree": config.tree,
+            **{name: settings[name] for name in ("dtype", "quantization", "device")}}
 
 
 # ----------------------------------------------------------------------------------------- stages

@@ -52,8 +52,7 @@ class AdapterConfig:
 
     def __post_init__(self):
         if self.conditioning not in CONTRACTS:
-            raise UserError(f"unknown conditioning {self.conditioning!r}, wanted one of "
-                            f"{list(CONTRACTS)}")
+            raise UserError(f"unknown conditioning {self.conditioning!r}, wanted one of {list(CONTRACTS)}")
         if not self.contract:
             object.__setattr__(self, "contract", CONTRACTS[self.conditioning])
         original = self.conditioning == "draft" and self.contract == ORIGINAL_CONTRACT
@@ -69,8 +68,7 @@ class AdapterConfig:
             raise UserError(f"draft_vocab must be from 0 to the vocabulary size {self.vocab_size}, "
                             f"got {self.draft_vocab!r}")
         if self.embed_dim % self.num_heads:
-            raise UserError(f"num_heads must divide embed_dim, got {self.num_heads} and "
-                            f"{self.embed_dim}")
+            raise UserError(f"num_heads must divide embed_dim, got {self.num_heads} and {self.embed_dim}")
         if not isinstance(self.dropout, float) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be in [0, 1), got {self.dropout!r}")
 
@@ -102,8 +100,7 @@ class Cache:
     def __init__(self, config: AdapterConfig, batch: int, like: torch.Tensor):
         """like: a weight of the adapter; the cache takes its device and dtype."""
         heads, room = config.num_heads, 2 * config.max_seq_len + self.SPARE
-        self.values = like.new_zeros(config.num_layers, 2, batch, heads, room,
-                                     config.embed_dim // heads)
+        self.values = like.new_zeros(config.num_layers, 2, batch, heads, room, config.embed_dim // heads)
         self.slots = torch.arange(room, device=like.device)
         # Row of a slot: 0 where it sees, else -inf
         self.masks = like.new_zeros(batch, 1, room, room)
@@ -230,8 +227,7 @@ class TokenAdapter(nn.Module):
         """
         assert draft.shape[1] <= self.config.max_seq_len, (draft.shape, self.config.max_seq_len)
         if not self.config.sees_prefix:
-            return self._blocks(
-                self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]])
+            return self._blocks(self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]])
         before = draft.shape[1] if self.config.conditioning == "prefix+draft" else 0
         parts = [draft[:, :before], prefix, *([] if text is None else [text[:, :-1]])]
         # Looked up together, because each lookup's gradient is a table of the whole vocabulary.
@@ -250,9 +246,7 @@ class TokenAdapter(nn.Module):
         return x
 
     def _visible(self, draft_lengths, before: int, positions: int):
-        """(B, 1, positions, positions) bool: what positions of a draft (`before`) and an answer
-        see.
-        """
+        """(B, 1, positions, positions) bool: what positions of a draft (`before`) and an answer see."""
         slots = torch.arange(positions, device=draft_lengths.device)
         inside = slots[:before] < draft_lengths[:, None]                               # (B, before)
         visible = (slots <= slots[:, None]).expand(len(inside), -1, -1).clone()
@@ -278,8 +272,7 @@ class TokenAdapter(nn.Module):
         norm, linear = self.output_proj
         weight, bias = linear.weight, linear.bias
         if self.output_ids is not None:
-            weight, bias = weight.index_select(0, self.output_ids), bias.index_select(
-                0, self.output_ids)
+            weight, bias = weight.index_select(0, self.output_ids), bias.index_select(0, self.output_ids)
         return norm, weight, bias
 
     def _logits(self, x):                                    # (B, T, D) -> (B, T, K)
@@ -329,14 +322,12 @@ class TokenAdapter(nn.Module):
     def step_at(self, tokens, slots, cache: Cache):
         """`step` at slots (T,) int64; independent of the host, so that a CUDA graph can hold it."""
         x = self.embedding(tokens) + cache.positions.index_select(0, slots)
-        return self._logits(self._cached_blocks(x, cache, slots, cache.masks.index_select(2,
-                                                                                          slots)))
+        return self._logits(self._cached_blocks(x, cache, slots, cache.masks.index_select(2, slots)))
 
     def _cached_blocks(self, x, cache: Cache, slots, mask):
         for number, block in enumerate(self.transformer["layers"]):
             cached = cache.values[number]
-            x = block(
-                x, functools.partial(block.self_attn.step, cached=cached, slots=slots, mask=mask))
+            x = block(x, functools.partial(block.self_attn.step, cached=cached, slots=slots, mask=mask))
         return x
 
     def condition(self, conditioning: str) -> None:
@@ -393,10 +384,8 @@ def load_adapter(path: Path) -> TokenAdapter:
 
 
 def _config_of(state: dict, recorded: dict) -> AdapterConfig:
-    num_layers = len(
-        set(re.findall(r"^transformer\.layers\.(\d+)\.", "\n".join(state), re.MULTILINE)))
-    telling = ("embedding.weight", "position_embedding.weight",
-               "transformer.layers.0.linear1.weight")
+    num_layers = len(set(re.findall(r"^transformer\.layers\.(\d+)\.", "\n".join(state), re.MULTILINE)))
+    telling = ("embedding.weight", "position_embedding.weight", "transformer.layers.0.linear1.weight")
     shapes = [state[name].shape for name in telling if name in state and state[name].dim() == 2]
     if len(shapes) < len(telling):
         raise ValueError(f"wanted two-dimensional {', '.join(telling)}, found {some_of(state)}")

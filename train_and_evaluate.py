@@ -119,8 +119,7 @@ class TrainConfig:
     checkpoint: Path | None = option(
         None, "measure this checkpoint by its own contract and train nothing")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    seed: int = option(
-        42, "for the weights, the order of the pairs and the choice of validation drives")
+    seed: int = option(42, "for the weights, the order of the pairs and the choice of validation drives")
     task_dir: Path = option(ROOT / "task", "where the new task folder is made")
     task_folder: Path | None = option(
         None, "exactly this folder, instead of a new one named after the time")
@@ -155,8 +154,7 @@ class TrainConfig:
         names = {field.name for field in dataclasses.fields(self)} - {"resume", "device", "plots"}
         given = sorted(name for name in names if getattr(self, name) != getattr(TrainConfig, name))
         if given:
-            raise UserError(f"--resume goes on with the settings of {self.resume}: leave out "
-                            f"--{given[0]}")
+            raise UserError(f"--resume goes on with the settings of {self.resume}: leave out --{given[0]}")
 
     def _fill_in_defaults(self) -> None:
         if self.conditioning == "auto" and self.checkpoint is None:
@@ -243,9 +241,7 @@ def detect_task_name(data: Data) -> str:
     """The window length (1s, 500ms) that file names, file contents or folders tell."""
     files = data.files["train"] + data.files["test"]
     paths = [Path(file["path"]).resolve() for file in files]
-    recorded = [
-        file[key] for file in files for key in ("dataset_dir", "dataset_name") if key in file
-    ]
+    recorded = [file[key] for file in files for key in ("dataset_dir", "dataset_name") if key in file]
     texts = [*(path.name for path in paths), *recorded, *(str(path.parent) for path in paths)]
     return duration_of(*texts) or "task"
 
@@ -263,11 +259,10 @@ def adapter_maker(config: TrainConfig, data: Data,
     from token_adapter import AdapterConfig
     from training.adapters import new_adapter, scoring_targets_of, vocab_size_for
 
-    sizes = AdapterConfig(vocab_size=vocab_size_for(data,
-                                                    config.vocab_size), embed_dim=config.embed_dim,
-                          num_layers=config.num_layers, num_heads=config.num_heads,
-                          feedforward_dim=4 * config.embed_dim, max_seq_len=config.max_seq_len,
-                          conditioning=config.conditioning, dropout=config.dropout)
+    sizes = AdapterConfig(
+        vocab_size=vocab_size_for(data, config.vocab_size), embed_dim=config.embed_dim,
+        num_layers=config.num_layers, num_heads=config.num_heads, feedforward_dim=4 * config.embed_dim,
+        max_seq_len=config.max_seq_len, conditioning=config.conditioning, dropout=config.dropout)
     if config.conditioning == "draft":
         check_drafts(data.test)
         check_drafts(data.train)
@@ -371,9 +366,8 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
         resume = Resume(task / "resume.pt", Fingerprint.of(data), adapter.num_parameters())
         if going_on:
             resume.read()
-        trained = train_in(
-            task, facts, adapter, resume,
-            lambda files: train(settings_of(config), adapter, data, files, make_adapter))
+        trained = train_in(task, facts, adapter, resume,
+                           lambda files: train(settings_of(config), adapter, data, files, make_adapter))
         adapter = trained.adapter
         save_memory(remembered(data.all_train), task / "memory.npz")
     trained_s = time.monotonic() - start

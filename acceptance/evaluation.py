@@ -51,14 +51,10 @@ def measure_drafters(parts: SimulationParts, selected: Selected | None) -> dict:
         tau = rows["simulated"]["8"]["tau"]
         log(f"drafters | {name} | accepted {rows['alpha']:.1%} | tau {tau:.2f} at gamma 8 | "
             f"{time.monotonic() - start:.1f} s")
-    return {
-        "drafters": figures, "memory_share": parts.memory_share, "stream": parts.streaming,
-        "adapter_minus": {
-            name: interval(hits["adapter"], lengths, parts.pairs.sequence, hits[name])
-            for name in COMPARED if name in hits
-        },
-        "step_ms": step_ms(parts.adapter, parts.pairs) if parts.adapter.config.sees_prefix else None
-    }
+    return {"drafters": figures, "memory_share": parts.memory_share, "stream": parts.streaming,
+            "adapter_minus": {name: interval(hits["adapter"], lengths, parts.pairs.sequence, hits[name])
+                              for name in COMPARED if name in hits},
+            "step_ms": step_ms(parts.adapter, parts.pairs) if parts.adapter.config.sees_prefix else None}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,11 +34,8 @@ def interval(hits: np.ndarray, lengths: np.ndarray, sequences: list[str],
         group, unit = np.arange(len(lengths)) // CLIPS_TOGETHER, f"blocks of {CLIPS_TOGETHER} clips"
     hits, positions = np.bincount(group, hits), np.bincount(group, lengths)
     low, high = np.quantile(_bootstrapped(hits, positions), (0.025, 0.975))
-    return {
-        "value": float(hits.sum() / positions.sum()), "low": float(low), "high": float(high),
-        "by": unit, "left_out": None if rest is None else [float(rest.min()),
-                                                           float(rest.max())]
-    }
+    return {"value": float(hits.sum() / positions.sum()), "low": float(low), "high": float(high), "by": unit,
+            "left_out": None if rest is None else [float(rest.min()), float(rest.max())]}
 
 
 def by_drive(hits: np.ndarray, lengths: np.ndarray, sequences: list[str]) -> dict:
@@ -48,12 +45,8 @@ def by_drive(hits: np.ndarray, lengths: np.ndarray, sequences: list[str]) -> dic
     drives, drive = numbered_drives(sequences)
     clips, alphas = np.bincount(drive), np.bincount(drive, hits) / np.bincount(drive, lengths)
     rest = _without_each(drive, hits, lengths) if len(drives) > 1 else None
-    return {
-        name: {
-            "clips": int(clips[i]), "alpha": float(alphas[i]),
-            "without_it": None if rest is None else float(rest[i])
-        } for i, name in enumerate(drives)
-    }
+    return {name: {"clips": int(clips[i]), "alpha": float(alphas[i]),
+                   "without_it": None if rest is None else float(rest[i])} for i, name in enumerate(drives)}
 
 
 def _without_each(drive: np.ndarray, hits: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -28,10 +28,8 @@ def simulate(top1: np.ndarray, lengths: np.ndarray, gamma: int) -> dict:
     passes, histogram = np.zeros(len(lengths), np.int64), np.zeros(gamma + 1, np.int64)
     for rows in blocks(*top1.shape):
         passes[rows] = _passes(top1[rows], lengths[rows], gamma, histogram)
-    return {
-        "tau": float(lengths.sum() / passes.sum()), "tau_mean": float((lengths / passes).mean()),
-        "accepted_lengths": histogram.tolist(), "passes": passes
-    }
+    return {"tau": float(lengths.sum() / passes.sum()), "tau_mean": float((lengths / passes).mean()),
+            "accepted_lengths": histogram.tolist(), "passes": passes}
 
 
 def _passes(top1: np.ndarray, lengths: np.ndarray, gamma: int, histogram: np.ndarray) -> np.ndarray:
@@ -76,13 +74,11 @@ def stream(drafter: SimulatedDrafter, pairs: Pairs) -> dict:
         decoding["more_passes_than"] = {str(n): float((passes > n).mean()) for n in PASSES_SHOWN}
         simulated[str(gamma)] = decoding
     metrics, hits = measure(top1, lengths, top5), number_right(top1, lengths)
-    return {
-        "top1": top1, **metrics, "simulated": simulated, "expected_by_gamma": {
-            str(gamma): expected_tokens(metrics["alpha"], gamma) for gamma in SIMULATED_GAMMAS
-        }, "interval": interval(hits, lengths,
-                                pairs.sequence), "drives": by_drive(hits, lengths, pairs.sequence),
-        "seconds_per_answer": seconds / len(pairs)
-    }
+    return {"top1": top1, **metrics, "simulated": simulated,
+            "expected_by_gamma": {str(gamma): expected_tokens(metrics["alpha"], gamma)
+                                  for gamma in SIMULATED_GAMMAS},
+            "interval": interval(hits, lengths, pairs.sequence),
+            "drives": by_drive(hits, lengths, pairs.sequence), "seconds_per_answer": seconds / len(pairs)}
 
 
 def simulate_trees(drafter: Branching, pairs: Pairs, nodes: int) -> dict:
@@ -106,7 +102,5 @@ def simulate_trees(drafter: Branching, pairs: Pairs, nodes: int) -> dict:
             passes, built, depth = passes + 1, built + len(tree.tokens), depth + tree.depth()
         drafter.learn(target)
         tokens += len(target)
-    return {
-        "tau": tokens / passes, "passes": passes, "nodes": built / passes, "depth": depth / passes,
-        "seconds_per_node": seconds / max(built, 1)
-    }
+    return {"tau": tokens / passes, "passes": passes, "nodes": built / passes, "depth": depth / passes,
+            "seconds_per_node": seconds / max(built, 1)}

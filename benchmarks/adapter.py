@@ -40,9 +40,7 @@ EXPLANATION = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the adapter at batch 1: a step, eight proposals, reading a draft, a draft-conditioning
-    pass.
-    """
+    """Time the adapter at batch 1: a step, eight proposals, reading a draft, a draft-conditioning pass."""
 
     draft_tokens: int = option(47, "tokens of the draft")
     vocab_size: int = option(32000, "ids of the adapter")
@@ -59,9 +57,8 @@ class Config:
     def __post_init__(self):
         check_counts(self, ("draft_tokens", "vocab_size", "embed_dim", "num_layers", "num_heads"))
         if self.max_seq_len < max(PREFIX + READ + PROPOSALS, self.draft_tokens):
-            raise UserError("--max_seq_len must be "
-                            f"{max(PREFIX + READ + PROPOSALS, self.draft_tokens)} or more, got "
-                            f"{self.max_seq_len}")
+            raise UserError(f"--max_seq_len must be {max(PREFIX + READ + PROPOSALS, self.draft_tokens)} "
+                            f"or more, got {self.max_seq_len}")
         if self.embed_dim % self.num_heads:
             raise UserError("--num_heads must divide --embed_dim, got "
                             f"{self.num_heads} and {self.embed_dim}")
@@ -127,8 +124,7 @@ class Plain:
                     logits = self.adapter(self.draft, self.length, self._ids(tokens))
                 else:
                     if len(tokens) > len(self.fed):
-                        self.logits = self.adapter.step(self._ids(tokens[len(self.fed):]),
-                                                        self.cache)
+                        self.logits = self.adapter.step(self._ids(tokens[len(self.fed):]), self.cache)
                     logits, self.fed = self.logits, list(tokens)
                 tokens.append(int(logits[0, -1].argmax()))
         return tokens[len(prefix):]
@@ -258,9 +254,7 @@ def measure(config: Config) -> dict:
                 "ours": Ours(adapter)}
         timed = {label: time_steps(way, draft, answer, device) for label, way in ways.items()}
         results["ms"][name] = {label: times for label, (times, _) in timed.items()}
-        equal += [
-            ours == theirs for ours, theirs in zip(timed["ours"][1], timed["plain, cached"][1])
-        ]
+        equal += [ours == theirs for ours, theirs in zip(timed["ours"][1], timed["plain, cached"][1])]
     results["alike"] = sum(equal) / len(equal)
     results["draft_pass_ms"] = time_table(new_adapter("draft", config, device), draft, device)
     return results | {"wanted": wanted(results["ms"], results["draft_pass_ms"])}

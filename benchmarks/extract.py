@@ -34,11 +34,9 @@ EVENTS = 550_000                   # in a picture: a fifth of 200 ms of a DSEC r
 WANTED = {TARGET.name: (12, 12), DRAFT.name: (40, 40)}
 PAIRS_PER_S, TIMES_ONE_QUESTION = 45, 3                  # of the target, with several questions
 NOTES = (
-    "Answers of random weights mean nothing and none ends early: every answer takes all its "
-    "tokens.",
+    "Answers of random weights mean nothing and none ends early: every answer takes all its tokens.",
     "One at a time and batches: transformers' greedy generate over the same prompts and pixels.",
-    "Ours: as extract_tokens_train.py runs it, from pixels in memory; with files: reading and "
-    "preparing "
+    "Ours: as extract_tokens_train.py runs it, from pixels in memory; with files: reading and preparing "
     "included.",
     "Limit: the products of the layers, of attention and of the vision tower over the measured "
     "matrix rate, and for each token the weights (shared by a batch) and the clip's keys and "
@@ -76,8 +74,7 @@ class Config:
         if self.files < 0:
             raise UserError(f"--files must be 0 (none) or more, got {self.files}")
         if self.model not in ("both", *BY_NAME):
-            raise UserError(f"--model must be both or one of {', '.join(BY_NAME)}, got "
-                            f"{self.model}")
+            raise UserError(f"--model must be both or one of {', '.join(BY_NAME)}, got {self.model}")
 
 
 # ----------------------------------------------------------------------------------------- made up
@@ -149,10 +146,8 @@ class Bench:
         for clip in pixels[:clips]:
             answer = functools.partial(self.model.answer, [clip], [question], self.max_new_tokens)
             seconds.append(timed(answer, device)[1])
-        return {
-            "clips": len(seconds), "samples_per_s": len(seconds) / sum(seconds),
-            "s_min": min(seconds), "s_median": statistics.median(seconds), "s_max": max(seconds)
-        }
+        return {"clips": len(seconds), "samples_per_s": len(seconds) / sum(seconds),
+                "s_min": min(seconds), "s_median": statistics.median(seconds), "s_max": max(seconds)}
 
     def in_batches(self, pixels: list, question: str, size: int) -> dict:
         """transformers' generate in batches, fewer at a time if memory is short."""
@@ -192,8 +187,7 @@ class Bench:
                 "answers_per_s": answers / seconds, "seconds": seconds, "graph": graph,
                 "peak_mib": memory(device)["peak"], "held_before_mib": before["held"]}
 
-    def files_alone(self, samples: list[Sample], read: Callable[[Sample],
-                                                                list[np.ndarray]]) -> dict:
+    def files_alone(self, samples: list[Sample], read: Callable[[Sample], list[np.ndarray]]) -> dict:
         """The files read, decoded and prepared, by the threads that extraction uses."""
         from clips.dataset import read_ahead
 
@@ -271,14 +265,10 @@ def measure_model(bench: Bench, config: Config, folder: Path) -> dict:
 
     model, role = bench.model, bench.role
     held, pictures = memory(model.runtime.device)["held"], role.most_pictures([], View())
-    several = [
-        f"{QUERY} {'And why? ' * (number % 3)}".strip() for number in range(config.questions)
-    ]
+    several = [f"{QUERY} {'And why? ' * (number % 3)}".strip() for number in range(config.questions)]
     asked = {"ours": [QUERY], "ours, several questions": several}
-    sizes = {
-        name: config.batch_size or clips_that_fit(model, questions, config.max_new_tokens, pictures)
-        for name, questions in asked.items()
-    }
+    sizes = {name: config.batch_size or clips_that_fit(model, questions, config.max_new_tokens, pictures)
+             for name, questions in asked.items()}
     clips = config.clips or 3 * sizes["ours"]
     pixels = random_pixels(model, pictures, max(clips, config.plain_clips, config.plain_batch_size))
     samples = [Sample(number, str(number), "street_00_a", number) for number in range(clips)]
@@ -292,8 +282,7 @@ def measure_model(bench: Bench, config: Config, folder: Path) -> dict:
                    pixels, QUERY, min(config.plain_batch_size, len(pixels)))}
     ready = dataclasses.replace(bench, model=Prepared(model))
     for name, some in (("ours", samples), ("ours, several questions", fewer)):
-        figures[name] = ready.ours(asked[name], some, lambda sample: pixels[sample.index],
-                                   sizes[name])
+        figures[name] = ready.ours(asked[name], some, lambda sample: pixels[sample.index], sizes[name])
     if config.files:
         files = files_of(folder, clips)
         read = functools.partial(role.pictures, view=View())
@@ -324,9 +313,7 @@ def files_of(folder: Path, clips: int) -> list[Sample]:
     from clips.dataset import read_dataset
 
     samples = read_dataset(folder)
-    return [
-        dataclasses.replace(samples[number % len(samples)], index=number) for number in range(clips)
-    ]
+    return [dataclasses.replace(samples[number % len(samples)], index=number) for number in range(clips)]
 
 
 def measure(config: Config) -> dict:
@@ -344,8 +331,7 @@ def measure(config: Config) -> dict:
             make_files(Path(folder), config.files)
         for name in BY_NAME if config.model == "both" else (config.model,):
             model = random_model(kinds[name], config.size, runtime)
-            bench = Bench(BY_NAME[name], model, config.max_new_tokens, config.num_workers
-                          or cores())
+            bench = Bench(BY_NAME[name], model, config.max_new_tokens, config.num_workers or cores())
             models[name] = measure_model(bench, config, Path(folder))
             model.unload()
     results = {"size": config.size, "device": device_name(runtime.device), "dtype": config.dtype,

@@ -82,22 +82,18 @@ def rows(count: int, tokens: int, seed: int) -> Iterator[dict]:
 
     def answer(length: int) -> tuple[list[int], str]:
         chosen = random.integers(IDS, size=length)
-        return ids[chosen].tolist(), " ".join(WORDS[i % len(WORDS)]
-                                              for i in chosen[:length * 3 // 4])
+        return ids[chosen].tolist(), " ".join(WORDS[i % len(WORDS)] for i in chosen[:length * 3 // 4])
 
     shorter = random.integers(max(1, tokens * 2 // 5), tokens + 1, size=ANSWERS)
-    answers = [(answer(tokens if i % 2 else int(shorter[i])), answer(tokens))
-               for i in range(ANSWERS)]
+    answers = [(answer(tokens if i % 2 else int(shorter[i])), answer(tokens)) for i in range(ANSWERS)]
     for i in range(count):
         (draft, draft_text), (target, target_text) = answers[i % ANSWERS]
         number = i // CLIPS
-        yield {
-            "sample_idx": i, "question_idx": 0, "sample_id": f"{i:08x}-0000-4000-8000-{i:012x}",
-            "sequence": f"town_{number // SEGMENTS:06}_{'abc'[number % SEGMENTS]}",
-            "clip": i % CLIPS, "query": "What are the key elements in this scene?",
-            "egpt_tokens": draft, "egpt_text": draft_text, "egpt_finished": len(draft) < tokens,
-            "vl_tokens": target, "vl_text": target_text, "vl_finished": False
-        }
+        yield {"sample_idx": i, "question_idx": 0, "sample_id": f"{i:08x}-0000-4000-8000-{i:012x}",
+               "sequence": f"town_{number // SEGMENTS:06}_{'abc'[number % SEGMENTS]}", "clip": i % CLIPS,
+               "query": "What are the key elements in this scene?",
+               "egpt_tokens": draft, "egpt_text": draft_text, "egpt_finished": len(draft) < tokens,
+               "vl_tokens": target, "vl_text": target_text, "vl_finished": False}
 
 
 # ----------------------------------------------------------- in a process of its own, one size each
@@ -157,15 +153,13 @@ def ours(path: Path, count: int, tokens: int, seed: int) -> dict:
 
     def epoch(pairs):
         batched = TokenTensors.of(pairs, MAX_SEQ_LEN, torch.device("cpu"))
-        for batch, width, _ in batched.batches(TRAINED_AT_A_TIME,
-                                               torch.Generator().manual_seed(seed)):
+        for batch, width, _ in batched.batches(TRAINED_AT_A_TIME, torch.Generator().manual_seed(seed)):
             batched.targets(batch, width), batched.drafts(batch, batched.draft_width)
         return batched
 
     def evaluate(pairs, batched):
         outputs = torch.from_numpy(pairs.ids("target")).long()[:SCORED]
-        config = AdapterConfig(32_064, "prefix+draft", 16, 1, 2, 32, MAX_SEQ_LEN,
-                               draft_vocab=len(outputs))
+        config = AdapterConfig(32_064, "prefix+draft", 16, 1, 2, 32, MAX_SEQ_LEN, draft_vocab=len(outputs))
         top1, top5, _ = predict(TokenAdapter(config, outputs), batched, PREDICTED_AT_A_TIME)
         return compare(top1, top5, pairs, pairs)
 
@@ -237,12 +231,8 @@ def one_size(count: int, config: Config, folder: Path) -> dict:
                 "free: left out")
             found[name] = None
             continue
-        subprocess.run([
-            sys.executable, "-m", "benchmarks.load", name, path,
-            str(count),
-            str(config.tokens),
-            str(config.seed), result
-        ], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "benchmarks.load", name, path, str(count), str(config.tokens),
+                        str(config.seed), result], cwd=ROOT, check=True)
         found[name] = json.loads(result.read_text())
     path.unlink()
     mib, seconds = found["ours"]["token_mib"], found["ours"]["seconds"]
@@ -272,8 +262,7 @@ def exponent(small: float, large: float, times: float) -> float | None:
 
 def measure(config: Config) -> dict:
     if not Path("/proc/self/status").exists():
-        raise UserError("memory is read from /proc, which this system lacks; run this benchmark on "
-                        "Linux")
+        raise UserError("memory is read from /proc, which this system lacks; run this benchmark on Linux")
     counts = sorted(set(config.pairs))
     with tempfile.TemporaryDirectory(prefix="pairs_") as folder:
         need, free = counts[-1] * config.tokens * ROW_BYTES, shutil.disk_usage(folder).free
@@ -308,10 +297,8 @@ def measure(config: Config) -> dict:
               ("peak memory over the tokens, writing", written, 3),
               (f"exponent of time, {counts[0]} to {counts[-1]} pairs", growth.get("time"), 1.1),
               (f"exponent of memory, {counts[0]} to {counts[-1]} pairs", growth.get("memory"), 1.1)]
-    return results | {
-        "exponents": growth, "wanted": [{"what": what, "measured": found, "wanted": f"<= {bound}"}
-                                        for what, found, bound in wanted]
-    }
+    return results | {"exponents": growth, "wanted": [
+        {"what": what, "measured": found, "wanted": f"<= {bound}"} for what, found, bound in wanted]}
 
 
 def show(results: dict) -> None:
@@ -336,10 +323,8 @@ def show(results: dict) -> None:
             f"{mine['share_of_read']:.2%}, json alone {mine['share_of_json']:.1%}")
     known = {part: value for part, value in results["exponents"].items() if value is not None}
     if known:
-        log("table | exponents | " + " ".join(f"{part} {value:.2f}"
-                                              for part, value in known.items()))
-    log("table | limits | " + ", ".join(f"{name} {value:.0f}"
-                                        for name, value in results["limits"].items()))
+        log("table | exponents | " + " ".join(f"{part} {value:.2f}" for part, value in known.items()))
+    log("table | limits | " + ", ".join(f"{name} {value:.0f}" for name, value in results["limits"].items()))
 
 
 def one_line(results: dict) -> str:

@@ -37,21 +37,16 @@ SEQUENCE = "made_up_00_a"
 REPEATS = 3
 
 WHAT = (
-    "Paint: events a second in one thread, columns as in the file, at random places; the loop "
-    "paints one event after the other. Share of copy: of the events whose columns one thread could "
-    "copy in that time.",
-    "Read: all four columns of the made-up recording through HDF5 and Blosc, times and polarity "
-    "checked.",
-    "Prepare: prepare_dsec.py as a process of its own. Memory: resident memory of all its "
-    "processes, the "
+    "Paint: events a second in one thread, columns as in the file, at random places; the loop paints one "
+    "event after the other. Share of copy: of the events whose columns one thread could copy in that time.",
+    "Read: all four columns of the made-up recording through HDF5 and Blosc, times and polarity checked.",
+    "Prepare: prepare_dsec.py as a process of its own. Memory: resident memory of all its processes, the "
     "highest of samples 20 ms apart; pages that processes share count in each of them.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the painting of events, and time and memory from a made-up recording to its data set
-    folder.
-    """
+    """Time the painting of events, and time and memory from a made-up recording to its data set folder."""
 
     events: int = option(300_000_000, "of the recording")
     seconds: int = option(30, "length of the recording")
@@ -76,8 +71,7 @@ class Config:
 
 # -------------------------------------------------------------------------------------- a recording
 def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int = 2**16) -> None:
-    """events.h5 as DSEC's: columns packed with Blosc/ZSTD, t relative to t_offset in uint32, and
-    ms_to_idx.
+    """events.h5 as DSEC's: columns packed with Blosc/ZSTD, t relative to t_offset in uint32, and ms_to_idx.
 
     parts: x, y, p, t (us, never falling, the first part not empty) one after the other.
     """
@@ -97,9 +91,8 @@ def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int =
                 columns[name].resize((count + len(values),))
                 columns[name][count:] = values
             times = np.asarray(part[3])
-            starts = 1000 * np.arange(
-                len(table),
-                int(times[-1]) // 1000 + 1)  # of each millisecond begun so far
+            starts = 1000 * np.arange(len(table),
+                                      int(times[-1]) // 1000 + 1)  # of each millisecond begun so far
             table += (count + np.searchsorted(times, starts)).tolist()
             count += len(times)
         file.create_dataset("ms_to_idx", data=np.array(table, np.uint64), **packed)
@@ -107,9 +100,7 @@ def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int =
 
 
 def made_up_events(count: int, seconds: float, seed: int) -> Iterator[tuple]:
-    """x, y, p, t in parts: random places and signs (real events resemble their neighbours), even
-    times.
-    """
+    """x, y, p, t in parts: random places and signs (real events resemble their neighbours), even times."""
     random = np.random.default_rng(seed)
     for start in range(0, count, PART):
         size = min(PART, count - start)
@@ -149,8 +140,7 @@ def write_recording(root: Path, recording: MadeUp) -> None:
         # The camera turns; each pixel has noise of its own
         if number < DISTINCT:
             left = number * width // DISTINCT
-            frame = scene[:, left:left + width] + random.normal(0, 2,
-                                                                (height, width, 3)).astype(np.int16)
+            frame = scene[:, left:left + width] + random.normal(0, 2, (height, width, 3)).astype(np.int16)
             write_png(pictures / f"{number:06d}.png", frame.clip(0, 255).astype(np.uint8))
         else:
             os.link(pictures / f"{number % DISTINCT:06d}.png", pictures / f"{number:06d}.png")
@@ -168,9 +158,7 @@ def plain_loop(x: np.ndarray, y: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 def time_painting(events: int, seed: int) -> dict:
-    """Events a second of both renderers and of the loop, and their shares of what a copy would
-    reach.
-    """
+    """Events a second of both renderers and of the loop, and their shares of what a copy would reach."""
     import torch
 
     from benchmarks.limits import copy_rate
@@ -222,10 +210,8 @@ def tree_mib(pid: int) -> list[float]:
 
 def time_preparing(root: Path, flags: list[str]) -> dict:
     """Run prepare_dsec.py on the recording in root, and watch the memory of its processes."""
-    command = [
-        sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root",
-        root / "data", "--split", "test", "--sequences", SEQUENCE, *flags
-    ]
+    command = [sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root", root / "data",
+               "--split", "test", "--sequences", SEQUENCE, *flags]
     start, peak, largest = time.perf_counter(), 0.0, 0.0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
@@ -249,8 +235,7 @@ def time_preparing(root: Path, flags: list[str]) -> dict:
 
 def measure(config: Config) -> dict:
     if not Path("/proc/self/task").exists():
-        raise UserError("memory is read from /proc, which this system lacks; run this benchmark on "
-                        "Linux")
+        raise UserError("memory is read from /proc, which this system lacks; run this benchmark on Linux")
     dsec.check_reader()
     log(f"benchmark | painting {config.painted} events")
     paint = time_painting(config.painted, config.seed)

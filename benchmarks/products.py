@@ -1,9 +1,8 @@
 """The matrix products of a 7B model's layers with few rows: `python benchmark.py products`.
 
-For each number of rows, the time of all products of 32 layers: 4-bit weights by the fused kernel
-and by bitsandbytes as it dispatches, and 16-bit weights by PyTorch; the share of the device's copy
-speed at which weights are read; errors; and how often the largest logit is the same whatever the
-rows.
+For each number of rows, the time of all products of 32 layers: 4-bit weights by the fused kernel and
+by bitsandbytes as it dispatches, and 16-bit weights by PyTorch; the share of the device's copy speed
+at which weights are read; errors; and how often the largest logit is the same whatever the rows.
 """
 
 from __future__ import annotations
@@ -18,16 +17,13 @@ ROWS = (1, 2, 4, 8, 9, 16, 17, 25, 32, 33, 49, 64, 65, 128, 256)
 LAYERS, DEPTH = 8, 32                # layers in turn, so that none is in the cache; the model's
 REPEATS = 7                          # of which the median is taken
 WAYS = ("fused", "bitsandbytes", "16 bits")
-# Of a weight as bitsandbytes stores it, with its share of scales
-NIBBLE_BYTES = 4.127 / 8
+NIBBLE_BYTES = 4.127 / 8             # of a weight as bitsandbytes stores it, with its share of scales
 WANTED_MS = {1: 3.0, 9: 3.0, 16: 3.0, 32: 3.8, 64: 5.0}              # of 32 layers, one H100
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the products of a 7B model's layers by the number of rows, with 4-bit and 16-bit
-    weights.
-    """
+    """Time the products of a 7B model's layers by the number of rows, with 4-bit and 16-bit weights."""
 
     output: Path = option(Path("benchmark_products.json"), "where all numbers go")
     compare: Path | None = option(None,
@@ -158,17 +154,14 @@ def measure(config: Config) -> dict:
         compile_all(device, runtime.dtype, {sum(outputs) for outputs, _ in shapes().values()})
         for name, (outputs, k) in shapes().items():
             products[name] = measure_product(outputs, k, runtime, rate)
-            times = [(rows, ways["fused"]["us"])
-                     for rows, ways in products[name]["by_rows"].items()]
-            log(f"products | {name:7} | fused, us by rows: " + " ".join(f"{r}:{us:.1f}"
-                                                                        for r, us in times))
+            times = [(rows, ways["fused"]["us"]) for rows, ways in products[name]["by_rows"].items()]
+            log(f"products | {name:7} | fused, us by rows: " + " ".join(f"{r}:{us:.1f}" for r, us in times))
         equal = agreement(runtime)
     totals = {way: {rows: DEPTH / 1000 * sum(found["by_rows"][rows][way]["us"]
                                              for found in products.values()) for rows in ROWS}
               for way in WAYS}
-    wanted = [{
-        "what": f"{rows} rows, ms", "measured": totals["fused"][rows], "wanted": f"<= {bound}"
-    } for rows, bound in WANTED_MS.items()]
+    wanted = [{"what": f"{rows} rows, ms", "measured": totals["fused"][rows], "wanted": f"<= {bound}"}
+              for rows, bound in WANTED_MS.items()]
     return {"device": device_name(runtime.device), "dtype": config.dtype,
             "copy_gib_per_s": rate / 2**30, "products": products, "all_layers_ms": totals,
             "equal_argmax": equal, "wanted": wanted,

@@ -84,8 +84,7 @@ class Config:
             raise UserError("--pairs and --test_pairs belong together: give both, or none to have "
                             "pairs made")
         if self.num_epochs < 2:
-            raise UserError("--num_epochs must be 2 or more (the first warms up), got "
-                            f"{self.num_epochs}")
+            raise UserError(f"--num_epochs must be 2 or more (the first warms up), got {self.num_epochs}")
         if self.made_pairs < 10 or self.vocab_size < 64:
             raise UserError("--made_pairs must be 10 or more and --vocab_size 64 or more, got "
                             f"{self.made_pairs} and {self.vocab_size}")
@@ -103,11 +102,8 @@ def make_rows(count: int, vocab_size: int, seed: int) -> list[dict]:
     the rows alone: the sentences are the same for training and validation.
     """
     fixed, rng = np.random.default_rng(0), np.random.default_rng(seed)
-    sentences, drafts = (fixed.integers(3, vocab_size, (SENTENCES, size))
-                         for size in (TARGET, DRAFT))
-    places = np.array([
-        fixed.permutation(min(TARGET, DRAFT) - 1)[:CHOICES] + 1 for _ in range(SENTENCES)
-    ])
+    sentences, drafts = (fixed.integers(3, vocab_size, (SENTENCES, size)) for size in (TARGET, DRAFT))
+    places = np.array([fixed.permutation(min(TARGET, DRAFT) - 1)[:CHOICES] + 1 for _ in range(SENTENCES)])
     words = fixed.integers(3, vocab_size, (SENTENCES, CHOICES, ALTERNATIVES))
     rows = []
     for number in range(count):
@@ -167,11 +163,8 @@ def train_plainly(adapter: TokenAdapter, pairs: Pairs, config: Config, device: t
     width, sees_prefix = config.max_seq_len, adapter.config.sees_prefix
     inside = np.arange(width) < pairs.lengths("target")[:, None]
     targets = np.where(inside, pairs.padded("target", width), NOT_SCORED).astype(np.int64)
-    drafts = pairs.padded("draft", width).astype(np.int64)
-    lengths = pairs.lengths("draft").clip(max=width)
-    data = [{
-        "draft": torch.from_numpy(draft), "length": int(length), "target": torch.from_numpy(target)
-    }
+    drafts, lengths = pairs.padded("draft", width).astype(np.int64), pairs.lengths("draft").clip(max=width)
+    data = [{"draft": torch.from_numpy(draft), "length": int(length), "target": torch.from_numpy(target)}
             # any list is a data set of single pairs
             for draft, length, target in zip(drafts, lengths, targets)]
     loader = torch.utils.data.DataLoader(data, config.batch_size, shuffle=True)
@@ -179,8 +172,7 @@ def train_plainly(adapter: TokenAdapter, pairs: Pairs, config: Config, device: t
                                   weight_decay=0.1 if sees_prefix else 0.01,
                                   betas=(0.9, 0.98 if sees_prefix else 0.999))
     steps = config.num_epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer,
-                                                 lambda step: learning_rate_factor(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     for _ in range(config.num_epochs):
         adapter.train()
         losses = []
@@ -303,10 +295,8 @@ def show(results: dict) -> None:
                     f"epoch {run['epoch_s']:.2f} s (first {run['first_epoch_s']:.2f})",
                     f"{EPOCHS} epochs of {PAIRS} pairs {run['50_epochs_s']:.0f} s, reckoned",
                     f"validation {run['validation_s']:.2f} s, alpha {run['validation_alpha']:.2%}",
-                    f"{run['model_tflop_per_s']:.3g} TFLOP/s",
-                    f"{run['share_of_limit']:.1%} of the limit",
-                    f"peak {'none' if peak is None else f'{peak:.0f}'} MiB"
-                ]))
+                    f"{run['model_tflop_per_s']:.3g} TFLOP/s", f"{run['share_of_limit']:.1%} of the limit",
+                    f"peak {'none' if peak is None else f'{peak:.0f}'} MiB"]))
         if found["times_faster"]:
             log(f"table | {name:12} | ours is {found['times_faster']:.2f} times faster")
         log(f"table | {name:12} | limits | " + ", ".join(
@@ -351,8 +341,7 @@ def measure(config: Config) -> dict:
             if run:
                 run["model_tflop_per_s"] = found["limits"]["step_gflop"] / run["step_ms"]
                 run["share_of_limit"] = found["limits"]["least_step_ms"] / run["step_ms"]
-        found["times_faster"] = found[
-            "plain"] and found["plain"]["step_ms"] / found["ours"]["step_ms"]
+        found["times_faster"] = found["plain"] and found["plain"]["step_ms"] / found["ours"]["step_ms"]
         runs[name] = found
     return {
         "device": device_name(device), "dtype": str(format_).removeprefix("torch."),

@@ -1,5 +1,4 @@
-"""What a model is shown, from files: data set folders, event pictures, raw events, videos, DSEC
-recordings.
+"""What a model is shown, from files: data set folders, event pictures, raw events, videos, DSEC recordings.
 
 Each kind of file has one reader (pictures, event_files, videos, dsec), which raises MediaError
 (limits.py) when that file can't be used; dataset.py finds the files of a clip, pixels.py makes a

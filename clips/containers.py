@@ -1,5 +1,4 @@
-"""Whether the end of a video file is gone, by the sizes that its container names in front of each
-part.
+"""Whether the end of a video file is gone, by the sizes that its container names in front of each part.
 
 Frame counts don't tell: MP4s with edit lists show fewer frames than they announce, fragmented ones
 announce the first fragment alone. Containers that write no sizes (.ts, .h264, recordings whose
@@ -12,8 +11,7 @@ from pathlib import Path
 
 from clips.limits import MediaError
 
-# Looked at in one file: more are no video, and reading them takes long
-MAX_PARTS = 10**6
+MAX_PARTS = 10**6                  # looked at in one file: more are no video, and reading them takes long
 MP4_BOXES = {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide",
              b"udta", b"uuid",
              b"meta", b"mfra", b"sidx", b"ssix", b"prft", b"emsg", b"pnot", b"pdin"}

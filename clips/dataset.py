@@ -59,8 +59,7 @@ class Sample:
 
 # ---------------------------------------------------------------------------------------- the index
 def read_dataset(folder: Path, allow_links: Iterable[Path] = ()) -> list[Sample]:
-    """The clips of a data set folder in the order of its index file, or of their paths where there
-    is none.
+    """The clips of a data set folder in the order of its index file, or of their paths where there is none.
 
     allow_links: folders outside the data set folder that links in it may lead to.
     """
@@ -71,9 +70,8 @@ def read_dataset(folder: Path, allow_links: Iterable[Path] = ()) -> list[Sample]
     if index:
         rows = read_json(index)
         if not isinstance(rows, list) or not rows:
-            raise UserError(
-                f"{index}: wanted a list of clips, found "
-                f"{f'{len(rows)} of them' if isinstance(rows, list) else type(rows).__name__}")
+            raise UserError(f"{index}: wanted a list of clips, found "
+                            f"{f'{len(rows)} of them' if isinstance(rows, list) else type(rows).__name__}")
     else:
         rows = rows_by_path(places)
         if not rows:
@@ -110,9 +108,7 @@ def index_row(set_name: str, clip_name: str, pictures: list[str]) -> dict:
 
 
 def rows_by_path(places: Places) -> list[dict]:
-    """Rows like those of the index file from event_image/**/<clip>_<k>.png and mp4/**/<clip>.mp4
-    alone.
-    """
+    """Rows like those of the index file from event_image/**/<clip>_<k>.png and mp4/**/<clip>.mp4 alone."""
     clips = collections.defaultdict(list)
     for _, *parts in places.walk("event_image"):
         if parts[-1].endswith(".png"):
@@ -126,9 +122,7 @@ def rows_by_path(places: Places) -> list[dict]:
 
 
 def read_row(places: Places, number: int, row) -> Sample:
-    """One row of the index file -> Sample. The forms met in the wild differ in which fields they
-    have.
-    """
+    """One row of the index file -> Sample. The forms met in the wild differ in which fields they have."""
     row = row if isinstance(row, dict) else {}
     fields = ("event_data", "video_data", "mp4_data")
     names = {name: row[name] for name in fields if isinstance(row.get(name), str)}
@@ -185,8 +179,7 @@ def digest_of(paths: Iterable[Path | None]) -> str:
 
 # ------------------------------------------------------------------------------ what the models see
 def draft_pictures(sample: Sample, which: Literal["first", "all"]) -> list[np.ndarray]:
-    """What EventGPT sees: the event PNGs; where a row lists none, pictures rendered from its raw
-    events.
+    """What EventGPT sees: the event PNGs; where a row lists none, pictures rendered from its raw events.
 
     (H, W, 3) uint8 RGB each. Raises MediaError for this clip alone, MachineTrouble to end the run.
     """
@@ -194,8 +187,7 @@ def draft_pictures(sample: Sample, which: Literal["first", "all"]) -> list[np.nd
         paths = sample.event_images[:1] if which == "first" else sample.event_images
         return [_read_file(sample, path, read_event_image) for path in paths]
     if sample.events is None or not (sample.events in sample.present or sample.events.is_file()):
-        raise MediaError("no event picture listed or found in event_image/, and no raw events in "
-                         "event_npy/")
+        raise MediaError("no event picture listed or found in event_image/, and no raw events in event_npy/")
     pictures = event_frames(_read_file(sample, sample.events, read_events))
     return pictures[:1] if which == "first" else pictures
 
@@ -221,8 +213,7 @@ def read_ahead(prepare: Callable, samples: Iterable[Sample], workers: int,
     try:
         waiting, remaining = collections.deque(), iter(samples)
         while True:
-            while len(waiting) < max(ahead, workers) and (sample := next(remaining,
-                                                                         None)) is not None:
+            while len(waiting) < max(ahead, workers) and (sample := next(remaining, None)) is not None:
                 waiting.append((sample, pool.submit(prepare, sample)))
             if not waiting:
                 return

@@ -51,13 +51,11 @@ def _sequences(text: str) -> tuple[str, ...]:
 # DSEC's own split. dsec-det's download adds thun_02_a and zurich_city_16 to 21 to the same folders.
 SEQUENCES = {
     "train": _sequences(
-        "interlaken_00:cdefg thun_00:a zurich_city_00:ab zurich_city_01:abcdef "
-        "zurich_city_02:abcde zurich_city_03:a zurich_city_04:abcdef zurich_city_05:ab "
-        "zurich_city_06:a zurich_city_07:a zurich_city_08:a zurich_city_09:abcde zurich_city_10:ab "
-        "zurich_city_11:abc"),
+        "interlaken_00:cdefg thun_00:a zurich_city_00:ab zurich_city_01:abcdef zurich_city_02:abcde "
+        "zurich_city_03:a zurich_city_04:abcdef zurich_city_05:ab zurich_city_06:a zurich_city_07:a "
+        "zurich_city_08:a zurich_city_09:abcde zurich_city_10:ab zurich_city_11:abc"),
     "test": _sequences(
-        "interlaken_00:ab interlaken_01:a thun_01:ab zurich_city_12:a zurich_city_13:ab "
-        "zurich_city_14:abc "
+        "interlaken_00:ab interlaken_01:a thun_01:ab zurich_city_12:a zurich_city_13:ab zurich_city_14:abc "
         "zurich_city_15:a"),
 }
 
@@ -98,9 +96,7 @@ def other_sequences(root: Path, split: str) -> list[str]:
 
 
 def find_recording(root: Path, split: str, sequence: str) -> Recording:
-    """The files of a sequence, checked; a MediaError tells everything that is missing, or what is
-    wrong.
-    """
+    """The files of a sequence, checked; a MediaError tells everything that is missing, or what is wrong."""
     folders = [folder for folder in (root / split / sequence, root / sequence) if folder.is_dir()]
     beside = [folder for folder in (root / split, root) if folder.is_dir()]
 
@@ -140,8 +136,7 @@ def list_pictures(folder: Path) -> list[Path]:
         int(path.stem) for path in folder.iterdir() if re.fullmatch(r"[0-9]{6}\.png", path.name))
     for before, number in itertools.pairwise(numbers):
         if number != before + 1:
-            raise MediaError(f"half downloaded: {folder} goes from {before:06d}.png to "
-                             f"{number:06d}.png")
+            raise MediaError(f"half downloaded: {folder} goes from {before:06d}.png to {number:06d}.png")
     return [folder / f"{number:06d}.png" for number in numbers]
 
 
@@ -149,8 +144,7 @@ def read_times(path: Path) -> list[int]:
     """One whole number (us) a line, each larger than the one before."""
     try:
         if path.stat().st_size > MAX_TIMES:
-            raise MediaError(f"{path} has more than {MAX_TIMES} bytes: that is no list of "
-                             "timestamps")
+            raise MediaError(f"{path} has more than {MAX_TIMES} bytes: that is no list of timestamps")
         lines = path.read_text("ascii").split()
     except (OSError, UnicodeDecodeError) as error:
         if is_machine_trouble(error):
@@ -179,16 +173,13 @@ def broken(path: Path, what: str, error: Exception) -> MediaError | MachineTroub
 
 
 def check_reader() -> None:
-    """Both packages are there and HDF5 can unpack Blosc; otherwise ModuleNotFoundError or
-    UserError.
-    """
+    """Both packages are there and HDF5 can unpack Blosc; otherwise ModuleNotFoundError or UserError."""
     import h5py
     import hdf5plugin
 
     if not h5py.h5z.filter_avail(BLOSC):
-        raise UserError(f"HDF5 lacks the Blosc filter ({BLOSC}) although hdf5plugin "
-                        f"{hdf5plugin.version} is installed: install h5py and hdf5plugin anew with "
-                        "pip, not from two places")
+        raise UserError(f"HDF5 lacks the Blosc filter ({BLOSC}) although hdf5plugin {hdf5plugin.version} is "
+                        "installed: install h5py and hdf5plugin anew with pip, not from two places")
 
 
 class EventFile:
@@ -253,8 +244,7 @@ class EventFile:
         # HDF5 lets a file point at others; nothing but this one is to be read.
         if dataset.file.id != self.file.id or dataset.external or dataset.is_virtual:
             raise MediaError(f"{self.path}: {name} points at another file: refused")
-        if dataset.chunks and (numbers := math.prod(
-                dataset.chunks)) * dataset.dtype.itemsize > MAX_CHUNK:
+        if dataset.chunks and (numbers := math.prod(dataset.chunks)) * dataset.dtype.itemsize > MAX_CHUNK:
             raise MediaError(f"{self.path}: {name} has chunks of {numbers} numbers: refused")
         return dataset
 
@@ -265,10 +255,8 @@ class EventFile:
             if offset.size == 1 and offset.dtype.kind in "iu":
                 return int(np.ravel(offset[()])[0])
         except MediaError as error:
-            raise MediaError(
-                f"{error}, so the times of events and pictures can't be joined") from error
-        raise MediaError(f"{self.path}: t_offset is {offset.dtype} {offset.shape}, wanted one "
-                         "whole number")
+            raise MediaError(f"{error}, so the times of events and pictures can't be joined") from error
+        raise MediaError(f"{self.path}: t_offset is {offset.dtype} {offset.shape}, wanted one whole number")
 
     def _read(self, column, start: int, end: int) -> np.ndarray:
         try:
@@ -294,10 +282,8 @@ class EventFile:
         around = [int(place) for place in self._read(self.ms_to_idx, ms, ms + 2)]
         first, last = (around + [self.count] * 2)[:2]
         if not 0 <= first <= last <= self.count or last - first > SLICE:
-            raise MediaError(f"{self.path}: ms_to_idx is broken at {ms} ms: {around} of "
-                             f"{self.count} events")
-        # One event more on either side shows whether the table is right
-        begin = max(first - 1, 0)
+            raise MediaError(f"{self.path}: ms_to_idx is broken at {ms} ms: {around} of {self.count} events")
+        begin = max(first - 1, 0)          # one event more on either side shows whether the table is right
         times = self._read(self.columns["t"], begin, last + 1).astype(np.int64)
         place = begin + int(np.searchsorted(times, time_us))
         if not first <= place <= last:

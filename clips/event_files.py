@@ -25,9 +25,7 @@ HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0,
 
 
 def read_events(path: Path) -> dict[str, np.ndarray]:
-    """Raw events -> {"x", "y", "t", "p"}: 1-D arrays of one length; px, px, us, never falling, 0 or
-    1.
-    """
+    """Raw events -> {"x", "y", "t", "p"}: 1-D arrays of one length; px, px, us, never falling, 0 or 1."""
     # A torn or hostile pickle can raise nearly anything.
     with reading_media("event file", path, Exception):
         size = check_bytes(path, MAX_EVENT_BYTES)
@@ -55,8 +53,7 @@ def check_events(events: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         check_size(int(x.max()) + 1, int(y.max()) + 1)
     falls = t[1:] < t[:-1]                    # not np.diff: unsigned differences never fall
     if falls.any():
-        raise MediaError(f"t is not sorted at event {int(falls.argmax()) + 1}; wanted events in "
-                         "time order")
+        raise MediaError(f"t is not sorted at event {int(falls.argmax()) + 1}; wanted events in time order")
     return {**events, "p": check_polarity(events["p"])}
 
 
@@ -153,8 +150,7 @@ _Unpickler: Any = pickle._Unpickler
 
 
 class _ArraysOnly(_Unpickler):
-    """Unpickles dicts, lists, numbers, texts and NumPy arrays of numbers; calls nothing by its
-    name.
+    """Unpickles dicts, lists, numbers, texts and NumPy arrays of numbers; calls nothing by its name.
 
     Arrays are made by the functions above, because NumPy's own trust the lengths and pointers in a
     file. This is the class in Python, because the one in C grows its memo to any index that the
@@ -197,8 +193,7 @@ class _ArraysOnly(_Unpickler):
         self._set([key, value])
 
     def _set(self, items: list) -> None:
-        if not isinstance(self.stack[-1], dict) or not all(
-                isinstance(key, str) for key in items[::2]):
+        if not isinstance(self.stack[-1], dict) or not all(isinstance(key, str) for key in items[::2]):
             raise MediaError("the file holds a dict whose keys are no names: refused")
         self.stack[-1].update(zip(items[::2], items[1::2]))
 

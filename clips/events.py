@@ -31,8 +31,7 @@ def check_polarity(p: np.ndarray) -> np.ndarray:
 
 
 class EventPicture:
-    """A white picture that events are painted on, part by part in time order: p == 0 blue, p == 1
-    red.
+    """A white picture that events are painted on, part by part in time order: p == 0 blue, p == 1 red.
 
     time: the last event of a pixel wins, as in EventGPT's own inference. blue_over_red: a pixel
     that has any p == 0 is blue, as in the pictures from which the published pairs were made.
@@ -64,8 +63,7 @@ class EventPicture:
             place *= self.width
             place += x[block].astype(np.intp, copy=False)
             blue = p[block] == 0
-            # NumPy assigns repeated indices in order: the last one stays
-            if self.render == "time":
+            if self.render == "time":      # NumPy assigns repeated indices in order: the last one stays
                 self.marks[place] = blue + np.uint8(1)
             else:
                 place *= 2

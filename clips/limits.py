@@ -32,9 +32,7 @@ class MachineTrouble(UserError):
 
 @contextlib.contextmanager
 def still_there(path: Path, listed: bool = True) -> Iterator[None]:
-    """Inside, a file is read; MachineTrouble if it was there when the run began (listed) and is
-    gone.
-    """
+    """Inside, a file is read; MachineTrouble if it was there when the run began (listed) and is gone."""
     try:
         yield
     except MediaError:
@@ -50,8 +48,7 @@ def gone(path: Path) -> MachineTrouble:
 
 @contextlib.contextmanager
 def reading_media(kind: str, path: Path, *errors: type[Exception]) -> Iterator[None]:
-    """Inside, a media file is read: `errors` become a MediaError, or MachineTrouble where they are
-    that.
+    """Inside, a media file is read: `errors` become a MediaError, or MachineTrouble where they are that.
 
     kind: "picture", "video", ... for the message. A MediaError from inside gets kind and path in
     front.

@@ -17,14 +17,12 @@ WHITE = (255, 255, 255)
 # Told apart by content. Pillow's other readers are not needed, and one of them (EPS) starts another
 # program.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
-# A picture of MAX_PIXELS in 8-bit RGB, not compressed, and some more
-MAX_PICTURE_BYTES = 2**27
+MAX_PICTURE_BYTES = 2**27          # a picture of MAX_PIXELS in 8-bit RGB, not compressed, and some more
 MAX_PICTURE_S = 20                 # of reading and decoding; DSEC's pictures take 0.05
 # A progressive JPEG has about ten scans. Each one is a pass over all pixels: 5,000 in 509 KiB take
 # over a minute.
 MAX_SCANS = 100
-# Bytes that Pillow decodes at a time: the clock is looked at in between
-JPEG_CHUNK = 4096
+JPEG_CHUNK = 4096                  # bytes that Pillow decodes at a time: the clock is looked at in between
 # Largest value of a grey picture that Pillow holds in more than 8 bits, by the layout in the file.
 GREY_RANGE = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535,
               "I;16R": 65535, "I;12": 4095}
@@ -47,9 +45,7 @@ class TimedFile(io.FileIO):
 
 
 def read_event_image(path: Path) -> np.ndarray:
-    """A picture of any mode -> (H, W, 3) uint8 RGB in [0, 255], upright; transparent parts are
-    white.
-    """
+    """A picture of any mode -> (H, W, 3) uint8 RGB in [0, 255], upright; transparent parts are white."""
     # Readers of broken files raise OSError, SyntaxError, struct.error, KeyError, ...
     with reading_media("picture", path, Exception):
         check_bytes(path, MAX_PICTURE_BYTES)
@@ -77,8 +73,7 @@ def to_rgb(picture: Image.Image) -> np.ndarray:
         if clear is not None:
             picture.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
     elif layout == "RGB;16B" and transparent is not None:
-        raise MediaError("16-bit colours of which one is transparent: Pillow reads only their "
-                         "upper 8 bits")
+        raise MediaError("16-bit colours of which one is transparent: Pillow reads only their upper 8 bits")
     elif layout in GREY_STEP and isinstance(transparent, int):
         picture.load()
         picture.info["transparency"] = transparent * GREY_STEP[layout]

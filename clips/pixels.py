@@ -37,8 +37,7 @@ class PixelSettings:
     @staticmethod
     def of_folder(folder: Path, image_size: int,
                   kinds: tuple[str, ...] = ("video", "image")) -> "PixelSettings":
-        """The settings that transformers would use for the model in this folder; CLIP's where it
-        has none.
+        """The settings that transformers would use for the model in this folder; CLIP's where it has none.
 
         image_size: of the vision tower, px. kinds: what the model's pictures may be prepared as. A
         UserError where the settings of two kinds differ, because one tower reads both, and where
@@ -103,9 +102,7 @@ def _parse(where: str, values, image_size: int) -> PixelSettings:
 
 
 def _side(value, *keys: str) -> int:
-    """px, of a number or of a dict with exactly these keys; transformers' 224 for None, -1 for
-    others.
-    """
+    """px, of a number or of a dict with exactly these keys; transformers' 224 for None, -1 for others."""
     if value is None:
         return 224
     if isinstance(value, dict):
@@ -119,15 +116,13 @@ def _is_number(value) -> bool:
 
 
 def clip_pixels(images: Iterable[np.ndarray], settings: PixelSettings) -> np.ndarray:
-    """(H, W, 3) uint8 RGB pictures -> (number, 3, S, S) float32, resized, centre-cropped and
-    normalised.
+    """(H, W, 3) uint8 RGB pictures -> (number, 3, S, S) float32, resized, centre-cropped and normalised.
 
     Pillow's bicubic, as in CLIP's own preprocessing; torchvision's resampling gives other pixels.
     """
     # In this order and precision it repeats the reference processors bit for bit; there are only
     # 256 values.
-    scaled = (np.arange(256, dtype=np.uint8).astype(np.float64) * settings.rescale).astype(
-        np.float32)
+    scaled = (np.arange(256, dtype=np.uint8).astype(np.float64) * settings.rescale).astype(np.float32)
     tables = [(scaled - np.float32(mean)) / np.float32(std)
               for mean, std in zip(settings.mean, settings.std)]
     pixels = []

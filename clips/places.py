@@ -38,8 +38,7 @@ class Places:
         self._names: dict[str, set[str] | None] = {}
 
     def inside(self, *parts: str) -> Path:
-        """The path root/parts with all links followed; a ValueError when that leads out of the
-        folder.
+        """The path root/parts with all links followed; a ValueError when that leads out of the folder.
 
         Where folders lead is remembered: following every path from its beginning would take most of
         the time that reading a large index takes.
@@ -56,8 +55,7 @@ class Places:
             real = os.path.realpath(path)
         if not _within(os.path.normpath(path), self.roots[:1]) or not _within(real, self.roots):
             raise ValueError(f"the path {'/'.join(parts)} leaves the data set folder"
-                             f"{'' if _within(real, self.roots) else f' for {real}'} (see "
-                             "--allow_links)")
+                             f"{'' if _within(real, self.roots) else f' for {real}'} (see --allow_links)")
         return Path(real)
 
     def has(self, path: Path) -> bool:
@@ -74,8 +72,7 @@ class Places:
             raise _no_access(folder, error) from error
 
     def walk(self, *parts: str) -> Iterator[tuple[str, ...]]:
-        """The files in this folder and all below it, as parts of their paths. Hidden files are left
-        out.
+        """The files in this folder and all below it, as parts of their paths. Hidden files are left out.
 
         A link to a folder is followed if it leads to one that was allowed; no folder is visited
         twice.

@@ -66,9 +66,7 @@ class LeftOut:
 
 def find_recordings(root: Path, split: str, sequences: list[str] | None,
                     left_out: LeftOut) -> list[Recording]:
-    """The usable recordings of these sequences (None: DSEC's list); the log names folders beyond
-    them.
-    """
+    """The usable recordings of these sequences (None: DSEC's list); the log names folders beyond them."""
     wanted = sorted(set(sequences or SEQUENCES[split]))
     if others := [name for name in other_sequences(root, split) if name not in wanted]:
         log(f"prepare | not in DSEC's {split} list, so not used unless --sequences names them: "
@@ -139,12 +137,9 @@ class PreparedFolder:
     def make(self, clips: list[Clip], workers: int, left_out: LeftOut) -> None:
         """Make the clips whose files are not all there; those that can't be made go to left_out."""
         whole = self.tidy(clips)
-        missing = [
-            clip for clip in clips if not whole.issuperset(clip.files(self.recipe.event_images))
-        ]
+        missing = [clip for clip in clips if not whole.issuperset(clip.files(self.recipe.event_images))]
         done, failed = len(clips) - len(missing), 0
-        log(f"prepare | {self.path} | {len(clips)} clips, {done} of them are there | {workers} "
-            "workers")
+        log(f"prepare | {self.path} | {len(clips)} clips, {done} of them are there | {workers} workers")
         progress = Progress("prepare", len(clips), done, unit="clips")
         work = functools.partial(make_block, folder=self.path, recipe=self.recipe)
         try:
@@ -161,8 +156,7 @@ class PreparedFolder:
 
     def finish(self, clips: list[Clip], left_out: LeftOut, config: dict,
                allow_missing: bool) -> None:
-        """Log what is missing and write the index, unless something is missing and that was not
-        allowed.
+        """Log what is missing and write the index, unless something is missing and that was not allowed.
 
         config: the flags of the program as JSON values; kept beside the settings.
         """

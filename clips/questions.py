@@ -23,9 +23,7 @@ FORMS = ("wanted lines of text, a JSON list, JSON Lines whose objects have one o
 
 
 def read_questions(query: str, questions_file: Path | None, num_questions: int) -> list[str]:
-    """The questions to ask about every clip, in rank order: the query, or a file's (-1: all of
-    them).
-    """
+    """The questions to ask about every clip, in rank order: the query, or a file's (-1: all of them)."""
     if questions_file is None:
         if num_questions > 1:
             raise UserError(f"--num_questions {num_questions} needs --questions_file")
@@ -41,8 +39,7 @@ def read_questions(query: str, questions_file: Path | None, num_questions: int) 
     elif suffix in (".txt", ".jsonl", ".ndjson", ".json", ""):
         entries = read_lines(questions_file)
     else:
-        raise UserError(f"{questions_file}: files of questions end in .txt, .json, .jsonl, .csv or "
-                        ".tsv")
+        raise UserError(f"{questions_file}: files of questions end in .txt, .json, .jsonl, .csv or .tsv")
     questions = [question_of(questions_file, number, entry)
                  for number, entry in enumerate(entries, start=1)]
     if not questions:
@@ -71,8 +68,7 @@ def read_lines(path: Path) -> list:
     """The lines of a text file: texts, or the values of JSON Lines."""
     text = read_text(path)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if path.suffix.lower() in (".jsonl", ".ndjson") or "".join(
-            text[:200].split()).startswith(JSON_STARTS):
+    if path.suffix.lower() in (".jsonl", ".ndjson") or "".join(text[:200].split()).startswith(JSON_STARTS):
         try:
             values = [json.loads(line) for line in lines]
             return values[0] if len(values) == 1 and isinstance(values[0], list) else values
@@ -80,11 +76,9 @@ def read_lines(path: Path) -> list:
             try:
                 return as_list(json.loads(text))             # one JSON value over several lines
             except (ValueError, RecursionError):
-                raise UserError(
-                    f"{path} looks like JSON Lines and is none: {error}; {FORMS}") from error
+                raise UserError(f"{path} looks like JSON Lines and is none: {error}; {FORMS}") from error
     if lines and looks_like_table(text):
-        raise UserError(f"{path} looks like a table ({lines[0][:60]!r}): name it .csv or .tsv; "
-                        f"{FORMS}")
+        raise UserError(f"{path} looks like a table ({lines[0][:60]!r}): name it .csv or .tsv; {FORMS}")
     return [line.split("\t")[-1].strip() for line in lines]
 
 
@@ -127,15 +121,12 @@ def question_of(path: Path, number: int, entry) -> str:
         if key == "turns":
             entry = entry[0] if isinstance(entry, list) and entry else None
     if not isinstance(entry, str) or not entry.strip():
-        raise UserError(f"{path}, entry {number}: wanted a question, found {str(entry)[:60]!r}; "
-                        f"{FORMS}")
+        raise UserError(f"{path}, entry {number}: wanted a question, found {str(entry)[:60]!r}; {FORMS}")
     return entry
 
 
 def check_text(where: object, question: str) -> str:
-    """The question; a UserError if it is no UTF-8 (a part of a character), which no tokenizer
-    reads.
-    """
+    """The question; a UserError if it is no UTF-8 (a part of a character), which no tokenizer reads."""
     try:
         question.encode()
     except UnicodeEncodeError as error:

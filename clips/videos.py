@@ -27,8 +27,7 @@ CONTAINERS = {"format_whitelist": "mov,matroska,avi,mpegts,h264,hevc", "protocol
 
 
 def read_video(path: Path, num_frames: int = 8) -> list[np.ndarray]:
-    """`num_frames` uniformly sampled frames (H, W, 3) uint8 RGB, all of one size, oldest first,
-    upright.
+    """`num_frames` uniformly sampled frames (H, W, 3) uint8 RGB, all of one size, oldest first, upright.
 
     Frame k is number int(k (n - 1) / (num_frames - 1)) of n, as np.linspace(0, n - 1, num_frames)
     truncated; a shorter video repeats frames. n is the number of frames that are shown, counted by
@@ -53,8 +52,7 @@ def _read(path: Path, num_frames: int) -> list[np.ndarray]:
     end = time.monotonic() + MAX_DECODING_S
     index, expected = _choose_stream(path, end)
     shown, chosen, wanted = -1, {}, []
-    # To count them, to read them, to read them by the right count
-    for _ in range(3):
+    for _ in range(3):                 # to count them, to read them, to read them by the right count
         wanted = np.linspace(0, expected - 1, num_frames).astype(int).tolist() if expected else []
         chosen, shown = {}, 0
         for frame in _decode(path, index, end):
@@ -81,9 +79,7 @@ def _choose_stream(path: Path, end: float) -> tuple[int, int]:
         if not container.streams.video:
             raise MediaError("it has no video stream")
         pictures = Disposition.attached_pic | Disposition.timed_thumbnails
-        streams = [
-            stream for stream in container.streams.video if not stream.disposition & pictures
-        ]
+        streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
         if not streams:
             raise MediaError("it has no video stream but a cover picture")
         for stream in streams:
@@ -106,14 +102,11 @@ def _check_index(stream, path: Path) -> None:
     entries = getattr(stream, "index_entries", ())       # PyAV 15 and later
     end = max((entry.pos + entry.size for entry in entries), default=0)
     if end > (size := path.stat().st_size):
-        raise MediaError(f"it is cut short: {size} bytes are there, its index names frames up to "
-                         f"{end}")
+        raise MediaError(f"it is cut short: {size} bytes are there, its index names frames up to {end}")
 
 
 def _decode(path: Path, index: int, end: float) -> Iterator:
-    """Yield every frame of a stream that is to be shown, as PyAV frames in the codec's own pixel
-    format.
-    """
+    """Yield every frame of a stream that is to be shown, as PyAV frames in the codec's own pixel format."""
     with _open(path, end) as container:
         stream = container.streams[index]
         if stream.codec_context is None:
@@ -121,8 +114,7 @@ def _decode(path: Path, index: int, end: float) -> Iterator:
         check_size(stream.codec_context.width, stream.codec_context.height)
         # Frames may turn out larger than announced.
         stream.codec_context.options = {"max_pixels": str(limits.MAX_PIXELS)}
-        # Several clips are read at once: threads within one cost more
-        stream.thread_type = "NONE"
+        stream.thread_type = "NONE"          # several clips are read at once: threads within one cost more
         frames = 0
         for packet in container.demux(stream):
             for frame in packet.decode():
@@ -168,8 +160,7 @@ def upright(frame) -> np.ndarray:
         picture = picture.swapaxes(0, 1)
         right, down = c, b
     else:
-        raise MediaError(f"it is to be shown turned by {frame.rotation} degrees, wanted quarter "
-                         "turns")
+        raise MediaError(f"it is to be shown turned by {frame.rotation} degrees, wanted quarter turns")
     return np.ascontiguousarray(picture[::down, ::right])
 
 
@@ -193,8 +184,7 @@ def check_readable(path: Path, error) -> None:
     if error.errno not in MACHINE_TROUBLE:
         return
     if error.errno == errno.ENOMEM:
-        # A MemoryError if that is not free; else the file asks for too much
-        bytearray(2**26)
+        bytearray(2**26)          # a MemoryError if that is not free; else the file asks for too much
     with open(path, "rb", buffering=0) as file:
         for _ in range(MAX_PROBE_BYTES // 2**20):
             if not file.read(2**20):

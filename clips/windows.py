@@ -25,8 +25,7 @@ from clips.limits import MAX_SIDE, MediaError, still_there
 from clips.pictures import read_event_image, write_png
 from clips.videos import write_video
 
-# Decoded frames that wait for the next clip: 187 MB at 1440 x 1080
-MAX_SHARED_FRAMES = 40
+MAX_SHARED_FRAMES = 40             # decoded frames that wait for the next clip: 187 MB at 1440 x 1080
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +45,7 @@ class Recipe:
             raise UserError("--duration must be milliseconds or seconds like 500ms or 2s, got "
                             f"{self.duration!r}")
         if not re.fullmatch(r"half|none|[1-9]\d{0,8}", self.stride):
-            raise UserError("--stride must be half, none or milliseconds (1 or more), got "
-                            f"{self.stride!r}")
+            raise UserError(f"--stride must be half, none or milliseconds (1 or more), got {self.stride!r}")
         for name, step in (("canvas", 1), ("video_size", 2)):
             match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", getattr(self, name))
             sides = [int(side) for side in match.groups()] if match else [0]
@@ -101,9 +99,7 @@ class Clip:
 
 
 def window_starts(first_us: int, last_us: int, duration_us: int, stride_us: int) -> range:
-    """Start times: the first picture, then every stride, as long as a window ends by the last
-    picture.
-    """
+    """Start times: the first picture, then every stride, as long as a window ends by the last picture."""
     return range(first_us, last_us - duration_us + 1, stride_us)
 
 
@@ -119,9 +115,7 @@ def clips_of(recording: Recording, recipe: Recipe) -> list[Clip]:
 
 # --------------------------------------------------------------------------------- one clip's files
 def draw_events(events: EventFile, clip: Clip, recipe: Recipe) -> list[np.ndarray]:
-    """The clip's event pictures, (H, W, 3) uint8 RGB each; at most one slice of its events is in
-    memory.
-    """
+    """The clip's event pictures, (H, W, 3) uint8 RGB each; at most one slice of its events is in memory."""
     first, last = events.between(clip.start_us, clip.end_us)
     width, height = size_of(recipe.canvas)
     pictures = []

@@ -39,8 +39,7 @@ TOKENIZER_SCENES = 400             # whose two texts the merges are learned from
 
 # ---------------------------------------------------------------------------------------- tokenizer
 def build_tokenizer():
-    """A LLaMA-style tokenizer: byte-pair merges that never span white space, bytes for what is
-    unknown.
+    """A LLaMA-style tokenizer: byte-pair merges that never span white space, bytes for what is unknown.
 
     Learned from this world's texts and both prompts. Ids as LLaMA's: <unk> 0, <s> 1, </s> 2, 256
     bytes, the rest.
@@ -58,12 +57,9 @@ def build_tokenizer():
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
-    learner.train_from_iterator([*lines, *[prompts] * len(scenes)],
-                                trainers.BpeTrainer(
-                                    vocab_size=VOCABULARY, special_tokens=[
-                                        *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))
-                                    ], initial_alphabet=[chr(code) for code in range(33, 127)],
-                                    show_progress=False))
+    learner.train_from_iterator([*lines, *[prompts] * len(scenes)], trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))],
+        initial_alphabet=[chr(code) for code in range(33, 127)], show_progress=False))
     learned = json.loads(learner.to_str())["model"]
     # Built anew, because the trainer makes the bytes special tokens, which a text could then spell
     # out.
@@ -79,9 +75,7 @@ def build_tokenizer():
 
 
 def write_tokenizer(folder: Path, added: list[str], pad: str):
-    """The files of a LLaMA tokenizer with `added` special tokens at its end; -> the tokenizer they
-    make.
-    """
+    """The files of a LLaMA tokenizer with `added` special tokens at its end; -> the tokenizer they make."""
     from vlm.tokenizers import load_tokenizer
 
     tokenizer = build_tokenizer()
@@ -101,9 +95,7 @@ def write_tokenizer(folder: Path, added: list[str], pad: str):
 
 
 def write_json(path: Path, value: dict) -> None:
-    """A model's configuration file, indented as transformers does; its folder is still a temporary
-    one.
-    """
+    """A model's configuration file, indented as transformers does; its folder is still a temporary one."""
     path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
@@ -114,8 +106,7 @@ class Student:
 
     name: str
     model: Any                     # the torch module
-    # Its modules: the tower first, then what leads to the language model
-    vision: list
+    vision: list                   # its modules: the tower first, then what leads to the language model
     language: list                 # its modules: LLaMA's body and head
     features: Callable             # pixels (B, F, 3, S, S) float32 -> visual tokens (B, N, H)
     pixels: Callable               # (scene, clip_seed, num_frames) -> pixels (F, 3, S, S) float32
@@ -172,9 +163,7 @@ def event_student(folder: Path) -> Student:
 
 
 def video_student(folder: Path) -> Student:
-    """Video-LLaVA with random weights; writes tokenizer and pixel settings (the model saves the
-    rest).
-    """
+    """Video-LLaVA with random weights; writes tokenizer and pixel settings (the model saves the rest)."""
     from vlm import video_llava
 
     size, patch = VIDEO_VISION["image_size"], VIDEO_VISION["patch_size"]

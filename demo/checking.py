@@ -49,9 +49,7 @@ def check_models(models_dir: Path, data_dir: Path) -> None:
 
 def check_answers(title: str, model, samples: list[Sample], pictures: list,
                   lesson: Lesson) -> float:
-    """Ask about every clip and log the result; -> the share of attributes that the answers name
-    right.
-    """
+    """Ask about every clip and log the result; -> the share of attributes that the answers name right."""
     answers = []
     for start in range(0, len(samples), BATCH):
         pixels = [model.prepare(images) for images in pictures[start:start + BATCH]]
@@ -67,9 +65,7 @@ def check_answers(title: str, model, samples: list[Sample], pictures: list,
     verbatim = np.mean([answer.text == reference and answer.finished
                         for answer, reference in zip(answers, references)])
     tokens = [len(answer.tokens) for answer in answers]
-    log(f"check | {title} | "
-        f"{', '.join(f'{attribute} {hits:.1%}' for attribute, hits in right.items())}")
-    log(f"RESULT | {title} | {share:.1%} of attributes right, {verbatim:.1%} of answers word for "
-        f"word | {len(samples)} clips, {np.mean(tokens):.1f} tokens an answer, {max(tokens)} at "
-        "most")
+    log(f"check | {title} | {', '.join(f'{attribute} {hits:.1%}' for attribute, hits in right.items())}")
+    log(f"RESULT | {title} | {share:.1%} of attributes right, {verbatim:.1%} of answers word for word | "
+        f"{len(samples)} clips, {np.mean(tokens):.1f} tokens an answer, {max(tokens)} at most")
     return share

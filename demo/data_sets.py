@@ -84,9 +84,7 @@ def render_data_set(folder: Path, sequences: list[str], clips: int, num_frames: 
 
 
 def render_clip(clip: tuple[str, Scene], folder: Path, num_frames: int) -> dict:
-    """Write the video and the event pictures of one clip (name, scene); -> its row of the index
-    file.
-    """
+    """Write the video and the event pictures of one clip (name, scene); -> its row of the index file."""
     from clips.events import event_frames
     from clips.pictures import write_png
     from clips.videos import write_video

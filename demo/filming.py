@@ -1,5 +1,4 @@
-"""A scene on film: pictures of a colour camera in a moving car, and events of an event camera
-beside it.
+"""A scene on film: pictures of a colour camera in a moving car, and events of an event camera beside it.
 
     frames_of(scene, clip_seed, num_frames)   20 frames a second
     events_of(scene, clip_seed, num_frames)
@@ -192,8 +191,7 @@ def frames_of(scene: Scene, clip_seed: list[int], num_frames: int,
     random = np.random.default_rng(clip_seed)
     layout = random.random((24, 3))
     low, high = np.array([(0, -0.4, -0.1, -0.6, 0, 12), (6, 0.4, 0.1, -0.2, 2 * np.pi, 13)])
-    start, distance, aside, x_person, phase, z_light = np.asarray(random.uniform(low,
-                                                                                 high)).tolist()
+    start, distance, aside, x_person, phase, z_light = np.asarray(random.uniform(low, high)).tolist()
     direction = random.choice((-1, 1))
     shaking = random.uniform(-1, 1, (num_frames, 2))
     flakes = random.random((60, 3)) if scene.light == "snow" else ()

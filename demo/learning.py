@@ -22,8 +22,7 @@ STUDENTS = {"eventgpt": event_student, "video_llava": video_student}
 
 
 def train_models(models_dir: Path) -> None:
-    """Train both models side by side, a process and a thread each, because two threads hinder each
-    other.
+    """Train both models side by side, a process and a thread each, because two threads hinder each other.
 
     The folders in models_dir are replaced when both new ones are whole.
     """
@@ -80,8 +79,7 @@ def render_training_clips(student: Student) -> TrainingClips:
 
 
 def learn_to_see(student: Student, clips: TrainingClips) -> nn.Module:
-    """Train the vision part to tell the attributes from single pictures; -> the head on their mean
-    token.
+    """Train the vision part to tell the attributes from single pictures; -> the head on their mean token.
 
     Two linear heads guess the attributes. One reads all visual tokens side by side and is nearly
     always right after 200 steps. The other reads the tokens' mean, so that each token has to say
@@ -109,9 +107,7 @@ def learn_to_see(student: Student, clips: TrainingClips) -> nn.Module:
 
 
 def learn_to_speak(student: Student, clips: TrainingClips, head: nn.Module) -> None:
-    """Train everything on the answers that follow the real prompt; the attributes stay a second
-    goal.
-    """
+    """Train everything on the answers that follow the real prompt; the attributes stay a second goal."""
     body, lm_head = student.language
     embed = student.model.get_input_embeddings()
 
@@ -119,10 +115,8 @@ def learn_to_speak(student: Student, clips: TrainingClips, head: nn.Module) -> N
         features, answers = student.features(clips.pixels[rows].float()), clips.answers[rows]
         before, after = (embed(torch.tensor(ids)).expand(len(rows), -1, -1)
                          for ids in student.prompt)
-        # Padding may be any id: it has no label
-        answer = embed(answers[:, :-1].clamp(min=0))
-        hidden = body(
-            inputs_embeds=torch.cat([before, features, after, answer], dim=1)).last_hidden_state
+        answer = embed(answers[:, :-1].clamp(min=0))          # padding may be any id: it has no label
+        hidden = body(inputs_embeds=torch.cat([before, features, after, answer], dim=1)).last_hidden_state
         logits = lm_head(hidden[:, -answers.shape[1]:])
         return (nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
                 + attribute_loss(head(features.mean(1)), clips, rows))

@@ -1,6 +1,4 @@
-"""A scene in words: draft_text and target_text describe it differently, read_text reads either
-back.
-"""
+"""A scene in words: draft_text and target_text describe it differently, read_text reads either back."""
 
 import re
 
@@ -38,9 +36,8 @@ TARGET_PHRASES = {
                       "red": "the traffic light is showing red, so traffic has to stop",
                       "green": "the traffic light is showing green, so the way is free"},
 }
-TARGET_TEXT = ("The key elements in this scene {colour} {vehicle} {motion} {road} {light}, "
-               "{person}, and {background} in the background. The {vehicle} is {side} of the road, "
-               "and {traffic_light}.")
+TARGET_TEXT = ("The key elements in this scene {colour} {vehicle} {motion} {road} {light}, {person}, and "
+               "{background} in the background. The {vehicle} is {side} of the road, and {traffic_light}.")
 
 
 def draft_text(scene: Scene) -> str:

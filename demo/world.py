@@ -1,5 +1,4 @@
-"""The demo's scenes: driving scenes in nine words each, and how they follow one another within a
-sequence.
+"""The demo's scenes: driving scenes in nine words each, and how they follow one another within a sequence.
 
     demo/filming.py   a scene as a colour camera and as an event camera see it
     demo/texts.py     a scene in two descriptions of different words, which can be read back

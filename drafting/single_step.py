@@ -27,8 +27,7 @@ class SingleStep:
         self.mixed, self.inner = (linears[0].new_zeros(1, linears[0].shape[1])
                                   for linears in (self.out, self.linear2))
         self.mixed[:, config.embed_dim] = self.inner[:, config.feedforward_dim] = 1
-        self.scores = cache.masks.new_zeros(config.num_layers, config.num_heads, 1,
-                                            len(cache.slots))
+        self.scores = cache.masks.new_zeros(config.num_layers, config.num_heads, 1, len(cache.slots))
 
     @staticmethod
     # (outputs, inputs + 8): in eights, for alignment

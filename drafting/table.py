@@ -105,14 +105,10 @@ LIVE_NAMES = tuple(LIVE)  # the choices of --drafter
 
 def styles() -> dict[str, tuple[str, str]]:
     """{results name: (line style, colour)}: what programs hand to reports."""
-    return {
-        entry.results_name: entry.style for entry in DRAFTERS if entry.results_name and entry.style
-    }
+    return {entry.results_name: entry.style for entry in DRAFTERS if entry.results_name and entry.style}
 
 
 def results_names() -> dict[str, str]:
     """{name in decode.json: name in results.json} of the drafters that are both live and simulated.
     """
-    return {
-        entry.name: entry.results_name for entry in DRAFTERS if entry.name and entry.results_name
-    }
+    return {entry.name: entry.results_name for entry in DRAFTERS if entry.name and entry.results_name}

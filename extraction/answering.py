@@ -1,5 +1,4 @@
-"""One loaded model at work on many clips: read ahead by threads, in batches that memory has room
-for.
+"""One loaded model at work on many clips: read ahead by threads, in batches that memory has room for.
 
     answering = Answering(model, job, size=64, results=ledger)
     answering.run(samples)               # every clip ends in results.keep or results.lose
@@ -112,9 +111,8 @@ class Answering:
         except (OSError, MemoryError, RuntimeError) as error:
             if not is_machine_trouble(error):
                 raise
-            raise UserError(f"clip {sample.key} can't be read: {first_line(error)}. This is no "
-                            "fault of the clip: put it right, then give the same command "
-                            "again") from error
+            raise UserError(f"clip {sample.key} can't be read: {first_line(error)}. This is no fault of the "
+                            "clip: put it right, then give the same command again") from error
 
     # ----------------------------------------------------------------------------------- answering
     def _start(self, clips: list[Clip]) -> None:
@@ -202,13 +200,11 @@ class Answering:
             if not short_of_memory(error):
                 raise
             raise UserError(f"no memory is left to take over the answers of {self.job.name}: "
-                            f"{first_line(error)}; free some and give the same command "
-                            "again") from error
+                            f"{first_line(error)}; free some and give the same command again") from error
 
     # -------------------------------------------------------------------------------------- ending
     def parity(self, samples: list[Sample], tokens_of: Callable[[Sample, int], list[int]]) -> dict:
-        """How many answers transformers gives alike, one by one: in float32 all, in 16 or 4 bits
-        not all.
+        """How many answers transformers gives alike, one by one: in float32 all, in 16 or 4 bits not all.
 
         tokens_of(sample, number of the question): the tokens that batches gave.
         """

@@ -84,9 +84,7 @@ class Ledger:
         log(f"extract | {self.role.name} | WARNING | clip {sample.key} failed: {reason}")
 
     def _failure(self, sample: Sample, reason: str | None) -> dict:
-        """A row of `failed`; content: digests of the clip's files, which tell whether it was
-        mended.
-        """
+        """A row of `failed`; content: digests of the clip's files, which tell whether it was mended."""
         return {"sample_idx": sample.index, "sample_id": sample.id, "sequence": sample.sequence,
                 "clip": sample.clip, "model": self.role.name, "reason": reason,
                 "content": digests_of(sample, self.survey.content)}

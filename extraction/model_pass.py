@@ -86,8 +86,7 @@ def answer(ledger: Ledger, model: VisionLanguageModel, facts: dict, pace: Pace) 
     at_once = max(1, min(size, len(todo)))
     facts["batch_size"] = size
     ledger.record(facts)
-    log(f"extract | {role.name} | {at_once} clips at a time, {pace.num_workers} threads reading "
-        "ahead")
+    log(f"extract | {role.name} | {at_once} clips at a time, {pace.num_workers} threads reading ahead")
     read = functools.partial(role.pictures, view=view)
     job = Job(role.name, read, questions, pace.max_new_tokens, pace.num_workers)
     answering = Answering(model, job, at_once, ledger)

@@ -64,9 +64,8 @@ class Earlier:
     def check_again(self, settings: dict, survey: Survey) -> None:
         """A UserError unless its failed clips can be tried again with these settings, all resolved."""
         if differs := self.differs(settings, survey):
-            raise UserError(f"{self.path} has {len(self.failed)} failed clips, which can be tried "
-                            f"again with its own settings alone ({differs}): give those, or "
-                            f"{REPLACE}")
+            raise UserError(f"{self.path} has {len(self.failed)} failed clips, which can be tried again "
+                            f"with its own settings alone ({differs}): give those, or {REPLACE}")
 
     def entries(self, survey: Survey) -> Iterator[dict]:
         """The lines of a journal that goes on from here: facts of the models, then all answers."""
@@ -105,9 +104,8 @@ def find_earlier(path: Path, settings: dict, survey: Survey) -> Earlier | None:
     if differs := earlier.differs(settings, survey):
         raise UserError(f"{path} exists and was made differently ({differs}); {REPLACE}")
     if pairs != recorded or not is_failed(rows.beside.get("failed"), survey):
-        raise UserError(
-            f"{path} was changed: it holds {pairs} pairs and says that it has {recorded}; " +
-            REPLACE)
+        raise UserError(f"{path} was changed: it holds {pairs} pairs and says that it has {recorded}; "
+                        + REPLACE)
     return earlier
 
 
@@ -166,15 +164,10 @@ def write_output(path: Path, head: dict, survey: Survey,
     def rows() -> Iterator[dict]:
         for sample in pairs:
             for number, question in enumerate(questions):
-                answers = {
-                    role: ledgers[role.role].answer(sample, number) for role in ROLES.values()
-                }
-                yield {
-                    "sample_idx": sample.index, "question_idx": number, "sample_id": sample.id,
-                    "sequence": sample.sequence, "clip": sample.clip, "query": question, **{
-                        role.key(field): answers[role][field] for role in answers for field in FIELDS
-                    }
-                }
+                answers = {role: ledgers[role.role].answer(sample, number) for role in ROLES.values()}
+                yield {"sample_idx": sample.index, "question_idx": number, "sample_id": sample.id,
+                       "sequence": sample.sequence, "clip": sample.clip, "query": question,
+                       **{role.key(field): answers[role][field] for role in answers for field in FIELDS}}
 
     write_rows(path, head, rows(), failed)
     log(f"RESULT | {path} | {len(pairs) * len(questions)} pairs of {len(samples)} clips x "

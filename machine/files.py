@@ -197,8 +197,7 @@ def check_format(path: Path, number, known: int) -> int:
 
 
 def is_machine_trouble(error: BaseException) -> bool:
-    """Whether the machine is in trouble: no memory, no descriptors, no permission, a disk that is
-    gone.
+    """Whether the machine is in trouble: no memory, no descriptors, no permission, a disk that is gone.
 
     Such an error says nothing about the clip that was being read: the run should stop, and the same
     command go on once the machine is well. Its causes count too, so a reader may wrap it (`raise

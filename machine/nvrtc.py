@@ -1,5 +1,4 @@
-"""CUDA C++ compiled while the program runs, by NVRTC, the library that PyTorch's CUDA build
-includes.
+"""CUDA C++ compiled while the program runs, by NVRTC, the library that PyTorch's CUDA build includes.
 
     kernel = build(source, "product", {"ROWS": 2}, shared=90_000)      # for the current device
     kernel((blocks, 1, 1), 256, x, weights, None, rows, 1.5)           # tensors, None = null, int, float
@@ -12,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-# CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES in CUDA's driver interface
-MAX_DYNAMIC_SHARED = 8
+MAX_DYNAMIC_SHARED = 8       # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES in CUDA's driver interface
 
 
 def build(source: str, name: str, defines: dict[str, int], shared: int = 0) -> "Kernel":
@@ -35,9 +33,7 @@ def compile_to_cubin(source: str, options: list[str]) -> bytes:
         if status:
             raise RuntimeError(f"NVRTC: {nvrtc.nvrtcGetErrorString(status).decode()}")
 
-    check(
-        nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None,
-                                 None))
+    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
     try:
         flags = (ctypes.c_char_p * len(options))(*map(str.encode, options))
         if nvrtc.nvrtcCompileProgram(program, len(options), flags):
@@ -79,8 +75,7 @@ class Kernel:
         module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         torch.cuda.current_stream().synchronize()      # makes the device's context current
         self.check(self.driver.cuModuleLoadData(ctypes.byref(module), code))
-        self.check(
-            self.driver.cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()))
+        self.check(self.driver.cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()))
         if shared:
             self.check(self.driver.cuFuncSetAttribute(self.function, MAX_DYNAMIC_SHARED, shared))
 

@@ -124,5 +124,4 @@ def _is_whole(tensor) -> bool:
 def some_of(names) -> str:
     """The first names, for an error message."""
     names = sorted(map(str, names))
-    return ", ".join(
-        names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "nothing"
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "nothing"

@@ -13,9 +13,7 @@ from base import UserError
 
 
 def cores() -> int:
-    """The processor cores that this process may use; all cores where the system doesn't say
-    (macOS).
-    """
+    """The processor cores that this process may use; all cores where the system doesn't say (macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

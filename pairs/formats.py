@@ -4,8 +4,7 @@
     benchmark     eventgpt.output_tokens, videollava.output_tokens
     inference     egpt_token_ids, videollava_token_ids (or llava_token_ids)
 
-A million pairs fit in memory: rows come one by one (pairs/rows.py), their tokens go into flat
-arrays.
+A million pairs fit in memory: rows come one by one (pairs/rows.py), their tokens go into flat arrays.
 """
 
 from __future__ import annotations
@@ -51,8 +50,7 @@ class Row(NamedTuple):
 def _answers(row: dict, form: str) -> tuple:
     """(draft tokens, draft text, target tokens, target text) of a row, None where it lacks them."""
     if form == "extraction":
-        return row.get("egpt_tokens"), row.get("egpt_text"), row.get("vl_tokens"), row.get(
-            "vl_text")
+        return row.get("egpt_tokens"), row.get("egpt_text"), row.get("vl_tokens"), row.get("vl_text")
     if form == "benchmark":
         answers = []
         for model in ("eventgpt", "videollava"):
@@ -200,10 +198,9 @@ class _File:
             raise UserError(f"{path} has no usable rows: its list of results is empty{first}")
         if report["format"] is None:
             raise UserError(
-                f"{path} has no usable rows: none of its {report['rows']} rows has tokens under "
-                "the keys of the formats extraction (egpt_tokens, vl_tokens), benchmark "
-                "(eventgpt.output_tokens, videollava.output_tokens) or inference (egpt_token_ids, "
-                "videollava_token_ids)")
+                f"{path} has no usable rows: none of its {report['rows']} rows has tokens under the keys of "
+                "the formats extraction (egpt_tokens, vl_tokens), benchmark (eventgpt.output_tokens, "
+                "videollava.output_tokens) or inference (egpt_token_ids, videollava_token_ids)")
 
     def _record(self) -> None:
         """Add the facts that the file states of all its rows to the report."""
@@ -276,8 +273,7 @@ def _finished(report: dict) -> dict:
     path, used = report["path"], report["used"]
     reasons = ", ".join(f"{count} x {reason}" for reason, count in report["dropped"].items())
     if not used:
-        raise UserError(f"{path} has no usable rows: {report['rows']} rows, all dropped "
-                        f"({reasons})")
+        raise UserError(f"{path} has no usable rows: {report['rows']} rows, all dropped ({reasons})")
     log(f"data | {path} | {report['format']} | {used} of {report['rows']} rows used"
         + (f" | dropped {reasons}" if reasons else ""))
     flagged = {flag: count for flag, count in report["flagged"].items() if count}

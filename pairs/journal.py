@@ -1,5 +1,4 @@
-"""What an extraction has answered so far, on the disk beside its output: the same command goes on
-there.
+"""What an extraction has answered so far, on the disk beside its output: the same command goes on there.
 
     .<output>.journal.jsonl   first line: the settings, and for each clip a digest of its files;
                               then the facts of a model or an answer a line
@@ -50,8 +49,7 @@ class Journal:
 
     def __init__(self, output_file: Path, settings: dict[str, Setting],
                  content: Content | None = None, entries: Iterable[dict] = ()):
-        """Open the journal of this output, or begin it with `entries`: facts and answers of an
-        earlier run.
+        """Open the journal of this output, or begin it with `entries`: facts and answers of an earlier run.
 
         content: of the clips now; a clip that was answered when its files were others is not gone
         on with. Raises UserError, and changes nothing, when the answers there were made with other
@@ -115,9 +113,8 @@ class Journal:
                    if answered.intersection(setting.models)}
         reasons = [differences(there, binding), self._changed_clips(before, content)]
         if differs := "; ".join(filter(None, reasons)):
-            raise UserError(f"{self.path} is the journal of an extraction with other settings "
-                            f"({differs}); give those again, choose another --output_file, or "
-                            f"{START_AFRESH}")
+            raise UserError(f"{self.path} is the journal of an extraction with other settings ({differs}); "
+                            f"give those again, choose another --output_file, or {START_AFRESH}")
         return before
 
     def _changed_clips(self, before: Content, content: Content) -> str:

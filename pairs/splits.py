@@ -69,8 +69,7 @@ def load_data(train_paths: list[Path] | None, test_paths: list[Path],
     if train and max_train_samples != -1:
         train = train.select(np.arange(min(max_train_samples, len(train))))
     if train and split:
-        train_rows, validation_rows, description = split_validation(train, split.fraction,
-                                                                    split.seed)
+        train_rows, validation_rows, description = split_validation(train, split.fraction, split.seed)
         all_train, validation = train, train.select(validation_rows)
         train = train.select(train_rows)
         log(f"split | train {len(train)} validation {len(validation)} test {len(test)} | "
@@ -181,8 +180,7 @@ def overlap_warnings(train: Pairs, test: Pairs) -> list[str]:
             warnings.append(f"train and test share {len(ours & theirs)} {kind}: "
                             f"{', '.join(sorted(ours & theirs))}")
     if "" in train.sequence or "" in test.sequence:
-        warnings.append("rows without a sequence name: whether train and test share a drive can't "
-                        "be seen")
+        warnings.append("rows without a sequence name: whether train and test share a drive can't be seen")
         known, long = _digests_of_long(train), _digests_of_long(test)
         repeated = np.isin(long, known).sum() / max(len(long), 1)
         if repeated > REPEATED_SHARE:

@@ -35,9 +35,7 @@ def flat(answers: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def write_pairs(path: Path, sequences: list[str], pairs_each: int = 20, seed: int = 0,
                 **recorded) -> Path:
-    """Pairs whose target tokens are the draft's, each mapped to another id: only the draft predicts
-    them.
-    """
+    """Pairs whose target tokens are the draft's, each mapped to another id: only the draft predicts them."""
     rng, ids = np.random.default_rng(seed), np.arange(3, 43)
     mapping = dict(zip(ids, np.random.default_rng(99).permutation(ids)))
     rows = []
@@ -61,9 +59,7 @@ def files(tmp_path_factory) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """The folders of a `run_full_workflow.sh --demo`; `log`: its output, `again`: that of a second
-    start.
-    """
+    """The folders of a `run_full_workflow.sh --demo`; `log`: its output, `again`: that of a second start."""
 
     data: Path
     tokens: Path
@@ -92,9 +88,7 @@ def run_workflow(folder: Path, *arguments: str, **settings: str) -> subprocess.C
 
 
 def wait_until_gone(group: int) -> None:
-    """Wait until no process of this group is left; zombies, which nobody has waited for, don't
-    count.
-    """
+    """Wait until no process of this group is left; zombies, which nobody has waited for, don't count."""
     deadline = time.monotonic() + 30
     while True:
         states = set()
@@ -169,10 +163,8 @@ def prepare(tmp_path, monkeypatch, capsys):
     import prepare_dsec
 
     def call(*flags, root=tmp_path / "dsec", output=tmp_path / "data", split="test", duration="1s"):
-        words = [
-            "--dsec_root", root, "--output_root", output, "--split", split, "--duration", duration,
-            *flags
-        ]
+        words = ["--dsec_root", root, "--output_root", output, "--split", split, "--duration", duration,
+                 *flags]
         monkeypatch.setattr(sys, "argv", ["prepare_dsec.py", *map(str, words)])
         capsys.readouterr()
         prepare_dsec.main()
@@ -205,15 +197,11 @@ def extract(demo, tmp_path, monkeypatch):
     import extract_tokens_train
 
     def call(*flags, dataset_dir=demo.test_1s, output_file=tmp_path / "pairs.json"):
-        defaults = {
-            "--dataset_dir": dataset_dir, "--output_file": output_file, "--max_samples": 5,
-            "--draft_model": demo.models / "eventgpt",
-            "--target_model": demo.models / "video_llava", "--max_new_tokens": 80, "--device": "cpu"
-        }
+        defaults = {"--dataset_dir": dataset_dir, "--output_file": output_file, "--max_samples": 5,
+                    "--draft_model": demo.models / "eventgpt", "--target_model": demo.models / "video_llava",
+                    "--max_new_tokens": 80, "--device": "cpu"}
         given = dict(zip(flags[::2], flags[1::2]))
-        words = [
-            str(word) for item in {**defaults, **given}.items() for word in item if word is not None
-        ]
+        words = [str(word) for item in {**defaults, **given}.items() for word in item if word is not None]
         monkeypatch.setattr(sys, "argv", ["extract_tokens_train.py", *words])
         extract_tokens_train.main()
         return json.loads(output_file.read_text()) if output_file.exists() else None

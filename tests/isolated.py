@@ -164,12 +164,11 @@ class Readers:
                 shutil.move(whole, path)
 
     def place(self, kind: str) -> Path:
-        return {
-            "index": self.set / "EventGPT_Instruction_Subset.json",
-            "config": self.model / "config.json", "safetensors": self.model / "model.safetensors",
-            "preprocessor": self.model / "preprocessor_config.json", "results": self.folder /
-            "task" / "results.json", "journal": self.folder / ".out.json.journal.jsonl"
-        }.get(kind, self.folder / f"file.{kind}")
+        return {"index": self.set / "EventGPT_Instruction_Subset.json", "config": self.model / "config.json",
+                "safetensors": self.model / "model.safetensors",
+                "preprocessor": self.model / "preprocessor_config.json",
+                "results": self.folder / "task" / "results.json",
+                "journal": self.folder / ".out.json.journal.jsonl"}.get(kind, self.folder / f"file.{kind}")
 
     # Each of these takes the path of a file.
     def pairs(self, path: Path) -> None:
@@ -199,8 +198,7 @@ class Readers:
         content = {"eventgpt": {"town/1": "a"}, "videollava": {}}
         with self.Journal(self.folder / "out.json", {}, content) as journal:
             for (model, number), keys in journal.places.items():
-                assert all(
-                    isinstance(journal.read(model, key, number)["tokens"], list) for key in keys)
+                assert all(isinstance(journal.read(model, key, number)["tokens"], list) for key in keys)
 
     def results(self, path: Path) -> None:
         from machine.files import reading
@@ -222,8 +220,7 @@ class Readers:
         from machine.files import reading
 
         adapter = small_adapter()
-        resume = self.Resume(path, self.Fingerprint({"train tokens": 1}, [1, 2]),
-                             adapter.num_parameters())
+        resume = self.Resume(path, self.Fingerprint({"train tokens": 1}, [1, 2]), adapter.num_parameters())
         resume.read()
         trainer = self.training.Trainer(adapter, 4, 1e-3, 9)
         with reading(path, "as training has it"):

@@ -59,11 +59,8 @@ def edited(content: bytes, edits: list[tuple]) -> bytes:
 
 # --------------------------------------------------------------------------------------------- JSON
 def json_of(whole: bytes, lines: bool = False):
-    """The same document with odd values in it; sometimes in another encoding, packed, or damaged as
-    text.
-    """
-    values = [value_of(line)
-              for line in whole.splitlines(keepends=True)] if lines else json.loads(whole)
+    """The same document with odd values in it; sometimes in another encoding, packed, or damaged as text."""
+    values = [value_of(line) for line in whole.splitlines(keepends=True)] if lines else json.loads(whole)
     change = st.tuples(st.integers(0, 999), st.sampled_from(ODD), st.booleans())
     changed = st.lists(change, min_size=1,
                        max_size=4).map(lambda changes: text_of(values, changes, lines))
@@ -92,9 +89,7 @@ def text_of(values, changes: list[tuple], lines: bool) -> bytes:
 
 
 def fresh(odd):
-    """A copy, which may be changed again; but of what is nested absurdly deep, where nothing is
-    changed.
-    """
+    """A copy, which may be changed again; but of what is nested absurdly deep, where nothing is changed."""
     return odd if odd is DEEP else copy.deepcopy(odd)
 
 
@@ -133,12 +128,10 @@ def png_of(whole: bytes):
         chunks.append((whole[at + 4:at + 8], whole[at + 8:at + 8 + size]))
         at += size + 12
     side = st.sampled_from([0, 1, 5, 32, 48, 5000, 16384, 2**31 - 1])
-    header = st.tuples(side, side, st.sampled_from([1, 2, 8, 16, 77]),
-                       st.sampled_from([0, 2, 3, 4, 6, 9]), st.just(0), st.just(0),
-                       st.integers(0, 1))
-    edit = st.tuples(st.sampled_from(("header", "drop", "hostile", "edit", "repeat")),
-                     st.integers(0, 99), st.sampled_from(HOSTILE_CHUNKS), header,
-                     st.binary(max_size=8))
+    header = st.tuples(side, side, st.sampled_from([1, 2, 8, 16, 77]), st.sampled_from([0, 2, 3, 4, 6, 9]),
+                       st.just(0), st.just(0), st.integers(0, 1))
+    edit = st.tuples(st.sampled_from(("header", "drop", "hostile", "edit", "repeat")), st.integers(0, 99),
+                     st.sampled_from(HOSTILE_CHUNKS), header, st.binary(max_size=8))
 
     def make(edits: list[tuple]) -> bytes:
         parts = list(chunks)
@@ -218,8 +211,7 @@ def zip_of(whole: bytes):
         return st.tuples(st.just(name), pickle_of(parts[name]), st.booleans())
 
     pickles = [name for name in names if name.endswith("data.pkl")]
-    return st.one_of(
-        st.sampled_from(pickles + names).flatmap(change_of).map(again), bytes_of(whole))
+    return st.one_of(st.sampled_from(pickles + names).flatmap(change_of).map(again), bytes_of(whole))
 
 
 def safetensors_of(whole: bytes):

@@ -19,9 +19,7 @@ COLOURS = np.array([(200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40),
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A sequence's folder and files, and its events: x, y, p, t (us on the pictures' clock), by
-    time.
-    """
+    """A sequence's folder and files, and its events: x, y, p, t (us on the pictures' clock), by time."""
 
     folder: Path
     events: Path
@@ -57,8 +55,7 @@ def number_of(picture: np.ndarray) -> int:
 def write_sequence(root: Path, sequence: str, split: str = "test", frames: int = 46,
                    rate: int = 20_000,
                    flat: bool = False, seed: int = 0, corner: tuple[int, int] = SIZE) -> Made:
-    """`frames` pictures 50 ms apart, `rate` events a second from T_OFFSET to 10 ms after the last
-    one.
+    """`frames` pictures 50 ms apart, `rate` events a second from T_OFFSET to 10 ms after the last one.
 
     flat: as DSEC's single zips unpack. corner: (width, height) within which the events are.
     """
@@ -81,8 +78,7 @@ def write_sequence(root: Path, sequence: str, split: str = "test", frames: int =
     t = np.sort(np.concatenate([random.integers(0, length_us, count - len(borders)), borders]))
     x, y = (random.integers(0, side, count) for side in corner)
     p = random.integers(0, 2, count)
-    # Written in parts, as one writes what is large
-    third = count // 3
+    third = count // 3                                        # written in parts, as one writes what is large
     write_events(events, [[column[part] for column in (x, y, p, t)] for part in (
         slice(0, third), slice(third, None))], T_OFFSET, chunk=1000)
     return Made(folder, events, pictures, times, x, y, p, t + T_OFFSET)

@@ -36,8 +36,7 @@ mkdir -p "$(dirname "${result}")"
 echo x > "${result}"
 echo "end ${result}" >> "${CALLS}"
 """
-# Of the demo: its data; then twice two extractions, two trainings, a decoding
-STEPS = 11
+STEPS = 11             # of the demo: its data; then twice two extractions, two trainings, a decoding
 
 
 class Stubbed:
@@ -50,11 +49,10 @@ class Stubbed:
         self.calls.touch()
 
     def environment(self, **settings: str) -> dict:
-        return {
-            **os.environ, "VIRTUAL_ENV": str(self.folder), "PYTHON": str(self.folder / "python"),
-            "CALLS": str(self.calls), "DATA_ROOT": str(self.folder / "data"), "TOKENS_DIR": str(
-                self.folder / "tokens"), "TASK_DIR": str(self.folder / "task"), **settings
-        }
+        return {**os.environ, "VIRTUAL_ENV": str(self.folder), "PYTHON": str(self.folder / "python"),
+                "CALLS": str(self.calls), "DATA_ROOT": str(self.folder / "data"),
+                "TOKENS_DIR": str(self.folder / "tokens"), "TASK_DIR": str(self.folder / "task"),
+                **settings}
 
     def start(self, **settings: str) -> subprocess.Popen:
         with open(self.log, "a") as out:

@@ -40,20 +40,17 @@ class Config:
 
 
 def test_flags_are_read_into_the_types_of_the_fields():
-    config = base.parse_config(
-        Config, ["--files", "a", "b", "--mode", "slow", "--limit", "3", "--no-plots"])
+    config = base.parse_config(Config, ["--files", "a", "b", "--mode", "slow", "--limit", "3", "--no-plots"])
     assert config == Config([Path("a"), Path("b")], 50, "slow", 3, False)
     assert base.as_json(config)["files"] == ["a", "b"]
 
 
-def test_a_config_from_json_takes_the_default_of_a_field_that_an_older_version_did_not_write(
-        tmp_path):
+def test_a_config_from_json_takes_the_default_of_a_field_that_an_older_version_did_not_write(tmp_path):
     values = base.as_json(Config([Path("a")], limit=3))
     assert base.from_json(Config, values, tmp_path) == Config([tmp_path / "a"], limit=3)
     for name in ("num_epochs", "plots", "limit", "mode"):
         del values[name]
-    assert base.from_json(Config, values, tmp_path) == Config([tmp_path / "a"], 50, "fast", None,
-                                                              True)
+    assert base.from_json(Config, values, tmp_path) == Config([tmp_path / "a"], 50, "fast", None, True)
     values["limit"] = None                         # written, and None: kept
     assert base.from_json(Config, values, tmp_path).limit is None
 
@@ -116,8 +113,7 @@ def test_nothing_in_a_log_line_hides_or_acts(capsys):
 
 
 # --------------------------------------------------------------------------------------- packages
-def test_packages_that_are_not_installed_are_named_whatever_their_import_is_called(
-        tmp_path, monkeypatch):
+def test_packages_that_are_not_installed_are_named_whatever_their_import_is_called(tmp_path, monkeypatch):
     (tmp_path / "dev.txt").write_text("-r some.txt\npytest>=8\nno-such-tool==1  # why\n")
     (tmp_path /
      "some.txt").write_text("# a comment\n\npillow>=10\nprotobuf>=4\nno_such.thing[extra]>=1\n")

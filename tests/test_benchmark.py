@@ -197,11 +197,9 @@ def test_gamma_auto_runs_and_an_earlier_output_is_compared(trained, measured, tm
 
 def test_compare_prints_old_new_and_ratio(tmp_path, capsys, monkeypatch):
     for name, ms, more in (("old", 4.0, {"x": 1}), ("new", 3.0, {"y": {"z": 2}})):
-        (tmp_path / name).write_text(
-            json.dumps({
-                "kind": "benchmark decode", "runs": {"hybrid": {"ms": ms, "rows": [1], "ok": True}},
-                "zero": 0, "config": {"seed": 1}, **more
-            }))
+        (tmp_path / name).write_text(json.dumps({
+            "kind": "benchmark decode", "runs": {"hybrid": {"ms": ms, "rows": [1], "ok": True}}, "zero": 0,
+            "config": {"seed": 1}, **more}))
     monkeypatch.setattr(sys, "argv",
                         ["benchmark.py", "compare",
                          str(tmp_path / "old"),

@@ -1,5 +1,4 @@
-"""The architecture as the imports of every source file show it: which room imports which, and
-libraries.
+"""The architecture as the imports of every source file show it: which room imports which, and libraries.
 
     python -m tests.test_borders      prints the arrows between rooms, floor by floor, and every
                                       violation
@@ -29,11 +28,9 @@ FLOORS = ({"base"}, {"machine"}, {"pairs", "clips", "reports", "token_adapter"},
           )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 BESIDE = {
-    "acceptance": {"drafting"}, "benchmark": {"benchmarks"}, "benchmarks": {
-        "extract_tokens_train", "train_and_evaluate", "speculative_decode", "prepare_dsec",
-        "make_demo"
-    }
-}
+    "acceptance": {"drafting"}, "benchmark": {"benchmarks"},
+    "benchmarks": {"extract_tokens_train", "train_and_evaluate", "speculative_decode", "prepare_dsec",
+                   "make_demo"}}
 # Rooms that may import less than the floors below them.
 ONLY = {"reports": {"base", "machine"}, "vlm": {"base", "machine", "clips"}}
 # Where a library may be imported.
@@ -60,9 +57,7 @@ def sources() -> dict[str, Path]:
     """Module name -> file, without tests: "pairs" -> pairs/__init__.py."""
     packages = [init.parent for init in ROOT.glob("*/__init__.py")]
     modules = {}
-    for file in [
-            *ROOT.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))
-    ]:
+    for file in [*ROOT.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))]:
         parts = file.relative_to(ROOT).with_suffix("").parts
         if parts[0] != "tests":
             modules[".".join(parts).removesuffix(".__init__")] = file
@@ -98,12 +93,10 @@ def names_in(node: ast.AST, module: str) -> Iterator[str]:
         start = ".".join(parts[:len(parts) - node.level + 1]) if node.level else ""
         prefix = ".".join(part for part in (start, node.module) if part)
         yield from (f"{prefix}.{alias.name}" for alias in node.names)
-    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
-        ("import_module", "__import__")):
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
         text = next((part.value for part in ast.walk(node.args[0])
                      if isinstance(part, ast.Constant) and isinstance(part.value, str)), "")
-        # f"benchmarks.{name}" -> "benchmarks"
-        yield text.rstrip(".")
+        yield text.rstrip(".")                                 # f"benchmarks.{name}" -> "benchmarks"
 
 
 def rooms() -> dict[str, set[str]]:
@@ -204,8 +197,7 @@ def test_few_lines_are_longer_than_a_hundred_columns():
 
 def test_imports_are_read_wherever_they_stand():
     """What the checks are worth: a lazy import, a relative one, one in a string."""
-    tree = ast.parse(
-        "def f():\n import av.error\n from . import steps\n import_module(f'benchmarks.{x}')")
+    tree = ast.parse("def f():\n import av.error\n from . import steps\n import_module(f'benchmarks.{x}')")
     assert {name for node in ast.walk(tree) for name in names_in(node, "vlm.llama")} == {
         "av.error", "vlm.steps", "benchmarks"}
     assert "machine" in {room_of(name) for name in imports_of("train_and_evaluate")}

@@ -98,8 +98,7 @@ def test_memory_that_gets_shorter_twice_in_a_batch_loses_no_clip(extract, tmp_pa
     assert output["models"]["videollava"]["batch_size"] == 2
 
 
-def test_clips_with_other_numbers_of_pictures_free_the_memory_of_those_before(
-        extract, copy, monkeypatch):
+def test_clips_with_other_numbers_of_pictures_free_the_memory_of_those_before(extract, copy, monkeypatch):
     index = copy / "EventGPT_Instruction_Subset.json"
     rows = json.loads(index.read_text())
     for number, row in enumerate(rows):
@@ -114,14 +113,12 @@ def test_clips_with_other_numbers_of_pictures_free_the_memory_of_those_before(
         make(batches, *how)
 
     monkeypatch.setattr(Batches, "__init__", counted)
-    output = extract("--event_images", "all", "--batch_size", 2, "--max_samples", 6,
-                     dataset_dir=copy)
+    output = extract("--event_images", "all", "--batch_size", 2, "--max_samples", 6, dataset_dir=copy)
     assert len(rows_of(output)) == 6 and not output["failed"]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: no "
-                                                "room")])
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: no room")])
 def test_caches_that_find_no_room_are_made_smaller(extract, monkeypatch, capsys, error):
     make = Batches.__init__
 
@@ -154,16 +151,13 @@ def test_cuda_memory_that_really_ends_halves_the_batch(extract, tmp_path, capsys
             torch.cuda.set_per_process_memory_fraction(1.0)
         return output, torch.cuda.max_memory_reserved() - before
 
-    # Sets up what stays: workspaces of cuBLAS
-    run(1, "first")
+    run(1, "first")                                          # sets up what stays: workspaces of cuBLAS
     (_, few), (wanted, many) = run(1, "few"), run(20, "many")
     assert "out of memory" not in capsys.readouterr().out and few < many
     output, taken = run(20, "short", (few + many) // 2)
     said = capsys.readouterr().out
-    assert re.search(r"WARNING \| out of memory with 20 clips at a time: CUDA.*going on with 10",
-                     said), said
-    assert taken < many and output["failed"] == [] and len(rows_of(output)) == 20, (few, many,
-                                                                                    taken)
+    assert re.search(r"WARNING \| out of memory with 20 clips at a time: CUDA.*going on with 10", said), said
+    assert taken < many and output["failed"] == [] and len(rows_of(output)) == 20, (few, many, taken)
     if dtype == "float32":
         assert rows_of(output) == rows_of(wanted)
 
@@ -190,8 +184,7 @@ def test_a_clip_that_fits_into_no_memory_fails_alone(extract, monkeypatch):
     output = extract("--batch_size", 2)
     assert len(rows_of(output)) == 4
     [lost] = output["failed"]
-    assert lost["model"] == "eventgpt" and "out of memory with 1 clips at a time: no room" in lost[
-        "reason"]
+    assert lost["model"] == "eventgpt" and "out of memory with 1 clips at a time: no room" in lost["reason"]
 
 
 def test_a_batch_is_kept_before_the_next_one_has_ended(extract, monkeypatch):
@@ -327,9 +320,7 @@ def no_tokenizer(folder) -> None:
 
 
 def a_missing_shard(folder) -> None:
-    weights = {
-        name: "model-00001-of-00002.safetensors" for name in load_file(folder / "model.safetensors")
-    }
+    weights = {name: "model-00001-of-00002.safetensors" for name in load_file(folder / "model.safetensors")}
     last = list(weights)[-1]
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(

@@ -214,8 +214,7 @@ def test_too_little_memory_is_told_with_the_figures_before_loading(monkeypatch):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
         MemoryError("Unable to allocate"),
         RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 "
-            "bytes."
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
         ),
     ],
 )

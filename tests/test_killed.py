@@ -49,8 +49,7 @@ def answers(output: Path) -> list[tuple]:
     journal = output.with_name(f".{output.name}.journal.jsonl")
     lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
     entries = [json.loads(line) for line in lines]
-    return [(entry["model"], entry["key"], entry["question_idx"]) for entry in entries
-            if "key" in entry]
+    return [(entry["model"], entry["key"], entry["question_idx"]) for entry in entries if "key" in entry]
 
 
 def wait_for_answers(output: Path, number: int) -> None:
@@ -98,8 +97,7 @@ def test_kill_9_loses_nothing(demo, warm, undisturbed, tmp_path):
 
 
 @pytest.mark.faults
-def test_kill_9_at_a_hundred_random_moments_loses_nothing(demo, warm, undisturbed, tmp_path,
-                                                          figures):
+def test_kill_9_at_a_hundred_random_moments_loses_nothing(demo, warm, undisturbed, tmp_path, figures):
     found = kill_at_random(demo, warm, tmp_path, undisturbed, kills=100, each=5)
     rows = len(undisturbed[0]["results"])
     figures.append(
@@ -112,8 +110,7 @@ def test_kill_9_at_a_hundred_random_moments_loses_nothing(demo, warm, undisturbe
 
 # ----------------------------------------------------------------------------------------- signals
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_stopped_run_says_the_command_that_goes_on(demo, warm, undisturbed, tmp_path, number,
-                                                     code):
+def test_a_stopped_run_says_the_command_that_goes_on(demo, warm, undisturbed, tmp_path, number, code):
     output, log = tmp_path / "out.json", tmp_path / "log"
     process = warm.start(flags_of(demo, output, "--restart"), log)
     wait_for_answers(output, 6)
@@ -185,8 +182,7 @@ def test_a_read_only_disk_is_one_error_before_any_work(demo, warm, disk, tmp_pat
     place = disk("size=64k")
     (place / "out.json").write_text("old")
     disk("ro")
-    assert warm.wait(warm.start(flags_of(demo, place / "out.json", "--restart"),
-                                tmp_path / "log")) == 2
+    assert warm.wait(warm.start(flags_of(demo, place / "out.json", "--restart"), tmp_path / "log")) == 2
     text = (tmp_path / "log").read_text()
     assert "can't write to the folder" in text and "Read-only file system" in text and "Traceback" not in text
     assert (place / "out.json").read_text() == "old" and os.listdir(place) == ["out.json"]

@@ -163,8 +163,7 @@ def test_event_pictures_are_red_and_blue_on_white_and_videos_have_20_frames_a_se
         assert {tuple(colour) for colour in picture.reshape(-1, 3).tolist()} == {RED, BLUE, WHITE}
     with av.open(str(folder / "mp4" / rows[0]["mp4_data"])) as video:
         stream = video.streams.video[0]
-        assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264",
-                                                                                    "yuv420p", 20)
+        assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 20)
         assert sum(1 for _ in video.decode(stream)) == 20
 
 
@@ -213,9 +212,8 @@ def models():
 
 def test_two_at_once_do_not_make_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make_demo.py", "--output_dir", str(tmp_path)])
-    with only_writer(tmp_path,
-                     wait=False), pytest.raises(UserError,
-                                                match=r"is being written by process .* --wait"):
+    with only_writer(tmp_path, wait=False), pytest.raises(UserError,
+                                                          match=r"is being written by process .* --wait"):
         make_demo.main()
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
@@ -236,10 +234,8 @@ def test_both_models_share_the_tokenizer_that_is_built_here(models):
     draft, target = (model.tokenizer for model in models)
     built = build_tokenizer()
     assert built.get_vocab() == draft.get_vocab()
-    assert draft.convert_ids_to_tokens([0, 1, 2, 3,
-                                        258]) == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
-    assert target.convert_ids_to_tokens(range(len(draft),
-                                              len(target))) == ["<image>", "<video>", "<pad>"]
+    assert draft.convert_ids_to_tokens([0, 1, 2, 3, 258]) == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
+    assert target.convert_ids_to_tokens(range(len(draft), len(target))) == ["<image>", "<video>", "<pad>"]
     for scene, text in itertools.product(some_scenes(20), (texts.draft_text, texts.target_text)):
         ids = draft(text(scene)).input_ids
         assert ids == target(text(scene)).input_ids and ids[0] == 1

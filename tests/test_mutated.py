@@ -35,9 +35,7 @@ QUICK = 30                     # times fewer in the tests of every day
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder with `inside`, where the readers work on a small data set and a model, and
-    `outside`.
-    """
+    """A folder with `inside`, where the readers work on a small data set and a model, and `outside`."""
     folder = tmp_path_factory.mktemp("mutated")
     pictures, videos = (folder / "inside" / "set" / kind / "town_00_a"
                         for kind in ("event_image", "mp4"))

@@ -90,8 +90,7 @@ def test_windows_follow_the_rule_for_any_length():
 # ------------------------------------------------------------------------------------------ content
 @pytest.mark.parametrize("render", ["time", "blue_over_red"])
 @pytest.mark.parametrize("duration, count", [("500ms", 8), ("1s", 3)])
-def test_every_pixel_of_every_event_picture_is_as_painted_by_hand(prepare, one, duration, count,
-                                                                  render):
+def test_every_pixel_of_every_event_picture_is_as_painted_by_hand(prepare, one, duration, count, render):
     root, made = one
     # The small pictures with --canvas, the large ones without: the canvas is fixed, whatever the
     # events fill.
@@ -110,8 +109,7 @@ def test_every_pixel_of_every_event_picture_is_as_painted_by_hand(prepare, one, 
             part = events[k * size:(k + 1) * size] if k < 4 else events[4 * size:]
             found = pixels(folder / "event_image" / GOOD / f"{clip:06d}_{k}.png")
             assert found.shape == (canvas[1], canvas[0], 3)
-            assert np.array_equal(found, painted(part, canvas,
-                                                 render == "blue_over_red")), (clip, k)
+            assert np.array_equal(found, painted(part, canvas, render == "blue_over_red")), (clip, k)
     assert f"{count} clips of 1 sequences | 0 sequences and 0 clips left out" in said
 
 
@@ -144,8 +142,7 @@ def test_rows_have_the_published_fields_and_sequence_and_clip(prepare, one):
     samples = read_dataset(folder)
     assert [(sample.key, sample.trouble) for sample in samples] == [(f"{GOOD}/{clip}", None)
                                                                     for clip in range(3)]
-    assert len({sample.id for sample in samples}) == 3 and all(sample.video.is_file()
-                                                               for sample in samples)
+    assert len({sample.id for sample in samples}) == 3 and all(sample.video.is_file() for sample in samples)
 
 
 def test_both_layouts_and_any_number_of_workers_give_the_same_files(prepare, one, tmp_path):
@@ -259,8 +256,7 @@ def test_sequences_that_are_not_there_are_all_named(prepare, two, capsys):
         prepare(*SMALL, root=two[0])
     said = capsys.readouterr().out
     for name in TEST_SEQUENCES:
-        assert (f"missing | {name} | the whole sequence: not there" in said) == (name
-                                                                                 not in (GOOD, BAD))
+        assert (f"missing | {name} | the whole sequence: not there" in said) == (name not in (GOOD, BAD))
 
 
 def test_nothing_at_all_is_an_error_even_when_things_may_be_missing(prepare, two, tmp_path):
@@ -388,8 +384,7 @@ def test_a_folder_of_other_settings_or_another_program_is_left_alone(prepare, on
 
 def test_two_at_once_do_not_write_one_folder(prepare, one):
     folder, _ = prepare(*SMALL, "--sequences", GOOD, root=one[0])
-    with only_writer(folder, wait=False), pytest.raises(UserError,
-                                                        match="is being written by process"):
+    with only_writer(folder, wait=False), pytest.raises(UserError, match="is being written by process"):
         prepare(*SMALL, "--sequences", GOOD, root=one[0])
 
 
@@ -402,8 +397,7 @@ def test_a_full_disk_ends_the_run_at_once(prepare, one, monkeypatch):
         prepare(*SMALL, "--sequences", GOOD, root=one[0])
 
 
-def test_blocks_are_neighbours_of_one_sequence_and_frames_are_decoded_once(
-        prepare, one, monkeypatch):
+def test_blocks_are_neighbours_of_one_sequence_and_frames_are_decoded_once(prepare, one, monkeypatch):
     recording = dsec.find_recording(one[0], "test", GOOD)
     clips = clips_of(recording, Recipe("test", "500ms"))
     others = [dataclasses.replace(clip, sequence=BAD) for clip in clips]

@@ -55,11 +55,10 @@ def test_sh_runs_it_and_sourcing_it_is_one_line_that_leaves_the_shell_alive(tmp_
 
 def test_what_is_wrong_is_said_before_anything_is_installed(tmp_path):
     """No environment is active here, and PYTHON can't even start."""
-    for arguments, settings, message in (([], {}, "EVENTGPT is not set"), ([
-            "--only", "2s"
-    ], {}, "unknown argument --only 2s"), (["--until"], {}, "unknown argument --until"), ([
-            "--demo"
-    ], {"TRAIN_FLAGS": "--task_name 'a b"}, "TRAIN_FLAGS has a quote that is not")):
+    for arguments, settings, message in (
+            ([], {}, "EVENTGPT is not set"), (["--only", "2s"], {}, "unknown argument --only 2s"),
+            (["--until"], {}, "unknown argument --until"),
+            (["--demo"], {"TRAIN_FLAGS": "--task_name 'a b"}, "TRAIN_FLAGS has a quote that is not")):
         environment = {"PATH": os.environ["PATH"], "PYTHON": "/nowhere/python", **settings}
         done = subprocess.run(["bash", SCRIPT, *arguments], env=environment, capture_output=True,
                               text=True, timeout=60)
@@ -159,9 +158,8 @@ def test_the_reader_of_the_log_may_go(tmp_path):
     stubbed = Stubbed(tmp_path)
     reader, writer = os.pipe()
     with os.fdopen(writer, "wb") as out:
-        process = subprocess.Popen(["bash", SCRIPT, "--demo"], env=stubbed.environment(),
-                                   stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-                                   restore_signals=True)
+        process = subprocess.Popen(["bash", SCRIPT, "--demo"], env=stubbed.environment(), stdout=out,
+                                   stderr=out, stdin=subprocess.DEVNULL, restore_signals=True)
     stubbed.wait_until_begun(2, process)
     os.close(reader)
     assert process.wait(120) == 0 and len(stubbed.lines("end")) == STEPS
@@ -210,9 +208,7 @@ def suite(tmp_path):
 
     def start(requirements="requirements.txt", **settings: str) -> subprocess.CompletedProcess:
         code = f"set -euo pipefail; source ./env.sh {requirements}; echo $PYTHON"
-        environment = {
-            "PATH": f"{tmp_path}:/usr/bin:/bin", "HALF": str(tmp_path / "half"), **settings
-        }
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HALF": str(tmp_path / "half"), **settings}
         return subprocess.run(["bash", "-c", code], cwd=tmp_path / "suite", env=environment,
                               capture_output=True, text=True, timeout=60)
     return start

@@ -45,8 +45,7 @@ def test_it_computes_what_transformer_encoder_computes_with_the_same_weights():
     reference = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     reference.load_state_dict(adapter.transformer.state_dict())
     x = adapter.embedding(draft) + adapter.position_embedding(torch.arange(12))
-    wanted = adapter.output_proj(
-        reference(x, mask=nn.Transformer.generate_square_subsequent_mask(12)))
+    wanted = adapter.output_proj(reference(x, mask=nn.Transformer.generate_square_subsequent_mask(12)))
     assert (adapter(draft) - wanted).abs().max() < 1e-5
 
 
@@ -76,8 +75,7 @@ def test_a_saved_adapter_comes_back_with_its_config_and_its_logits(tmp_path):
 
 def test_a_checkpoint_of_the_original_suite_loads_and_is_marked_with_its_own_contract(tmp_path):
     state = {name: tensor.half() for name, tensor in tiny_adapter().state_dict().items()}
-    torch.save({"model_state_dict": state, "config": {"num_heads": 4, "lr": 1e-4}},
-               tmp_path / "model.pt")
+    torch.save({"model_state_dict": state, "config": {"num_heads": 4, "lr": 1e-4}}, tmp_path / "model.pt")
     loaded = load_adapter(tmp_path / "model.pt")
     assert loaded.config == dataclasses.replace(TINY, contract=ORIGINAL_CONTRACT)
     assert loaded.config.first_position == 1 and loaded(drafts()).dtype == torch.float32
@@ -129,8 +127,7 @@ def test_the_whole_draft_is_seen_from_the_first_position_on_and_nothing_past_its
 def test_a_missing_draft_is_a_draft_of_length_0_and_then_it_is_the_prefix_adapter():
     adapter, prefix = tiny_adapter("prefix+draft"), prefixes()
     missing = adapter(drafts()[:, :0], None, prefix)
-    assert (adapter(drafts(), torch.zeros(3, dtype=torch.long), prefix) -
-            missing).abs().max() < 1e-5
+    assert (adapter(drafts(), torch.zeros(3, dtype=torch.long), prefix) - missing).abs().max() < 1e-5
     adapter.condition("prefix")
     assert torch.equal(adapter(drafts(), DRAFT_LENGTHS, prefix), missing)
     assert adapter.config.contract == CONTRACTS["prefix"]

@@ -71,8 +71,7 @@ def test_the_best_epoch_is_the_first_with_the_best_validation_and_it_is_the_one_
     assert torch.load(task / "best_model.pt", weights_only=True)["epoch"] == results["best_epoch"]
 
 
-def test_the_same_seed_gives_the_same_numbers_whatever_is_tested_on(trained, monkeypatch, tmp_path,
-                                                                    files):
+def test_the_same_seed_gives_the_same_numbers_whatever_is_tested_on(trained, monkeypatch, tmp_path, files):
     other = write_pairs(tmp_path / "other_500ms.json", ["basel_04_a"], seed=7)
     task, results = run_main(monkeypatch, tmp_path / "task", files["train"], other)
     for ours, theirs in zip(trained[1]["history"], results["history"], strict=True):
@@ -84,8 +83,7 @@ def test_the_same_seed_gives_the_same_numbers_whatever_is_tested_on(trained, mon
 
 def test_training_stops_early_without_better_validation(monkeypatch, tmp_path, files):
     monkeypatch.setattr(loop, "learning_rate_factor", lambda step, total: 0.0)
-    _, results = run_main(monkeypatch, tmp_path, files["train"], files["test"], "--early_stopping",
-                          "2")
+    _, results = run_main(monkeypatch, tmp_path, files["train"], files["test"], "--early_stopping", "2")
     assert len(results["history"]) == 3 and results["best_epoch"] == 1
 
 
@@ -108,11 +106,9 @@ def test_a_loss_that_is_no_number_names_epoch_and_step_and_keeps_the_best_model(
 
 def test_a_kill_leaves_a_best_model_that_loads_and_no_temporary(tmp_path, files):
     task = tmp_path / "task"
-    command = [
-        sys.executable, ROOT / "train_and_evaluate.py", "--train_benchmark", files["train"],
-        "--test_benchmark", files["test"], "--task_folder", task, *SMALL, "--num_epochs", "100000",
-        "--early_stopping", "0"
-    ]
+    command = [sys.executable, ROOT / "train_and_evaluate.py", "--train_benchmark", files["train"],
+               "--test_benchmark", files["test"], "--task_folder", task, *SMALL, "--num_epochs", "100000",
+               "--early_stopping", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while not (task / "resume.pt").exists():
         assert process.poll() is None
@@ -131,10 +127,8 @@ def test_a_kill_leaves_a_best_model_that_loads_and_no_temporary(tmp_path, files)
 
 
 # ------------------------------------------------------------------------------------------- resume
-PHASES = [
-    "--conditioning", "prefix+draft", "--num_epochs", "4", "--early_stopping", "0", "--dropout",
-    "0.2", "--draft_text", "0.5", "--no-online"
-]
+PHASES = ["--conditioning", "prefix+draft", "--num_epochs", "4", "--early_stopping", "0", "--dropout", "0.2",
+          "--draft_text", "0.5", "--no-online"]
 
 
 @pytest.fixture(scope="module")
@@ -348,8 +342,7 @@ def test_nobody_else_writes_into_a_task_and_no_unfinished_one_is_begun_anew(
 
 
 # -------------------------------------------------------------------------------------- checkpoints
-def test_a_measured_checkpoint_gives_the_numbers_of_its_training(trained, monkeypatch, tmp_path,
-                                                                 files):
+def test_a_measured_checkpoint_gives_the_numbers_of_its_training(trained, monkeypatch, tmp_path, files):
     task, results = trained
     flags = ["--checkpoint", str(task / "best_model.pt")]
     _, again = run_main(monkeypatch, tmp_path, None, files["test"], *flags)
@@ -377,12 +370,10 @@ def test_a_checkpoint_whose_logits_overflow_is_a_user_error(trained, monkeypatch
     checkpoint["model_state_dict"]["output_proj.0.weight"] *= 1e10
     torch.save(checkpoint, tmp_path / "huge.pt")
     with pytest.raises(UserError, match="logits on the test pairs are no numbers"):
-        run_main(monkeypatch, tmp_path, None, files["test"], "--checkpoint",
-                 str(tmp_path / "huge.pt"))
+        run_main(monkeypatch, tmp_path, None, files["test"], "--checkpoint", str(tmp_path / "huge.pt"))
 
 
-def test_a_figure_that_is_no_number_is_written_as_null_and_named(monkeypatch, tmp_path, files,
-                                                                 capsys):
+def test_a_figure_that_is_no_number_is_written_as_null_and_named(monkeypatch, tmp_path, files, capsys):
     monkeypatch.setattr(evaluation, "step_ms", lambda adapter, pairs: float("nan"))
     task, results = run_main(monkeypatch, tmp_path, files["train"], files["test"], "--conditioning",
                              "prefix", "--num_epochs", "1", "--no-refit", "--no-online")
@@ -399,8 +390,7 @@ def test_the_smallest_width_trains_and_is_measured(monkeypatch, tmp_path, files)
         assert results["metrics"]["test"]["adapter"]["alpha"] >= 0
 
 
-def test_an_original_checkpoint_is_measured_by_its_own_contract(trained, monkeypatch, tmp_path,
-                                                                files):
+def test_an_original_checkpoint_is_measured_by_its_own_contract(trained, monkeypatch, tmp_path, files):
     checkpoint = torch.load(trained[0] / "best_model.pt", weights_only=True)
     torch.save({**checkpoint, "config": {"num_heads": 2}}, tmp_path / "old.pt")
     flags = ["--checkpoint", str(tmp_path / "old.pt")]
@@ -413,11 +403,9 @@ def test_an_original_checkpoint_is_measured_by_its_own_contract(trained, monkeyp
 
 # -------------------------------------------------------------------------------- vocabulary, flags
 @pytest.mark.parametrize(("recorded", "flag", "wanted"), [({}, 0, 64), ({"vocab_size": 70}, 0, 70), ({}, 45, 45)])
-def test_the_vocabulary_is_the_flag_else_recorded_else_from_the_ids(tmp_path, recorded, flag,
-                                                                    wanted):
+def test_the_vocabulary_is_the_flag_else_recorded_else_from_the_ids(tmp_path, recorded, flag, wanted):
     path = write_pairs(tmp_path / "pairs.json", ["a_a", "b_b"], **recorded)
-    config = TrainConfig(test_benchmark=[path], train_benchmark=[path], vocab_size=flag,
-                         embed_dim=8)
+    config = TrainConfig(test_benchmark=[path], train_benchmark=[path], vocab_size=flag, embed_dim=8)
     data = train_and_evaluate.open_data(config)
     make = train_and_evaluate.adapter_maker(config, data, torch.device("cpu"))
     assert make(data.train).config.vocab_size == wanted
@@ -448,8 +436,7 @@ def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_pat
     ({"train_benchmark": None}, "--train_benchmark is missing")])
 def test_an_impossible_setting_is_a_user_error(flags, words):
     with pytest.raises(UserError, match=words):
-        TrainConfig(
-            **{"test_benchmark": [Path("test")], "train_benchmark": [Path("train")], **flags})
+        TrainConfig(**{"test_benchmark": [Path("test")], "train_benchmark": [Path("train")], **flags})
 
 
 def test_a_gpu_that_is_not_there_is_a_user_error():
@@ -460,8 +447,7 @@ def test_a_gpu_that_is_not_there_is_a_user_error():
 def test_a_finished_task_folder_is_not_touched(monkeypatch, tmp_path, trained, files):
     before = {path: path.read_bytes() for path in trained[0].glob("[!.]*")}
     with pytest.raises(UserError, match="holds a finished task"):
-        run_main(monkeypatch, tmp_path, files["train"], files["test"], "--task_folder",
-                 str(trained[0]))
+        run_main(monkeypatch, tmp_path, files["train"], files["test"], "--task_folder", str(trained[0]))
     assert {path: path.read_bytes() for path in trained[0].glob("[!.]*")} == before
 
 
@@ -530,10 +516,7 @@ def test_a_draft_vocabulary_scores_the_target_tokens_of_training(by_conditioning
 def test_a_large_adapter_on_a_cpu_is_measured_on_a_part_of_every_sequence_and_the_report_says_so(
         by_conditioning, monkeypatch, tmp_path):
     test = write_pairs(tmp_path / "test.json", ["basel_03_a", "bern_07_a"], pairs_each=20)
-    flags = [
-        "--conditioning", "prefix", "--checkpoint",
-        str(by_conditioning["prefix"][0] / "best_model.pt")
-    ]
+    flags = ["--conditioning", "prefix", "--checkpoint", str(by_conditioning["prefix"][0] / "best_model.pt")]
     monkeypatch.setattr(train_and_evaluate, "SMALL_ADAPTER", 10)
     monkeypatch.setattr(train_and_evaluate, "CPU_SAMPLES", 8)
     for number, extra in ((8, []), (40, ["--max_test_samples",

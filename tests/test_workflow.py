@@ -40,8 +40,7 @@ def test_every_task_has_its_files_and_no_others(task):
     assert len(decodings) == (0 if "draft" in task.name else 1)
     for folder in decodings:
         assert set(names_of(folder)) == DECODE_FILES
-        assert set(json.loads(
-            (folder / "decode.json").read_text())["totals"]["verdicts"]) == {"exact"}
+        assert set(json.loads((folder / "decode.json").read_text())["totals"]["verdicts"]) == {"exact"}
     assert re.fullmatch(r"(1s|500ms)(_draft)?_\d{8}_\d{6}", task.name)
     assert json.loads((task / "results.json").read_text())["metrics"]["test"]["pairs"] > 0
 
@@ -54,15 +53,11 @@ def test_the_pictures_are_pictures(task):
 
 def test_the_token_files_have_the_names_of_the_original(demo):
     assert {path.name for path in demo.tokens.glob("*.json")} == {
-        "train_tokens_full.json", "test_tokens_1s.json", "train_tokens_500ms.json",
-        "test_tokens_500ms.json"
-    }
+        "train_tokens_full.json", "test_tokens_1s.json", "train_tokens_500ms.json", "test_tokens_500ms.json"}
 
 
 def test_the_log_is_whole_lines_and_ends_with_the_summary(demo):
-    phases = [
-        demo.log.index(text) for text in ("PHASE 1 | the 1s", "PHASE 2 | the 500ms", "SUMMARY")
-    ]
+    phases = [demo.log.index(text) for text in ("PHASE 1 | the 1s", "PHASE 2 | the 500ms", "SUMMARY")]
     assert phases == sorted(phases)
     assert "\r" not in demo.log and "Traceback" not in demo.log
     before = demo.log[:phases[2]]
@@ -83,16 +78,12 @@ def test_a_second_start_skips_everything_and_shows_the_same_summary(demo):
 
 def test_settings_and_arguments_are_checked_at_once(tmp_path):
     here = Path.cwd()
-    for arguments, settings, message in ((("--what", ), {}, "unknown argument --what"),
-                                         ((), {}, "EVENTGPT is not set"), ((), {
-                                             "EVENTGPT": "x", "TEST_1S": "nowhere.json"
-                                         }, f"TEST_1S={here}/nowhere.json: no such file"), ((), {
-                                             "EVENTGPT": "x", "DSEC_ROOT": "nowhere"
-                                         }, f"DSEC_ROOT={here}/nowhere: no such folder"), ((), {
-                                             "EVENTGPT": "x", "LOCK_WAIT_S": "soon"
-                                         }, "LOCK_WAIT_S=soon: wanted whole seconds"), ((), {
-                                             "EVENTGPT": "nowhere"
-                                         }, f"EVENTGPT={here}/nowhere: no such folder")):
+    for arguments, settings, message in (
+            (("--what",), {}, "unknown argument --what"), ((), {}, "EVENTGPT is not set"),
+            ((), {"EVENTGPT": "x", "TEST_1S": "nowhere.json"}, f"TEST_1S={here}/nowhere.json: no such file"),
+            ((), {"EVENTGPT": "x", "DSEC_ROOT": "nowhere"}, f"DSEC_ROOT={here}/nowhere: no such folder"),
+            ((), {"EVENTGPT": "x", "LOCK_WAIT_S": "soon"}, "LOCK_WAIT_S=soon: wanted whole seconds"),
+            ((), {"EVENTGPT": "nowhere"}, f"EVENTGPT={here}/nowhere: no such folder")):
         done = run_workflow(tmp_path, *arguments, **settings)
         assert done.returncode == 2 and message in done.stderr, done.stderr
     assert not (tmp_path / "tokens").exists()
@@ -190,8 +181,7 @@ def test_killed_in_each_phase_it_goes_on_and_leaves_no_orphan(tmp_path, number):
     if number == signal.SIGKILL and not shutil.which("setpriv"):
         pytest.skip("without setpriv (util-linux) a step outlives a script that gets kill -9")
     stubbed = Stubbed(tmp_path)
-    # The stopped step is done again, then the next one is stopped
-    for phase in range(STEPS):
+    for phase in range(STEPS):         # the stopped step is done again, then the next one is stopped
         begun = len(stubbed.lines("begin"))
         process = stubbed.start()
         stubbed.wait_until_begun(begun + 1 + (phase > 0), process)
@@ -312,11 +302,9 @@ def test_the_real_workflow_killed_in_each_phase_goes_on(tmp_path, figures):
 @pytest.mark.faults
 def test_two_real_workflows_on_one_data_root_do_not_trample_each_other(tmp_path, demo, figures):
     """Of other tasks, but the same data and tokens: what one makes the other waits for."""
-    settings = {
-        "DEMO_FLAGS": "--train_clips 24 --test_clips 20", "VIRTUAL_ENV": sys.prefix,
-        "PYTHON": sys.executable, "TRAIN_FLAGS": SMALL_TRAINING, "DECODE_FLAGS": "--max_samples 2",
-        "EXTRACT_FLAGS": "--max_new_tokens 80 --batch_size 16 --num_workers 2"
-    }
+    settings = {"DEMO_FLAGS": "--train_clips 24 --test_clips 20", "VIRTUAL_ENV": sys.prefix,
+                "PYTHON": sys.executable, "TRAIN_FLAGS": SMALL_TRAINING, "DECODE_FLAGS": "--max_samples 2",
+                "EXTRACT_FLAGS": "--max_new_tokens 80 --batch_size 16 --num_workers 2"}
     stubbed = Stubbed(tmp_path)
     both = [stubbed.start(**settings, TASK_DIR=str(tmp_path / name)) for name in ("one", "two")]
     codes = [process.wait(600) for process in both]

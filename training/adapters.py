@@ -67,8 +67,7 @@ def open_checkpoint(path: Path, data: Data, conditioning: str) -> TokenAdapter:
               "a checkpoint needs pairs of its tokenizer")
     if conditioning not in ("auto", adapter.config.conditioning):
         raise UserError(f"{path} was trained in {adapter.config.conditioning} conditioning, wanted "
-                        f"--conditioning {conditioning}; leave the flag out to measure it by its "
-                        "own")
+                        f"--conditioning {conditioning}; leave the flag out to measure it by its own")
     if adapter.config.conditioning == "draft":
         check_drafts(data.test)
     log(f"checkpoint | {path} | {adapter.config.contract}")

@@ -26,10 +26,8 @@ from token_adapter import TokenAdapter, save_adapter
 FORMAT = 1       # of resume.pt; one without the number counts as 0: its fingerprint has fewer parts
 ANEW = "delete it to begin this training anew"
 # What resume.pt holds: the best epochs; and of the last epoch, all that the next one depends on.
-KINDS = {
-    "data": (dict, list), "history": list, "best": dict, "phase": str, "epoch": int, "over": bool,
-    "adapter": dict, "optimizer": dict, "done": int, "order": torch.Tensor, "random": list
-}
+KINDS = {"data": (dict, list), "history": list, "best": dict, "phase": str, "epoch": int, "over": bool,
+         "adapter": dict, "optimizer": dict, "done": int, "order": torch.Tensor, "random": list}
 SAVING_SHARE = 0.05   # of the time may go into writing each file: 350 MB a second where that is all
 # of the weights in resume.pt: itself, two moments, the best of two phases, tied ones twice
 MAX_COPIES = 8
@@ -132,9 +130,8 @@ class Resume(Writing):
             check_format(self.path, found.get("format"), FORMAT)
             changed = self.data.differences(found["data"])
         if changed:
-            raise UserError(f"the pair files are not those that {self.path.parent} began with "
-                            f"(other {', '.join(changed)}); restore those, or train into a new "
-                            "task folder")
+            raise UserError(f"the pair files are not those that {self.path.parent} began with (other "
+                            f"{', '.join(changed)}); restore those, or train into a new task folder")
         self.found = {**found, "file": self.path}
         log(f"train | going on after epoch {found['epoch']} of {found['phase']}")
 

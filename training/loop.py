@@ -106,8 +106,7 @@ class Trainer:
             moments = [state[name] for name in ("exp_avg", "exp_avg_sq")]
             if any(moment.shape != weights[number].shape or moment.dtype != weights[number].dtype
                    for moment in moments) or state["step"].numel() != 1:
-                raise ValueError(f"the optimizer's state {number} has another shape than its "
-                                 "weights")
+                raise ValueError(f"the optimizer's state {number} has another shape than its weights")
         ours = self.optimizer.state_dict()["param_groups"]
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": ours})
@@ -175,9 +174,8 @@ class Trainer:
             self.buffers[widths] = target.fill_(NOT_SCORED), draft, torch.zeros_like(draft[:, 0])
         target, draft, lengths = self.buffers[widths]
         target[len(rows):], draft[len(rows):], lengths[len(rows):] = NOT_SCORED, 0, 0
-        for buffer, read, longest in ((target, tokens.targets,
-                                       tokens.width), (draft, tokens.drafts,
-                                                       max(tokens.width, tokens.draft_width))):
+        for buffer, read, longest in ((target, tokens.targets, tokens.width),
+                                      (draft, tokens.drafts, max(tokens.width, tokens.draft_width))):
             filled = min(buffer.shape[1], longest)
             buffer[:len(rows), :filled] = read(rows, filled)
         lengths[:len(rows)] = tokens.draft_lengths[rows]

@@ -77,8 +77,7 @@ class Epoch:
 class PhaseRun:
     """One phase at work: trainer, order of the pairs, and where it stands."""
 
-    def __init__(self, adapter: TokenAdapter, phase: Phase, tokens: TokenTensors,
-                 settings: Settings):
+    def __init__(self, adapter: TokenAdapter, phase: Phase, tokens: TokenTensors, settings: Settings):
         """The adapter is trained in place."""
         adapter.condition(phase.name)
         self.phase, self.tokens, self.learning_rate = phase, tokens, settings.learning_rate
@@ -290,8 +289,7 @@ def train(settings: Settings, adapter: TokenAdapter, data: Data, files: TaskFile
     if settings.refit and settings.conditioning != "draft":
         log(f"train | again, with the validation pairs: {len(data.all_train)} pairs")
         refit(trained, selection, new_adapter(data.all_train), data.all_train)
-        save_adapter(trained.adapter, files.checkpoint.path, epoch=trained.best_epoch,
-                     refitted=True)
+        save_adapter(trained.adapter, files.checkpoint.path, epoch=trained.best_epoch, refitted=True)
     return trained
 
 

@@ -1,5 +1,4 @@
-"""Whether a model's 4-bit layers are multiplied by nf4.py or by bitsandbytes, decided once at
-loading.
+"""Whether a model's 4-bit layers are multiplied by nf4.py or by bitsandbytes, decided once at loading.
 
     adopt(language_model, torch.bfloat16)         # Linear4bit -> NF4Linear, where it is right and faster
 
@@ -39,8 +38,7 @@ REFUSED: weakref.WeakSet = weakref.WeakSet()         # models that stay with bit
 
 
 def adopt(language_model: Any, dtype: torch.dtype) -> bool:
-    """Pack a LlamaModel's Linear4bit layers into NF4Linear where it is right and faster; say if
-    done.
+    """Pack a LlamaModel's Linear4bit layers into NF4Linear where it is right and faster; say if done.
 
     Layers are packed group by group, and each group's old form is freed before the next.
     """
@@ -97,8 +95,7 @@ def unfit(parent: nn.Module, names: list[str], dtype: torch.dtype) -> str:
             return f"{name} is not in NF4"
         n, k = layer.out_features, layer.in_features
         if state.blocksize != BLOCK or k % BLOCK or n % BLOCK:
-            return (f"{name} is {n} x {k} in blocks of {state.blocksize}, wanted multiples of "
-                    f"{BLOCK}")
+            return f"{name} is {n} x {k} in blocks of {state.blocksize}, wanted multiples of {BLOCK}"
     mixed = len({layer.bias is None for layer in layers}) > 1
     return f"only some of {', '.join(names)} have a bias" if mixed else ""
 
@@ -186,8 +183,7 @@ def microseconds(work: Callable) -> float:
     work()
     for _ in range(TIMES):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # Empties the cache; the host launches meanwhile
-        for _ in range(8):
+        for _ in range(8):                           # empties the cache; the host launches meanwhile
             filler.zero_()
         start.record()
         work()

@@ -31,8 +31,7 @@ def causal(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     planned: many calls of this very shape are to come.
     """
     with sdpa_kernel(PLANNED, set_priority=planned):
-        mixed = F.scaled_dot_product_attention(queries.transpose(1,
-                                                                 2), keys, values, is_causal=True,
+        mixed = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, is_causal=True,
                                                enable_gqa=queries.shape[2] != keys.shape[1])
     return mixed.transpose(1, 2).flatten(2)
 
@@ -75,8 +74,7 @@ def _plain(query, keys, values):
 
 
 def _cudnn(query, keys, values):
-    found = torch.ops.aten._scaled_dot_product_cudnn_attention(query, keys, values, None, True, 0.0,
-                                                               False)
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(query, keys, values, None, True, 0.0, False)
     return found[0], found[1].view(query.shape[:3])
 
 
@@ -94,8 +92,7 @@ def _kernel(device: torch.device, dtype: torch.dtype, d: int):
     if device.type != "cuda" or dtype == torch.float32 or d % 8:
         return _plain
     random = torch.Generator().manual_seed(0)
-    query, keys, values = (torch.randn(2, 2, n, d, generator=random).to(device, dtype)
-                           for n in (3, 40, 40))
+    query, keys, values = (torch.randn(2, 2, n, d, generator=random).to(device, dtype) for n in (3, 40, 40))
     plain = _plain(query, keys, values)
     for kernel in (_cudnn, _flash):
         try:

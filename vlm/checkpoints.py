@@ -166,8 +166,7 @@ def lacks(folder: Path) -> str | None:
         return "it has no config.json"
     if (folder / "adapter_config.json").exists():
         return (
-            "it has an adapter_config.json: adapters (LoRA) are not applied; merge the adapter "
-            "into "
+            "it has an adapter_config.json: adapters (LoRA) are not applied; merge the adapter into "
             "the weights and remove that file"
         )
     for file in sorted(folder.iterdir()):
@@ -244,8 +243,7 @@ def weight_files(folder: Path) -> list[Path]:
     shards = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(shards, dict) or not shards or not all(map(_is_plain_name, shards.values())):
         raise UserError(
-            f"{name} is not the index of weights: wanted a weight_map from tensors to files beside "
-            "it"
+            f"{name} is not the index of weights: wanted a weight_map from tensors to files beside it"
         )
     return [folder / shard for shard in sorted(set(shards.values()))]
 

@@ -130,9 +130,7 @@ class VisionLanguageModel(Protocol):
         """
 
     def prompt_embeds(self, pixels: torch.Tensor, query: str) -> torch.Tensor:
-        """pixels (n, 3, S, S) of one clip as prepare() gives them -> (1, L, H): input of the
-        decoder.
-        """
+        """pixels (n, 3, S, S) of one clip as prepare() gives them -> (1, L, H): input of the decoder."""
 
     def answer(
         self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int

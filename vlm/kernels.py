@@ -21,10 +21,9 @@ except ImportError:                  # a PyTorch for CPUs
 HEADS, COLUMNS = 16, 1024            # what one Triton program works on
 
 
-def rotate_and_store(qkv: torch.Tensor, rope: torch.Tensor, positions: torch.Tensor,
-                     cache: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Turn queries and keys by RoPE, put keys and values into the cache -> the queries (n, heads,
-    d).
+def rotate_and_store(qkv: torch.Tensor, rope: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor,
+                     places: torch.Tensor) -> torch.Tensor:
+    """Turn queries and keys by RoPE, put keys and values into the cache -> the queries (n, heads, d).
 
     qkv (n, heads + 2 kv_heads, d), contiguous, overwritten; rope (2, room, d): cos, and sin with
     rotate_half's sign; positions (n,) int64; cache (2, rows, kv_heads, slots, d): keys, values;
@@ -64,8 +63,7 @@ def join(queries: torch.Tensor, own: torch.Tensor, last: torch.Tensor, seen: tor
     n, d), and the logs of their sums of exponentials are sums (groups, kv_heads, n) float32.
     """
     d = queries.shape[-1]
-    fused = queries.is_cuda and d & (d - 1) == 0 and fused_kernels_work(
-        queries.device, queries.dtype)
+    fused = queries.is_cuda and d & (d - 1) == 0 and fused_kernels_work(queries.device, queries.dtype)
     return (_join_fused if fused else _join_plain)(queries, own, last, seen, sums)
 
 
@@ -121,8 +119,7 @@ if triton:
         x1, x2 = (tl.load(first, there).to(tl.float32), tl.load(first + HALF, there).to(tl.float32))
         angle = rope + tl.load(positions + token) * 2 * HALF + at
         y1 = x1 * tl.load(angle).to(tl.float32) + x2 * tl.load(angle + of_sin).to(tl.float32)
-        y2 = x2 * tl.load(angle + HALF).to(tl.float32) + x1 * tl.load(angle + of_sin + HALF).to(
-            tl.float32)
+        y2 = x2 * tl.load(angle + HALF).to(tl.float32) + x1 * tl.load(angle + of_sin + HALF).to(tl.float32)
         is_value, is_query = (head >= heads + kv_heads)[:, None], (head < heads)[:, None]
         y1, y2 = tl.where(is_value, x1, y1), tl.where(is_value, x2, y2)
         tl.store(first, y1, is_query)
@@ -165,8 +162,7 @@ if triton:
         at, kv_head, row, group = tl.arange(0, D), head // side, number // T, number // asked
         which = number % asked * side + head % side
         query = tl.load(queries + number * of_query + head * D + at).to(tl.float32) * scale
-        # What is shared is one block of a running softmax: its largest score its sum's log, its
-        # weight 1.
+        # What is shared is one block of a running softmax: its largest score its sum's log, its weight 1.
         largest = tl.load(sums + group * of_sums_group + kv_head * of_sums_head + which)
         weight = largest * 0 + 1.0
         mixed = tl.load(seen + group * of_group + kv_head * of_seen_head + which * of_seen + at).to(
@@ -245,11 +241,9 @@ def fused_kernels_work(device: torch.device, dtype: torch.dtype) -> bool:
                     (_rotate_plain, _swiglu_plain, _add_and_norm_plain, _join_plain),
                     (_rotate_fused, _swiglu_fused, _add_and_norm_fused, _join_fused)):
                 filled = cache.clone()
-                found.append([
-                    rotate(qkv.clone(), rope, positions, filled, places), filled,
-                    gated(gate_up), *added(gate_up, delta, weight, 1e-5),
-                    joined(qkv[:3, None, :8], cache, positions[:3, None] % 6, seen, sums)
-                ])
+                found.append([rotate(qkv.clone(), rope, positions, filled, places), filled, gated(gate_up),
+                              *added(gate_up, delta, weight, 1e-5),
+                              joined(qkv[:3, None, :8], cache, positions[:3, None] % 6, seen, sums)])
             for plain, fused in zip(*found):
                 # The plain way rounds in between
                 torch.testing.assert_close(fused, plain, rtol=0.02, atol=0.02)

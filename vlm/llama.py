@@ -45,9 +45,7 @@ class Llama:
     """The weights of one model, fused. It holds them: drop it before the model is unloaded."""
 
     def __init__(self, language_model: nn.Module, lm_head: nn.Module, room: int):
-        """language_model: LlamaModel; lm_head: its output layer; room: the most positions there
-        will be.
-        """
+        """language_model: LlamaModel; lm_head: its output layer; room: the most positions there will be."""
         config, weight = language_model.config, language_model.embed_tokens.weight
         self.model = language_model
         self.lm_head = lm_head
@@ -59,8 +57,7 @@ class Llama:
         self.head_dim = config.head_dim
         if reason := why_not(config, language_model):
             raise UserError(f"this language model can't run here: {reason}")
-        # The model's own RoPE (with its scaling). (2, room, d): cos, and sin with rotate_half's
-        # sign in it.
+        # The model's own RoPE (with its scaling). (2, room, d): cos, and sin with rotate_half's sign in it.
         positions = torch.arange(room, device=self.device)
         cos, sin = language_model.rotary_emb(weight[:1, None], position_ids=positions[None])
         minus, plus = sin.chunk(2, -1)
@@ -79,8 +76,7 @@ class Llama:
 
     def on_device(self) -> contextlib.AbstractContextManager:
         """Triton and CUDA events go by the current device, which need not be the model's."""
-        return torch.cuda.device(
-            self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def new_cache(self, rows: int, slots: int) -> torch.Tensor:
         """(layers, 2, rows, kv_heads, slots, d): keys, values. Zeros: a masked slot weighs 0, but 0
@@ -136,8 +132,7 @@ def together(x: torch.Tensor, weight: torch.Tensor | NF4Linear | None, *modules:
     """
     if isinstance(weight, NF4Linear):
         return weight(x)
-    return F.linear(x, weight) if weight is not None else torch.cat(
-        [module(x) for module in modules], -1)
+    return F.linear(x, weight) if weight is not None else torch.cat([module(x) for module in modules], -1)
 
 
 @torch.no_grad()         # not inference_mode: the modules must not be left with inference tensors
@@ -148,11 +143,9 @@ def fuse(modules: list[nn.Module]) -> torch.Tensor | NF4Linear | None:
     if type(modules[0]) is NF4Linear:
         return modules[0].fused
     if any(type(module) is not nn.Linear or module.bias is not None for module in modules):
-        # bitsandbytes' layers are subclasses of nn.Linear
-        return None
+        return None                                  # bitsandbytes' layers are subclasses of nn.Linear
     weights, rows = [module.weight for module in modules], 0
-    # Fused before, for another decoder of the same model?
-    for weight in weights:
+    for weight in weights:                           # fused before, for another decoder of the same model?
         if weight.untyped_storage().data_ptr() != weights[0].untyped_storage().data_ptr() or (
                 weight.storage_offset() != rows * weight.shape[1]):
             break
@@ -169,8 +162,7 @@ def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """How far two computations of the same logits (n, V) lie apart, as a share of their size;
     rounding in 16 bits: 1 %.
 
-    Rows that are no numbers in both are left out; NaN if a row is so in one of them only, or in
-    all.
+    Rows that are no numbers in both are left out; NaN if a row is so in one of them only, or in all.
     """
     numbers = theirs.isfinite().all(-1)
     if not torch.equal(numbers, ours.isfinite().all(-1)):

@@ -126,8 +126,8 @@ class Plan(NamedTuple):
 def plan_for(rows: int, n: int, room: int) -> Plan:
     """The plan for `rows` rows of x, N outputs and `room` bytes of shared memory.
 
-    Fastest on an H100 of seven ways to cut, for outputs of 4096, 12288 and 22016. Consumer cards
-    have room for 99 KiB, where some must do with blocks=1.
+    Fastest on an H100 of seven ways to cut, for outputs of 4096, 12288 and 22016. Consumer cards have
+    room for 99 KiB, where some must do with blocks=1.
     """
     eights = min(-(-rows // 8), EIGHTS[-1])
     plan = Plan(eights, blocks=2 if eights <= 8 else 1)
@@ -217,8 +217,7 @@ class NF4Linear(nn.Module):
         """The layer of these outputs, both multiples of 16, on the same memory."""
         part = slice(first // 16, last // 16)
         bias = None if self.bias is None else self.bias.data[first:last]
-        layer = NF4Linear(self.words.data[part], self.scales.data[part], self.factor, bias,
-                          self.dtype)
+        layer = NF4Linear(self.words.data[part], self.scales.data[part], self.factor, bias, self.dtype)
         layer.few_rows = self.few_rows
         layer.__dict__["fused"] = self
         return layer

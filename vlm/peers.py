@@ -49,9 +49,7 @@ TEXT_7B = {
 # Then come <image>, <video>, <pad>, and nothing
 WORDS_7B, VOCAB_SIZE_7B = 32000, 32064
 NEVER = 10**9                       # the id of an EOS that no model gives
-SMALL = {
-    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4
-}
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL_VISION = {**SMALL, "image_size": 28, "patch_size": 14, "projection_dim": 32}
 
 
@@ -63,8 +61,7 @@ class Tokenizer:
     bos_token_id, eos_token_id, pad_token_id = 1, NEVER, 0
 
     def __init__(self, words: int):
-        # Ids below are words; the second after them is VIDEO
-        self.words = words
+        self.words = words                           # ids below are words; the second after them is VIDEO
 
     def __call__(self, prompt: str):
         query = prompt.partition("\n")[2].removesuffix(" ASSISTANT:")
@@ -73,8 +70,7 @@ class Tokenizer:
         # EventGPT's prompt comes in two parts, each with BOS.
         before = VIDEO_BEFORE if VIDEO in prompt else [1, *EVENT_AFTER] if after else EVENT_BEFORE
         before, after = ([token % self.words for token in part] for part in (before, after))
-        return types.SimpleNamespace(
-            input_ids=[*before, *[self.words + 1] * prompt.count(VIDEO), *after])
+        return types.SimpleNamespace(input_ids=[*before, *[self.words + 1] * prompt.count(VIDEO), *after])
 
     def decode(self, tokens: list[int], **how) -> str:
         return ""
@@ -138,8 +134,7 @@ def linear_4bit(weight: torch.Tensor, runtime: Runtime) -> Linear4bit:
 
 
 class Forced:
-    """A logits processor that makes generate say a recorded answer: its next token gets the logit
-    +inf.
+    """A logits processor that makes generate say a recorded answer: its next token gets the logit +inf.
 
     Told by the position, because assisted decoding asks about all candidates of a pass, one after
     the other. No other logit is touched: prompt lookup drops candidates whose logit is -inf, and
@@ -164,12 +159,10 @@ def generate(model: VisionLanguageModel, pixels, answer: list[int], length: int,
     """
     prompt = model._prompt_ids(len(pixels), QUERY)
     ids = torch.tensor([prompt], device=model.runtime.device)
-    # Compiled code and inference tensors do not go together; generate turns gradients off by
-    # itself.
+    # Compiled code and inference tensors do not go together; generate turns gradients off by itself.
     with torch.inference_mode("cache_implementation" not in mode):
         found = model.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            max_new_tokens=length, pixel_values_videos=pixels[None].to(
-                ids.device, model.runtime.dtype,
-                non_blocking=True), logits_processor=[Forced(len(prompt), answer)], **mode)
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length,
+            pixel_values_videos=pixels[None].to(ids.device, model.runtime.dtype, non_blocking=True),
+            logits_processor=[Forced(len(prompt), answer)], **mode)
     return found[0, len(prompt):].tolist()

@@ -1,5 +1,4 @@
-"""Decoding one clip step by step: the static key/value cache through which both models decode at
-batch 1.
+"""Decoding one clip step by step: the static key/value cache through which both models decode at batch 1.
 
     steps = Steps(*model.decoder, room=2400)                            # model: VideoLlava or EventGPT
     token = steps.prefill(model.prompt_embeds(pixels, query)).best[-1:] # (1,) ids, on the device
@@ -39,10 +38,9 @@ TREE_SIZES = (25, 33, 49, 65)
 class Steps(Llama):
     """One sequence: prefill, verify, rollback, all called in one stream."""
 
-    def __init__(self, language_model: nn.Module, lm_head: nn.Module, room: int,
-                 graphs: bool | None = None, sizes: Iterable[int] = (*range(1, 18), *TREE_SIZES)):
-        """language_model: LlamaModel; lm_head: its output layer; room: the most positions there
-        will be.
+    def __init__(self, language_model: nn.Module, lm_head: nn.Module, room: int, graphs: bool | None = None,
+                 sizes: Iterable[int] = (*range(1, 18), *TREE_SIZES)):
+        """language_model: LlamaModel; lm_head: its output layer; room: the most positions there will be.
 
         graphs: None = on a CUDA device where the layers allow it (LLM.int8 never does); sizes: the
         numbers of tokens to have graphs for. A pass over another number of tokens runs on the next
@@ -76,8 +74,7 @@ class Steps(Llama):
         self.noted = self.last_best[:0]
         assert self.may_be_captured or not graphs, f"no CUDA graphs of this model on {self.device}"
         if self.may_be_captured and graphs is not False:
-            self.warm_up([k for k in sorted(set(sizes), reverse=True) if k <= room], must=graphs
-                         is True)
+            self.warm_up([k for k in sorted(set(sizes), reverse=True) if k <= room], must=graphs is True)
 
     @property
     def sizes(self) -> list[int]:
@@ -123,8 +120,7 @@ class Steps(Llama):
 
         def attend(number: int, queries: torch.Tensor) -> torch.Tensor:
             keys, values = self.cache[number]
-            mixed = causal(queries[None, :before], keys[..., :before, :],
-                           values[..., :before, :])[0]
+            mixed = causal(queries[None, :before], keys[..., :before, :], values[..., :before, :])[0]
             if not nodes:
                 return mixed
             tree = self.attention(queries[before:], keys[0], values[0], self.root,
@@ -165,8 +161,7 @@ class Steps(Llama):
 
     @torch.inference_mode()
     def keep_path(self, path: list[int]) -> None:
-        """After verify(tokens, parents): keep only this path of the tree, 0 first, in consecutive
-        slots.
+        """After verify(tokens, parents): keep only this path of the tree, 0 first, in consecutive slots.
 
         Read `best` of the pass first: as in rollback(), what is forgotten is zeroed where logits
         were no numbers.
@@ -217,17 +212,14 @@ class Steps(Llama):
     def _forward(self, k: int) -> Next:
         """The first k of the buffers: what a graph captures."""
         x, ancestors = self.model.embed_tokens(self.ids[:k]), self.ancestors[:k]
-        # As numbers, made once: of a boolean mask SDPA would make the same numbers again in every
-        # layer.
-        mask = None if self.attention.fused else visibility(self.root, ancestors, self.slots,
-                                                            x.dtype)
+        # As numbers, made once: of a boolean mask SDPA would make the same numbers again in every layer.
+        mask = None if self.attention.fused else visibility(self.root, ancestors, self.slots, x.dtype)
 
         def attend(number: int, queries: torch.Tensor) -> torch.Tensor:
             (keys,), (values,) = self.cache[number]
             return self.attention(queries, keys, values, self.root, ancestors, mask)
 
-        return self.following(
-            self.layers(x, self.positions[:k], self.cache, self.places[:k], attend))
+        return self.following(self.layers(x, self.positions[:k], self.cache, self.places[:k], attend))
 
     def _noted(self, following: Next) -> Next:
         """Copy `best` to the host without waiting, for rollback()."""
@@ -238,8 +230,7 @@ class Steps(Llama):
     # --------------------------------------------------------------------------------------- graphs
     @torch.inference_mode()
     def warm_up(self, sizes: list[int], must: bool = False) -> None:
-        """Capture a graph for each number of tokens, largest first: the smaller ones fit into its
-        memory.
+        """Capture a graph for each number of tokens, largest first: the smaller ones fit into its memory.
 
         A graph is believed only after it gave what eager gives for ids it was not captured with
         (4-bit kernels come from outside PyTorch). If one does not, all are dropped and a line says
@@ -257,8 +248,7 @@ class Steps(Llama):
                     self.cache.zero_()               # what eager wrote must not help the graph
                     graph.replay()
                     if not (difference := apart(output.logits, eager)) <= SAME:
-                        raise RuntimeError(f"the one for {k} tokens differs from eager by "
-                                           f"{difference:.1%}")
+                        raise RuntimeError(f"the one for {k} tokens differs from eager by {difference:.1%}")
             self.graphs = graphs
             log(f"steps | CUDA graphs for {', '.join(map(str, sorted(graphs)))} tokens")
         # CUDA's refusals while capturing are RuntimeErrors
@@ -281,8 +271,7 @@ class Prompted:
         self.embeds = embeds
 
     def prefill(self, proposed: list[int], parents: list[int] | None = None) -> Next:
-        """The prompt and opening proposals in one pass -> what follows the prompt and each
-        proposal.
+        """The prompt and opening proposals in one pass -> what follows the prompt and each proposal.
 
         parents: of a tree, as Steps.verify takes them; its root is the last token of the prompt.
         """
@@ -307,7 +296,5 @@ class Prompted:
         return NotNumbers(self.steps.dtype)
 
     def keep(self, tokens: int) -> None:
-        """Forget all but the prompt and so many tokens of the answer. Read `best` of the last pass
-        first.
-        """
+        """Forget all but the prompt and so many tokens of the answer. Read `best` of the last pass first."""
         self.steps.rollback(self.embeds.shape[1] + tokens)

@@ -50,16 +50,13 @@ def depths_of(parents: list[int]) -> list[int]:
 
 
 class TreeAttention:
-    """The kernel with its scratch memory, for one cache. Calls must follow one another in one
-    stream.
-    """
+    """The kernel with its scratch memory, for one cache. Calls must follow one another in one stream."""
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, device: torch.device, fused: bool):
         """fused: whether to run the kernel (kernel_works says whether it can)."""
         self.fused = fused
         if fused:
-            parts = kv_heads * SPLITS * triton.next_power_of_2(
-                (MAX_NODES + 1) * (heads // kv_heads))
+            parts = kv_heads * SPLITS * triton.next_power_of_2((MAX_NODES + 1) * (heads // kv_heads))
             self.mixed = torch.empty(parts * head_dim, dtype=torch.float32, device=device)
             self.sums = torch.empty(parts * 2, dtype=torch.float32, device=device)
             self.finished = torch.zeros(kv_heads, dtype=torch.int32, device=device)
@@ -100,9 +97,8 @@ def visibility(root: torch.Tensor, ancestors: torch.Tensor, slots: torch.Tensor,
 
 
 def attend_plain(queries, keys, values, mask):
-    mixed = F.scaled_dot_product_attention(
-        queries.transpose(0, 1)[None], keys[None], values[None], mask, enable_gqa=queries.shape[1]
-        != len(keys))
+    mixed = F.scaled_dot_product_attention(queries.transpose(0, 1)[None], keys[None], values[None], mask,
+                                           enable_gqa=queries.shape[1] != len(keys))
     return mixed[0].transpose(0, 1).reshape(len(queries), -1)
 
 
@@ -127,8 +123,7 @@ if triton:
         begin = split * STEPS * BLOCK
         end = tl.minimum(begin + STEPS * BLOCK, tl.minimum(first + 1 + NODES, slots).to(tl.int32))
         # Blocks before `whole` are visible to every query: no mask.
-        whole = begin + tl.maximum(tl.minimum(end,
-                                              (first + 1).to(tl.int32)) - begin, 0) // BLOCK * BLOCK
+        whole = begin + tl.maximum(tl.minimum(end, (first + 1).to(tl.int32)) - begin, 0) // BLOCK * BLOCK
         for start in range(begin, whole, BLOCK):
             slot = start + tl.arange(0, BLOCK)
             key = tl.load(keys + base + slot[:, None] * D + at[None, :])
@@ -145,10 +140,8 @@ if triton:
             key = tl.load(keys + base + slot[:, None] * D + at[None, :], inside[:, None], 0.0)
             scores = tl.dot(query, tl.trans(key)) * scale
             node = slot - first - 1
-            bit = (bits[:, None] >> tl.minimum(tl.maximum(node, 0), NODES - 1).to(
-                tl.int64)[None, :]) & 1
-            visible = ((node < 0)[None, :] | ((node < NODES)[None, :] &
-                                              (bit == 1))) & inside[None, :]
+            bit = (bits[:, None] >> tl.minimum(tl.maximum(node, 0), NODES - 1).to(tl.int64)[None, :]) & 1
+            visible = ((node < 0)[None, :] | ((node < NODES)[None, :] & (bit == 1))) & inside[None, :]
             scores = tl.where(visible, scores, -1e30)
             larger = tl.maximum(largest, tl.max(scores, 1))
             probability = tl.where(visible, tl.exp2(scores - larger[:, None]), 0.0)

@@ -19,8 +19,7 @@ from training.loop import Trainer, train_epoch
 
 
 def evaluated(oracle: Oracle, pairs: Pairs, max_seq_len: int = 9) -> dict:
-    top1, top5, _ = predict(oracle, TokenTensors.of(pairs, max_seq_len, torch.device("cpu")),
-                            batch_size=4)
+    top1, top5, _ = predict(oracle, TokenTensors.of(pairs, max_seq_len, torch.device("cpu")), batch_size=4)
     return compare(top1, top5, pairs, None)["adapter"]
 
 
@@ -74,8 +73,7 @@ def test_the_constant_string_is_the_commonest_training_token_at_each_position():
     assert commonest[:, 0].tolist() == [4, 6, 9, -1]
     assert commonest[1].tolist() == [6, 5, -1, -1, -1]
     test = pairs_of([[1]], [[4, 5, 9, 9]])
-    constant = compare(np.zeros((1, 4), bool), np.zeros((1, 4), bool), test,
-                       train)["constant_string"]
+    constant = compare(np.zeros((1, 4), bool), np.zeros((1, 4), bool), test, train)["constant_string"]
     assert (constant["alpha"], constant["top5"]) == (0.5, 0.75)
 
 
@@ -88,13 +86,8 @@ def test_figures_do_not_depend_on_how_many_answers_are_compared_at_a_time(monkey
     def figures() -> list:
         hits = number_right(top1, lengths)
         simulated = simulate(top1, lengths, 3)
-        return [
-            compare(top1, top5, pairs, pairs),
-            {**simulated, "passes": simulated["passes"].tolist()},
-            hits.tolist(),
-            interval(hits, lengths, names),
-            by_drive(hits, lengths, names)
-        ]
+        return [compare(top1, top5, pairs, pairs), {**simulated, "passes": simulated["passes"].tolist()},
+                hits.tolist(), interval(hits, lengths, names), by_drive(hits, lengths, names)]
 
     whole = figures()
     monkeypatch.setattr(metrics, "BLOCK_POSITIONS", 7 * 9)

@@ -21,14 +21,12 @@ ONE_PAIR = pairs_of([[]], [[3]])
 
 def tiny(conditioning: str, max_seq_len: int, contract: str = "") -> TokenAdapter:
     torch.manual_seed(0)
-    return TokenAdapter(AdapterConfig(11, conditioning, 8, 1, 2, 16, max_seq_len, 0.0,
-                                      contract)).eval()
+    return TokenAdapter(AdapterConfig(11, conditioning, 8, 1, 2, 16, max_seq_len, 0.0, contract)).eval()
 
 
 @pytest.mark.parametrize("pairs", [random_pairs(CONTRACT), ONE_PAIR], ids=["many", "one"])
 @pytest.mark.parametrize(("conditioning", "contract"), [*CONTRACTS.items(), ("draft", ORIGINAL_CONTRACT)])
-def test_with_one_position_and_with_one_pair_every_figure_is_a_number_or_null(
-        conditioning, contract, pairs):
+def test_with_one_position_and_with_one_pair_every_figure_is_a_number_or_null(conditioning, contract, pairs):
     adapter = tiny(conditioning, 1, contract)
     figures = measure_adapter(adapter, pairs, pairs, 4, "test")
     parts = SimulationParts(adapter, pairs, pairs, prefix_adapter=adapter, online=True)
@@ -50,21 +48,17 @@ def test_every_drafter_of_the_table_is_measured_and_hybrids_only_with_a_selectio
     assert list(checkpoint["drafters"]) == ["copy of the draft", "adapter"]
 
 
-def test_with_answers_longer_than_the_adapter_every_baseline_has_one_figure_and_a_warning_is_given(
-        capsys):
+def test_with_answers_longer_than_the_adapter_every_baseline_has_one_figure_and_a_warning_is_given(capsys):
     pairs = random_pairs(CONTRACT)
     adapter = tiny("prefix+draft", 4)
     figures = measure_adapter(adapter, pairs, pairs, 4, "test")
     drafters = measure_drafters(SimulationParts(adapter, pairs, pairs), None)["drafters"]
-    for ours, theirs in (("constant_string", "constant string"), ("direct_copy",
-                                                                  "copy of the draft")):
+    for ours, theirs in (("constant_string", "constant string"), ("direct_copy", "copy of the draft")):
         assert figures[ours]["alpha"] == drafters[theirs]["alpha"]
         assert figures[ours]["per_position"]["alpha"] == drafters[theirs]["per_position"]["alpha"]
     assert figures["adapter"]["alpha"] == drafters["adapter"]["alpha"]
-    assert figures["positions_past_max_seq_len"] == (pairs.lengths("target") -
-                                                     4).clip(min=0).sum() > 0
-    assert "WARNING | 17 of 30 test answers are longer than --max_seq_len 4" in capsys.readouterr(
-    ).out
+    assert figures["positions_past_max_seq_len"] == (pairs.lengths("target") - 4).clip(min=0).sum() > 0
+    assert "WARNING | 17 of 30 test answers are longer than --max_seq_len 4" in capsys.readouterr().out
     measure_adapter(tiny("prefix+draft", 9), pairs, pairs, 4, "test")
     assert "WARNING" not in capsys.readouterr().out
 
@@ -93,8 +87,7 @@ def test_figures_do_not_depend_on_how_many_logits_are_held(monkeypatch, conditio
 
 @pytest.mark.parametrize("conditioning", CONTRACTS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_an_adapter_whose_logits_are_no_numbers_is_one_clear_error_and_never_a_hit(
-        conditioning, bad):
+def test_an_adapter_whose_logits_are_no_numbers_is_one_clear_error_and_never_a_hit(conditioning, bad):
     adapter, pairs = tiny(conditioning, 9), pairs_of([[0, 1, 2, 3]] * 4, [[0, 1, 2, 3]] * 4)
     with torch.no_grad():
         adapter.output_proj[0].weight.fill_(bad)

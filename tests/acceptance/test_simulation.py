@@ -37,8 +37,7 @@ def test_simulation_of_all_answers_together_equals_each_one_alone(gamma):
     assert found["accepted_lengths"] == histogram.tolist()
 
 
-def test_a_perfect_drafter_needs_one_pass_for_gamma_plus_one_tokens_and_a_wrong_one_a_pass_for_each(
-):
+def test_a_perfect_drafter_needs_one_pass_for_gamma_plus_one_tokens_and_a_wrong_one_a_pass_for_each():
     lengths = np.array([9, 10, 1])
     inside = np.arange(10) < lengths[:, None]
     assert simulate(inside, lengths, 4)["passes"].tolist() == [2, 2, 1]
@@ -53,5 +52,4 @@ def test_tau_of_a_drafter_that_streams_is_that_of_its_hits():
     found = stream(Fixed(proposals, pairs), pairs)
     right = np.broadcast_to(np.arange(9) % 3 < 2, (30, 9))
     assert found["alpha"] == found["top5"] == measure(right, pairs.lengths("target"))["alpha"]
-    assert found["simulated"]["12"]["tau"] == simulate(found["top1"], pairs.lengths("target"),
-                                                       12)["tau"]
+    assert found["simulated"]["12"]["tau"] == simulate(found["top1"], pairs.lengths("target"), 12)["tau"]

@@ -33,8 +33,7 @@ def measured(tmp_path_factory) -> dict:
 
 def test_every_part_is_measured(measured):
     paint, read, made = measured["paint"], measured["read"], measured["prepare"]
-    assert list(paint["events_per_s"]) == list(
-        paint["share_of_copy"]) == ["time", "blue_over_red", "loop"]
+    assert list(paint["events_per_s"]) == list(paint["share_of_copy"]) == ["time", "blue_over_red", "loop"]
     assert all(value > 0 for part in (*paint.values(), read, made) for value in (
         part.values() if isinstance(part, dict) else [part]))
     # A parent and its workers

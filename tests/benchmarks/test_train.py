@@ -52,12 +52,9 @@ def test_the_output_of_train_holds_everything(trained):
         for loop in ("plain", "ours"):
             run = found[loop]
             assert set(run) == FIGURES and run["steps_per_epoch"] == math.ceil(150 / 16)
-            assert run["50_epochs_s"] == pytest.approx(50 * math.ceil(5208 / 16) * run["step_ms"] /
-                                                       1000)
-            assert run["share_of_limit"] == pytest.approx(found["limits"]["least_step_ms"] /
-                                                          run["step_ms"])
-        assert found["times_faster"] == pytest.approx(found["plain"]["step_ms"] /
-                                                      found["ours"]["step_ms"])
+            assert run["50_epochs_s"] == pytest.approx(50 * math.ceil(5208 / 16) * run["step_ms"] / 1000)
+            assert run["share_of_limit"] == pytest.approx(found["limits"]["least_step_ms"] / run["step_ms"])
+        assert found["times_faster"] == pytest.approx(found["plain"]["step_ms"] / found["ours"]["step_ms"])
 
 
 def test_the_limit_counts_no_padding(tmp_path):
@@ -71,8 +68,7 @@ def test_the_limit_counts_no_padding(tmp_path):
     model = train.new_adapter("prefix", config, torch.device("cpu"))
     positions = int(pairs.lengths("target").sum() + pairs.lengths("draft").sum())
     each = sum(weight.numel() for weight in model.transformer.parameters()) + 90 * 32
-    assert found[0]["step_gflop"] * 1e9 == pytest.approx(6 * positions * each /
-                                                         math.ceil(len(pairs) / 32))
+    assert found[0]["step_gflop"] * 1e9 == pytest.approx(6 * positions * each / math.ceil(len(pairs) / 32))
 
 
 def test_made_pairs_are_the_same_each_time_and_validation_repeats_sentences_but_not_rows():
@@ -136,5 +132,4 @@ def test_the_output_of_adapter_holds_everything(asked):
         if name.startswith(("transformer", "output_proj"))
     ]
     tied = weights.embedding.weight                                     # read as the output layer's
-    assert asked["limits"]["step_weights_mib"] * 2**20 == sum(weight.nbytes
-                                                              for weight in [*read, tied])
+    assert asked["limits"]["step_weights_mib"] * 2**20 == sum(weight.nbytes for weight in [*read, tied])

@@ -167,8 +167,7 @@ def test_links_to_named_folders_are_followed_and_others_are_not(folder, tmp_path
         with pytest.raises(UserError, match="holds no data set"):
             read_dataset(folder)
     sample, = read_dataset(folder, [tmp_path / "other", tmp_path / "disk"])
-    assert np.array_equal(draft_pictures(sample, "all"), wanted) and len(target_pictures(sample,
-                                                                                         8)) == 8
+    assert np.array_equal(draft_pictures(sample, "all"), wanted) and len(target_pictures(sample, 8)) == 8
     with pytest.raises(UserError, match=r"--allow_links .*nowhere: no such folder"):
         read_dataset(folder, [tmp_path / "nowhere"])
 

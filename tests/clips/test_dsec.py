@@ -1,6 +1,4 @@
-"""Raw recordings: the lists, the layouts, the reader, and every way in which a download can be
-broken.
-"""
+"""Raw recordings: the lists, the layouts, the reader, and every way in which a download can be broken."""
 
 import json
 import re
@@ -20,8 +18,7 @@ from tests.recordings import BAD, FIRST_US, GOOD, SMALL, T_OFFSET, break_picture
 def test_dsecs_lists_are_whole_and_apart():
     train, test = dsec.SEQUENCES["train"], dsec.SEQUENCES["test"]
     assert len(set(train)) == len(train) == 41 and len(set(test)) == len(test) == 12
-    assert not set(train) & set(test) and {"interlaken_00_c", "thun_00_a", "zurich_city_11_c"
-                                           } <= set(train)
+    assert not set(train) & set(test) and {"interlaken_00_c", "thun_00_a", "zurich_city_11_c"} <= set(train)
     assert not any("zurich_city_1" in name and int(name[12:14]) > 11 for name in train)
 
 
@@ -223,11 +220,9 @@ def test_what_is_broken_is_named_and_the_rest_is_made(prepare, two, capsys, dama
 
 def test_a_gap_in_the_recording_leaves_out_the_windows_within_it(prepare, two):
     root, _, bad = two
-    times(lambda lines: "\n".join(lines[:9] + [str(int(line) + 5_000_000)
-                                               for line in lines[9:]]))(bad)
+    times(lambda lines: "\n".join(lines[:9] + [str(int(line) + 5_000_000) for line in lines[9:]]))(bad)
     folder, said = prepare(*SMALL, "--sequences", BAD, GOOD, "--allow_missing", root=root)
-    for clip, reason in {1: "no pictures", 8: "no pictures", 9: "no events",
-                         10: "no events"}.items():
+    for clip, reason in {1: "no pictures", 8: "no pictures", 9: "no events", 10: "no events"}.items():
         assert f"LEFT OUT | {BAD}/{clip:06d} | {reason}" in said
     assert [row["clip"] for row in json.loads((folder / INDEX_FILE).read_text())] == [0, 0]
     assert f"missing | {BAD} | 10 clips: 000001, 000002, " in said
@@ -251,8 +246,7 @@ def test_a_file_of_minus_one_and_zero_is_refused_even_where_no_slice_has_both(tw
     good = two[1]
     monkeypatch.setattr(dsec, "SLICE", 1000)
     replaced("events/p", lambda p: np.where(np.arange(len(p)) < 1000, -1, 0).astype(np.int8))(good)
-    with dsec.EventFile(good.events) as events, pytest.raises(MediaError,
-                                                              match="events/p has -1 and 0"):
+    with dsec.EventFile(good.events) as events, pytest.raises(MediaError, match="events/p has -1 and 0"):
         list(events.slices(0, 3000))
 
 

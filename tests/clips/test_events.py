@@ -24,9 +24,7 @@ def save_events(path: Path, **columns) -> Path:
 def test_the_last_event_of_a_pixel_wins():
     image = render_events(np.array([0, 2, 0]), np.array([0, 1, 0]), np.array([1, 0, 0]))
     assert image.shape == (2, 3, 3)
-    assert image[0, 0].tolist() == BLUE and image[1,
-                                                  2].tolist() == BLUE and image[0,
-                                                                                1].tolist() == WHITE
+    assert image[0, 0].tolist() == BLUE and image[1, 2].tolist() == BLUE and image[0, 1].tolist() == WHITE
     assert render_events(np.array([0, 0]), np.array([0, 0]), np.array([0, 1]))[0, 0].tolist() == RED
 
 

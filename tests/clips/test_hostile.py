@@ -106,8 +106,7 @@ def video(tmp_path) -> Path:
     ("MAX_FRAMES", 9, "10 frames, wanted 1 to 9"),
     ("MAX_PIXELS", 64 * 48 - 1, "64 x 48 px, wanted"),
     ("MAX_SIDE", 63, "64 x 48 px, wanted")])
-def test_what_a_video_announces_is_bounded_before_it_is_decoded(video, monkeypatch, limit, value,
-                                                                words):
+def test_what_a_video_announces_is_bounded_before_it_is_decoded(video, monkeypatch, limit, value, words):
     def decode(*_):
         raise AssertionError("decoded")
 
@@ -181,8 +180,7 @@ def event_file(path: Path, operations: bytes) -> Path:
 ARRAY = b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0tC\x01btR"
 OBJECTS, BYTES = (b"cnumpy\ndtype\n(X" + struct.pack("<I", 2) + name + b"\x89\x88tR"
                   for name in (b"O8", b"u1"))
-NESTED = b"K\x01" + b"\x940h\0h\0\x86" * 0 + b"".join(b"q%ch%ch%c\x86" % (k, k, k)
-                                                      for k in range(1, 40))
+NESTED = b"K\x01" + b"\x940h\0h\0\x86" * 0 + b"".join(b"q%ch%ch%c\x86" % (k, k, k) for k in range(1, 40))
 
 
 @pytest.mark.parametrize(("name", "operations"), {
@@ -216,8 +214,7 @@ def test_event_files_of_every_age_are_read(tmp_path, protocol):
     found = read_events(tmp_path / "e.npy")
     for name, column in columns.items():
         assert np.array_equal(found[name], column) and found[name].dtype == column.dtype
-    older = (tmp_path / "e.npy").read_bytes().replace(b"numpy._core.multiarray",
-                                                      b"numpy.core.multiarray")
+    older = (tmp_path / "e.npy").read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     if protocol == 3:                              # names in lines, not behind their length
         (tmp_path / "e.npy").write_bytes(older)
         assert np.array_equal(read_events(tmp_path / "e.npy")["t"], columns["t"])
@@ -239,9 +236,7 @@ def test_a_pickle_of_very_many_objects_is_refused(tmp_path, operations):
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.avi", "a.ts", "a.mp4"])
 def test_a_video_that_goes_on_with_nothing_ends_in_time(tmp_path, monkeypatch, name):
-    """20 GiB of zeros, for which no disk is needed, behind a video or behind the first bytes of
-    one.
-    """
+    """20 GiB of zeros, for which no disk is needed, behind a video or behind the first bytes of one."""
     monkeypatch.setattr(videos, "MAX_WAIT_S", 0.5)
     heads = {"a.mkv": b"\x1a\x45\xdf\xa3\x93\x42\x82\x88matroska",
              "a.avi": b"RIFF\0\0\0\0AVI LIST\0\0\0\x7fmovi",

@@ -101,8 +101,7 @@ def test_grey_whose_white_is_not_known_is_refused(tmp_path, kind):
 def small_png(path: Path, bits: int, transparent: int | None, colour: int = 0) -> None:
     """One row with all values that so many bits have; Pillow writes no PNG of 2 or 4 bits."""
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(
-            ">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     values = [value % 2**bits for value in range(16)]
     row = int("".join(format(value, f"0{bits}b") for value in values), 2).to_bytes(2 * bits, "big")

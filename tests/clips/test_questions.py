@@ -1,6 +1,4 @@
-"""Files of questions: every known form is read alike, anything else is refused with the known
-forms.
-"""
+"""Files of questions: every known form is read alike, anything else is refused with the known forms."""
 
 import json
 
@@ -64,9 +62,8 @@ def test_a_question_may_begin_with_a_bracket(tmp_path):
 def test_a_file_without_an_end_is_not_read(tmp_path, name):
     with open(tmp_path / name, "wb") as file:
         file.truncate(20 * 2**30)
-    with pytest.raises(
-            UserError,
-            match=f"has {20 * 2**30} bytes, wanted {questions.MAX_QUESTIONS_BYTES} at most"):
+    with pytest.raises(UserError,
+                       match=f"has {20 * 2**30} bytes, wanted {questions.MAX_QUESTIONS_BYTES} at most"):
         read_questions("x", tmp_path / name, -1)
 
 

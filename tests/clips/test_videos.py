@@ -132,9 +132,7 @@ def test_a_file_without_a_video_stream_is_named(tmp_path):
 
 # ------------------------------------------------- announced and shown: edit lists, fragments, gaps
 def remux(source: Path, target: Path, first: int, end: int) -> None:
-    """Trim as `ffmpeg -ss -t -c copy` does: frames before `first` stay in the file and are not
-    shown.
-    """
+    """Trim as `ffmpeg -ss -t -c copy` does: frames before `first` stay in the file and are not shown."""
     import av
 
     with av.open(str(source)) as file, av.open(str(target), "w") as out:
@@ -183,8 +181,7 @@ def test_the_count_in_the_head_of_an_avi_is_not_believed(tmp_path, announced):
     data = (tmp_path / "a.avi").read_bytes()
     place = data.index(b"strh") + 8 + 32                                    # dwLength
     assert int.from_bytes(data[place:place + 4], "little") == 24
-    (tmp_path / "a.avi").write_bytes(data[:place] + announced.to_bytes(4, "little") +
-                                     data[place + 4:])
+    (tmp_path / "a.avi").write_bytes(data[:place] + announced.to_bytes(4, "little") + data[place + 4:])
     assert greys(read_video(tmp_path / "a.avi", 4)) == [0, 7, 15, 23]
 
 
@@ -192,8 +189,7 @@ def test_the_count_in_the_head_of_an_avi_is_not_believed(tmp_path, announced):
     ("a.mp4", {}), ("a.mp4", {"movflags": "faststart"}), ("a.mov", {"movflags": "faststart"}),
     ("a.mp4", {"movflags": "frag_keyframe+empty_moov"}), ("a.avi", {}), ("a.mkv", {}),
     ("a.webm", {})])
-def test_a_file_whose_end_is_gone_is_refused_in_every_container_that_can_tell(
-        tmp_path, name, options):
+def test_a_file_whose_end_is_gone_is_refused_in_every_container_that_can_tell(tmp_path, name, options):
     make_video(tmp_path / name, 40, "libvpx-vp9" if name.endswith("webm") else "libx264", options)
     data = (tmp_path / name).read_bytes()
     assert len(read_video(tmp_path / name)) == 8
@@ -320,8 +316,7 @@ def test_an_error_number_that_only_ffmpeg_uses_is_the_videos_fault(tmp_path, mon
     import av
 
     write_video(tmp_path / "a.mp4", grey_frames(3))
-    # EIO, EAGAIN, ENOMEM of a broken file
-    for number in (5, 11, 12):
+    for number in (5, 11, 12):                                     # EIO, EAGAIN, ENOMEM of a broken file
         def fail(*_, number=number, **__):
             av.error.err_check(-number)
 

@@ -58,9 +58,7 @@ class Branched(Automaton):
         return super().verify(tokens) if parents is None else self._over(self.fed, tokens, parents)
 
     def keep_path(self, path):
-        assert path[0] == 0 and self.paths[path[-1]][self.start:] == [
-            self.paths[node][-1] for node in path
-        ]
+        assert path[0] == 0 and self.paths[path[-1]][self.start:] == [self.paths[node][-1] for node in path]
         self.fed = self.paths[path[-1]]
 
 

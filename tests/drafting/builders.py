@@ -41,9 +41,7 @@ class PlainNGrams:
                 break
             back_off = BACK_OFF * len(following)
             total = sum(following.values()) + back_off
-            probabilities = {
-                token: value * back_off / total for token, value in probabilities.items()
-            }
+            probabilities = {token: value * back_off / total for token, value in probabilities.items()}
             for token, count in following.items():
                 probabilities[token] = probabilities.get(token, 0.0) + count / total
         return probabilities

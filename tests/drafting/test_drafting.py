@@ -104,8 +104,7 @@ def test_counts_begun_with_others_are_those_of_all_and_the_others_stay_as_they_a
 
 def test_a_memory_begins_with_the_last_of_very_many_answers(monkeypatch):
     pairs = pairs_of([[number] for number in range(6)])
-    pairs = dataclasses.replace(pairs, sequence=["b", "a", "b", "a", "b", "a"],
-                                clip=[3, 1, 2, 9, 1, 10])
+    pairs = dataclasses.replace(pairs, sequence=["b", "a", "b", "a", "b", "a"], clip=[3, 1, 2, 9, 1, 10])
     assert list(remembered(pairs)) == [[0], [1], [2], [3], [4], [5]]
     monkeypatch.setattr(memory_module, "MAX_TRAINING_ANSWERS", 4)
     assert list(remembered(pairs)) == [[0], [1], [3], [5]]

@@ -70,8 +70,7 @@ def test_the_most_probable_path_first_is_the_same_tree():
     for seed in range(4):
         tree = build_tree(Dice(seed), [2], 20)
         chain = tree.chain_first()
-        length = next((k for k, parent in enumerate(chain.parents) if parent != k - 1),
-                      len(chain.parents))
+        length = next((k for k, parent in enumerate(chain.parents) if parent != k - 1), len(chain.parents))
         assert length >= 1 and all(parent < node for node, parent in enumerate(chain.parents))
         for answer in itertools.product(range(4), repeat=4):
             assert tree.accepted(list(answer)) == chain.accepted(list(answer))
@@ -84,8 +83,6 @@ def test_a_tree_without_branches_is_worth_what_a_chain_is_worth(monkeypatch):
     wide = simulate_trees(LiveMemory(NGrams(before=training)), pairs, 8)
     monkeypatch.setattr(memory_module, "MAX_CHILDREN", 1)
     chain = simulate_trees(LiveMemory(NGrams(before=training)), pairs, 8)
-    assert chain["tau"] == pytest.approx(
-        simulate(hits, pairs.lengths("target"), 8)["tau"], rel=0.03)
-    assert chain["depth"] <= 8 < simulate_trees(LiveMemory(NGrams(before=training)), pairs,
-                                                16)["depth"]
+    assert chain["tau"] == pytest.approx(simulate(hits, pairs.lengths("target"), 8)["tau"], rel=0.03)
+    assert chain["depth"] <= 8 < simulate_trees(LiveMemory(NGrams(before=training)), pairs, 16)["depth"]
     assert 1 < wide["nodes"] <= 8

@@ -1,6 +1,4 @@
-"""Answering with fakes: what goes wrong while batches are in flight costs no answer and no other
-clip.
-"""
+"""Answering with fakes: what goes wrong while batches are in flight costs no answer and no other clip."""
 
 import types
 
@@ -28,8 +26,7 @@ class Model:
 
 
 class Engine:
-    """Stands in for vlm.batches.Batches; `plan` maps (stage, number of the batch) to an error,
-    raised once.
+    """Stands in for vlm.batches.Batches; `plan` maps (stage, number of the batch) to an error, raised once.
 
     The stages of a batch: made, begun, running (after the batch before it was handed over), done
     (waited for).
@@ -115,9 +112,7 @@ ALL = {number: [number] for number in range(7)}
 
 def test_every_clip_is_answered_once(answer):
     results, _, error = answer()
-    assert error is None and results.answers == ALL and results.calls == 4 and Engine.sizes == [
-        2, 2, 2, 1
-    ]
+    assert error is None and results.answers == ALL and results.calls == 4 and Engine.sizes == [2, 2, 2, 1]
 
 
 @pytest.mark.parametrize("stage", ["made", "begun", "running"])
@@ -159,17 +154,13 @@ ENDS = [KeyboardInterrupt(), Stopped(143), RuntimeError("device-side assert"), V
 @pytest.mark.parametrize("stage", ["begun", "running"])
 def test_what_ends_a_run_loses_no_batch_that_the_device_was_given(answer, end, stage):
     results, _, error = answer({(stage, 2): end})
-    assert error is end and results.answers == {number: [number]
-                                                for number in range(4)} and not results.lost
+    assert error is end and results.answers == {number: [number] for number in range(4)} and not results.lost
 
 
 @pytest.mark.parametrize("end", ENDS, ids=repr)
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_what_ends_a_run_while_answers_are_kept_loses_only_what_could_not_be_written(
-        answer, end, when):
-    """Keeping is tried once more: the disk may have room for less, and a signal is no reason to
-    lose any.
-    """
+def test_what_ends_a_run_while_answers_are_kept_loses_only_what_could_not_be_written(answer, end, when):
+    """Keeping is tried once more: the disk may have room for less, and a signal is no reason to lose any."""
     results, _, error = answer({}, Results(**{when: {2: end}}))
     assert error is end and results.answers == {number: [number] for number in range(4)}
 

@@ -1,6 +1,4 @@
-"""Extraction goes on where it was stopped, and with clips that failed; with nothing that differs
-now.
-"""
+"""Extraction goes on where it was stopped, and with clips that failed; with nothing that differs now."""
 
 import json
 import shutil
@@ -58,8 +56,7 @@ def test_a_stopped_run_goes_on_where_it_was(extract, tmp_path, monkeypatch):
     def append_until_killed(journal, entries):
         append(journal, entries)
         calls.append(entries)
-        # Each load of a model counts as one: after 2 and 1 batches
-        if len(calls) in (3, 7):
+        if len(calls) in (3, 7):          # each load of a model counts as one: after 2 and 1 batches
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Journal, "append", append_until_killed)
@@ -91,8 +88,7 @@ def test_a_finished_output_is_not_touched_again(extract, tmp_path):
     assert len(rows_of(extract("--restart", None))) == 5
 
 
-def test_a_finished_output_of_a_data_set_that_changed_since_is_not_called_finished(
-        extract, copy, tmp_path):
+def test_a_finished_output_of_a_data_set_that_changed_since_is_not_called_finished(extract, copy, tmp_path):
     extract(dataset_dir=copy)
     before = (tmp_path / "pairs.json").read_bytes()
     picture = next((copy / "event_image").rglob("*_0.png"))
@@ -131,8 +127,7 @@ def test_clips_that_change_between_two_starts_are_refused_and_mended_ones_are_no
     with pytest.raises(UserError, match=r"files of 1 answered clips have changed.* \(videollava"):
         extract(dataset_dir=copy)
     good.write_bytes(video)
-    # It had failed: nothing depends on what it was
-    bad.write_bytes(whole)
+    bad.write_bytes(whole)                                    # it had failed: nothing depends on what it was
     output = extract(dataset_dir=copy)
     assert len(rows_of(output)) == 5 and not output["failed"]
 
@@ -190,17 +185,13 @@ def test_clips_that_failed_are_tried_again_by_the_same_command_and_no_others(
         (tmp_path / file.name).rename(file)
     output = extract(dataset_dir=copy)
     assert answers == [3, 2]                            # clips 0, 3, 4; then 0, 3: 4 has no video
-    assert rows_of(output) == rows_of(wanted)[:4] and [
-        row["sample_idx"] for row in output["failed"]
-    ] == [4]
+    assert rows_of(output) == rows_of(wanted)[:4] and [row["sample_idx"] for row in output["failed"]] == [4]
     assert not (tmp_path / ".pairs.json.journal.jsonl").exists()
 
 
 def test_trying_failed_clips_again_is_stopped_without_losing_an_answer(
         extract, copy, tmp_path, monkeypatch, answers):
-    """The output is there until a better one replaces it, and its answers are in the journal at
-    once.
-    """
+    """The output is there until a better one replaces it, and its answers are in the journal at once."""
     picture, _ = files_of(copy, 0)
     picture.rename(tmp_path / "picture")
     extract(dataset_dir=copy)
@@ -264,8 +255,7 @@ def test_failed_clips_are_not_tried_again_when_another_clip_has_changed(extract,
 def test_a_row_of_the_data_set_that_was_mended_is_tried_again(extract, copy, answers):
     index = copy / "EventGPT_Instruction_Subset.json"
     rows = json.loads(index.read_text())
-    index.write_text(
-        json.dumps([rows[0], {**rows[1], "event_image": ["../../outside.png"]}, *rows[2:]]))
+    index.write_text(json.dumps([rows[0], {**rows[1], "event_image": ["../../outside.png"]}, *rows[2:]]))
     assert [row["content"] for row in extract(dataset_dir=copy)["failed"]] == [None]
     index.write_text(json.dumps(rows))
     answers.clear()
@@ -288,8 +278,7 @@ def test_a_folder_that_goes_away_ends_the_run_and_the_same_command_goes_on(
                 (copy / what).rename(tmp_path / "unmounted")
         return read(self, sample, view)
 
-    with monkeypatch.context() as gone, pytest.raises(UserError,
-                                                      match="when this run began and is gone"):
+    with monkeypatch.context() as gone, pytest.raises(UserError, match="when this run began and is gone"):
         gone.setattr(Role, "pictures", unmounted)
         extract("--max_samples", 20, "--batch_size", 2, "--num_workers", 1, dataset_dir=copy)
     assert not (tmp_path / "pairs.json").exists()
@@ -317,10 +306,8 @@ def test_a_machine_without_descriptors_fails_no_clip(extract, monkeypatch):
 @pytest.fixture
 def models(demo, tmp_path) -> dict:
     """Copies of both model folders, which a test may change."""
-    return {
-        "--draft_model": shutil.copytree(demo.models / "eventgpt", tmp_path / "eventgpt"),
-        "--target_model": shutil.copytree(demo.models / "video_llava", tmp_path / "video_llava")
-    }
+    return {"--draft_model": shutil.copytree(demo.models / "eventgpt", tmp_path / "eventgpt"),
+            "--target_model": shutil.copytree(demo.models / "video_llava", tmp_path / "video_llava")}
 
 
 def change_weights(folder, change, name: str = "") -> None:
@@ -338,8 +325,7 @@ def test_other_weights_in_the_same_folder_are_refused_before_anything_is_loaded(
     stop_before_the_output(monkeypatch, extract, *flags)
     shutil.copytree(models[flag], tmp_path / "before")
     change_weights(models[flag], lambda values: values * 1.01, "layers.0")
-    with monkeypatch.context() as light, pytest.raises(UserError,
-                                                       match=r"other weights of .*content"):
+    with monkeypatch.context() as light, pytest.raises(UserError, match=r"other weights of .*content"):
         light.setattr(Role, "load", None)
         extract(*flags)
     shutil.rmtree(models[flag])
@@ -351,9 +337,7 @@ def test_other_weights_in_the_same_folder_are_refused_before_anything_is_loaded(
     ("local", True), ("local 0123456789ab", False), ("unknown", False), ("a" * 40, False)])
 def test_revisions_that_do_not_tell_the_content(
         extract, demo, monkeypatch, tmp_path, capsys, recorded, goes_on):
-    """"local ..." is what earlier versions recorded of names and sizes; "unknown" is equal to
-    nothing.
-    """
+    """"local ..." is what earlier versions recorded of names and sizes; "unknown" is equal to nothing."""
     stop_before_the_output(monkeypatch, extract)
     lines = journal_of(tmp_path)
     for line in lines:
@@ -382,8 +366,7 @@ def spoilt(values: torch.Tensor) -> torch.Tensor:
     ("--draft_model", "layers.0.mlp"), ("--draft_model", "visual_projector"), ("--target_model", "lm_head"),
     ("--target_model", "layers.1.self_attn"), ("--target_model", "video_tower")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_model_of_no_numbers_is_one_error_and_no_output(extract, models, tmp_path, flag, name,
-                                                          dtype):
+def test_a_model_of_no_numbers_is_one_error_and_no_output(extract, models, tmp_path, flag, name, dtype):
     change_weights(models[flag], spoilt, name)
     with pytest.raises(UserError,
                        match=rf"none of 5 clips could be answered.*{dtype} are no numbers"):
@@ -393,15 +376,12 @@ def test_a_model_of_no_numbers_is_one_error_and_no_output(extract, models, tmp_p
     assert [model for model, _ in journal] == (["eventgpt"] * 5 if flag == "--target_model" else [])
 
 
-def test_clips_without_numbers_fail_alone_and_are_tried_again(extract, tmp_path, monkeypatch,
-                                                              answers):
+def test_clips_without_numbers_fail_alone_and_are_tried_again(extract, tmp_path, monkeypatch, answers):
     wanted = extract("--batch_size", 4, output_file=tmp_path / "whole.json")
     read = Batches._read
 
     def one_spoilt(batches, pixels):
-        pixels = [
-            part * float("nan") if number == 2 else part for number, part in enumerate(pixels)
-        ]
+        pixels = [part * float("nan") if number == 2 else part for number, part in enumerate(pixels)]
         read(batches, pixels)
 
     with monkeypatch.context() as broken:
@@ -418,8 +398,7 @@ def test_clips_without_numbers_fail_alone_and_are_tried_again(extract, tmp_path,
 
 
 # ------------------------------------------------------------ the output's folder, and the command
-def test_a_folder_that_is_renamed_while_it_runs_is_noticed_at_the_next_batch(
-        extract, tmp_path, monkeypatch):
+def test_a_folder_that_is_renamed_while_it_runs_is_noticed_at_the_next_batch(extract, tmp_path, monkeypatch):
     place, append = tmp_path / "place", Journal.append
     place.mkdir()
 
@@ -428,8 +407,7 @@ def test_a_folder_that_is_renamed_while_it_runs_is_noticed_at_the_next_batch(
             place.rename(tmp_path / "other")
         append(journal, rows)
 
-    with monkeypatch.context() as patch, pytest.raises(UserError,
-                                                       match="was removed or renamed while"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="was removed or renamed while"):
         patch.setattr(Journal, "append", renamed)
         extract("--batch_size", 2, output_file=place / "pairs.json")
     (tmp_path / "other").rename(place)
@@ -439,9 +417,7 @@ def test_a_folder_that_is_renamed_while_it_runs_is_noticed_at_the_next_batch(
 
 
 def test_the_resume_line_survives_being_pasted(demo, tmp_path):
-    """Two spaces, quotes, dollars, stars and a backslash in names: the shell gives the same words
-    back.
-    """
+    """Two spaces, quotes, dollars, stars and a backslash in names: the shell gives the same words back."""
     folder = tmp_path / """two  spaces 'n "quotes" $HOME * \\ ?"""
     folder.mkdir()
     words = ["extract_tokens_train.py", "--dataset_dir", str(demo.test_1s), "--output_file",

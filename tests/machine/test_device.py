@@ -8,9 +8,7 @@ from machine.device import Runtime, choose_device
 
 
 def test_float32_on_a_gpu_means_float32(monkeypatch):
-    """PyTorch leaves TF32 on for convolutions; whichever program asks for a device, it is off for
-    all.
-    """
+    """PyTorch leaves TF32 on for convolutions; whichever program asks for a device, it is off for all."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)

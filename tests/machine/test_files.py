@@ -1,6 +1,4 @@
-"""Files are written whole or not at all, what is wrong with one is said, and folders are always
-new.
-"""
+"""Files are written whole or not at all, what is wrong with one is said, and folders are always new."""
 
 import errno
 import fcntl
@@ -60,15 +58,13 @@ def test_a_disk_that_is_full_or_read_only_is_one_error_line_and_names_the_file(t
     assert (tmp_path / "out.json").read_text() == "old" and os.listdir(tmp_path) == ["out.json"]
 
 
-def test_only_abandoned_temporaries_are_removed_never_those_of_a_living_process_on_any_host(
-        tmp_path):
+def test_only_abandoned_temporaries_are_removed_never_those_of_a_living_process_on_any_host(tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()
     host, pid = files.host(), ended.pid
     living = [f".out.{host}.{os.getppid()}.tmp.json",                     # of this host, at work
               f".out.gpu-node-7.{pid}.tmp.json",                          # of another host
-              # Of an older version: host unknown
-              f".out.{pid}.tmp.json",
+              f".out.{pid}.tmp.json",                                     # of an older version: host unknown
               f".other.{host}.{pid}.tmp.json", f".out.{host}.{pid}.tmp.pt"]         # of other files
     gone = [f".out.{host}.{pid}.tmp.json", f".out.{host}.{'9' * 30}.tmp.json"]
     old = [".out.gpu-node-8.7.tmp.json", ".out.7.tmp.json"]
@@ -105,8 +101,7 @@ def test_what_is_not_json_is_named(tmp_path, content, words):
 
 
 @pytest.mark.parametrize(("number", "read"), [(None, 0), (0, 0), (1, 1), (2, 2)])
-def test_the_formats_up_to_the_known_one_are_read_and_a_file_without_a_number_is_the_oldest(
-        number, read):
+def test_the_formats_up_to_the_known_one_are_read_and_a_file_without_a_number_is_the_oldest(number, read):
     assert files.check_format(Path("a.json"), number, 2) == read
 
 
@@ -184,8 +179,7 @@ def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp
 
 
 @pytest.mark.parametrize("name", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
-def test_on_a_disk_without_locks_a_warning_says_so_and_the_work_goes_on(
-        tmp_path, monkeypatch, capsys, name):
+def test_on_a_disk_without_locks_a_warning_says_so_and_the_work_goes_on(tmp_path, monkeypatch, capsys, name):
     def no_locks(*_):
         raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
 

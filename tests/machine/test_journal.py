@@ -114,12 +114,8 @@ def test_whatever_is_cut_off_costs_that_line_and_no_other(five, capsys):
     assert "1 lines are dropped, to be done again: 1 torn or damaged, 0 of another run" in printed
 
 
-JUNK = [
-    b"null\n", b"5\n", b"[1]\n", b"{}\n", b'{"n": 9}\n', b"\xff\n", b"\0" * 40,
-    b"[" * 10**5 + b"\n",
-    line_of({"n": "9"}, 1),
-    line_of({"n": 9}), b'"half'
-]
+JUNK = [b"null\n", b"5\n", b"[1]\n", b"{}\n", b'{"n": 9}\n', b"\xff\n", b"\0" * 40, b"[" * 10**5 + b"\n",
+        line_of({"n": "9"}, 1), line_of({"n": 9}), b'"half']
 
 
 @pytest.mark.parametrize("junk", JUNK, ids=range(len(JUNK)))
@@ -151,10 +147,8 @@ def test_a_damaged_first_line_is_no_reason_to_throw_hours_away(five):
     with pytest.raises(UserError, match="first line of this journal is damaged"):
         numbers(five)
     assert five.read_bytes() == before
-    for start in (b"", b'{"se', b'{"settings": {"max_new', b'{"form', b'{"format": 2, "ru',
-                  bytes(50)):
-        # The machine stopped while it began
-        five.write_bytes(start)
+    for start in (b"", b'{"se', b'{"settings": {"max_new', b'{"form', b'{"format": 2, "ru', bytes(50)):
+        five.write_bytes(start)                                  # the machine stopped while it began
         assert numbers(five) == []
         assert value_of(five.read_bytes())["settings"] == {"seed": 1}
 
@@ -227,12 +221,9 @@ def test_a_first_line_that_stands_there_twice_costs_nothing(five):
 
 
 def test_a_second_first_line_in_the_first_format_ends_what_is_believed(tmp_path):
-    """Its lines have no mark of their run: those behind another first line may be of other
-    settings.
-    """
+    """Its lines have no mark of their run: those behind another first line may be of other settings."""
     path = tmp_path / "journal"
-    path.write_bytes(b"".join(
-        map(line_of, [HEAD, {"n": 1}, {"settings": {"seed": 9}}, {"n": 2}, {"n": 3}])))
+    path.write_bytes(b"".join(map(line_of, [HEAD, {"n": 1}, {"settings": {"seed": 9}}, {"n": 2}, {"n": 3}])))
     assert numbers(path) == [1]
 
 

@@ -54,8 +54,7 @@ def test_a_program_ends_with_its_exit_code_and_one_line(body, code, ending):
 @pytest.mark.parametrize("name", ["pairs.fromats", "machine.no_such", "bsae_of", "token_adapter.nothing"])
 def test_a_mistyped_module_of_ours_is_a_bug_and_no_package_to_install(name):
     ended = ran(f"import {name}")
-    # Not a room of ours: a package, for all that Python knows
-    if name == "bsae_of":
+    if name == "bsae_of":                         # not a room of ours: a package, for all that Python knows
         assert ended.returncode == 2 and "'bsae_of' is not installed" in ended.stdout
     else:
         assert ended.returncode == 1 and "ModuleNotFoundError" in ended.stderr and "ERROR" not in ended.stdout
@@ -115,8 +114,7 @@ def test_a_stopped_program_cleans_up_and_says_how_to_resume(name, code):
             base.log('cleaned')""")
     assert (ended.returncode, ended.stderr) == (code, "")
     cleaned, resume = ended.stdout.splitlines()
-    assert "cleaned" in cleaned and resume.endswith(
-        f"] RESUME | {sys.executable} train.py --name 'a b'")
+    assert "cleaned" in cleaned and resume.endswith(f"] RESUME | {sys.executable} train.py --name 'a b'")
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT"])
@@ -145,9 +143,7 @@ def test_the_task_in_hand_is_finished_first_unless_a_second_signal_comes(name, c
 
 
 def test_the_signals_of_one_stop_count_as_one():
-    """A closing terminal hangs up the workflow and its step; then the workflow sends TERM to the
-    step.
-    """
+    """A closing terminal hangs up the workflow and its step; then the workflow sends TERM to the step."""
     ended = ran("""
         with finishing('this'):
             for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
@@ -233,8 +229,7 @@ def test_a_second_stop_does_not_wait_for_a_thread_that_reads():
     assert "reading" in process.stdout.readline()
     process.terminate()
     assert "stopping" in process.stdout.readline()
-    # The first stop waits for the thread, as it should
-    time.sleep(2.2)
+    time.sleep(2.2)                                # the first stop waits for the thread, as it should
     assert process.poll() is None
     started = time.monotonic()
     process.terminate()
@@ -252,8 +247,7 @@ def test_worker_processes_end_with_a_program_that_does_not_wait():
         os.kill(os.getpid(), signal.SIGTERM)""")
     pid = int(ended.stdout.split("] ")[1])
     deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split(
-            ") ")[1][0] != "Z":
+    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert ended.returncode == 143
@@ -337,10 +331,8 @@ def test_progress_is_a_bar_on_a_terminal_and_log_lines_in_a_file():
 
 
 def test_progress_works_without_tqdm_and_on_a_terminal_of_unknown_size(tmp_path):
-    (tmp_path /
-     "tqdm.py").write_text("raise ModuleNotFoundError('No module named tqdm', name='tqdm')")
-    for printed in (on_a_terminal(STEADY, PYTHONPATH=str(tmp_path)), on_a_terminal(STEADY,
-                                                                                   lines=0)):
+    (tmp_path / "tqdm.py").write_text("raise ModuleNotFoundError('No module named tqdm', name='tqdm')")
+    for printed in (on_a_terminal(STEADY, PYTHONPATH=str(tmp_path)), on_a_terminal(STEADY, lines=0)):
         assert printed.count("extract | ") == 3
 
 

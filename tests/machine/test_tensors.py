@@ -81,8 +81,7 @@ def test_what_is_no_archive_is_refused(tmp_path, content, words):
 def test_a_large_directory_or_pickle_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     write_tensors(path, {str(i): torch.zeros(1) for i in range(30)})
-    with monkeypatch.context() as patch, pytest.raises(UserError,
-                                                       match=r"a directory of \d+ bytes"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"a directory of \d+ bytes"):
         patch.setattr(tensors, "MAX_DIRECTORY", 1000)
         read_tensors(path, LIMIT, "{reason}")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="its pickle has more than"):

@@ -18,10 +18,8 @@ DRAFT, TARGET = [512, 278, 9088, 2], [450, 1820, 3161, 297]
 
 
 def extraction(number: int, draft=DRAFT, target=TARGET, **more) -> dict:
-    return {
-        "sample_idx": number, "question_idx": 0, "egpt_tokens": draft, "egpt_text": "In the scene",
-        "vl_tokens": target, "vl_text": "The key elements", **more
-    }
+    return {"sample_idx": number, "question_idx": 0, "egpt_tokens": draft, "egpt_text": "In the scene",
+            "vl_tokens": target, "vl_text": "The key elements", **more}
 
 
 def benchmark(number: int, draft=DRAFT, target=TARGET) -> dict:
@@ -99,8 +97,7 @@ def test_a_prompt_is_told_by_the_bos_that_is_recorded_or_given(tmp_path, recorde
     pairs = load_pairs([path], bos_id=flag)
     assert pairs.files[0]["used"] == 3 - len(dropped)
     assert pairs.files[0]["dropped"] == ({PROMPT: len(dropped)} if dropped else {})
-    doubted = sum(count for flag, count in pairs.files[0]["flagged"].items()
-                  if "--bos_id 1" in flag)
+    doubted = sum(count for flag, count in pairs.files[0]["flagged"].items() if "--bos_id 1" in flag)
     ids = [flag or recorded.get(name, {}).get("bos_id") for name in ("videollava", "eventgpt")]
     assert doubted == sum(type(bos_id) is not int for bos_id in ids)
 
@@ -155,8 +152,7 @@ def test_rows_before_the_first_with_tokens_are_counted_as_their_format_counts_th
     pairs = load(tmp_path, {"results": [early, early, benchmark(0), benchmark(1)]})
     odd = isinstance(early, dict) and "eventgpt" in early
     reason = "token ids that are not whole numbers" if odd else "no token list"
-    assert len(pairs) == 2 and pairs.files[0]["dropped"] == {reason: 2
-                                                             } and pairs.files[0]["rows"] == 4
+    assert len(pairs) == 2 and pairs.files[0]["dropped"] == {reason: 2} and pairs.files[0]["rows"] == 4
 
 
 def test_what_a_file_says_beside_its_rows_counts_wherever_it_stands(tmp_path):

@@ -18,10 +18,7 @@ BOTH, TARGET = ("eventgpt", "videollava"), ("videollava",)
 def settings_of(**changed) -> dict[str, Setting]:
     """num_frames is a setting that the target alone depends on."""
     values = {**dict.fromkeys(NAMES, 1), "num_frames": 8, **changed}
-    return {
-        name: Setting(value, TARGET if name == "num_frames" else BOTH)
-        for name, value in values.items()
-    }
+    return {name: Setting(value, TARGET if name == "num_frames" else BOTH) for name, value in values.items()}
 
 
 def values_of(settings: dict[str, Setting]) -> dict:
@@ -41,11 +38,8 @@ def answer_of(key: str, number: int, tokens: list[int], model: str = "eventgpt")
 def test_a_journal_finds_each_answer_again_under_other_settings_too(tmp_path):
     with Journal(tmp_path / "out.json", ALIKE) as journal:
         journal.append([{"model": "eventgpt", "vocab_size": 64, "name": "x"}])
-        journal.append([
-            answer_of(f"town/{i}", q, [i, q] * (i + 1)) for i in range(4) for q in range(2)
-        ])
-        # The later one counts
-        journal.append([answer_of("town/1", 0, [7])])
+        journal.append([answer_of(f"town/{i}", q, [i, q] * (i + 1)) for i in range(4) for q in range(2)])
+        journal.append([answer_of("town/1", 0, [7])])                              # the later one counts
         assert journal.read("eventgpt", "town/3", 1)["tokens"] == [3, 1] * 4
     # Of the target alone, which has not answered; other first lines
     for frames in (8, 16, 100_000, 4):
@@ -61,8 +55,7 @@ def test_a_journal_finds_each_answer_again_under_other_settings_too(tmp_path):
             if frames == 100_000:
                 journal.append([answer_of("town/9", 0, [9])])
                 assert journal.read("eventgpt", "town/9", 0)["tokens"] == [9]
-    first = value_of(
-        (tmp_path / ".out.json.journal.jsonl").read_bytes().splitlines(keepends=True)[0])
+    first = value_of((tmp_path / ".out.json.journal.jsonl").read_bytes().splitlines(keepends=True)[0])
     assert first == {"format": 2, "run": first["run"], "settings": values_of(settings), "clips": {}}
 
 
@@ -87,9 +80,7 @@ def reopened(folder, content: dict | None = None, **changed) -> Journal:
 def five(tmp_path):
     """The journal of five answers, with the digests of the clips' files."""
     keys = [f"town/{i}" for i in range(9)]
-    content = {
-        "eventgpt": {key: f"e {key}" for key in keys}, "videollava": dict.fromkeys(keys, "v")
-    }
+    content = {"eventgpt": {key: f"e {key}" for key in keys}, "videollava": dict.fromkeys(keys, "v")}
     with Journal(tmp_path / "out.json", ALIKE, content) as journal:
         journal.append([{"model": "eventgpt", "vocab_size": 64, "name": "x", "revision": "a"}])
         journal.append([answer_of(f"town/{i}", 0, [i] * 9) for i in range(5)])
@@ -223,8 +214,7 @@ def test_a_journal_without_digests_is_gone_on_with(five, tmp_path):
 
 # -------------------------------------------------------------------------- begun, and thrown away
 def test_a_journal_may_begin_with_the_answers_of_an_output(tmp_path):
-    entries = [{"model": "eventgpt", "vocab_size": 64}, *(answer_of(f"town/{i}", 0, [i])
-                                                          for i in range(3))]
+    entries = [{"model": "eventgpt", "vocab_size": 64}, *(answer_of(f"town/{i}", 0, [i]) for i in range(3))]
     with Journal(tmp_path / "out.json", ALIKE, entries=iter(entries)) as journal:
         assert len(journal) == 3 and journal.read("eventgpt", "town/2", 0)["tokens"] == [2]
         assert journal.models["eventgpt"]["vocab_size"] == 64

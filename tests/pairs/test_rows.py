@@ -20,20 +20,15 @@ ROW = {
 }
 ODD = '[NaN, Infinity, -Infinity, 0, -0, 12345678901234567890, 1E5, "\\u00e9\\ud83d\\ude97\\ud83d", "]", "},{"]'
 TEXTS = {
-    "list": json.dumps([ROW, 7, "x", None, ROW]), "numbers": "[12, 3.5e1,4 ,  5.0\n,1e-3, 123]",
-    "odd": ODD, "keys before": json.dumps({
-        "vocab_size": 32064, "models": {"x": ROW}, "results": [ROW, 1]
-    }), "keys after": json.dumps({"results": [ROW, 2.5], "vocab_size": 32064, "errors": [ROW]},
-                                 indent=2), "indent 1": json.dumps(
-                                     {"a": 1, "results": [ROW, {}], "vocab_size": 32064}, indent=1),
+    "list": json.dumps([ROW, 7, "x", None, ROW]), "numbers": "[12, 3.5e1,4 ,  5.0\n,1e-3, 123]", "odd": ODD,
+    "keys before": json.dumps({"vocab_size": 32064, "models": {"x": ROW}, "results": [ROW, 1]}),
+    "keys after": json.dumps({"results": [ROW, 2.5], "vocab_size": 32064, "errors": [ROW]}, indent=2),
+    "indent 1": json.dumps({"a": 1, "results": [ROW, {}], "vocab_size": 32064}, indent=1),
     "a row a line, then rows over several": '{\n "results": [\n{"a": 1},\n{"b":\n2}, {"c": 3}\n ],\n "x": 5\n}\n',
     "a row a line, keys behind": '{\n "results": [\n{"a": 1}\n ],\n "x": {"y": [1,\n2]}\n}\n',
-    "keys on both sides": json.dumps({
-        "a": 1, "results": [[], {}], "b": {"results": [3]}, "c": "results"
-    }), "one value": "12345", "nothing beside": '{"results":[]}', "empty": "{}",
-    "empty list": " [ ] ", "no list": '{"results": {"a": 1}, "b": 2.5}',
-    "a string": '  "a list of rows"  '
-}
+    "keys on both sides": json.dumps({"a": 1, "results": [[], {}], "b": {"results": [3]}, "c": "results"}),
+    "one value": "12345", "nothing beside": '{"results":[]}', "empty": "{}", "empty list": " [ ] ",
+    "no list": '{"results": {"a": 1}, "b": 2.5}', "a string": '  "a list of rows"  '}
 
 
 def both_ways(path: Path) -> tuple:
@@ -75,13 +70,11 @@ def test_what_was_written_as_a_stream_is_read_as_one(tmp_path, monkeypatch):
     reader = JsonRows(path)
     iterator = iter(reader)
     assert next(iterator) == rows[0] and reader.beside == head          # known before the first row
-    assert list(iterator) == rows[1:] and reader.beside == {**head, "failed": failed
-                                                            } and reader.has_rows
+    assert list(iterator) == rows[1:] and reader.beside == {**head, "failed": failed} and reader.has_rows
     assert json.loads(path.read_text()) == {**head, "results": rows, "failed": failed}
     write_rows(path, {}, iter([]), [])
     reader = JsonRows(path)
-    assert list(reader) == [] and reader.beside == {"format": FORMAT, "failed": []
-                                                    } and reader.has_rows
+    assert list(reader) == [] and reader.beside == {"format": FORMAT, "failed": []} and reader.has_rows
 
 
 def test_a_file_that_lacks_a_letter_gets_the_error_of_json_load(tmp_path):

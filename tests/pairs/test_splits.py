@@ -56,20 +56,17 @@ def test_an_overlap_of_train_and_test_is_said_in_log_and_results(files, tmp_path
                                                                  test_sequence, words):
     test = write_pairs(tmp_path / "test.json", [test_sequence])
     warnings = load_data([files["train"]], [test], ValidationSplit(0.15, 42)).warnings
-    assert len(warnings) == len(words) and all(word in warning
-                                               for word, warning in zip(words, warnings))
+    assert len(warnings) == len(words) and all(word in warning for word, warning in zip(words, warnings))
     assert capsys.readouterr().out.count("WARNING") == len(words)
 
 
 @pytest.mark.parametrize("random_split", [True, False])
-def test_without_sequence_names_a_random_split_is_seen_by_the_answers_it_repeats(
-        tmp_path, random_split):
+def test_without_sequence_names_a_random_split_is_seen_by_the_answers_it_repeats(tmp_path, random_split):
     """Neighbouring clips are often answered alike: here every answer occurs twice in a row."""
     rng, rows = np.random.default_rng(0), []
     for _ in range(60):
         answer = rng.integers(3, 90, 30).tolist()
-        rows += [{"sample_idx": len(rows) + k, "egpt_tokens": [4], "vl_tokens": answer}
-                 for k in range(2)]
+        rows += [{"sample_idx": len(rows) + k, "egpt_tokens": [4], "vl_tokens": answer} for k in range(2)]
     order = rng.permutation(120) if random_split else np.arange(120)
     for name, part in (("train", order[:90]), ("test", order[90:])):
         (tmp_path / name).write_text(json.dumps({"results": [rows[i] for i in part]}))
@@ -99,10 +96,8 @@ def test_clips_come_sequence_by_sequence_as_they_were_driven(kind):
 
 
 def test_names_are_ordered_by_the_value_of_their_numbers():
-    names = [
-        "", "0", 7, "9", "10", "0000000011", 12, "9" * 40, "1" + "0" * 40, "a", "a_9_b2", "a_9_b10",
-        "a_0010_b1", "zurich_city_14_a_9", "zurich_city_14_a_10", "zurich_city_14_a_100"
-    ]
+    names = ["", "0", 7, "9", "10", "0000000011", 12, "9" * 40, "1" + "0" * 40, "a", "a_9_b2", "a_9_b10",
+             "a_0010_b1", "zurich_city_14_a_9", "zurich_city_14_a_10", "zurich_city_14_a_100"]
     mixed = np.random.default_rng(0).permutation(len(names))
     assert sorted((names[i] for i in mixed), key=natural_key) == names
     assert clip_order(["s"] * len(names), [names[i]
@@ -111,10 +106,8 @@ def test_names_are_ordered_by_the_value_of_their_numbers():
 
 def test_the_last_block_of_a_single_sequence_is_the_last_in_time(tmp_path):
     """Files whose clips were ordered as text hold _10 before _9."""
-    rows = [{
-        "sample_idx": i, "sequence": "thun_01_a", "clip": f"thun_01_a_{clip}", "egpt_tokens": [4],
-        "vl_tokens": [5, 6, 7, 8]
-    } for i, clip in enumerate(sorted(range(20), key=str))]
+    rows = [{"sample_idx": i, "sequence": "thun_01_a", "clip": f"thun_01_a_{clip}", "egpt_tokens": [4],
+             "vl_tokens": [5, 6, 7, 8]} for i, clip in enumerate(sorted(range(20), key=str))]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     pairs = load_pairs([tmp_path / "pairs.json"])
     train, validation, _ = split_validation(pairs, 0.25, 42)

@@ -45,8 +45,7 @@ def answers(count: int, device: str = "cpu", shortest: int = 1) -> TokenTensors:
     """Pairs of very different lengths; targets follow from the drafts, some drafts are missing."""
     rng = np.random.default_rng(0)
     drafts = [rng.integers(0, VOCAB, rng.integers(shortest, LONGEST)) for _ in range(count)]
-    targets = [(np.resize(draft, rng.integers(shortest, LONGEST + 1)) + 3) % VOCAB
-               for draft in drafts]
+    targets = [(np.resize(draft, rng.integers(shortest, LONGEST + 1)) + 3) % VOCAB for draft in drafts]
     drafts = [draft[:0] if number % 7 == 5 else draft for number, draft in enumerate(drafts)]
     pairs = pairs_of([draft.tolist() for draft in drafts], [target.tolist() for target in targets])
     return TokenTensors.of(pairs, LONGEST, torch.device(device))
@@ -60,8 +59,7 @@ def batch_of(tokens: TokenTensors, rows: torch.Tensor) -> tuple:
 # --------------------------------------------------------------------------------------------- loss
 @pytest.mark.parametrize(("kind", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("chunk", [1, 7 * 11, 2**20])
-def test_the_fused_loss_and_its_gradients_are_those_of_cross_entropy(monkeypatch, kind, tolerance,
-                                                                     chunk):
+def test_the_fused_loss_and_its_gradients_are_those_of_cross_entropy(monkeypatch, kind, tolerance, chunk):
     monkeypatch.setitem(loss_module.LOGITS_AT_A_TIME, "cpu", chunk)
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (3 * torch.randn(*size, generator=generator, dtype=kind)
@@ -88,8 +86,7 @@ def test_a_label_without_any_chance_costs_what_it_should_and_no_number_stays_non
     weight, bias, share = torch.tensor([[0.0], [1.0]]), torch.zeros(2), torch.ones(1)
     label = torch.zeros(1, dtype=torch.long)
     assert LinearCrossEntropy.apply(torch.tensor([[300.0]]), weight, bias, label, share)[0] == 300
-    assert math.isnan(
-        LinearCrossEntropy.apply(torch.tensor([[math.nan]]), weight, bias, label, share)[0])
+    assert math.isnan(LinearCrossEntropy.apply(torch.tensor([[math.nan]]), weight, bias, label, share)[0])
 
 
 def plain_loss(adapter, target, draft, lengths, draft_text: float) -> tuple:
@@ -139,8 +136,7 @@ def test_one_pass_over_answers_and_drafts_learns_what_two_passes_would(
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_a_batch_that_was_filled_up_for_a_graph_gives_the_numbers_of_its_own_rows(
-        monkeypatch, conditioning):
+def test_a_batch_that_was_filled_up_for_a_graph_gives_the_numbers_of_its_own_rows(monkeypatch, conditioning):
     monkeypatch.setattr(loss_module, "DRAFT_DROPOUT", 0.0)
     adapter, tokens, rows = small_adapter(conditioning), answers(9), torch.tensor([3, 8, 1])
     trainer = Trainer(adapter, batch_size=5, rate=1e-3, steps=3, draft_text=0.5)
@@ -165,8 +161,7 @@ def test_half_of_the_drafts_are_hidden_in_training_alone():
     adapter, tokens = small_adapter("prefix+draft"), answers(30, shortest=5)
     batch, seen = batch_of(tokens, torch.arange(30)), []
     hidden = adapter.hidden
-    adapter.hidden = lambda draft, lengths, *rest: seen.append(lengths) or hidden(
-        draft, lengths, *rest)
+    adapter.hidden = lambda draft, lengths, *rest: seen.append(lengths) or hidden(draft, lengths, *rest)
     loss_of(adapter, *batch, 0.0)
     had = batch[2] > 0
     assert 0.2 < (seen[0][had] > 0).float().mean() < 0.8 and not (seen[0] > batch[2]).any()
@@ -261,13 +256,9 @@ def test_a_fingerprint_tells_everything_that_training_depends_on():
         return Fingerprint.of(data_of(**pairs)).differences(ours.parts)
 
     assert differences() == [] and ours.differences(ours.format_0) == []
-    assert differences(train=dataclasses.replace(train, sequence=["b"] * 3)) == [
-        "train sequence names"
-    ]
+    assert differences(train=dataclasses.replace(train, sequence=["b"] * 3)) == ["train sequence names"]
     assert differences(test=dataclasses.replace(test, clip=["0"])) == ["test clip names"]
-    assert differences(train=dataclasses.replace(train, files=[{"identity": 3}])) == [
-        "train questions"
-    ]
+    assert differences(train=dataclasses.replace(train, files=[{"identity": 3}])) == ["train questions"]
     assert differences(train=train.select([1, 0, 2])) == ["split", "train clip names", "train rows"]
     shorter = dataclasses.replace(train, draft_length=train.draft_length * 0)
     assert differences(train=shorter) == ["train rows"]
@@ -290,8 +281,7 @@ def test_without_graphs_every_step_runs_eagerly_after_one_warning(capsys):
     """On a CPU a capture is refused, as by a driver that can't."""
     tokens, losses = answers(23), []
     for refused in (False, True):
-        trainer = Trainer(small_adapter("prefix+draft"), batch_size=5, rate=1e-3, steps=10,
-                          draft_text=0.5)
+        trainer = Trainer(small_adapter("prefix+draft"), batch_size=5, rate=1e-3, steps=10, draft_text=0.5)
         trainer.graphs, trainer.pool, trainer.stream = ({} if refused else None), None, None
         torch.manual_seed(1)
         losses.append([trainer._replay(trainer._fill(tokens, rows, width)).tolist()
@@ -308,8 +298,7 @@ def run(conditioning: str, graphs: bool, dropout: float = 0.0, epochs: int = 4) 
     tokens = answers(43, "cuda")
     vocab = conditioning == "draft_vocab"
     adapter = small_adapter("prefix+draft" if vocab else conditioning, dropout, vocab).cuda()
-    trainer = Trainer(adapter, batch_size=8, rate=3e-3, steps=6 * epochs, draft_text=0.5,
-                      graphs=graphs)
+    trainer = Trainer(adapter, batch_size=8, rate=3e-3, steps=6 * epochs, draft_text=0.5, graphs=graphs)
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(1)
     return trainer, [train_epoch(trainer, tokens, generator) for _ in range(epochs)]
@@ -366,8 +355,7 @@ def train_where_captures_fail() -> None:
 
     loop.loss_of = waiting
     trainer, found = run("prefix", graphs=True)
-    assert trainer.graphs is None and np.allclose(found, wanted, rtol=0.005, atol=0.02), (found,
-                                                                                          wanted)
+    assert trainer.graphs is None and np.allclose(found, wanted, rtol=0.005, atol=0.02), (found, wanted)
     run("prefix", graphs=True, dropout=0.3)                     # random numbers are still to be had
 
 

@@ -95,5 +95,4 @@ def test_triton_kernels_equal_pytorch(dtype, d):
     for plain, fused in zip(*found):
         torch.testing.assert_close(fused, plain, **tolerance)
     gate_up = random(9, 2 * 3000, device=device, dtype=dtype)
-    torch.testing.assert_close(kernels._swiglu_fused(gate_up), kernels._swiglu_plain(gate_up),
-                               **tolerance)
+    torch.testing.assert_close(kernels._swiglu_fused(gate_up), kernels._swiglu_plain(gate_up), **tolerance)

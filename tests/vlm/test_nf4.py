@@ -25,8 +25,7 @@ def linear4bit(n, k, dtype=torch.bfloat16, device="cpu", bias=False, nested=True
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)) * 0.02
     layer = bitsandbytes.nn.Linear4bit(k, n, bias=bias, compute_dtype=dtype, quant_type=kind,
                                        device="meta")
-    layer.weight = bitsandbytes.nn.Params4bit(weight.to(dtype), requires_grad=False,
-                                              quant_type=kind,
+    layer.weight = bitsandbytes.nn.Params4bit(weight.to(dtype), requires_grad=False, quant_type=kind,
                                               compress_statistics=nested).to(device)
     layer.bias = nn.Parameter(torch.randn(n).to(device, dtype),
                               requires_grad=False) if bias else None
@@ -135,8 +134,7 @@ def test_the_kernel_is_asked_for_the_whole_product(rows, size, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     plans = []
 
-    def launch(grid, threads, x, words, scales, pairs, bias, y, partial, arrived, m, n, k, part,
-               factor):
+    def launch(grid, threads, x, words, scales, pairs, bias, y, partial, arrived, m, n, k, part, factor):
         plan = plans[-1]
         assert (m, n, k) == (rows, *size) and x.data_ptr() % 16 == 0 and threads == 32 * plan.warps
         outputs = 16 * plan.tiles * plan.warps
@@ -241,8 +239,7 @@ def test_replaced_layers_answer_alike_and_hold_one_copy():
         assert distance(model(input_ids=ids).logits, before) < 0.03
     assert distance(steps.prefill(steps.embed(ids[0]), kept=29).logits, before[0]) < 0.03
     weights = 2 * (4 * 128 * 128 + 3 * 128 * 192)
-    norms = sum(part.nbytes for name, part in model.model.layers.named_parameters()
-                if "norm" in name)
+    norms = sum(part.nbytes for name, part in model.model.layers.named_parameters() if "norm" in name)
     held = sum(part.nbytes for part in model.model.layers.parameters()) - norms
     assert held == weights * 4.25 / 8
 
@@ -273,9 +270,7 @@ def test_few_rows_are_as_right_as_bitsandbytes_and_independent(size, dtype):
 def test_no_plan_changes_a_bit(number):
     layer = packed([linear4bit(192, 1088, device="cuda")], torch.bfloat16)
     x = torch.randn(8 * number, 1088, device="cuda").bfloat16()
-    plans = {
-        nf4.plan_for(8 * number, n, room * 1024) for n in (64, 12288, 22016) for room in (99, 227)
-    }
+    plans = {nf4.plan_for(8 * number, n, room * 1024) for n in (64, 12288, 22016) for room in (99, 227)}
     for plan in plans | {Plan(number, 2, 4, 2, 3, 1)}:
         assert torch.equal(layer.few(x, plan), layer.few(x)), plan
 

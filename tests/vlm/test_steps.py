@@ -77,8 +77,7 @@ def started(model: LlamaForCausalLM, **how) -> Steps:
 
 def alike(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> bool:
     """Within `tolerance` of the largest logit (about 5 in tiny_llama)."""
-    return ours.shape == theirs.shape and float(
-        (ours - theirs).abs().max() / theirs.abs().max()) < tolerance
+    return ours.shape == theirs.shape and float((ours - theirs).abs().max() / theirs.abs().max()) < tolerance
 
 
 def greedy(steps: Steps, embeds: torch.Tensor, count: int, eos: int) -> list[int]:
@@ -144,8 +143,7 @@ def test_video_llava_through_steps_answers_as_it_does_alone(number):
 @pytest.mark.parametrize("folder", [ROOT / "demo" / "models" / "eventgpt", *(f / "checkpoint" for f in FIXTURES)])
 def test_eventgpt_through_steps_answers_as_it_does_alone(folder):
     model = EventGPT.load(folder, Runtime.choose("cpu"))
-    pixels = model.prepare(
-        list(np.random.default_rng(0).integers(0, 255, (5, 60, 80, 3), dtype=np.uint8)))
+    pixels = model.prepare(list(np.random.default_rng(0).integers(0, 255, (5, 60, 80, 3), dtype=np.uint8)))
     same_answers(model, pixels)
 
 
@@ -192,8 +190,7 @@ def test_a_4bit_model_runs_eagerly_on_the_cpu():
     steps = Steps(language_model, lm_head, room=ROOM)
     assert steps.qkv == steps.gate_up == [None] * len(language_model.layers)
     with torch.inference_mode():
-        reference = lm_head(
-            language_model(input_ids=torch.tensor([PROMPT + ANSWER]), use_cache=False)[0][0])
+        reference = lm_head(language_model(input_ids=torch.tensor([PROMPT + ANSWER]), use_cache=False)[0][0])
     kept = steps.prefill(steps.embed(PROMPT), kept=3)
     rest = steps.verify(ANSWER)
     # Some processors multiply 4-bit weights in bfloat16: 0.4 % a rounding.
@@ -230,8 +227,7 @@ def test_an_opening_draft_in_the_prefill_equals_prefill_then_verify(llama, k):
     apart, at_once = steps_of(llama), steps_of(llama)
     first = apart.prefill(apart.embed(PROMPT)).logits
     wanted = torch.cat([first, apart.verify(ANSWER[:k]).logits])
-    opening = at_once.prefill(torch.cat(
-        [at_once.embed(PROMPT), at_once.embed(ANSWER[:k])], 1), kept=k + 1)
+    opening = at_once.prefill(torch.cat([at_once.embed(PROMPT), at_once.embed(ANSWER[:k])], 1), kept=k + 1)
     assert alike(opening.logits, wanted) and opening.best.tolist() == wanted.argmax(-1).tolist()
     assert at_once.length == apart.length == len(PROMPT) + k
     assert alike(at_once.verify([7]).logits, apart.verify([7]).logits)
@@ -263,9 +259,7 @@ def test_a_full_cache_and_a_foreign_id_are_told_with_numbers():
 
 # ------------------------------------------------------------------------------------------- graphs
 class FakeGraph:
-    """What a CUDA graph does, on a CPU: the same work on the same buffers, written to the same
-    outputs.
-    """
+    """What a CUDA graph does, on a CPU: the same work on the same buffers, written to the same outputs."""
 
     def __init__(self, work, wrong: float = 0.0):
         self.work, self.wrong, self.output = work, wrong, Next(*map(torch.clone, work()))
@@ -321,8 +315,7 @@ def test_a_graph_that_differs_from_eager_is_not_used(fake_cuda, wrong, capsys):
     steps = steps_of(model)
     steps.warm_up([2, 1])
     assert not steps.graphs
-    assert "no CUDA graphs, every step runs eagerly: the one for 2 tokens differs" in capsys.readouterr(
-    ).out
+    assert "no CUDA graphs, every step runs eagerly: the one for 2 tokens differs" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="differs from eager"):
         steps.warm_up([2, 1], must=True)
     check_all_sizes(model, steps)
@@ -370,9 +363,7 @@ def test_graphs_of_two_models_do_not_disturb_each_other():
     both = [started(model, graphs=True) for model in models]
     for k in (3, 1, 17, 2):
         for model, steps in zip(models, both):
-            assert alike(
-                steps.verify(ANSWER[:k]).logits,
-                whole(model, PROMPT + ANSWER[:k])[-k:], 1e-4)
+            assert alike(steps.verify(ANSWER[:k]).logits, whole(model, PROMPT + ANSWER[:k])[-k:], 1e-4)
             steps.rollback(len(PROMPT))
 
 
@@ -383,8 +374,7 @@ def test_a_model_on_the_gpu_answers_alike_with_and_without_graphs(quantization):
         pytest.importorskip("bitsandbytes")
     model = VideoLlava.load(ROOT / "demo" / "models" / "video_llava",
                             Runtime.choose("cuda", "float32", quantization))
-    pixels = model.prepare(
-        list(np.random.default_rng(0).integers(0, 200, (8, 72, 96, 3), dtype=np.uint8)))
+    pixels = model.prepare(list(np.random.default_rng(0).integers(0, 200, (8, 72, 96, 3), dtype=np.uint8)))
     embeds = model.prompt_embeds(pixels, QUESTION)
     eos, room = model.tokenizer.eos_token_id, embeds.shape[1] + 24
     eager = Steps(*model.decoder, room=room, graphs=False)

@@ -37,8 +37,7 @@ def path_to(node: int, parents: list[int]) -> list[int]:
     return path
 
 
-TREES = [[-1], [-1, 0], CHAIN, STAR, [-1, 0, 1, 0, 3, 2, 2], *(random_tree(24, seed)
-                                                               for seed in range(4))]
+TREES = [[-1], [-1, 0], CHAIN, STAR, [-1, 0, 1, 0, 3, 2, 2], *(random_tree(24, seed) for seed in range(4))]
 
 
 def test_ancestors_and_depths_by_hand():
@@ -98,8 +97,7 @@ def test_an_opening_tree_is_verified_inside_the_prefill(llama, parents):
     path = path_to(node, parents)
     steps.keep_path(path)
     reference = whole(llama, PROMPT + [tokens[step - 1] for step in path[1:]] + ANSWER[:2])[-2:]
-    assert steps.length == len(PROMPT) + len(path) - 1 and alike(
-        steps.verify(ANSWER[:2]).logits, reference)
+    assert steps.length == len(PROMPT) + len(path) - 1 and alike(steps.verify(ANSWER[:2]).logits, reference)
 
 
 def test_a_node_that_is_no_number_leaves_nothing_behind_once_it_is_forgotten():
