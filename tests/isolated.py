@@ -2,7 +2,8 @@
 and not suffered.
 
     with Isolated(folder) as process:
-        process.read("png", content)        -> "read", "MediaError: ...", "UserError: ...", "crash: ..." or "hang"
+        process.read("png", content)        -> "read", "MediaError: ...", "UserError: ...",
+                                            "crash: ..." or "hang"
 """
 
 import contextlib

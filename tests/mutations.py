@@ -47,13 +47,13 @@ def edited(content: bytes, edits: list[tuple]) -> bytes:
         at = min(at, len(content))
         before, behind = content[:at], content[at:]
         content = {
-            "flip": lambda: before + bytes(byte ^ (1 << size % 8)
-                                           for byte in behind[:1]) + behind[1:],  # noqa: B023
-            "put": lambda: before + new + behind[len(new):], "cut": lambda: before,  # noqa: B023
-            "drop": lambda: before + behind[size:],
-            "insert": lambda: before + new + behind,  # noqa: B023
-            "repeat": lambda: before + behind[:size] + behind
-        }[kind]()  # noqa: B023
+            "flip": before + bytes(byte ^ (1 << size % 8) for byte in behind[:1]) + behind[1:],
+            "put": before + new + behind[len(new):],
+            "cut": before,
+            "drop": before + behind[size:],
+            "insert": before + new + behind,
+            "repeat": before + behind[:size] + behind,
+        }[kind]
     return content
 
 
@@ -156,7 +156,8 @@ def png_of(whole: bytes):
 # ---------------------------------------------------------------------------------------------- MP4
 def mp4_of(whole: bytes):
     """Sizes, counts and dimensions in the boxes overwritten, or any bytes."""
-    names = b"moov trak mdia stbl stsz stco stts stsc stsd stss ctts avc1 avcC tkhd mvhd mdhd dref elst mdat ftyp"
+    names = (b"moov trak mdia stbl stsz stco stts stsc stsd stss ctts avc1 avcC "
+             b"tkhd mvhd mdhd dref elst mdat ftyp")
     boxes = st.sampled_from([whole.index(name) for name in names.split() if name in whole])
     places = st.tuples(boxes, st.sampled_from([-4, *range(0, 40, 2)])).map(sum)
     number = st.sampled_from([0, 1, 8, 2**16, 2**24, 2**31 - 1, 2**31,

@@ -109,7 +109,8 @@ def test_kill_9_at_a_hundred_random_moments_loses_nothing(demo, warm, undisturbe
 
 
 # ----------------------------------------------------------------------------------------- signals
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), [
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_stopped_run_says_the_command_that_goes_on(demo, warm, undisturbed, tmp_path, number, code):
     output, log = tmp_path / "out.json", tmp_path / "log"
     process = warm.start(flags_of(demo, output, "--restart"), log)

@@ -122,7 +122,8 @@ def test_kill_9_at_fifty_random_moments_changes_nothing(demo, warm, undisturbed,
 
 
 # --------------------------------------------------------------------------------------------- disk
-@pytest.mark.parametrize(("kib", "there"), [(100, {"results.json"}), (250, {"results.json", "best_model.pt"})])
+@pytest.mark.parametrize(("kib", "there"), [
+    (100, {"results.json"}), (250, {"results.json", "best_model.pt"})])
 def test_with_room_a_training_goes_on_that_met_a_full_disk(demo, warm, undisturbed, disk, tmp_path,
                                                            kib, there):
     task, log = disk(f"size={kib}k") / "task", tmp_path / "log"

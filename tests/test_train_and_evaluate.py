@@ -309,9 +309,11 @@ def test_a_resume_file_larger_than_its_training_can_write_is_not_read(monkeypatc
 
 
 @pytest.mark.parametrize("change", [
-    lambda found: found.pop("history"), lambda found: found.update(phase="nope"), lambda found: found.update(best=5),
+    lambda found: found.pop("history"), lambda found: found.update(phase="nope"),
+    lambda found: found.update(best=5),
     lambda found: found["adapter"].popitem(), lambda found: found.update(order=torch.zeros(3)),
-    lambda found: found["best"]["prefix"].pop("adapter"), lambda found: found["optimizer"]["state"][1].pop("step"),
+    lambda found: found["best"]["prefix"].pop("adapter"),
+    lambda found: found["optimizer"]["state"][1].pop("step"),
     # read beyond its end, if used
     lambda found: found["optimizer"]["state"][1].update(exp_avg=torch.zeros(3))])
 def test_a_state_that_does_not_fit_is_refused(monkeypatch, tmp_path, files, change):
@@ -402,7 +404,8 @@ def test_an_original_checkpoint_is_measured_by_its_own_contract(trained, monkeyp
 
 
 # -------------------------------------------------------------------------------- vocabulary, flags
-@pytest.mark.parametrize(("recorded", "flag", "wanted"), [({}, 0, 64), ({"vocab_size": 70}, 0, 70), ({}, 45, 45)])
+@pytest.mark.parametrize(("recorded", "flag", "wanted"), [
+    ({}, 0, 64), ({"vocab_size": 70}, 0, 70), ({}, 45, 45)])
 def test_the_vocabulary_is_the_flag_else_recorded_else_from_the_ids(tmp_path, recorded, flag, wanted):
     path = write_pairs(tmp_path / "pairs.json", ["a_a", "b_b"], **recorded)
     config = TrainConfig(test_benchmark=[path], train_benchmark=[path], vocab_size=flag, embed_dim=8)
@@ -425,13 +428,16 @@ def test_an_id_outside_the_vocabulary_names_the_file_the_id_and_the_size(tmp_pat
 
 @pytest.mark.parametrize(("flags", "words"), [
     ({"max_seq_len": 1}, "--max_seq_len must be 2 or more"), ({"bos_id": -1}, "--bos_id must be 0 or more"),
-    ({"num_epochs": 0}, "--num_epochs must be 1 or more, got 0"), ({"num_heads": 7}, "--num_heads must divide"),
+    ({"num_epochs": 0}, "--num_epochs must be 1 or more, got 0"),
+    ({"num_heads": 7}, "--num_heads must divide"),
     ({"val_fraction": 1.0}, "--val_fraction"), ({"learning_rate": float("nan")}, "--learning_rate"),
-    ({"max_train_samples": 1}, "--max_train_samples"), ({"device": "gpu"}, "--device"), ({"seed": -1}, "--seed"),
+    ({"max_train_samples": 1}, "--max_train_samples"),
+    ({"device": "gpu"}, "--device"), ({"seed": -1}, "--seed"),
     ({"task_name": "../1s"}, "--task_name"), ({"vocab_size": 2**21}, "--vocab_size"),
     ({"draft_vocab": True, "conditioning": "draft"}, "--draft_vocab"),
     ({"draft_vocab": True, "checkpoint": Path("a.pt")}, "--draft_vocab"),
-    ({"max_test_samples": 0}, "--max_test_samples"), ({"embed_dim": 10**20}, "--embed_dim must be at most 16384"),
+    ({"max_test_samples": 0}, "--max_test_samples"),
+    ({"embed_dim": 10**20}, "--embed_dim must be at most 16384"),
     ({"max_seq_len": 10**12}, "--max_seq_len must be at most"), ({"device": "cuda:" + "9" * 20}, "--device"),
     ({"train_benchmark": None}, "--train_benchmark is missing")])
 def test_an_impossible_setting_is_a_user_error(flags, words):

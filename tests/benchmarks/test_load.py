@@ -96,7 +96,8 @@ def test_growth_is_told_by_its_exponent():
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--pairs", "100", "1"], "--pairs must be 2 or more, got 1"), (["--tokens", "0"], "--tokens must be 1 or more"),
+    (["--pairs", "100", "1"], "--pairs must be 2 or more, got 1"),
+    (["--tokens", "0"], "--tokens must be 1 or more"),
     (["--seed", "-1"], "--seed must be 0 or more"), (["--pairs", "10000000000"], "set TMPDIR to a folder")])
 def test_a_mistake_is_one_line(flags, words, tmp_path):
     found = subprocess.run(

@@ -70,7 +70,8 @@ def test_a_format_is_told_by_its_content(tmp_path, content, form):
     (extraction(1, draft=[[5]]), "token ids that are not whole numbers"),
     (extraction(1, draft={"0": 5}), "no token list"),
     (extraction(1, target=[5] * (pair_files.MAX_ANSWER + 1)), "absurdly long (over 32768 tokens)"),
-    (extraction(1, target=[29889, 2], vl_text="a full paragraph of words"), "fewer tokens than words in the text"),
+    (extraction(1, target=[29889, 2], vl_text="a full paragraph of words"),
+     "fewer tokens than words in the text"),
 ])
 def test_an_unusable_row_is_dropped_and_counted_by_its_reason(tmp_path, row, reason):
     pairs = load(tmp_path, {"results": [extraction(0), row, extraction(2)]})
@@ -83,7 +84,8 @@ PROMPT = "prompt included (starts with BOS)"
 
 @pytest.mark.parametrize(("recorded", "flag", "dropped"), [
     ({"videollava": {"bos_id": 1}}, None, [1]), ({"eventgpt": {"bos_id": 1}}, None, [2]), ({}, 1, [1, 2]),
-    ({"videollava": {"bos_id": 2}}, 1, [1, 2]), ({"videollava": {"bos_id": 151643}}, None, []), ({}, None, []),
+    ({"videollava": {"bos_id": 2}}, 1, [1, 2]),
+    ({"videollava": {"bos_id": 151643}}, None, []), ({}, None, []),
     ({"videollava": {"bos_id": "1"}}, None, [])])
 def test_a_prompt_is_told_by_the_bos_that_is_recorded_or_given(tmp_path, recorded, flag, dropped):
     """Id 1 is LLaMA's BOS, and a quotation mark in Qwen's vocabulary."""
@@ -146,7 +148,8 @@ def test_a_file_without_usable_pairs_is_a_user_error_that_says_why(tmp_path, con
         load(tmp_path, content)
 
 
-@pytest.mark.parametrize("early", [{"eventgpt": {"output_tokens": [1.5]}}, {"egpt_tokens": [1.5]}, {}, "text"])
+@pytest.mark.parametrize("early", [
+    {"eventgpt": {"output_tokens": [1.5]}}, {"egpt_tokens": [1.5]}, {}, "text"])
 def test_rows_before_the_first_with_tokens_are_counted_as_their_format_counts_them(tmp_path, early):
     """Only in the benchmark format is the first of them one with odd ids."""
     pairs = load(tmp_path, {"results": [early, early, benchmark(0), benchmark(1)]})

@@ -132,7 +132,8 @@ def test_a_newer_journal_is_one_clear_line(five, tmp_path):
         reopened(tmp_path, content)
 
 
-@pytest.mark.parametrize("head", [{"task": "t"}, {"settings": [], "clips": {}}, {"settings": {}, "clips": {"a": 1}}])
+@pytest.mark.parametrize("head", [
+    {"task": "t"}, {"settings": [], "clips": {}}, {"settings": {}, "clips": {"a": 1}}])
 def test_another_kind_of_journal_is_refused(tmp_path, head):
     path = Journal.path_of(tmp_path / "out.json")
     path.write_bytes(line_of({"format": 2, **head}))

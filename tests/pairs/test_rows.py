@@ -18,13 +18,15 @@ ROW = {
     "text": 'quote " back \\ slash / tab \t line \n \u00e9 \u6f22\u5b57 \U0001f697 \ud83d \x7f',
     "e": [{"results": [1]}]
 }
-ODD = '[NaN, Infinity, -Infinity, 0, -0, 12345678901234567890, 1E5, "\\u00e9\\ud83d\\ude97\\ud83d", "]", "},{"]'
+ODD = ('[NaN, Infinity, -Infinity, 0, -0, 12345678901234567890, 1E5, '
+       '"\\u00e9\\ud83d\\ude97\\ud83d", "]", "},{"]')
 TEXTS = {
     "list": json.dumps([ROW, 7, "x", None, ROW]), "numbers": "[12, 3.5e1,4 ,  5.0\n,1e-3, 123]", "odd": ODD,
     "keys before": json.dumps({"vocab_size": 32064, "models": {"x": ROW}, "results": [ROW, 1]}),
     "keys after": json.dumps({"results": [ROW, 2.5], "vocab_size": 32064, "errors": [ROW]}, indent=2),
     "indent 1": json.dumps({"a": 1, "results": [ROW, {}], "vocab_size": 32064}, indent=1),
-    "a row a line, then rows over several": '{\n "results": [\n{"a": 1},\n{"b":\n2}, {"c": 3}\n ],\n "x": 5\n}\n',
+    "a row a line, then rows over several":
+        '{\n "results": [\n{"a": 1},\n{"b":\n2}, {"c": 3}\n ],\n "x": 5\n}\n',
     "a row a line, keys behind": '{\n "results": [\n{"a": 1}\n ],\n "x": {"y": [1,\n2]}\n}\n',
     "keys on both sides": json.dumps({"a": 1, "results": [[], {}], "b": {"results": [3]}, "c": "results"}),
     "one value": "12345", "nothing beside": '{"results":[]}', "empty": "{}", "empty list": " [ ] ",
@@ -100,9 +102,11 @@ def test_a_file_that_lacks_a_letter_gets_the_error_of_json_load(tmp_path):
     (b'{"results": [1], "results": [2]}', "'results' occurs twice"),
     (b'{\n "results": [1],\n "results": [\n{}\n ],\n "failed": []\n}\n', "'results' occurs twice"),
     (b'{\n "results": [\n{}\n ],\n "results": [5]\n}\n', "'results' occurs twice"),
-    (b"[" * 10**5, "is not JSON: maximum recursion depth"), (b"[1] []", r"Extra data: line 1 column 5 \(char 4\)"),
+    (b"[" * 10**5, "is not JSON: maximum recursion depth"),
+    (b"[1] []", r"Extra data: line 1 column 5 \(char 4\)"),
     (b'{"a": 1}\n{"b": 2\n', "as JSON Lines it has an error in line 2"),
-    (b'{\n "format": 2,\n "results": [\n{}\n ],\n "failed": []\n}\n', "has format 2, this version reads formats up to 1"),
+    (b'{\n "format": 2,\n "results": [\n{}\n ],\n "failed": []\n}\n',
+     "has format 2, this version reads formats up to 1"),
     (b'{"results": [{}], "format": 99}', "has format 99, this version reads formats up to 1")])
 def test_what_cannot_be_read_is_one_clear_error(tmp_path, content, words):
     path = tmp_path / "rows.json"

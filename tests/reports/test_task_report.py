@@ -189,10 +189,13 @@ def test_the_summary_has_one_line_for_each_task_and_writes_nothing(tmp_path, mon
 
 
 @pytest.mark.parametrize("change", [
-    lambda r: r["metrics"].update(test={}), lambda r: r.update(metrics=5), lambda r: r["metrics"].update(test=["a"]),
+    lambda r: r["metrics"].update(test={}),
+    lambda r: r.update(metrics=5), lambda r: r["metrics"].update(test=["a"]),
     lambda r: r["metrics"]["test"]["adapter"].update(alpha="x"), lambda r: r.pop("adapter"),
-    lambda r: r["metrics"]["test"].update(drafters={}), lambda r: r.pop("history"), lambda r: r.update(files=3),
-    lambda r: r["metrics"]["test"]["drafters"].update({HOSTILE: r["metrics"]["test"]["drafters"]["adapter"]})])
+    lambda r: r["metrics"]["test"].update(drafters={}),
+    lambda r: r.pop("history"), lambda r: r.update(files=3),
+    lambda r: r["metrics"]["test"]["drafters"].update(
+        {HOSTILE: r["metrics"]["test"]["drafters"]["adapter"]})])
 def test_results_that_no_program_wrote_are_one_clear_error(tmp_path, monkeypatch, change):
     task = write_task(tmp_path / "task")
     results = json.loads((task / "results.json").read_text())
@@ -204,7 +207,8 @@ def test_results_that_no_program_wrote_are_one_clear_error(tmp_path, monkeypatch
     assert not (task / "RESULTS.md").exists()
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "no finished task"), ("[]", "not the results"), ("{", "JSON"),
+@pytest.mark.parametrize(("content", "words"), [
+    (None, "no finished task"), ("[]", "not the results"), ("{", "JSON"),
                                                 ('{"metrics": {}}', "not the results")])
 def test_a_folder_without_results_is_a_user_error(tmp_path, content, words):
     if content:

@@ -215,7 +215,8 @@ def test_a_checkpoint_is_written_at_once_then_when_it_is_due_and_in_the_end(tmp_
 
 # ----------------------------------------------------------------------------------------- resuming
 @pytest.mark.parametrize("settings", [
-    {"capturable": True, "lr": torch.tensor(0.7)}, {"fused": None, "foreach": True}, {"amsgrad": True, "maximize": True},
+    {"capturable": True, "lr": torch.tensor(0.7)}, {"fused": None, "foreach": True},
+    {"amsgrad": True, "maximize": True},
     {"betas": (0.5, 0.5), "eps": 1.0, "weight_decay": 9.0}, {"differentiable": True}])
 def test_a_resumed_optimizer_keeps_the_settings_of_this_machine(settings):
     """A state that was written on a GPU says capturable, and its learning rate is a tensor; on a

@@ -237,7 +237,7 @@ def test_replaced_layers_answer_alike_and_hold_one_copy():
     with torch.inference_mode():
         # transformers' own forward
         assert distance(model(input_ids=ids).logits, before) < 0.03
-    assert distance(steps.prefill(steps.embed(ids[0]), kept=29).logits, before[0]) < 0.03
+    assert distance(steps.prefill(steps.embed(ids[0]), outputs=29).logits, before[0]) < 0.03
     weights = 2 * (4 * 128 * 128 + 3 * 128 * 192)
     norms = sum(part.nbytes for name, part in model.model.layers.named_parameters() if "norm" in name)
     held = sum(part.nbytes for part in model.model.layers.parameters()) - norms

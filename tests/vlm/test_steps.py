@@ -140,7 +140,8 @@ def test_video_llava_through_steps_answers_as_it_does_alone(number):
     same_answers(model, pixels)
 
 
-@pytest.mark.parametrize("folder", [ROOT / "demo" / "models" / "eventgpt", *(f / "checkpoint" for f in FIXTURES)])
+@pytest.mark.parametrize("folder", [
+    ROOT / "demo" / "models" / "eventgpt", *(f / "checkpoint" for f in FIXTURES)])
 def test_eventgpt_through_steps_answers_as_it_does_alone(folder):
     model = EventGPT.load(folder, Runtime.choose("cpu"))
     pixels = model.prepare(list(np.random.default_rng(0).integers(0, 255, (5, 60, 80, 3), dtype=np.uint8)))
@@ -191,7 +192,7 @@ def test_a_4bit_model_runs_eagerly_on_the_cpu():
     assert steps.qkv == steps.gate_up == [None] * len(language_model.layers)
     with torch.inference_mode():
         reference = lm_head(language_model(input_ids=torch.tensor([PROMPT + ANSWER]), use_cache=False)[0][0])
-    kept = steps.prefill(steps.embed(PROMPT), kept=3)
+    several = steps.prefill(steps.embed(PROMPT), outputs=3)
     rest = steps.verify(ANSWER)
     # Some processors multiply 4-bit weights in bfloat16: 0.4 % a rounding.
     assert alike(torch.cat([kept.logits, rest.logits]), reference[len(PROMPT) - 3:], 0.02)
@@ -227,7 +228,7 @@ def test_an_opening_draft_in_the_prefill_equals_prefill_then_verify(llama, k):
     apart, at_once = steps_of(llama), steps_of(llama)
     first = apart.prefill(apart.embed(PROMPT)).logits
     wanted = torch.cat([first, apart.verify(ANSWER[:k]).logits])
-    opening = at_once.prefill(torch.cat([at_once.embed(PROMPT), at_once.embed(ANSWER[:k])], 1), kept=k + 1)
+    opening = at_once.prefill(torch.cat([at_once.embed(PROMPT), at_once.embed(ANSWER[:k])], 1), outputs=k + 1)
     assert alike(opening.logits, wanted) and opening.best.tolist() == wanted.argmax(-1).tolist()
     assert at_once.length == apart.length == len(PROMPT) + k
     assert alike(at_once.verify([7]).logits, apart.verify([7]).logits)
