@@ -38,13 +38,15 @@ class ExtractConfig:
     query: str = option(
         "What are the key elements in this scene?", "the question asked about every clip")
     questions_file: Path | None = option(
-        None, "ask the questions of this file instead: JSON, JSON Lines, CSV, or one question a line")
+        None,
+        "ask the questions of this file instead: JSON, JSON Lines, CSV, or one question a line")
     num_questions: int = option(-1, "use only the first so many questions of the file; -1: all")
     draft_model: Path | None = option(None, "folder of the EventGPT checkpoint", answers="draft")
     target_model: str = option(
         "LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA", answers="target")
     quantization: Literal["auto", "4bit", "8bit", "none"] = option(
-        "auto", "auto: 4bit on a GPU (4.2 GiB a 7B model; a tenth slower than none in large batches, "
+        "auto",
+        "auto: 4bit on a GPU (4.2 GiB a 7B model; a tenth slower than none in large batches, "
         "a third one by one), none on a CPU; none: 13.2 GiB, for large cards; 8bit: 7.2 GiB, slow",
         answers="both")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
@@ -60,7 +62,8 @@ class ExtractConfig:
     parity_check: int = option(
         0, "answer the first so many clips again, one by one, and tell how many answers agree")
     seed: int = option(42, "seed of PyTorch (answers are greedy: it should change nothing)")
-    wait: bool = option(False, "wait when another process is writing this output, instead of ending")
+    wait: bool = option(False,
+                        "wait when another process is writing this output, instead of ending")
     restart: bool = option(False, "throw away an older journal and output of this name")
 
     def __post_init__(self):
@@ -70,7 +73,8 @@ class ExtractConfig:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
         given = [name for name in ("batch_size", "num_workers") if getattr(self, name) is not None]
-        check_counts(self, ("max_new_tokens", "num_frames", *given), ("max_samples", "num_questions"))
+        check_counts(self, ("max_new_tokens", "num_frames", *given),
+                     ("max_samples", "num_questions"))
         if self.parity_check < 0:
             raise UserError(f"--parity_check must be 0 (none) or more, got {self.parity_check}")
         if self.draft_model is None or not self.draft_model.is_dir():

@@ -30,7 +30,8 @@ class DemoConfig:
     train_clips: int = option(312, "clips of each training set, at least one for each of its 24 sequences")
     test_clips: int = option(100, "clips of each test set, at least one for each of its 10 sequences")
     check_models: bool = option(False, "report how often the models describe the test clips right")
-    train_models: bool = option(False, "make both models again from nothing (minutes), then check them")
+    train_models: bool = option(False,
+                                "make both models again from nothing (minutes), then check them")
     wait: bool = option(False, "wait when another process is making these, instead of ending")
 
     def __post_init__(self):

@@ -39,9 +39,11 @@ class PrepareConfig:
     output_root: Path = option(Path("data"), "where the data set folder goes")
     sequences: list[str] | None = option(None,
                                          "only these, also unlisted ones; default: DSEC's list")
-    stride: str = option("half", "from window to window: half of one, none (no overlap), or milliseconds")
+    stride: str = option("half",
+                         "from window to window: half of one, none (no overlap), or milliseconds")
     event_images: int = option(5, "event pictures a clip, 1 to 10, with equally many events")
-    render: Render = option("time", "a pixel shows its last event (time), or blue if any was (blue_over_red)")
+    render: Render = option(
+        "time", "a pixel shows its last event (time), or blue if any was (blue_over_red)")
     canvas: str = option("640x480", "width x height of event pictures")
     video_size: str = option("1440x1080",
                              "width x height of videos; frames of another size are resized")
@@ -56,8 +58,8 @@ class PrepareConfig:
             object.__setattr__(self, "workers", min(16, cores()))
         check_counts(self, ("workers",))
         if not self.dsec_root.is_dir():
-            raise UserError(f"--dsec_root {self.dsec_root}: no such folder; wanted the one that holds train/ "
-                            "and test/")
+            raise UserError(f"--dsec_root {self.dsec_root}: no such folder; wanted the one that "
+                            "holds train/ and test/")
         other = "test" if self.split == "train" else "train"
         for name in self.sequences or ():
             if not dsec.is_name(name):

@@ -314,8 +314,8 @@ def decode_all(config: DecodeConfig, stages: Stages, drafts: dict) -> dict | Non
     clips, journal = stages.clips, stages.journal
     if journal.answers.keys() >= drafts.keys() and not config.parallel:
         return None
-    settings = Settings(config.drafter, config.gamma, config.tree, config.compare, config.max_new_tokens,
-                        config.temperature, config.seed)
+    settings = Settings(config.drafter, config.gamma, config.tree, config.compare,
+                        config.max_new_tokens, config.temperature, config.seed)
     with loaded(TARGET, config, stages, stages.runtime) as model:
         stages.task.adapter.to(stages.runtime.device)
         drafters = {name: LIVE[name].make_live(stages.task.parts) for name in config.drafters}

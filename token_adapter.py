@@ -25,8 +25,8 @@ from base import UserError
 from machine.files import check_format
 from machine.tensors import check_weights, read_tensors, some_of, write_tensors
 
-# What output i of the adapter proposes, written into every checkpoint: in the original suite an adapter
-# was trained by one contract and used by another, and nothing was accepted.
+# What output i of the adapter proposes, written into every checkpoint: in the original suite an
+# adapter was trained by one contract and used by another, and nothing was accepted.
 CONTRACTS = {"draft": "target[i] from draft[:i+1]", "prefix": "target[i] from target[:i]",
              "prefix+draft": "target[i] from target[:i] and the whole draft"}
 ORIGINAL_CONTRACT = "target[i+1] from draft[:i+1]"
@@ -57,16 +57,16 @@ class AdapterConfig:
             object.__setattr__(self, "contract", CONTRACTS[self.conditioning])
         original = self.conditioning == "draft" and self.contract == ORIGINAL_CONTRACT
         if self.contract != CONTRACTS[self.conditioning] and not original:
-            raise UserError(f"unknown contract {self.contract!r} for conditioning {self.conditioning}, "
-                            f"wanted {CONTRACTS[self.conditioning]!r}")
+            raise UserError(f"unknown contract {self.contract!r} for conditioning "
+                            f"{self.conditioning}, wanted {CONTRACTS[self.conditioning]!r}")
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "feedforward_dim",
                      "max_seq_len"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise UserError(f"{name} must be a whole number of 1 or more, got {value!r}")
         if type(self.draft_vocab) is not int or not 0 <= self.draft_vocab <= self.vocab_size:
-            raise UserError(f"draft_vocab must be from 0 to the vocabulary size {self.vocab_size}, got "
-                            f"{self.draft_vocab!r}")
+            raise UserError(f"draft_vocab must be from 0 to the vocabulary size {self.vocab_size}, "
+                            f"got {self.draft_vocab!r}")
         if self.embed_dim % self.num_heads:
             raise UserError(f"num_heads must divide embed_dim, got {self.num_heads} and {self.embed_dim}")
         if not isinstance(self.dropout, float) or not 0 <= self.dropout < 1:
@@ -102,7 +102,8 @@ class Cache:
         heads, room = config.num_heads, 2 * config.max_seq_len + self.SPARE
         self.values = like.new_zeros(config.num_layers, 2, batch, heads, room, config.embed_dim // heads)
         self.slots = torch.arange(room, device=like.device)
-        self.masks = like.new_zeros(batch, 1, room, room)      # row of a slot: 0 where it sees, else -inf
+        # Row of a slot: 0 where it sees, else -inf
+        self.masks = like.new_zeros(batch, 1, room, room)
         self.positions = like.new_zeros(room, config.embed_dim)       # row of a slot: its embedding
         self.length = 0
 
@@ -355,7 +356,8 @@ def load_adapter(path: Path) -> TokenAdapter:
     """
     if not path.exists():
         raise UserError(f"no such file: {path}")
-    checkpoint = read_tensors(path, MAX_CHECKPOINT, "is not a checkpoint that can be read: {reason}")
+    checkpoint = read_tensors(path, MAX_CHECKPOINT,
+                              "is not a checkpoint that can be read: {reason}")
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     check_format(path, checkpoint.get("format"), FORMAT)
     state, recorded = checkpoint.get("model_state_dict"), checkpoint.get("config")
@@ -369,7 +371,8 @@ def load_adapter(path: Path) -> TokenAdapter:
         check_weights(state, integers=("output_ids",), wanted=adapter.state_dict())
         ids = state.get("output_ids", torch.zeros(1))
         if (ids.diff() <= 0).any() or ids[0] < 0 or ids[-1] >= config.vocab_size:
-            raise ValueError(f"output_ids must be ascending ids below the vocabulary size {config.vocab_size}")
+            raise ValueError("output_ids must be ascending ids below the vocabulary size "
+                             f"{config.vocab_size}")
     except (UserError, ValueError) as error:
         raise UserError(f"{path} is not an adapter checkpoint: {error}") from error
     adapter.load_state_dict(state, assign=True)

@@ -74,9 +74,11 @@ class TrainConfig:
         None, "pair files to measure on, used once, at the end; required")
     train_benchmark: list[Path] | None = option(
         None, "pair files to train on; required without --checkpoint")
-    task_name: str | None = option(None, "name of the task; default: taken from file and folder names")
+    task_name: str | None = option(None,
+                                   "name of the task; default: taken from file and folder names")
     conditioning: Literal["auto", "prefix+draft", "prefix", "draft"] = option(
-        "auto", "what a proposal may see: verified tokens and the draft (auto, without a checkpoint), "
+        "auto",
+        "what a proposal may see: verified tokens and the draft (auto, without a checkpoint), "
         "or one of them")
     num_epochs: int = option(
         50, "passes over the training pairs; for prefix+draft half as many follow with drafts")
@@ -105,9 +107,11 @@ class TrainConfig:
         128, "tokens of draft and of target in use, 2 or more; positions beyond count as misses")
     vocab_size: int = option(0, "0 = as recorded in the pair files, else from their largest id")
     bos_id: int | None = option(
-        None, "drop rows with an answer that starts with this id, since it includes the prompt (1 for "
+        None,
+        "drop rows with an answer that starts with this id, since it includes the prompt (1 for "
         "LLaMA's tokenizer); default: the ids that a pair file records, if any")
-    embed_dim: int = option(512, "width of the adapter; its feed-forward layers are four times as wide")
+    embed_dim: int = option(512,
+                            "width of the adapter; its feed-forward layers are four times as wide")
     num_layers: int = option(4, "layers of the adapter")
     num_heads: int = option(8, "attention heads of the adapter")
     resume: Path | None = option(
@@ -128,15 +132,15 @@ class TrainConfig:
         if self.test_benchmark is None:
             raise UserError("--test_benchmark is missing: name the pair files to measure on")
         if self.train_benchmark is None and self.checkpoint is None:
-            raise UserError("--train_benchmark is missing: name the pair files to train on, or measure a "
-                            "--checkpoint")
+            raise UserError("--train_benchmark is missing: name the pair files to train on, or "
+                            "measure a --checkpoint")
         self._fill_in_defaults()
         self._check_counts()
         self._check_ranges()
         if self.draft_vocab and (self.checkpoint or self.conditioning == "draft"):
-            raise UserError("--draft_vocab belongs to the training of a prefix conditioning: a checkpoint "
-                            "brings its own map, and draft conditioning is the original suite's "
-                            "architecture")
+            raise UserError("--draft_vocab belongs to the training of a prefix conditioning: a "
+                            "checkpoint brings its own map, and draft conditioning is the original "
+                            "suite's architecture")
         if self.embed_dim % self.num_heads:
             raise UserError(f"--num_heads must divide --embed_dim, got {self.num_heads} and "
                             f"{self.embed_dim}")
@@ -166,8 +170,8 @@ class TrainConfig:
         if self.max_test_samples is not None:
             check_counts(self, (), ("max_test_samples",))
         if self.max_seq_len < 2:
-            raise UserError("--max_seq_len must be 2 or more (a token and the one that follows it), got "
-                            f"{self.max_seq_len}")
+            raise UserError("--max_seq_len must be 2 or more (a token and the one that follows "
+                            f"it), got {self.max_seq_len}")
         for name in ("early_stopping", "vocab_size", "seed", "bos_id"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"--{name} must be 0 or more, got {getattr(self, name)}")
@@ -176,8 +180,8 @@ class TrainConfig:
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise UserError(f"--vocab_size must be at most {MAX_VOCAB_SIZE}, got {self.vocab_size}")
         if self.max_train_samples != -1 and self.max_train_samples < 2:
-            raise UserError("--max_train_samples must be 2 or more (one to train, one to validate) or -1 "
-                            f"for all, got {self.max_train_samples}")
+            raise UserError("--max_train_samples must be 2 or more (one to train, one to validate) "
+                            f"or -1 for all, got {self.max_train_samples}")
 
     def _check_ranges(self) -> None:
         if not 0 < self.learning_rate < math.inf:
@@ -225,11 +229,11 @@ def open_task(config: TrainConfig, data: Data, locks: contextlib.ExitStack) -> P
     task = make_folder(config.task_folder)
     locks.enter_context(only_writer(task))
     if (task / "RESULTS.md").exists():
-        raise UserError(f"{task} holds a finished task (RESULTS.md), nothing was changed; choose another "
-                        "--task_folder")
-    if (task / "resume.pt").exists():
-        raise UserError(f"{task} holds an unfinished training: go on with --resume {task}, or choose "
+        raise UserError(f"{task} holds a finished task (RESULTS.md), nothing was changed; choose "
                         "another --task_folder")
+    if (task / "resume.pt").exists():
+        raise UserError(f"{task} holds an unfinished training: go on with --resume {task}, or "
+                        "choose another --task_folder")
     return task
 
 
@@ -321,8 +325,8 @@ def main() -> None:
         going_on = config.resume is not None
         if going_on:
             if not (config.resume / "results.json").is_file():
-                raise UserError(f"{config.resume} is no task folder: it has no results.json; wanted one "
-                                "whose training was stopped")
+                raise UserError(f"{config.resume} is no task folder: it has no results.json; "
+                                "wanted one whose training was stopped")
             locks.enter_context(only_writer(config.resume))
             config = resumed(config.resume, config.device, config.plots)
         if config:

@@ -26,14 +26,14 @@ def measure_adapter(adapter: TokenAdapter, pairs: Pairs, training: Pairs | None,
     tokens = TokenTensors.of(pairs, longest, next(adapter.parameters()).device)
     if longer := int((tokens.lengths > longest).sum()):
         past = int(np.maximum(tokens.lengths - longest, 0).sum())
-        log(f"evaluate | WARNING | {longer} of {len(pairs)} {name} answers are longer than --max_seq_len {longest}: "
-            f"the adapter proposes nothing for {past / tokens.lengths.sum():.1%} of the positions, which count as "
-            "misses")
+        log(f"evaluate | WARNING | {longer} of {len(pairs)} {name} answers are longer than "
+            f"--max_seq_len {longest}: the adapter proposes nothing for "
+            f"{past / tokens.lengths.sum():.1%} of the positions, which count as misses")
     top1, top5, loss = predict(adapter, tokens, batch_size)
     if not math.isfinite(loss):
-        raise UserError(f"the adapter's logits on the {name} pairs are no numbers (NaN or infinite): its training "
-                        "diverged or its file is damaged; train anew with a smaller --learning_rate, or measure "
-                        "another --checkpoint")
+        raise UserError(f"the adapter's logits on the {name} pairs are no numbers (NaN or "
+                        "infinite): its training diverged or its file is damaged; train anew with "
+                        "a smaller --learning_rate, or measure another --checkpoint")
     return {"loss": loss, **compare(top1, top5, pairs, training)}
 
 

@@ -41,8 +41,9 @@ class TokenTensors:
             flat[which] = torch.from_numpy(tokens).to(device)
             start[which] = torch.from_numpy(getattr(pairs, f"{which}_start")).to(device)
             cut[which] = torch.from_numpy(pairs.lengths(which)).clamp(max=max_seq_len)
-        return cls(flat, start, cut["draft"].to(device), cut["target"].to(device), pairs.lengths("target"),
-                   int(cut["target"].max()), max(int(cut["draft"].max()), 1))
+        return cls(flat, start, cut["draft"].to(device), cut["target"].to(device),
+                   pairs.lengths("target"), int(cut["target"].max()),
+                   max(int(cut["draft"].max()), 1))
 
     @property
     def device(self) -> torch.device:
@@ -98,7 +99,8 @@ def hidden_and_labels(adapter: TokenAdapter, tokens: TokenTensors, rows: torch.T
     prefix = target[:, :-1].clamp(min=0)  # past the end any id will do
     if adapter.config.conditioning == "prefix":
         return adapter.hidden(tokens.drafts(rows, 0), None, prefix), labels
-    return adapter.hidden(tokens.drafts(rows, tokens.draft_width), tokens.draft_lengths[rows], prefix), labels
+    return adapter.hidden(tokens.drafts(rows, tokens.draft_width), tokens.draft_lengths[rows],
+                          prefix), labels
 
 
 @torch.inference_mode()

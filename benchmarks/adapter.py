@@ -26,16 +26,16 @@ PREFIX = 20                    # tokens verified before
 
 EXPLANATION = (
     f"Step: one proposal more, the difference of chains of {PROPOSALS} and of 2 after {PREFIX} "
-    f"verified tokens. Eight: a chain of {PROPOSALS} after {READ} newly verified tokens are read, as "
-    "in a round of decoding; ours copies the ids to the host once.",
+    f"verified tokens. Eight: a chain of {PROPOSALS} after {READ} newly verified tokens are read, "
+    "as in a round of decoding; ours copies the ids to the host once.",
     "Begin: the whole draft is read. Draft pass: all positions of draft conditioning in one pass, "
     "the best ids on the host.",
     "Plain, cached: the module step by step on the same kind of cache, the best id read after each "
     "step. Plain, whole: a pass over draft and answer for each proposal. Both are eager, as is all "
     "of ours on a CPU.",
     "Limit: the bytes of the weights that each pass must read over this device's copy rate. Draft "
-    "pass: the same, or its floating-point operations over the matmul ceiling in float32, whichever "
-    "takes longer.")
+    "pass: the same, or its floating-point operations over the matmul ceiling in float32, "
+    "whichever takes longer.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Config:
     num_layers: int = option(4, "layers of the adapter")
     num_heads: int = option(8, "attention heads of the adapter")
     output: Path = option(Path("benchmark_adapter.json"), "where all numbers go")
-    compare: Path | None = option(None, "an earlier output: print old, new and ratio of each figure")
+    compare: Path | None = option(None,
+                                  "an earlier output: print old, new and ratio of each figure")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     seed: int = option(42, "of the weights and tokens")
 
@@ -204,7 +205,8 @@ def wanted(ways: dict, table: dict) -> list[dict]:
     rows = [("adapter step, ms", ours["step"], 0.2),
             (f"8 proposals, {READ} tokens read first, ms", ours["eight"], 1.6),
             ("pass of draft conditioning, ms", table["ours"], 0.5)]
-    return [{"what": name, "measured": value, "wanted": f"<= {bound}"} for name, value, bound in rows]
+    return [{"what": name, "measured": value, "wanted": f"<= {bound}"}
+            for name, value, bound in rows]
 
 
 def show(results: dict) -> None:
@@ -215,8 +217,8 @@ def show(results: dict) -> None:
     for name, ways in results["ms"].items():
         for way, times in ways.items():
             log(f"table | {name:12} | {way:13} | step {times['step']:.3f} ms | eight "
-                f"{times['eight']:.3f} ms, {least['eight'] / times['eight']:.1%} of the limit | begin "
-                f"{times['begin']:.3f} ms")
+                f"{times['eight']:.3f} ms, {least['eight'] / times['eight']:.1%} of the limit | "
+                f"begin {times['begin']:.3f} ms")
     table = results["draft_pass_ms"]
     log(f"table | draft pass | plain {table['plain']:.3f} ms | ours {table['ours']:.3f} ms | "
         f"{least['draft_pass'] / table['ours']:.1%} of the limit")

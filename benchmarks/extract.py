@@ -38,9 +38,9 @@ NOTES = (
     "One at a time and batches: transformers' greedy generate over the same prompts and pixels.",
     "Ours: as extract_tokens_train.py runs it, from pixels in memory; with files: reading and preparing "
     "included.",
-    "Limit: the products of the layers, of attention and of the vision tower over the measured matrix "
-    "rate, and for each token the weights (shared by a batch) and the clip's keys and values over the "
-    "measured copy rate.")
+    "Limit: the products of the layers, of attention and of the vision tower over the measured "
+    "matrix rate, and for each token the weights (shared by a batch) and the clip's keys and "
+    "values over the measured copy rate.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +61,16 @@ class Config:
         48, "made-up videos and pictures in the sizes of the real ones, read repeatedly; 0: none")
     num_workers: int | None = option(None, "threads that read them; default: one for each core")
     output: Path = option(Path("benchmark_extract.json"), "where all numbers go")
-    compare: Path | None = option(None, "an earlier output: print old, new and ratio of each figure")
+    compare: Path | None = option(None,
+                                  "an earlier output: print old, new and ratio of each figure")
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "of the weights")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self):
         optional = ("clips", "batch_size", "num_workers")
         given = [name for name in optional if getattr(self, name) is not None]
-        check_counts(self, ("plain_clips", "plain_batch_size", "questions", "max_new_tokens", *given))
+        check_counts(self,
+                     ("plain_clips", "plain_batch_size", "questions", "max_new_tokens", *given))
         if self.files < 0:
             raise UserError(f"--files must be 0 (none) or more, got {self.files}")
         if self.model not in ("both", *BY_NAME):
@@ -271,8 +273,8 @@ def measure_model(bench: Bench, config: Config, folder: Path) -> dict:
     pixels = random_pixels(model, pictures, max(clips, config.plain_clips, config.plain_batch_size))
     samples = [Sample(number, str(number), "street_00_a", number) for number in range(clips)]
     fewer = samples[:max(2 * sizes["ours, several questions"], len(samples) // config.questions)]
-    log(f"benchmark | {role.name} | weights {weights_mib(model.model):.0f} MiB | {sizes['ours']} clips at "
-        f"a time, {sizes['ours, several questions']} with {config.questions} questions")
+    log(f"benchmark | {role.name} | weights {weights_mib(model.model):.0f} MiB | {sizes['ours']} "
+        f"clips at a time, {sizes['ours, several questions']} with {config.questions} questions")
 
     figures = {"weights_gib": weights_mib(model.model) / 1024, "held_mib": held,
                "one at a time": bench.one_by_one(pixels, QUERY, config.plain_clips),
@@ -376,7 +378,8 @@ def row_of(title: str, part: dict, plain: float) -> str:
     if part.get("peak_mib"):
         facts.append(f"peak {part['peak_mib'] / 1024:.1f} GiB")
     if "limit" in part:
-        facts.append(f"{part['share_of_limit']:.0%} of the limit {part['limit']['answers_per_s']:.1f}/s")
+        facts.append(f"{part['share_of_limit']:.0%} of the limit "
+                     f"{part['limit']['answers_per_s']:.1f}/s")
     rate = rate_of(part) or 0.0
     return " | ".join([f"table | {title}", f"{rate:8.2f}/s", f"{rate / plain:6.1f}x", *facts])
 

@@ -32,8 +32,9 @@ from pairs.rows import write_rows
 # distinct ids, as in 1,100 real pairs; distinct answers, which come in turn
 IDS, ANSWERS = 633, 997
 CLIPS, SEGMENTS = 100, 3             # clips of a sequence, sequences of a drive
-WORDS = ("car", "street", "the", "scene", "traffic", "with", "building", "and", "parked", "tree", "road", "is", "a",
-         "pedestrian", "bicycle", "crossing", "along", "sidewalk", "light", "vehicle", "driving", "include", "one")
+WORDS = ("car", "street", "the", "scene", "traffic", "with", "building", "and", "parked", "tree",
+         "road", "is", "a", "pedestrian", "bicycle", "crossing", "along", "sidewalk", "light",
+         "vehicle", "driving", "include", "one")
 WARM_UP = 300                       # pairs that each process works through before its memory counts
 ROW_BYTES = 30      # of the file, for each token and its share of the texts: about 27 were measured
 PLAIN_BYTES = 8     # memory of json.load for each byte of the file, so that it is not tried in vain
@@ -41,12 +42,14 @@ JSON_ROWS = 10_000                   # rows by which json's own time is measured
 MAX_SEQ_LEN, TRAINED_AT_A_TIME, PREDICTED_AT_A_TIME, SCORED = 128, 32, 64, 64
 
 WHAT = (
-    "Memory: the peak of a process's resident memory less what it held after its imports and a warm-up on "
-    f"{WARM_UP} pairs. Each peak is that of all parts up to there. Tokens: all answers counted as int32.",
-    "Load: load_pairs. Split: clip order, validation by drives, half of the pairs selected. Epoch: all batches of an "
-    f"epoch made ready, {TRAINED_AT_A_TIME} pairs each. Evaluate: a tiny adapter's predictions and all metrics. All "
-    "on one thread.",
-    "Plain: json.load and lists of the answers, nothing else. Write: rows as they come into a new file.")
+    "Memory: the peak of a process's resident memory less what it held after its imports and a "
+    f"warm-up on {WARM_UP} pairs. Each peak is that of all parts up to there. Tokens: all answers "
+    "counted as int32.",
+    "Load: load_pairs. Split: clip order, validation by drives, half of the pairs selected. Epoch: "
+    f"all batches of an epoch made ready, {TRAINED_AT_A_TIME} pairs each. Evaluate: a tiny "
+    "adapter's predictions and all metrics. All on one thread.",
+    "Plain: json.load and lists of the answers, nothing else. Write: rows as they come into a new "
+    "file.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +57,11 @@ class Config:
     """Time the way of very many pairs from a file to metrics and back, and measure its memory."""
 
     pairs: list[int] = option((10_000, 100_000, 1_000_000), "sizes, one after the other")
-    tokens: int = option(50, "of a target answer, and of half of the drafts; the others are shorter")
+    tokens: int = option(50,
+                         "of a target answer, and of half of the drafts; the others are shorter")
     output: Path = option(Path("benchmark_load.json"), "where all numbers go")
-    compare: Path | None = option(None, "an earlier output: print old, new and ratio of each figure")
+    compare: Path | None = option(None,
+                                  "an earlier output: print old, new and ratio of each figure")
     seed: int = option(42, "of the answers")
 
     def __post_init__(self):
@@ -96,7 +101,8 @@ def resident_mib(which: str) -> float:
     """VmRSS now, VmHWM at its highest. Not getrusage: a new process begins there with the peak of
     who started it.
     """
-    found = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    found = next(line for line in Path("/proc/self/status").read_text().splitlines()
+                 if line.startswith(which))
     return int(found.split()[1]) / 1024
 
 
@@ -142,7 +148,8 @@ def ours(path: Path, count: int, tokens: int, seed: int) -> dict:
     def split(pairs):
         ordered = splits.in_clip_order(pairs)
         train, validation, _ = splits.split_validation(ordered, 0.15, seed)
-        return ordered, ordered.select(train), ordered.select(validation), splits.shortened(ordered, count // 2)
+        return ordered, ordered.select(train), ordered.select(validation), splits.shortened(
+            ordered, count // 2)
 
     def epoch(pairs):
         batched = TokenTensors.of(pairs, MAX_SEQ_LEN, torch.device("cpu"))
@@ -170,8 +177,10 @@ def ours(path: Path, count: int, tokens: int, seed: int) -> dict:
     read_s, json_s = read_alone(path), json_alone(path, count)
     parts = Parts()
     pairs = all_of(path, parts)
-    return {**parts.results(), "token_mib": (pairs.draft.nbytes + pairs.target.nbytes) / 2**20, "read_s": read_s,
-            "json_s": json_s}
+    return {
+        **parts.results(), "token_mib": (pairs.draft.nbytes + pairs.target.nbytes) / 2**20,
+        "read_s": read_s, "json_s": json_s
+    }
 
 
 def read_alone(path: Path) -> float:
@@ -218,7 +227,8 @@ def one_size(count: int, config: Config, folder: Path) -> dict:
         name, result = part.__name__, folder / "result.json"
         log(f"benchmark | {count} pairs | {name}")
         if name == "plain" and path.stat().st_size * PLAIN_BYTES > available_bytes():
-            log(f"benchmark | {count} pairs | json.load would not fit into the memory that is free: left out")
+            log(f"benchmark | {count} pairs | json.load would not fit into the memory that is "
+                "free: left out")
             found[name] = None
             continue
         subprocess.run([sys.executable, "-m", "benchmarks.load", name, path, str(count), str(config.tokens),
@@ -236,7 +246,8 @@ def one_size(count: int, config: Config, folder: Path) -> dict:
 
 
 def available_bytes() -> int:
-    found = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    found = next(line for line in Path("/proc/meminfo").read_text().splitlines()
+                 if line.startswith("MemAvailable"))
     return int(found.split()[1]) * 1024
 
 
@@ -256,24 +267,32 @@ def measure(config: Config) -> dict:
     with tempfile.TemporaryDirectory(prefix="pairs_") as folder:
         need, free = counts[-1] * config.tokens * ROW_BYTES, shutil.disk_usage(folder).free
         if need > free:
-            raise UserError(f"{counts[-1]} pairs take about {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} are "
-                            "free; set TMPDIR to a folder with more room, or use fewer --pairs")
+            raise UserError(f"{counts[-1]} pairs take about {need / 1e9:.1f} GB in {folder}, "
+                            f"{free / 1e9:.1f} are free; set TMPDIR to a folder with more room, or "
+                            "use fewer --pairs")
         sizes = {str(count): one_size(count, config, Path(folder)) for count in counts}
     first, last = (sizes[str(count)] for count in (counts[0], counts[-1]))
     results = {
-        "what": list(WHAT), "device": f"CPU, {os.cpu_count()} cores", "tokens": config.tokens, "sizes": sizes,
-        "limits": {"read_mib_per_s": last["write"]["file_mib"] / last["ours"]["read_s"],
-                   "json_mib_per_s": last["write"]["file_mib"] / last["ours"]["json_s"]},
-        "wanted_of": f"of {counts[-1]} pairs"}
+        "what": list(WHAT), "device": f"CPU, {os.cpu_count()} cores", "tokens": config.tokens,
+        "sizes": sizes, "limits": {
+            "read_mib_per_s": last["write"]["file_mib"] / last["ours"]["read_s"],
+            "json_mib_per_s": last["write"]["file_mib"] / last["ours"]["json_s"]
+        }, "wanted_of": f"of {counts[-1]} pairs"
+    }
     growth = {}
     if len(counts) > 1:
         times = counts[-1] / counts[0]
         growth = {part: exponent(first["ours"]["seconds"][part], seconds, times)
                   for part, seconds in last["ours"]["seconds"].items()}
-        growth |= {"write": exponent(first["write"]["seconds"]["write"], last["write"]["seconds"]["write"], times),
-                   "time": exponent(first["ours"]["all_s"], last["ours"]["all_s"], times),
-                   "memory": exponent(*(max(found["ours"]["peak_mib"].values()) for found in (first, last)), times)}
-    over, written = last["ours"]["peak_over_tokens"], last["write"]["peak_mib"]["write"] / last["ours"]["token_mib"]
+        growth |= {
+            "write": exponent(first["write"]["seconds"]["write"], last["write"]["seconds"]["write"],
+                              times), "time": exponent(first["ours"]["all_s"],
+                                                       last["ours"]["all_s"], times),
+            "memory": exponent(
+                *(max(found["ours"]["peak_mib"].values()) for found in (first, last)), times)
+        }
+    over = last["ours"]["peak_over_tokens"]
+    written = last["write"]["peak_mib"]["write"] / last["ours"]["token_mib"]
     wanted = [("peak memory over the tokens, from the file to metrics", over, 3),
               ("peak memory over the tokens, writing", written, 3),
               (f"exponent of time, {counts[0]} to {counts[-1]} pairs", growth.get("time"), 1.1),
@@ -289,7 +308,8 @@ def show(results: dict) -> None:
     for count, found in results["sizes"].items():
         mine, write_s, peer = found["ours"], found["write"]["seconds"]["write"], "left out"
         if found["plain"]:
-            peer = (f"{found['plain']['seconds']['load']:.2f} s, {found['plain']['peak_mib']['load']:.0f} MiB, "
+            peer = (f"{found['plain']['seconds']['load']:.2f} s, "
+                    f"{found['plain']['peak_mib']['load']:.0f} MiB, "
                     f"{found['plain']['peak_over_tokens']:.1f} x tokens")
         peaks = mine["peak_mib"]
         log(" | ".join([
@@ -299,8 +319,8 @@ def show(results: dict) -> None:
             "peak MiB " + " ".join(f"{part} {peak:.0f}" for part, peak in peaks.items()),
             f"{mine['peak_over_tokens']:.2f} x tokens", f"json.load: {peer}",
             f"write {write_s:.2f} s, {found['write']['peak_mib']['write']:.0f} MiB"]))
-        log(f"table | {count:>8} pairs | share of the time to load: reading the bytes {mine['share_of_read']:.2%}, "
-            f"json alone {mine['share_of_json']:.1%}")
+        log(f"table | {count:>8} pairs | share of the time to load: reading the bytes "
+            f"{mine['share_of_read']:.2%}, json alone {mine['share_of_json']:.1%}")
     known = {part: value for part, value in results["exponents"].items() if value is not None}
     if known:
         log("table | exponents | " + " ".join(f"{part} {value:.2f}" for part, value in known.items()))

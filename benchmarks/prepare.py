@@ -53,7 +53,8 @@ class Config:
     duration: str = option("1s", "window length of the data set")
     workers: int | None = option(None, "processes of prepare_dsec.py; if not said: its default")
     video_size: str = option("1440x1080", "width x height of the camera pictures and of the videos")
-    painted: int = option(20_000_000, "events to time painting with; the loop paints a hundredth of them")
+    painted: int = option(20_000_000,
+                          "events to time painting with; the loop paints a hundredth of them")
     output: Path = option(Path("benchmark_prepare.json"), "where all numbers go")
     compare: Path | None = option(None,
                                   "an earlier output: print old, new and ratio of each figure")
@@ -80,9 +81,11 @@ def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int =
     packed = dict(hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE))
     table, count = [], 0
     with h5py.File(path, "w") as file:
-        columns = {name: file.create_dataset(f"events/{name}", (0,), dtype, maxshape=(None,), chunks=(chunk,),
-                                             **packed)
-                   for name, dtype in (("x", "u2"), ("y", "u2"), ("p", "u1"), ("t", "u4"))}
+        columns = {
+            name: file.create_dataset(f"events/{name}", (0, ), dtype, maxshape=(None, ),
+                                      chunks=(chunk, ), **packed)
+            for name, dtype in (("x", "u2"), ("y", "u2"), ("p", "u1"), ("t", "u4"))
+        }
         for part in parts:
             for name, values in zip("xypt", part):
                 columns[name].resize((count + len(values),))
@@ -118,7 +121,9 @@ class MadeUp:
 
 
 def write_recording(root: Path, recording: MadeUp) -> None:
-    """One sequence of the test split. Its pictures are few, each under many names: encoding takes longest."""
+    """One sequence of the test split. Its pictures are few, each under many names: encoding takes
+    longest.
+    """
     from PIL import Image
 
     folder, t_offset = root / "test" / SEQUENCE, 50_000_000_000
@@ -132,7 +137,8 @@ def write_recording(root: Path, recording: MadeUp) -> None:
     scene = Image.fromarray(random.integers(0, 256, (height // 9, width // 8, 3), np.uint8))
     scene = np.asarray(scene.resize((2 * width, height), Image.Resampling.BICUBIC)).astype(np.int16)
     for number in range(count):
-        if number < DISTINCT:                              # the camera turns; each pixel has noise of its own
+        # The camera turns; each pixel has noise of its own
+        if number < DISTINCT:
             left = number * width // DISTINCT
             frame = scene[:, left:left + width] + random.normal(0, 2, (height, width, 3)).astype(np.int16)
             write_png(pictures / f"{number:06d}.png", frame.clip(0, 255).astype(np.uint8))
@@ -237,8 +243,8 @@ def measure(config: Config) -> dict:
         need, free = config.events * FILE_BYTES + 2**30, shutil.disk_usage(folder).free
         if need > free:
             raise UserError(f"{config.events} events take about {need / 1e9:.1f} GB in {folder}, "
-                            f"{free / 1e9:.1f} are free; set TMPDIR to a folder with more room, or use "
-                            "fewer --events")
+                            f"{free / 1e9:.1f} are free; set TMPDIR to a folder with more room, or "
+                            "use fewer --events")
         log(f"benchmark | making up a recording of {config.seconds} s with {config.events} events")
         write_recording(Path(folder),
                         MadeUp(config.events, config.seconds, config.video_size, config.seed))
@@ -262,13 +268,15 @@ def show(results: dict) -> None:
     paint, read, made = results["paint"], results["read"], results["prepare"]
     for name, rate in paint["events_per_s"].items():
         log(f"table | paint {name} | {rate / 1e6:.1f} million events/s | share of copy "
-            f"{paint['share_of_copy'][name]:.2%}"
-            + (f" | {paint['over_loop'][name]:.0f} x the loop" if name in paint["over_loop"] else ""))
+            f"{paint['share_of_copy'][name]:.2%}" +
+            (f" | {paint['over_loop'][name]:.0f} x the loop" if name in paint["over_loop"] else ""))
     log(f"table | copy | {paint['copy_bytes_per_s'] / 1e9:.1f} GB/s read and written")
-    log(f"table | read | {read['events_per_s'] / 1e6:.1f} million events/s | file {read['file_mib']:.0f} MiB")
-    log(f"table | prepare | {made['clips']} clips in {made['seconds']:.1f} s, {made['clips_per_s']:.2f} a "
-        f"second | peak {made['peak_mib']:.0f} MiB, largest process {made['largest_process_mib']:.0f} | "
-        f"mp4 {made['mp4_mib']:.1f} MiB, event pictures {made['png_mib']:.1f} MiB")
+    log(f"table | read | {read['events_per_s'] / 1e6:.1f} million events/s | file "
+        f"{read['file_mib']:.0f} MiB")
+    log(f"table | prepare | {made['clips']} clips in {made['seconds']:.1f} s, "
+        f"{made['clips_per_s']:.2f} a second | peak {made['peak_mib']:.0f} MiB, largest process "
+        f"{made['largest_process_mib']:.0f} | mp4 {made['mp4_mib']:.1f} MiB, event pictures "
+        f"{made['png_mib']:.1f} MiB")
 
 
 def one_line(results: dict) -> str:

@@ -26,7 +26,8 @@ class Config:
     """Time the products of a 7B model's layers by the number of rows, with 4-bit and 16-bit weights."""
 
     output: Path = option(Path("benchmark_products.json"), "where all numbers go")
-    compare: Path | None = option(None, "an earlier output: print old, new and ratio of each figure")
+    compare: Path | None = option(None,
+                                  "an earlier output: print old, new and ratio of each figure")
     dtype: Literal["bfloat16", "float16"] = option("bfloat16", "in which rows are multiplied")
     device: str = option("auto", "auto, cuda or cuda:N")
 

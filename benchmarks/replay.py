@@ -38,7 +38,8 @@ PROPOSED = 8                         # tokens of the proposals that are timed al
 
 
 # ------------------------------------------------------------------------------ transformers' way
-def transformers_modes(model: VisionLanguageModel, gamma: str, may_compile: bool) -> dict[str, dict]:
+def transformers_modes(model: VisionLanguageModel, gamma: str,
+                       may_compile: bool) -> dict[str, dict]:
     """Name of each mode of generate -> its arguments."""
     # Prompt lookup finds the ":" of "USER:" and proposes what follows, <video>; the model refuses
     # more of these than there are features (ValueError). A suppressed token is not proposed.
@@ -137,8 +138,8 @@ class UntaughtTree(Untaught):
 class Ours:
     """Our loop on the model, with every drafter on each answer in turn."""
 
-    def __init__(self, model: VisionLanguageModel, pixels: torch.Tensor, drafters: dict[str, Drafter],
-                 gamma: str, tree: str, longest: int):
+    def __init__(self, model: VisionLanguageModel, pixels: torch.Tensor,
+                 drafters: dict[str, Drafter], gamma: str, tree: str, longest: int):
         """tree: of the drafters whose name ends in TREE; longest: tokens of the longest answer."""
         self.model, self.pixels, self.device = model, pixels, model.runtime.device
         self.gamma, self.tree = gamma, tree

@@ -15,7 +15,8 @@ MAX_PARTS = 10**6                  # looked at in one file: more are no video, a
 MP4_BOXES = {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide",
              b"udta", b"uuid",
              b"meta", b"mfra", b"sidx", b"ssix", b"prft", b"emsg", b"pnot", b"pdin"}
-EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"      # the two elements of a Matroska or WebM file
+# The two elements of a Matroska or WebM file
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 
 
 def check_whole(path: Path) -> None:

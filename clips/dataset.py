@@ -75,8 +75,8 @@ def read_dataset(folder: Path, allow_links: Iterable[Path] = ()) -> list[Sample]
     else:
         rows = rows_by_path(places)
         if not rows:
-            raise UserError(f"{folder} holds no data set: found neither {INDEX_FILE} nor pictures in "
-                            "event_image/ nor videos in mp4/")
+            raise UserError(f"{folder} holds no data set: found neither {INDEX_FILE} nor pictures "
+                            "in event_image/ nor videos in mp4/")
     source = index.name if index else "the paths in event_image/ and mp4/"
     log(f"data | {folder} | {len(rows)} clips from {source}")
     samples, keys = [], set()
@@ -127,7 +127,8 @@ def read_row(places: Places, number: int, row) -> Sample:
     fields = ("event_data", "video_data", "mp4_data")
     names = {name: row[name] for name in fields if isinstance(row.get(name), str)}
     pictures = row.get("event_image")
-    pictures = [pictures] if isinstance(pictures, str) else pictures if isinstance(pictures, list) else []
+    pictures = [pictures] if isinstance(pictures,
+                                        str) else pictures if isinstance(pictures, list) else []
     pictures = [name for name in pictures if isinstance(name, str)]
     # event_data names the clip; older rows have no clip in video_data ("interlaken_00_a").
     stems = [re.sub(r"\.(npy|npz|mp4)$", "", name) for name in names.values()]
@@ -151,7 +152,8 @@ def read_row(places: Places, number: int, row) -> Sample:
         video = next(filter(places.has, videos), videos[0])
         files = [*images, video, *([events] if events else [])]
         present = frozenset(filter(places.has, files))
-    except (ValueError, OSError, RuntimeError) as error:     # null bytes, long names, circles of links
+    # Null bytes, long names, circles of links
+    except (ValueError, OSError, RuntimeError) as error:
         return Sample(number, sample_id, sequence, clip, trouble=str(error))
     return Sample(number, sample_id, sequence, clip, tuple(images), events, video, present=present)
 
@@ -204,7 +206,9 @@ def _read_file(sample: Sample, path: Path, read: Callable[[Path], Read]) -> Read
 
 def read_ahead(prepare: Callable, samples: Iterable[Sample], workers: int,
                ahead: int) -> Iterator[tuple]:
-    """Yield (sample, prepared or the MediaError) in order, while threads work on the next `ahead` samples."""
+    """Yield (sample, prepared or the MediaError) in order, while threads work on the next `ahead`
+    samples.
+    """
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:
         waiting, remaining = collections.deque(), iter(samples)

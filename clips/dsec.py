@@ -33,10 +33,13 @@ MAX_CHUNK = 2**28  # bytes; HDF5 unpacks a chunk in one piece, of whatever size 
 MAX_RATE = 2**28                   # events a second: ten times what DSEC's cameras can send
 CHUNK_CACHE = 2**25                # bytes of unpacked chunks that HDF5 keeps for each column
 MAX_TIMES = 2**24                  # bytes of a timestamps file: a million pictures, 14 hours
-MAX_SPAN = 6 * 3600 * 10**6  # us from the first picture to the last: a wrong time would make too many windows
+# Us from the first picture to the last: a wrong time would make too many windows
+MAX_SPAN = 6 * 3600 * 10**6
 BLOSC = 32001                      # the number of its filter in HDF5
-HDF5_ERRORS = (OSError, KeyError, RuntimeError, TypeError, ValueError)     # what h5py makes of a broken file
-SYSTEM_ERROR = re.compile(r"errno = (\d+)")         # HDF5 names the system's error in its message alone
+# What h5py makes of a broken file
+HDF5_ERRORS = (OSError, KeyError, RuntimeError, TypeError, ValueError)
+# HDF5 names the system's error in its message alone
+SYSTEM_ERROR = re.compile(r"errno = (\d+)")
 
 
 def _sequences(text: str) -> tuple[str, ...]:
@@ -75,7 +78,8 @@ class Recording:
 
     def between(self, start_us: int, end_us: int) -> list[Path]:
         """The pictures with start <= time < end."""
-        return self.pictures[bisect.bisect_left(self.times, start_us):bisect.bisect_left(self.times, end_us)]
+        return self.pictures[bisect.bisect_left(self.times, start_us):bisect.
+                             bisect_left(self.times, end_us)]
 
 
 def is_name(text: str) -> bool:
@@ -118,8 +122,8 @@ def find_recording(root: Path, split: str, sequence: str) -> Recording:
     assert events and folder and times
     pictures, times_us = list_pictures(folder), read_times(times)
     if len(pictures) != len(times_us):
-        raise MediaError(f"{len(pictures)} pictures in {folder}, but {len(times_us)} timestamps in {times}: "
-                         "which belong together is not known; download both again")
+        raise MediaError(f"{len(pictures)} pictures in {folder}, but {len(times_us)} timestamps in "
+                         f"{times}: which belong together is not known; download both again")
     if times_us[-1] - times_us[0] > MAX_SPAN:
         raise MediaError(f"{times} goes from {times_us[0]} to {times_us[-1]} us, over "
                          f"{MAX_SPAN / 3.6e9:g} hours")
@@ -128,7 +132,8 @@ def find_recording(root: Path, split: str, sequence: str) -> Recording:
 
 def list_pictures(folder: Path) -> list[Path]:
     """000000.png, 000001.png, ... in order, without a gap."""
-    numbers = sorted(int(path.stem) for path in folder.iterdir() if re.fullmatch(r"[0-9]{6}\.png", path.name))
+    numbers = sorted(
+        int(path.stem) for path in folder.iterdir() if re.fullmatch(r"[0-9]{6}\.png", path.name))
     for before, number in itertools.pairwise(numbers):
         if number != before + 1:
             raise MediaError(f"half downloaded: {folder} goes from {before:06d}.png to {number:06d}.png")
@@ -221,13 +226,13 @@ class EventFile:
 
         column = self._dataset(name)
         if column.ndim != 1 or column.dtype.kind not in "iu":
-            raise MediaError(f"{self.path}: {name} is {column.dtype} {column.shape}, wanted whole numbers in "
-                             "one dimension")
+            raise MediaError(f"{self.path}: {name} is {column.dtype} {column.shape}, wanted whole "
+                             "numbers in one dimension")
         filters = column.id.get_create_plist()
         for number in (filters.get_filter(k)[0] for k in range(filters.get_nfilters())):
             if not h5py.h5z.filter_avail(number):
-                raise MediaError(f"{self.path}: {name} is packed with HDF5's filter {number}, which is not "
-                                 "there")
+                raise MediaError(f"{self.path}: {name} is packed with HDF5's filter {number}, "
+                                 "which is not there")
         return column
 
     def _dataset(self, name: str):
@@ -264,8 +269,8 @@ class EventFile:
         """(first, last + 1) of the events with start <= time < end, on the pictures' clock."""
         first, last = self.place_of(start_us), self.place_of(end_us)
         if last - first > MAX_RATE * (end_us - start_us) / 1e6:
-            raise MediaError(f"{self.path}: {last - first} events in {(end_us - start_us) / 1e6:g} s: "
-                             "refused")
+            raise MediaError(f"{self.path}: {last - first} events in {(end_us - start_us) / 1e6:g} "
+                             "s: refused")
         return first, last
 
     def place_of(self, time_us: int) -> int:
@@ -295,8 +300,8 @@ class EventFile:
             times = self._read(self.columns["t"], begin, end)
             if (falls := times[1:] < times[:-1]).any():
                 at = begin + 1 + int(falls.argmax())
-                raise MediaError(f"{self.path}: timestamps are not sorted at event {at} (or they passed "
-                                 "2^32 us)")
+                raise MediaError(f"{self.path}: timestamps are not sorted at event {at} (or they "
+                                 "passed 2^32 us)")
             x, y, p = (self._read(self.columns[name], start, end) for name in "xyp")
             yield x, y, self._polarity(p)
 

@@ -160,11 +160,11 @@ class _ArraysOnly(_Unpickler):
 
     MAKERS = {"_reconstruct": _Array, "dtype": _dtype, "scalar": _scalar,  # noqa: RUF012
               "ndarray": "ndarray"}
-    OPERATIONS = ("PROTO FRAME STOP MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET GLOBAL "
-                  "STACK_GLOBAL REDUCE NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT "
-                  "BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING BINBYTES "
-                  "SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND "
-                  "APPENDS EMPTY_DICT")
+    OPERATIONS = ("PROTO FRAME STOP MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET "
+                  "GLOBAL STACK_GLOBAL REDUCE NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 "
+                  "LONG LONG1 FLOAT BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINSTRING "
+                  "SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 "
+                  "TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT")
     dispatch = {code: _Unpickler.dispatch[code]  # noqa: RUF012
                 for code in (getattr(pickle, name)[0] for name in OPERATIONS.split())}
 
@@ -182,8 +182,8 @@ class _ArraysOnly(_Unpickler):
         if isinstance(target, _Array):
             target.fill(*state)
         elif not isinstance(target, np.dtype) or state[1] not in ("<", "|", "="):
-            raise MediaError("the file holds more than arrays and numbers, or in another order of bytes: "
-                             "refused")
+            raise MediaError("the file holds more than arrays and numbers, or in another order of "
+                             "bytes: refused")
 
     def set_items(self) -> None:
         self._set(self.pop_mark())

@@ -7,7 +7,8 @@ import numpy as np
 
 from clips.limits import MediaError
 
-Render = Literal["time", "blue_over_red"]            # how event pictures are painted: see EventPicture
+# How event pictures are painted: see EventPicture
+Render = Literal["time", "blue_over_red"]
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -25,8 +26,8 @@ def check_polarity(p: np.ndarray) -> np.ndarray:
     if low >= 0 and high <= 1:
         return p.astype(np.uint8, copy=False)
     values = ", ".join(map(str, np.unique(p[:2**20])[:5].tolist()))
-    raise MediaError(f"column p (polarity) has values from {low} to {high} ({values}, ...); wanted 0 and 1, "
-                     "or -1 and 1")
+    raise MediaError(f"column p (polarity) has values from {low} to {high} ({values}, ...); wanted "
+                     "0 and 1, or -1 and 1")
 
 
 class EventPicture:
@@ -54,8 +55,8 @@ class EventPicture:
             return
         (left, top), (right, bottom) = ((int(end(x)), int(end(y))) for end in (np.min, np.max))
         if left < 0 or top < 0 or right >= self.width or bottom >= self.height:
-            raise MediaError(f"events from pixel ({left}, {top}) to ({right}, {bottom}) don't fit into a "
-                             f"picture of {self.width} x {self.height}")
+            raise MediaError(f"events from pixel ({left}, {top}) to ({right}, {bottom}) don't fit "
+                             f"into a picture of {self.width} x {self.height}")
         for start in range(0, len(x), self.BLOCK):
             block = slice(start, start + self.BLOCK)
             place = y[block].astype(np.intp)
@@ -93,7 +94,9 @@ def render_events(x: np.ndarray, y: np.ndarray, p: np.ndarray,
 
 
 def equal_parts(total: int, count: int) -> list[tuple[int, int]]:
-    """(start, end) of `count` parts with equally many of `total` events; the last one takes the remainder."""
+    """(start, end) of `count` parts with equally many of `total` events; the last one takes the
+    remainder.
+    """
     if total < count:
         raise MediaError(f"{total} events, wanted at least {count}" if total else "no events")
     size = total // count

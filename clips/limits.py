@@ -1,4 +1,5 @@
-"""What is wrong with one clip and what is wrong with the machine; the bounds that every media file must keep.
+"""What is wrong with one clip and what is wrong with the machine; the bounds that every media file
+must keep.
 
 MediaError      one picture, event file or video can't be used: the clip fails, the run goes on.
 MachineTrouble  a UserError: the file was there and is gone, or the machine has no memory, no
@@ -41,8 +42,8 @@ def still_there(path: Path, listed: bool = True) -> Iterator[None]:
 
 
 def gone(path: Path) -> MachineTrouble:
-    return MachineTrouble(f"{path} was there when this run began and is gone: is its disk still mounted? "
-                          "Bring it back, then give the same command again")
+    return MachineTrouble(f"{path} was there when this run began and is gone: is its disk still "
+                          "mounted? Bring it back, then give the same command again")
 
 
 @contextlib.contextmanager
@@ -74,8 +75,8 @@ def reading_media(kind: str, path: Path, *errors: type[Exception]) -> Iterator[N
 
 def machine_trouble(path: Path, error: BaseException) -> MachineTrouble:
     reason = getattr(error, "strerror", None) or first_line(error)
-    return MachineTrouble(f"can't read {path}: {reason}. This is no fault of the clip: mend it, then give "
-                          "the same command again")
+    return MachineTrouble(f"can't read {path}: {reason}. This is no fault of the clip: mend it, "
+                          "then give the same command again")
 
 
 def check_bytes(path: Path, limit: int) -> int:

@@ -26,7 +26,8 @@ JPEG_CHUNK = 4096                  # bytes that Pillow decodes at a time: the cl
 # Largest value of a grey picture that Pillow holds in more than 8 bits, by the layout in the file.
 GREY_RANGE = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I;16N": 65535,
               "I;16R": 65535, "I;12": 4095}
-GREY_STEP = {"L;2": 85, "L;4": 17}             # from a grey value in the file to Pillow's, where they differ
+# From a grey value in the file to Pillow's, where they differ
+GREY_STEP = {"L;2": 85, "L;4": 17}
 
 
 class TimedFile(io.FileIO):
@@ -98,8 +99,8 @@ def scaled_grey(picture: Image.Image, layout: str,
     refused: their range is not in the file, so 1.0 may be white or nearly black.
     """
     if layout not in GREY_RANGE:
-        raise MediaError(f"its grey values are {layout!r}, whose white is not known; wanted 8 or 16 bits a "
-                         "pixel without a sign")
+        raise MediaError(f"its grey values are {layout!r}, whose white is not known; wanted 8 or "
+                         "16 bits a pixel without a sign")
     values = np.asarray(picture).astype(np.int32)
     grey = (values * 255 / GREY_RANGE[layout]).clip(0, 255).astype(np.uint8)
     tags = getattr(picture, "tag_v2", {})

@@ -20,7 +20,7 @@ FAMILIES = ("CLIP", "VideoLlava")                  # whose processors work as cl
 STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")             # on, or not named
 OTHER_STEPS = ("do_pad", "do_flip_channel_order", "do_grayscale", "do_reduce_labels",
                "use_square_size",
-               "offset")                                                          # off, or not named
+               "offset")  # off, or not named
 TYPES = ("image_processor_type", "video_processor_type", "feature_extractor_type")
 
 
@@ -50,8 +50,8 @@ class PixelSettings:
                 settings[where] = _parse(where, values, image_size)
         if len(set(settings.values())) > 1:
             differing = "; ".join(f"{where}: {values}" for where, values in settings.items())
-            raise UserError(f"the pixel settings differ: {differing}; wanted the same for pictures and "
-                            "videos")
+            raise UserError(f"the pixel settings differ: {differing}; wanted the same for pictures "
+                            "and videos")
         return next(iter(settings.values()), PixelSettings(image_size, image_size))
 
 
@@ -79,16 +79,16 @@ def _parse(where: str, values, image_size: int) -> PixelSettings:
     more = [name for name in OTHER_STEPS if values.get(name)]
     if off or more:
         steps = ", ".join(f"{name} is {values[name]!r}" for name in off + more)
-        raise UserError(f"{where}: {steps}; wanted pictures that are resized, cropped, rescaled and "
-                        "normalised, and nothing else")
+        raise UserError(f"{where}: {steps}; wanted pictures that are resized, cropped, rescaled "
+                        "and normalised, and nothing else")
     size = _side(values.get("size"), "shortest_edge")
     crop = _side(values.get("crop_size"), "height", "width")
     resample = values.get("resample", int(Image.Resampling.BICUBIC))
     fits = crop == image_size and crop <= size <= 8 * crop
     if not fits or type(resample) is not int or resample != Image.Resampling.BICUBIC:
-        raise UserError(f"{where}: size {values.get('size')}, crop_size {values.get('crop_size')} and "
-                        f"resample {resample} can't be used: wanted the shortest edge and a square, bicubic "
-                        f"(3) and the vision tower's {image_size} px")
+        raise UserError(f"{where}: size {values.get('size')}, crop_size {values.get('crop_size')} "
+                        f"and resample {resample} can't be used: wanted the shortest edge and a "
+                        f"square, bicubic (3) and the vision tower's {image_size} px")
     mean = PixelSettings.mean if values.get("image_mean") is None else values["image_mean"]
     std = PixelSettings.std if values.get("image_std") is None else values["image_std"]
     rescale = values.get("rescale_factor", 1 / 255)
@@ -96,8 +96,8 @@ def _parse(where: str, values, image_size: int) -> PixelSettings:
                   and all(map(_is_number, three))
                   for three in (mean, std))
     if not numbers or 0 in std or not _is_number(rescale):
-        raise UserError(f"{where}: wanted three numbers as image_mean, three as image_std (none of them 0), "
-                        "and one as rescale_factor")
+        raise UserError(f"{where}: wanted three numbers as image_mean, three as image_std (none of "
+                        "them 0), and one as rescale_factor")
     return PixelSettings(size, crop, tuple(mean), tuple(std), rescale)
 
 

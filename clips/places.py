@@ -31,8 +31,8 @@ class Places:
         self.roots = [str(self.root)]
         for folder in allow_links:
             if not folder.is_dir():
-                raise UserError(f"--allow_links {folder}: no such folder; wanted one that links in {root} "
-                                "lead to")
+                raise UserError(f"--allow_links {folder}: no such folder; wanted one that links in "
+                                f"{root} lead to")
             self.roots.append(os.path.realpath(folder))
         self._real: dict[str, str] = {}              # folder -> where it leads, links followed
         self._names: dict[str, set[str] | None] = {}
@@ -44,7 +44,8 @@ class Places:
         the time that reading a large index takes.
         """
         path = os.path.join(self.root, *parts)
-        if b"\0" in os.fsencode(path):       # half a character is a UnicodeEncodeError, a ValueError too
+        # Half a character is a UnicodeEncodeError, a ValueError too
+        if b"\0" in os.fsencode(path):
             raise ValueError("a path can't hold a null byte")
         folder, name = os.path.split(path)
         if folder not in self._real:
@@ -107,7 +108,9 @@ def _within(path: str, roots: list[str]) -> bool:
 
 
 def _list_files(folder: str) -> set[str] | None:
-    """The names of the files in this folder, none where there is no folder; None where it can't be listed."""
+    """The names of the files in this folder, none where there is no folder; None where it can't be
+    listed.
+    """
     try:
         with os.scandir(folder) as listing:
             names = {entry.name for entry in listing if _leads_to(entry.is_file)}
@@ -133,5 +136,5 @@ def _leads_to(kind: Callable[[], bool]) -> bool:
 
 
 def _no_access(folder: str, error: OSError) -> UserError:
-    return UserError(f"can't read the folder {folder} of the data set: {error.strerror}; correct its "
-                     "permissions, or look after its disk")
+    return UserError(f"can't read the folder {folder} of the data set: {error.strerror}; correct "
+                     "its permissions, or look after its disk")

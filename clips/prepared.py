@@ -58,7 +58,8 @@ class LeftOut:
         """The summary: one line a sequence."""
         for sequence, reasons in sorted(self.reasons.items()):
             clips = sorted(clip for clip in reasons if clip is not None)
-            names = ", ".join(f"{clip:06d}" for clip in clips[:10]) + (", ..." if len(clips) > 10 else "")
+            names = ", ".join(f"{clip:06d}"
+                              for clip in clips[:10]) + (", ..." if len(clips) > 10 else "")
             extent = f"{len(clips)} clips: {names} | the first" if clips else "the whole sequence"
             yield f"{sequence} | {extent}: {reasons[clips[0] if clips else None]}"
 
@@ -84,8 +85,8 @@ def find_recordings(root: Path, split: str, sequences: list[str] | None,
             left_out.add(sequence, None, f"can't be read: {error}")
     if not recordings:
         raise UserError(f"none of {len(wanted)} {split} sequences can be used; wanted in {root}: "
-                        f"{split}/<sequence>/ with events/left/events.h5, images/left/rectified/*.png and "
-                        "images/timestamps.txt")
+                        f"{split}/<sequence>/ with events/left/events.h5, "
+                        "images/left/rectified/*.png and images/timestamps.txt")
     return recordings
 
 
@@ -106,11 +107,14 @@ class PreparedFolder:
                 old = recorded if isinstance(recorded, dict) else {}
                 changed = [f"--{name} {old.get(name)} there, {value} now"
                            for name, value in self.settings.items() if old.get(name) != value]
-                raise UserError(f"{self.path} was made with other settings: {'; '.join(changed)}. Name "
-                                "another --output_root, or remove that folder")
-        elif foreign := [name for name in ("event_image", "mp4", INDEX_FILE) if (self.path / name).exists()]:
-            raise UserError(f"{self.path} holds {', '.join(foreign)} but no {SETTINGS_FILE}: another program "
-                            "made it. Name another --output_root, or remove that folder")
+                raise UserError(f"{self.path} was made with other settings: {'; '.join(changed)}. "
+                                "Name another --output_root, or remove that folder")
+        elif foreign := [
+                name for name in ("event_image", "mp4", INDEX_FILE) if (self.path / name).exists()
+        ]:
+            raise UserError(f"{self.path} holds {', '.join(foreign)} but no {SETTINGS_FILE}: "
+                            "another program made it. Name another --output_root, or remove that "
+                            "folder")
         else:
             write_json(file, {"settings": self.settings})
 
@@ -121,8 +125,8 @@ class PreparedFolder:
             for kind in ("event_image", "mp4"):
                 place = make_folder(self.path / kind / sequence)
                 if not place.resolve().is_relative_to(self.path.resolve()):
-                    raise UserError(f"{place} is a link that leads out of {self.path}: extraction would "
-                                    "refuse its clips")
+                    raise UserError(f"{place} is a link that leads out of {self.path}: extraction "
+                                    "would refuse its clips")
                 for entry in os.scandir(place):
                     if re.fullmatch(r"\..*\.tmp\.(png|mp4)", entry.name):
                         os.unlink(entry)
@@ -169,9 +173,9 @@ class PreparedFolder:
         if not rows:
             raise UserError(f"{self.path}: not one clip could be made; {left_out}")
         if left_out.reasons and not allow_missing:
-            raise UserError(f"{self.path} is not whole: {left_out}, {len(rows)} clips are there. No index "
-                            "was written: mend what the lines above name and run this again, or add "
-                            "--allow_missing")
+            raise UserError(f"{self.path} is not whole: {left_out}, {len(rows)} clips are there. "
+                            "No index was written: mend what the lines above name and run this "
+                            "again, or add --allow_missing")
         index, text = self.path / INDEX_FILE, json.dumps(rows, indent=2)
         changed = not index.exists() or index.read_text("utf-8") != text
         if changed:

@@ -18,8 +18,8 @@ from machine.files import read_json
 MAX_QUESTIONS_BYTES = 2**26
 KEYS = ("question", "text", "prompt", "turns")
 JSON_STARTS = ("{", "[{", '["')            # a question may begin with a bracket
-FORMS = ("wanted lines of text, a JSON list, JSON Lines whose objects have one of question, text, prompt or "
-         "turns, or a CSV table with a column of one of these names")
+FORMS = ("wanted lines of text, a JSON list, JSON Lines whose objects have one of question, text, "
+         "prompt or turns, or a CSV table with a column of one of these names")
 
 
 def read_questions(query: str, questions_file: Path | None, num_questions: int) -> list[str]:

@@ -135,7 +135,8 @@ def _open(path: Path, end: float):
     wait_s = min(MAX_WAIT_S, max(0.01, end - time.monotonic()))
     start = time.monotonic()
     container = av.open(str(path), options=CONTAINERS, timeout=(wait_s, wait_s))
-    if time.monotonic() - start >= wait_s:               # FFmpeg makes do with an interrupted search
+    # FFmpeg makes do with an interrupted search
+    if time.monotonic() - start >= wait_s:
         container.close()
         raise MediaError(TOO_SLOW)
     return container
@@ -147,10 +148,12 @@ def upright(frame) -> np.ndarray:
     The matrix (3 x 3, int32, 16 binary places) maps pixel (x, y) to (a x + c y, b x + d y).
     """
     picture = frame.to_ndarray(format="rgb24")
-    matrix = next((bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
+    matrix = next((bytes(item)
+                   for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:
         return picture
-    a, b, _, c, d = np.sign(np.round(np.frombuffer(matrix, np.int32)[:5] / 2**16)).astype(int).tolist()
+    a, b, _, c, d = np.sign(np.round(np.frombuffer(matrix, np.int32)[:5] /
+                                     2**16)).astype(int).tolist()
     if abs(a) == abs(d) == 1 and b == c == 0:
         right, down = a, d
     elif abs(b) == abs(c) == 1 and a == d == 0:

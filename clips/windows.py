@@ -51,8 +51,8 @@ class Recipe:
             sides = [int(side) for side in match.groups()] if match else [0]
             if not all(0 < side <= MAX_SIDE and side % step == 0 for side in sides):
                 even = " and even (H.264 needs it)" if step == 2 else ""
-                raise UserError(f"--{name} must be WIDTHxHEIGHT of 1 to {MAX_SIDE} px a side{even}, "
-                                f"got {getattr(self, name)!r}")
+                raise UserError(f"--{name} must be WIDTHxHEIGHT of 1 to {MAX_SIDE} px a "
+                                f"side{even}, got {getattr(self, name)!r}")
         if not 1 <= self.event_images <= 10:
             raise UserError(f"--event_images must be from 1 to 10, got {self.event_images}")
 

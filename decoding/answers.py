@@ -159,8 +159,10 @@ class Answering:
         """The drafter at work on the target, its costs measured; the model's costs must be known.
         """
         assert self.costs, "the model's costs are measured first"
-        decoder = Decoder(self.target, drafter,
-                          Pace(self.costs.verify[1]) if AUTO in (self.settings.gamma, self.settings.tree) else None)
+        decoder = Decoder(
+            self.target, drafter,
+            Pace(self.costs.verify[1]) if AUTO in (self.settings.gamma,
+                                                   self.settings.tree) else None)
         decoder.measure(asked, answer, self.costs, self.model.runtime.device)
         return decoder
 
@@ -185,10 +187,13 @@ class Answering:
             for name, decoder in self.decoders.items()
         }
         tokens = runs[settings.drafter].tokens
-        row = {"sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip,
-               "question_idx": question.number, "query": question.text,
-               "text": self.model.tokenizer.decode(tokens, skip_special_tokens=True).strip(), "tokens": tokens,
-               "vision_s": vision_s, "runs": {name: as_row(run) for name, run in runs.items()}}
+        row = {
+            "sample_id": sample.id, "sequence": sample.sequence, "clip": sample.clip,
+            "question_idx": question.number, "query": question.text,
+            "text": self.model.tokenizer.decode(tokens,
+                                                skip_special_tokens=True).strip(), "tokens": tokens,
+            "vision_s": vision_s, "runs": {name: as_row(run) for name, run in runs.items()}
+        }
         if settings.compare:
             plain = runs[PLAIN].tokens
             for name, run in runs.items():

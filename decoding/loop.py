@@ -80,11 +80,13 @@ def decode(target: Target,
     proposal change nothing.
     """
     decoded = Decoded([])
-    branches = limits.nodes > 0 and isinstance(drafter, Branching)
-    propose = proposed_tree if branches else proposed_chain
+    branching = drafter if limits.nodes > 0 and isinstance(drafter, Branching) else None
     while not limits.are_reached(decoded.tokens):
         start = time.perf_counter()
-        proposed = propose(drafter, decoded.tokens, limits, price(), target.vocab_size)
+        if branching is not None:
+            proposed = proposed_tree(branching, decoded.tokens, limits, price(), target.vocab_size)
+        else:
+            proposed = proposed_chain(drafter, decoded.tokens, limits, price(), target.vocab_size)
         drafted = time.perf_counter()
         emitted = verified(target, decoded.tokens, proposed, limits, rule)
         if NO_TOKEN in emitted and proposed.tokens:

@@ -191,7 +191,8 @@ def video_student(folder: Path) -> Student:
         return frames.reshape(len(pixels), -1, LANGUAGE["hidden_size"])
 
     def pixels(scene, clip_seed, num_frames):
-        numbers = np.linspace(0, num_frames - 1, NUM_FRAMES).astype(int).tolist()     # as read_video
+        # As read_video
+        numbers = np.linspace(0, num_frames - 1, NUM_FRAMES).astype(int).tolist()
         return clip_pixels(filming.frames_of(scene, clip_seed, num_frames, numbers), settings)
 
     return Student(folder.name, model, [model.model.video_tower, model.model.multi_modal_projector],

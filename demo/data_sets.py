@@ -20,9 +20,10 @@ from machine.workers import cores, in_workers
 SEED = 2028
 DRIVES = {"train": [f"demo{place}_0{k}" for place in ("field", "hill", "town") for k in range(4)],
           "test": ["demofield_10", "demohill_10", "demolake_10", "demolake_11", "demotown_10"]}
-DATA_SETS = (("train", "my_egpt_dsec_train/my_egpt_dsec_train_1s", 20),      # split, folder, frames a clip
-             ("train", "my_egpt_dsec_train/my_egpt_dsec_train_500ms", 10),
-             ("test", "my_egpt_dsec_test/my_egpt_dsec_seq_1s", 20),
+DATA_SETS = (("train", "my_egpt_dsec_train/my_egpt_dsec_train_1s",
+              20),  # split, folder, frames a clip
+             ("train", "my_egpt_dsec_train/my_egpt_dsec_train_500ms",
+              10), ("test", "my_egpt_dsec_test/my_egpt_dsec_seq_1s", 20),
              ("test", "my_egpt_dsec_test/my_egpt_dsec_seq_500ms", 10))
 NUM_PICTURES = 5                   # event pictures a clip
 
@@ -94,6 +95,7 @@ def render_clip(clip: tuple[str, Scene], folder: Path, num_frames: int) -> dict:
                 fps=filming.FPS)
     pictures = [f"{name}_{k}.png" for k in range(NUM_PICTURES)]
     events = filming.events_of(scene, seed, num_frames)
-    for file, picture in zip(pictures, event_frames(events, NUM_PICTURES, (filming.SIZE, filming.SIZE))):
+    for file, picture in zip(pictures,
+                             event_frames(events, NUM_PICTURES, (filming.SIZE, filming.SIZE))):
         write_png(folder / "event_image" / file, picture)
     return index_row(folder.name, name, pictures)

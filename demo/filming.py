@@ -43,7 +43,8 @@ class Canvas:
         self.yaw, self.pitch = yaw, pitch
 
     def shade(self, colour):
-        return tuple(int(c * share) for c, share in zip(colour, NIGHT_SHARE)) if self.night else colour
+        return tuple(int(c * share)
+                     for c, share in zip(colour, NIGHT_SHARE)) if self.night else colour
 
     def point(self, x: float, y: float, z: float) -> tuple[float, float]:
         return ((SIZE / 2 + FOCAL * x / z + self.yaw) * FINE,
@@ -74,7 +75,8 @@ def _draw_road(canvas: Canvas, scene: Scene, travelled: float) -> None:
     half = HALF_ROAD[scene.road]
     line = (235, 235, 235) if scene.light != "snow" else (120, 124, 135)
     if scene.road == "city street":
-        canvas.stripe(0, 2 * half + 7, 1.5, 1000, (175, 165, 155))                         # pavements
+        # pavements
+        canvas.stripe(0, 2 * half + 7, 1.5, 1000, (175, 165, 155))
     canvas.stripe(0, 2 * half, 1.5, 1000, ASPHALT[scene.light])
     if scene.road == "country road":
         for x in (-half, half):
@@ -87,7 +89,8 @@ def _draw_road(canvas: Canvas, scene: Scene, travelled: float) -> None:
             if near > 0.2:
                 canvas.stripe(x, 0.35, max(near, 1.5), max(near, 1.5) + 2, line)
     if scene.road == "highway":
-        for x in (-half - 0.6, half + 0.6):                                                # guard rails
+        # Guard rails
+        for x in (-half - 0.6, half + 0.6):
             canvas.polygon([(x, 0.9, 1.5), (x, 0.9, 90), (x, 0.5, 90), (x, 0.5, 1.5)], STEEL)
 
 
@@ -104,7 +107,8 @@ def _draw_background(canvas: Canvas, scene: Scene, layout: np.ndarray, travelled
                            (245, 245, 250))
         return
     first = int(travelled // 6)
-    for k in range(first + 7, first - 1, -1):                                              # far ones first
+    # Far ones first
+    for k in range(first + 7, first - 1, -1):
         z = 6 * k + 6 - travelled
         if z < 3:
             continue
@@ -144,7 +148,8 @@ def _draw_vehicle(canvas: Canvas, scene: Scene, x: float, z: float) -> None:
         part(dx, 0, 0.45, 0.7 if scene.vehicle != "truck" else 0.95, DARK)
     part(0, floor, width, height - floor, body)
     if scene.vehicle == "car":
-        canvas.polygon([(x - 0.85, 0.9, z), (x - 0.6, 1.55, z), (x + 0.6, 1.55, z), (x + 0.85, 0.9, z)], body)
+        canvas.polygon([(x - 0.85, 0.9, z), (x - 0.6, 1.55, z), (x + 0.6, 1.55, z),
+                        (x + 0.85, 0.9, z)], body)
         part(0, 0.95, 1.15, 0.48, GLASS)
     if scene.vehicle == "van":
         for dx in (-0.45, 0.45):
@@ -240,12 +245,14 @@ def events_of(scene: Scene, clip_seed: list[int], num_frames: int) -> dict[str, 
     """
     frames = frames_of(neutral(scene), clip_seed, num_frames)
     brightness = frames @ np.array([0.299, 0.587, 0.114])
-    levels = np.log(brightness + 10).reshape(num_frames, -1)    # + 10: or dark pixels fire all the time
+    # + 10: or dark pixels fire all the time
+    levels = np.log(brightness + 10).reshape(num_frames, -1)
     reference, columns = levels[0].copy(), []
     for k, (before, after) in enumerate(itertools.pairwise(levels)):
         count = (np.abs(after - reference) / THRESHOLD).astype(int) * (after != before)
         pixel = np.repeat(np.arange(len(count)), count)
-        nth = np.arange(len(pixel)) - np.repeat(np.cumsum(count) - count, count) + 1    # 1, 2, ... by pixel
+        # 1, 2, ... by pixel
+        nth = np.arange(len(pixel)) - np.repeat(np.cumsum(count) - count, count) + 1
         sign = np.sign(after - reference)
         crossed = reference[pixel] + sign[pixel] * THRESHOLD * nth
         share = ((crossed - before[pixel]) / (after - before)[pixel]).clip(0, 1)

@@ -88,7 +88,8 @@ def learn_to_see(student: Student, clips: TrainingClips) -> nn.Module:
     """
     for name, parameter in student.vision[0].named_parameters():
         if "position_embedding" in name:
-            nn.init.normal_(parameter, std=0.4)      # CLIP's 0.02 drowns in the patches: sides get mixed up
+            # CLIP's 0.02 drowns in the patches: sides get mixed up
+            nn.init.normal_(parameter, std=0.4)
     with torch.no_grad():
         tokens, width = student.features(clips.pixels[:1, :1].float()).shape[1:]
     from_all, from_mean = (nn.Linear(inputs, sum(clips.num_phrases))

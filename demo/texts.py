@@ -18,8 +18,8 @@ DRAFT_PHRASES = {
                       "red": "a traffic light hangs above the road",
                       "green": "a traffic light hangs above the road"},
 }
-DRAFT_TEXT = ("In the scene, there is a {vehicle} {motion} {side} of the street. The {vehicle} has a visible "
-              "license plate, and {person}. There are {background}, and {traffic_light}.")
+DRAFT_TEXT = ("In the scene, there is a {vehicle} {motion} {side} of the street. The {vehicle} has "
+              "a visible license plate, and {person}. There are {background}, and {traffic_light}.")
 
 TARGET_PHRASES = {
     "colour": {name: f"include a {name}" for name in CHOICES["colour"]},

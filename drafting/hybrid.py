@@ -145,7 +145,7 @@ def live_hybrid(parts: LiveParts) -> LiveMemory:
     """An adapter in draft conditioning can't follow a prefix: the memory alone then."""
     assert parts.adapter is not None
     if not parts.adapter.config.sees_prefix:
-        log("decode | hybrid | an adapter in draft conditioning knows nothing of the prefix: memory "
-            "alone")
+        log("decode | hybrid | an adapter in draft conditioning knows nothing of the prefix: "
+            "memory alone")
         return live_memory(parts)
     return LiveHybrid(live_counts(parts), parts.adapter, parts.memory_share)

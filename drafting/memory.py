@@ -183,8 +183,8 @@ def load_memory(path: Path) -> list[list[int]]:
     try:
         flat, start, number = _arrays(path)
     except Exception as error:      # a torn or hostile archive can raise nearly anything
-        raise UserError(f"{path} is not the memory of a task: {error}; wanted a memory.npz of training "
-                        "or decoding, or leave it out") from error
+        raise UserError(f"{path} is not the memory of a task: {error}; wanted a memory.npz of "
+                        "training or decoding, or leave it out") from error
     check_format(path, number, FORMAT)
     count = number_remembered(np.diff(start))
     if count < len(start) - 1:

@@ -44,8 +44,9 @@ class SingleStep:
         inner = self.inner[:, :config.feedforward_dim]
         x = self.adapter.embedding(token) + cache.positions.index_select(0, slot)
         self.scores.copy_(cache.masks[0].index_select(1, slot))
-        for block, values, scores, out, linear2 in zip(self.adapter.transformer["layers"], cache.values, self.scores,
-                                                       self.out, self.linear2):
+        for block, values, scores, out, linear2 in zip(self.adapter.transformer["layers"],
+                                                       cache.values, self.scores, self.out,
+                                                       self.linear2):
             attention = block.self_attn
             projected = F.linear(block.norm1(x), attention.in_proj_weight, attention.in_proj_bias)
             projected = projected.view(3, config.num_heads, 1, -1)

@@ -32,8 +32,8 @@ def for_proposing(adapter: TokenAdapter) -> TokenAdapter:
     time alone.
     """
     if not all(weight.isfinite().all() for weight in adapter.parameters()):
-        log("drafters | WARNING | the adapter has weights that are no numbers (NaN or infinite): it "
-            "proposes nothing where they count")
+        log("drafters | WARNING | the adapter has weights that are no numbers (NaN or infinite): "
+            "it proposes nothing where they count")
     if not adapter.embedding.weight.is_cuda:
         return adapter.eval()
     return copy.deepcopy(adapter).eval().requires_grad_(False).bfloat16()
@@ -74,7 +74,7 @@ class AdapterSteps:
                 pool = torch.cuda.graph_pool_handle()
                 # largest first: the others reuse its memory
                 for size in ("start", *self.SIZES[::-1]):
-                    self.graphs[size], _ = capture(lambda: self._forward(size), pool)                    # noqa: B023
+                    self.graphs[size], _ = capture(lambda: self._forward(size), pool)  # noqa: B023
 
     @torch.inference_mode()
     def begin(self, draft: list[int]) -> None:

@@ -74,10 +74,10 @@ class Tree:
         next token behind them. chosen: the target's token after position 0 and after each node.
         """
         children: dict[tuple[int, int], int] = {}
-        for node, (token, parent) in enumerate(zip(self.tokens, self.parents)):
-            children.setdefault((parent, token), node)
+        for number, (token, parent) in enumerate(zip(self.tokens, self.parents)):
+            children.setdefault((parent, token), number)
         path, tokens = [], [chosen[0]]
-        node = children.get((-1, chosen[0]))
+        node: int | None = children.get((-1, chosen[0]))
         while node is not None:
             path.append(node)
             tokens.append(chosen[node + 1])

@@ -39,7 +39,8 @@ class Job:
     """What a model is asked about each clip, and how the clips are read."""
 
     name: str                                        # of the model, in the log
-    read: Callable[[Sample], list[np.ndarray]]       # what the model sees of a sample; or a MediaError
+    # What the model sees of a sample; or a MediaError
+    read: Callable[[Sample], list[np.ndarray]]
     questions: list[str]
     max_new_tokens: int
     num_workers: int                                 # threads that read and prepare clips ahead
@@ -141,8 +142,8 @@ class Answering:
         try:
             if self.engine is None or self.engine.pictures != pictures:
                 self.engine = None                    # the old caches make room for the new ones
-                self.engine = Batches(self.model, self.job.questions, self.job.max_new_tokens, pictures,
-                                      self.size)
+                self.engine = Batches(self.model, self.job.questions, self.job.max_new_tokens,
+                                      pictures, self.size)
             self.in_flight.append((samples, self.engine.answer(pixels, self._hand_over_meanwhile)))
             return None
         except (RuntimeError, MemoryError) as error:  # on a CPU a plain RuntimeError
@@ -220,8 +221,8 @@ class Answering:
                     equal.append(answer.tokens == tokens_of(sample, number))
                 except NotNumbers:
                     equal.append(False)
-        log(f"extract | {self.job.name} | parity | {sum(equal)} of {len(equal)} answers are those of "
-            "one by one")
+        log(f"extract | {self.job.name} | parity | {sum(equal)} of {len(equal)} answers are those "
+            "of one by one")
         return {"answers": len(equal), "equal": sum(equal)}
 
     def unload(self) -> None:

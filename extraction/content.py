@@ -1,7 +1,7 @@
 """Digests of the files that the models see of each clip: they tell whether old answers still hold.
 
-Of names and sizes alone, which is cheap enough for ten thousand clips at every start. Times are left
-out: copying a data set changes them.
+Of names and sizes alone, which is cheap enough for ten thousand clips at every start. Times are
+left out: copying a data set changes them.
 """
 
 from __future__ import annotations

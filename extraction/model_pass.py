@@ -122,9 +122,10 @@ def check_weights(journal: Journal, role: Role, name: str, revision: str) -> Non
         return
     if recorded not in (None, earlier_revision(Path(name))):
         raise UserError(f"{journal.path} has answers of other weights of {name} ({recorded} there, "
-                        f"{revision} now); choose another --output_file, or start afresh with --restart")
-    log(f"extract | {role.name} | WARNING | {journal.path} does not tell the content of the weights "
-        f"that gave its answers ({recorded}): they are taken for those of {name} now")
+                        f"{revision} now); choose another --output_file, or start afresh with "
+                        "--restart")
+    log(f"extract | {role.name} | WARNING | {journal.path} does not tell the content of the "
+        f"weights that gave its answers ({recorded}): they are taken for those of {name} now")
 
 
 def earlier_revision(folder: Path) -> str | None:

@@ -51,7 +51,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        if error.errno and error.filename in (None, str(temporary)):   # a failed write names no file
+        # A failed write names no file
+        if error.errno and error.filename in (None, str(temporary)):
             error.filename = str(path)
         raise
     finally:

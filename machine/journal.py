@@ -199,8 +199,8 @@ class JournalFile:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if os.path.samestat(os.fstat(self.writer.fileno()), os.stat(self.path)):
                 return
-        raise UserError(f"{self.path} was removed or renamed while this run writes it: put it (or its "
-                        "folder) back and give the same command again, which goes on with it")
+        raise UserError(f"{self.path} was removed or renamed while this run writes it: put it (or "
+                        "its folder) back and give the same command again, which goes on with it")
 
     def read(self, offset: int) -> dict:
         """The value of the line at this offset."""

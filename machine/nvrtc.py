@@ -53,7 +53,8 @@ def nvrtc_library() -> ctypes.CDLL:
     """NVRTC of PyTorch's own CUDA version; OSError where there is none."""
     major = str(torch.version.cuda).partition(".")[0]
     name = f"libnvrtc.so.{major}"
-    site = Path(torch.__file__).parents[1]             # PyTorch's wheel has CUDA's beside it or inside
+    # PyTorch's wheel has CUDA's beside it or inside
+    site = Path(torch.__file__).parents[1]
     for folder in (*sorted(site.glob("nvidia/*/lib")), site / "torch" / "lib", None):
         try:
             for part in sorted(folder.glob(f"libnvrtc-builtins.so.{major}*")) if folder else ():

@@ -77,8 +77,8 @@ def _check_archive(path: Path, max_bytes: int) -> None:
         raise ValueError(f"it has {size / 2**20:.0f} MiB, wanted at most {max_bytes / 2**20:.0f}")
     with _BoundedReads(path) as file:
         if not zipfile.is_zipfile(file):
-            raise ValueError("it is no zip archive, as torch.save writes them since PyTorch 1.6, or its "
-                             "end is gone")
+            raise ValueError("it is no zip archive, as torch.save writes them since PyTorch 1.6, "
+                             "or its end is gone")
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):

@@ -36,8 +36,8 @@ def in_workers(work: Callable, items: list, workers: int) -> Iterator[tuple]:
         for future in concurrent.futures.as_completed(futures):
             yield futures.pop(future), future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
-        raise UserError("a worker process died, perhaps for lack of memory: the same command goes on; use "
-                        "fewer --workers") from error
+        raise UserError("a worker process died, perhaps for lack of memory: the same command goes "
+                        "on; use fewer --workers") from error
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()

@@ -235,7 +235,8 @@ class _Answers:
 
     def largest(self, first: int) -> int:
         """The largest token from position `first` on, -1 if there is none."""
-        return int(np.asarray(self.flat)[first:].max(initial=-1))     # a stored view would forbid growing
+        # A stored view would forbid growing
+        return int(np.asarray(self.flat)[first:].max(initial=-1))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(flat, start, length) as numpy views: nothing can be appended afterwards."""
@@ -246,11 +247,10 @@ class _Answers:
 def load_pairs(paths: list[Path], bos_id: int | None = None) -> Pairs:
     """Read pair files of any of the three formats into one set of pairs.
 
-    Unusable rows are dropped, suspicious ones kept; `files` counts both by reason.
-    bos_id: drop rows with an answer that starts with this id, since it includes the prompt; None: the
-    ids that the file records for its models. Where it records none, rows that start with LLaMA's BOS
-    are kept and flagged.
-    Raises UserError for a file without any usable row.
+    Unusable rows are dropped, suspicious ones kept; `files` counts both by reason. bos_id: drop
+    rows with an answer that starts with this id, since it includes the prompt; None: the ids that
+    the file records for its models. Where it records none, rows that start with LLaMA's BOS are
+    kept and flagged. Raises UserError for a file without any usable row.
     """
     draft, target = _Answers(), _Answers()
     sequence, clip, files = [], [], []

@@ -20,7 +20,8 @@ from base import UserError, log
 from machine.files import check_plain
 from machine.journal import START_AFRESH, JournalFile
 
-Content = dict[str, dict[str, str]]              # model -> clip's key -> digest of the files it sees
+# Model -> clip's key -> digest of the files it sees
+Content = dict[str, dict[str, str]]
 FACTS = {"model": str, "vocab_size": int}        # a line with facts of a loaded model
 ANSWER = {"model": str, "key": str, "question_idx": int, "tokens": list, "text": str,
           "finished": bool}
@@ -151,9 +152,9 @@ class Journal:
         entry = self.file.read(self.places[model, question_number][sample_key])
         wanted = {"model": model, "key": sample_key, "question_idx": question_number}
         if any(entry.get(name) != value for name, value in wanted.items()):
-            raise UserError(f"{self.path}: the answer of {model} to question {question_number} about "
-                            f"{sample_key} is not where it was written; the file was changed: give the "
-                            "same command again")
+            raise UserError(f"{self.path}: the answer of {model} to question {question_number} "
+                            f"about {sample_key} is not where it was written; the file was "
+                            "changed: give the same command again")
         return entry
 
     def remove(self) -> None:

@@ -69,9 +69,9 @@ class JsonRows:
         except _OtherLayout as reason:
             if size > MAX_WHOLE:
                 raise UserError(
-                    f"{self.path} has {size / 2**20:.0f} MiB and can't be read row by row ({reason}); wanted one "
-                    "row a line, as extract_tokens_train.py writes them or as JSON Lines, or at most "
-                    f"{MAX_WHOLE // 2**20} MiB") from None
+                    f"{self.path} has {size / 2**20:.0f} MiB and can't be read row by row "
+                    f"({reason}); wanted one row a line, as extract_tokens_train.py writes them or "
+                    f"as JSON Lines, or at most {MAX_WHOLE // 2**20} MiB") from None
             file.seek(0)
             yield from self._whole(file.read(size))[count:]
 

@@ -72,8 +72,8 @@ def load_data(train_paths: list[Path] | None, test_paths: list[Path],
         train_rows, validation_rows, description = split_validation(train, split.fraction, split.seed)
         all_train, validation = train, train.select(validation_rows)
         train = train.select(train_rows)
-        log(f"split | train {len(train)} validation {len(validation)} test {len(test)} | validation by "
-            f"{description['by']}: {', '.join(description['validation'])}")
+        log(f"split | train {len(train)} validation {len(validation)} test {len(test)} | "
+            f"validation by {description['by']}: {', '.join(description['validation'])}")
     return Data(train, all_train or train, validation, test, description, files, warnings,
                 vocab_size, largest_ids)
 
@@ -116,7 +116,8 @@ def in_clip_order(pairs: Pairs) -> Pairs:
 
 
 # -------------------------------------------------------------------------------------------- split
-def split_validation(pairs: Pairs, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray, dict]:
+def split_validation(pairs: Pairs, fraction: float,
+                     seed: int) -> tuple[np.ndarray, np.ndarray, dict]:
     """(train rows, validation rows, description): whole drives, else whole sequences, else the last
     block of clips.
 
@@ -184,9 +185,9 @@ def overlap_warnings(train: Pairs, test: Pairs) -> list[str]:
         repeated = np.isin(long, known).sum() / max(len(long), 1)
         if repeated > REPEATED_SHARE:
             warnings.append(
-                f"{repeated:.0%} of {len(long)} test answers of {LONG_ANSWER} or more tokens are training "
-                "answers word for word, far more than separate drives have in common: most likely a random "
-                "split, which inflates acceptance")
+                f"{repeated:.0%} of {len(long)} test answers of {LONG_ANSWER} or more tokens are "
+                "training answers word for word, far more than separate drives have in common: "
+                "most likely a random split, which inflates acceptance")
     return warnings
 
 
@@ -202,12 +203,12 @@ def check_ids(largest_ids: list[tuple[int, str]], size: int, advice: str) -> Non
     """A UserError if a file holds an id outside a vocabulary of this size."""
     largest, path = max(largest_ids)
     if largest >= size:
-        raise UserError(f"{path} holds the token id {largest}, wanted ids below the vocabulary size "
-                        f"{size}; {advice}")
+        raise UserError(f"{path} holds the token id {largest}, wanted ids below the vocabulary "
+                        f"size {size}; {advice}")
 
 
 def check_drafts(pairs: Pairs) -> None:
     """A UserError if no pair has a draft, which is all that draft conditioning sees."""
     if not pairs.draft_length.any():
-        raise UserError(f"{pairs.files[0]['path']} holds no draft token at all, and draft conditioning "
-                        "sees nothing else; wanted drafts, or --conditioning prefix")
+        raise UserError(f"{pairs.files[0]['path']} holds no draft token at all, and draft "
+                        "conditioning sees nothing else; wanted drafts, or --conditioning prefix")

@@ -1,4 +1,6 @@
-"""Shared by test files: pairs to train on, and one shortened demo that the real workflow script runs once."""
+"""Shared by test files: pairs to train on, and one shortened demo that the real workflow script
+runs once.
+"""
 
 import contextlib
 import dataclasses
@@ -19,7 +21,8 @@ from tests.recordings import BAD, GOOD, write_sequence
 from tests.warm import Warm
 
 ROOT = Path(__file__).parents[1]
-signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell ignores it in what it starts with &
+# A shell ignores it in what it starts with &
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)      # the models are tiny: two threads only get in each other's way
 
 
@@ -185,10 +188,12 @@ def two(tmp_path):
     return root, write_sequence(root, GOOD, frames=26), write_sequence(root, BAD, frames=26, seed=1)
 
 
-# ------------------------------------------------------------------------------------------- extraction
+# --------------------------------------------------------------------------------------- extraction
 @pytest.fixture
 def extract(demo, tmp_path, monkeypatch):
-    """Call main() of extract_tokens_train.py with flags; returns the output as JSON, or None if there is none."""
+    """Call main() of extract_tokens_train.py with flags; returns the output as JSON, or None if
+    there is none.
+    """
     import extract_tokens_train
 
     def call(*flags, dataset_dir=demo.test_1s, output_file=tmp_path / "pairs.json"):

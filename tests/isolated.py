@@ -1,7 +1,9 @@
-"""One reader after another in a process of its own, where a crash, a hang or a touched file is seen and not suffered.
+"""One reader after another in a process of its own, where a crash, a hang or a touched file is seen
+and not suffered.
 
     with Isolated(folder) as process:
-        process.read("png", content)        -> "read", "MediaError: ...", "UserError: ...", "crash: ..." or "hang"
+        process.read("png", content)        -> "read", "MediaError: ...", "UserError: ...",
+                                            "crash: ..." or "hang"
 """
 
 import contextlib
@@ -17,17 +19,22 @@ from pathlib import Path
 LIMIT_S = 60                       # without an answer for so long, it hangs
 MEMORY = 12 * 2**30                # bytes of address space; PyTorch takes a good part of it
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-TOUCHING = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
-            "os.chown", "shutil.rmtree", "shutil.copyfile", "shutil.move"}
-STARTING = {"subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "os.fork", "socket.connect",
-            "socket.getaddrinfo", "webbrowser.open"}
+TOUCHING = {
+    "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate",
+    "os.chmod", "os.chown", "shutil.rmtree", "shutil.copyfile", "shutil.move"
+}
+STARTING = {
+    "subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "os.fork", "socket.connect",
+    "socket.getaddrinfo", "webbrowser.open"
+}
 
 
 def small_adapter():
     from token_adapter import AdapterConfig, TokenAdapter
 
-    return TokenAdapter(AdapterConfig(vocab_size=16, embed_dim=8, num_layers=1, num_heads=2, feedforward_dim=8,
-                                      max_seq_len=8, conditioning="prefix"))
+    return TokenAdapter(
+        AdapterConfig(vocab_size=16, embed_dim=8, num_layers=1, num_heads=2, feedforward_dim=8,
+                      max_seq_len=8, conditioning="prefix"))
 
 
 class Isolated:
@@ -85,7 +92,8 @@ def serve(pipe, folder: Path) -> None:
 
     def inside(path) -> bool:
         try:
-            return isinstance(path, int) or os.path.realpath(os.fsdecode(path)).startswith((f"{folder}/", os.devnull))
+            return isinstance(path, int) or os.path.realpath(os.fsdecode(path)).startswith(
+                (f"{folder}/", os.devnull))
         except ValueError:                # no path at all: it will be refused
             return True
 
@@ -148,7 +156,8 @@ class Readers:
             return "read"
         except (MediaError, UserError) as error:
             return f"{type(error).__name__}: {error}"
-        except BaseException:             # that is what it is for: whatever else comes out of a reader is a fault
+        # That is what it is for: whatever else comes out of a reader is a fault
+        except BaseException:
             return f"crash: {traceback.format_exc()}"
         finally:
             path.unlink(missing_ok=True)
@@ -169,8 +178,10 @@ class Readers:
 
         pairs = self.load_pairs([path])
         clip_order(pairs.sequence, pairs.clip)
-        assert len(list(pairs.answers("target"))) == len(pairs) and pairs.padded("target", 8).shape == (len(pairs), 8)
-        lines = table(["text"], [[escape(text)] for text in (*pairs.sequence, *pairs.clip, *pairs.files)])
+        assert len(list(pairs.answers("target"))) == len(pairs) and pairs.padded(
+            "target", 8).shape == (len(pairs), 8)
+        lines = table(["text"], [[escape(text)]
+                                 for text in (*pairs.sequence, *pairs.clip, *pairs.files)])
         assert all(line.isprintable() and "<" not in line for line in lines)
 
     def index(self, path: Path) -> None:
@@ -199,7 +210,9 @@ class Readers:
         page = path.parent / "RESULTS.md"
         lines = page.read_text().splitlines()
         page.unlink()
-        assert all(line.isprintable() and ("<" not in line or line.startswith("    ")) for line in lines)      # code
+        # code
+        assert all(line.isprintable() and ("<" not in line or line.startswith("    "))
+                   for line in lines)
         self.read_task(path.parent)
 
     def resume(self, path: Path) -> None:

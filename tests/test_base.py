@@ -11,7 +11,8 @@ from base import UserError
 
 
 def test_segments_of_one_drive_share_its_name():
-    assert {base.drive_of(f"zurich_city_14{letter}") for letter in ("_a", "_c", "")} == {"zurich_city_14"}
+    assert {base.drive_of(f"zurich_city_14{letter}")
+            for letter in ("_a", "_c", "")} == {"zurich_city_14"}
     assert base.drive_of("thun_01_a") == "thun_01"
 
 
@@ -114,7 +115,8 @@ def test_nothing_in_a_log_line_hides_or_acts(capsys):
 # --------------------------------------------------------------------------------------- packages
 def test_packages_that_are_not_installed_are_named_whatever_their_import_is_called(tmp_path, monkeypatch):
     (tmp_path / "dev.txt").write_text("-r some.txt\npytest>=8\nno-such-tool==1  # why\n")
-    (tmp_path / "some.txt").write_text("# a comment\n\npillow>=10\nprotobuf>=4\nno_such.thing[extra]>=1\n")
+    (tmp_path /
+     "some.txt").write_text("# a comment\n\npillow>=10\nprotobuf>=4\nno_such.thing[extra]>=1\n")
     monkeypatch.setattr(base, "ROOT", tmp_path)
     words = r"^not installed: no-such-tool, no_such.thing; install with: .* -r .*dev.txt$"
     with pytest.raises(UserError, match=words):

@@ -152,9 +152,9 @@ def test_warming_up_teaches_nothing(trained, monkeypatch):
 def test_the_output_holds_everything(measured, trained):
     results, _ = measured
     assert set(results) == {
-        "kind", "date", "size", "device", "dtype", "quantization", "gamma", "tree", "what", "config", "answers",
-        "peer_answers", "prompt_positions", "limits", "memory_mib", "runs", "costs_ms", "wanted",
-        "seconds", "provenance"
+        "kind", "date", "size", "device", "dtype", "quantization", "gamma", "tree", "what",
+        "config", "answers", "peer_answers", "prompt_positions", "limits", "memory_mib", "runs",
+        "costs_ms", "wanted", "seconds", "provenance"
     }
     assert set(results["runs"]) == {*MODES, *LIVE_NAMES, "hybrid, tree", "memory, tree"}
     assert list(results["costs_ms"]["verify"]) == [str(k) for k in MEASURED_SIZES]

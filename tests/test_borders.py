@@ -1,7 +1,7 @@
 """The architecture as the imports of every source file show it: which room imports which, and libraries.
 
     python -m tests.test_borders      prints the arrows between rooms, floor by floor, and every
-    violation
+                                      violation
 
 A room is a package or a module at the root. Imports inside functions count like those at the top of
 a file.
@@ -20,15 +20,12 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A room imports rooms of lower floors, and on its own floor only what BESIDE
 # names.
-FLOORS = (
-    {"base"},
-    {"machine"},
-    {"pairs", "clips", "reports", "token_adapter"},
-    {"drafting", "acceptance", "vlm"},
-    {"decoding", "training", "extraction", "demo"},
-    {"extract_tokens_train", "train_and_evaluate", "speculative_decode", "prepare_dsec", "make_demo",
-     "benchmark", "report", "benchmarks"},
-)
+FLOORS = ({"base"}, {"machine"}, {"pairs", "clips", "reports", "token_adapter"},
+          {"drafting", "acceptance", "vlm"}, {"decoding", "training", "extraction", "demo"}, {
+              "extract_tokens_train", "train_and_evaluate", "speculative_decode", "prepare_dsec",
+              "make_demo", "benchmark", "report", "benchmarks"
+          },
+          )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 BESIDE = {
     "acceptance": {"drafting"}, "benchmark": {"benchmarks"},
@@ -79,7 +76,8 @@ def imports_of(module: str) -> frozenset[str]:
         names |= set(names_in(node, module))
     resolved = set()
     for name in names:
-        while name.count(".") and name not in sources():       # `from base import log` names base.log
+        # `from base import log` names base.log
+        while name.count(".") and name not in sources():
             name = name.rpartition(".")[0]
         resolved.add(name)
     return frozenset(resolved - {module, room_of(module)})
@@ -229,7 +227,8 @@ def main() -> None:
         for room in sorted(FLOORS[floor] & set(arrows)):
             targets = sorted(arrows[room], key=lambda name: (-FLOOR_OF.get(name, -1), name))
             print(f"  {room:<22} -> {', '.join(targets) or '-'}")
-    longest = max(all_lines().items(), key=lambda item: len(item[1]) * (item[0].parts[0] != "tests"))
+    longest = max(all_lines().items(), key=lambda item: len(item[1]) *
+                  (item[0].parts[0] != "tests"))
     print(f"{len(FLOORS)} floors; longest source file {longest[0]}, {len(longest[1])} lines; "
           f"{share_of_long_lines():.1%} of all lines over {COLUMNS_SELDOM_PASSED} columns, "
           f"{lines_over(COLUMNS)} lines over {COLUMNS}")

@@ -23,10 +23,14 @@ README = (ROOT / "README.md").read_text()
 PATHS = [ROOT / "README.md", ROOT / "WORKFLOW.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md",
          *sorted(ROOT.glob("docs/*.md"))]
 PAGES = [path.read_text() for path in PATHS]
-GUIDE = "\n\n".join(PAGES)          # flags of programs stand in the guide, those of benchmarks in docs/
-CONFIGS = [extract_tokens_train.ExtractConfig, train_and_evaluate.TrainConfig, speculative_decode.DecodeConfig,
-           benchmarks.adapter.Config, benchmarks.decode.Config, benchmarks.extract.Config, benchmarks.load.Config,
-           benchmarks.prepare.Config, benchmarks.train.Config, make_demo.DemoConfig, prepare_dsec.PrepareConfig]
+# Flags of programs stand in the guide, those of benchmarks in docs/
+GUIDE = "\n\n".join(PAGES)
+CONFIGS = [
+    extract_tokens_train.ExtractConfig, train_and_evaluate.TrainConfig,
+    speculative_decode.DecodeConfig, benchmarks.adapter.Config, benchmarks.decode.Config,
+    benchmarks.extract.Config, benchmarks.load.Config, benchmarks.prepare.Config,
+    benchmarks.train.Config, make_demo.DemoConfig, prepare_dsec.PrepareConfig
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__module__)

@@ -25,8 +25,10 @@ from vlm import batches as module
 from vlm.batches import Batches
 from vlm.roles import Role
 
-ROW_KEYS = {"sample_idx", "question_idx", "sample_id", "sequence", "clip", "query", "egpt_tokens", "egpt_text",
-            "egpt_finished", "vl_tokens", "vl_text", "vl_finished"}
+ROW_KEYS = {
+    "sample_idx", "question_idx", "sample_id", "sequence", "clip", "query", "egpt_tokens",
+    "egpt_text", "egpt_finished", "vl_tokens", "vl_text", "vl_finished"
+}
 
 
 def test_rows_hold_what_the_documentation_says(extract):
@@ -48,7 +50,8 @@ def test_rows_hold_what_the_documentation_says(extract):
 def test_the_file_has_one_row_a_line_and_loads_as_pairs(extract, tmp_path):
     output = extract()
     lines = (tmp_path / "pairs.json").read_text().splitlines()
-    assert [json.loads(line.rstrip(",")) for line in lines if line.startswith('{"sample_idx"')] == rows_of(output)
+    assert [json.loads(line.rstrip(",")) for line in lines
+            if line.startswith('{"sample_idx"')] == rows_of(output)
     pairs = load_pairs([tmp_path / "pairs.json"])
     assert len(pairs) == 5 and pairs.vocab_size == output["vocab_size"]
     assert pairs.sequence[0] == rows_of(output)[0]["sequence"] and pairs.clip[:2] == [0, 1]
@@ -78,7 +81,9 @@ def test_short_memory_halves_the_batch_and_loses_nothing(extract, tmp_path, monk
 
 def test_memory_that_gets_shorter_twice_in_a_batch_loses_no_clip(extract, tmp_path, monkeypatch):
     """And with a batch in flight: whoever waits for its answers holds none of its memory."""
-    wanted, answer, engines = extract("--batch_size", 8, "--max_samples", 11), Batches.answer, weakref.WeakSet()
+    wanted = extract("--batch_size", 8, "--max_samples", 11)
+    answer = Batches.answer
+    engines = weakref.WeakSet()
 
     def short(batches, pixels, *how):
         engines.add(batches)
@@ -139,8 +144,9 @@ def test_cuda_memory_that_really_ends_halves_the_batch(extract, tmp_path, capsys
         before, total = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction((before + room) / total if room else 1.0)
         try:
-            output = extract("--max_samples", 20, "--batch_size", clips, "--device", "cuda", "--dtype", dtype,
-                             "--quantization", "none", output_file=tmp_path / name)
+            output = extract("--max_samples", 20, "--batch_size", clips, "--device", "cuda",
+                             "--dtype", dtype, "--quantization", "none",
+                             output_file=tmp_path / name)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         return output, torch.cuda.max_memory_reserved() - before
@@ -213,7 +219,8 @@ def test_a_stopped_run_keeps_the_clips_that_the_model_was_at(extract, monkeypatc
     assert stopped.value.code == 143 and len(calls) == 5
     said = capsys.readouterr().out
     assert "the clips in hand are answered first" in said and "| 9 answers are kept" in said
-    assert len(rows_of(extract("--batch_size", 2))) == 5 and "going on: 9 answers" in capsys.readouterr().out
+    assert len(rows_of(extract("--batch_size",
+                               2))) == 5 and "going on: 9 answers" in capsys.readouterr().out
 
 
 def test_a_parity_check_compares_with_one_by_one(extract, tmp_path, monkeypatch):
@@ -221,14 +228,17 @@ def test_a_parity_check_compares_with_one_by_one(extract, tmp_path, monkeypatch)
     assert [output["models"][which]["parity"] for which in ("eventgpt", "videollava")] == [
         {"answers": 3, "equal": 3}] * 2
     answers_of, other = module.answers_of, tmp_path / "other.json"
-    with monkeypatch.context() as stopped:              # after the last answer: the same command checks all the same
+    # After the last answer: the same command checks all the same
+    with monkeypatch.context() as stopped:
         stopped.setattr(output_module, "write_output", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             extract(output_file=other)
     output = extract("--parity_check", 2, output_file=other)
     assert output["models"]["eventgpt"]["parity"] == {"answers": 2, "equal": 2}
-    monkeypatch.setattr(module, "answers_of", lambda rows, *how: answers_of([row[1:] for row in rows], *how))
-    assert extract("--parity_check", 2, "--restart", None)["models"]["videollava"]["parity"]["equal"] == 0
+    monkeypatch.setattr(module, "answers_of",
+                        lambda rows, *how: answers_of([row[1:] for row in rows], *how))
+    assert extract("--parity_check", 2, "--restart",
+                   None)["models"]["videollava"]["parity"]["equal"] == 0
 
 
 def test_an_answer_that_is_cut_says_so(extract):
@@ -241,10 +251,11 @@ def test_several_questions_a_clip(extract, tmp_path):
     for name, text in (("q.json", '[{"question": "What is there?", "count": 5}, "Why?", "no"]'),
                        ("q.txt", "5\tWhat is there?\nWhy?\n\nno\n")):
         (tmp_path / name).write_text(text)
-        output = extract("--questions_file", tmp_path / name, "--num_questions", 2, "--max_samples", 3,
-                         output_file=tmp_path / f"{name}.out.json")
+        output = extract("--questions_file", tmp_path / name, "--num_questions", 2, "--max_samples",
+                         3, output_file=tmp_path / f"{name}.out.json")
         asked = [(row["sample_idx"], row["question_idx"], row["query"]) for row in rows_of(output)]
-        assert asked == [(i, q, query) for i in range(3) for q, query in enumerate(("What is there?", "Why?"))]
+        assert asked == [(i, q, query) for i in range(3)
+                         for q, query in enumerate(("What is there?", "Why?"))]
         assert output["videollava_success"] == 6 and output["total_samples"] == 3
 
 
@@ -298,7 +309,8 @@ def test_a_mistake_in_the_target_costs_nothing_of_the_draft(extract, tmp_path, m
     with pytest.raises(AssertionError):
         extract("--num_frames", 4)
     monkeypatch.setattr(Role, "load", counted)
-    assert len(rows_of(extract("--num_frames", 8))) == 5          # the draft's answers do not depend on it
+    # The draft's answers do not depend on it
+    assert len(rows_of(extract("--num_frames", 8))) == 5
     assert loaded == ["draft", "target", "target"]
 
 
@@ -321,7 +333,8 @@ def a_shard_cut_short(folder) -> None:
 
 def quantised_weights(folder) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -329,7 +342,8 @@ def quantised_weights(folder) -> None:
     (a_shard_cut_short, "model.safetensors"), (quantised_weights, "quantised already"),
     (lambda folder: (folder / "config.json").unlink(), "config.json"), (shutil.rmtree, "no such")])
 @pytest.mark.parametrize("flag", ["--draft_model", "--target_model"])
-def test_half_a_model_is_found_before_either_is_loaded(extract, demo, tmp_path, monkeypatch, flag, damage, words):
+def test_half_a_model_is_found_before_either_is_loaded(extract, demo, tmp_path, monkeypatch, flag,
+                                                       damage, words):
     role = {"--draft_model": "eventgpt", "--target_model": "video_llava"}[flag]
     folder = shutil.copytree(demo.models / role, tmp_path / "model")
     damage(folder)
@@ -357,7 +371,8 @@ def test_two_writers_are_kept_apart(extract, tmp_path):
         lock.flush()
         with pytest.raises(UserError, match="is being written by process 4711"):
             extract()
-    assert len(rows_of(extract())) == 5                         # the lock is free: its file may stay
+    # The lock is free: its file may stay
+    assert len(rows_of(extract())) == 5
 
 
 # ----------------------------------------------------------------------------------- user mistakes

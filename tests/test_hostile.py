@@ -303,7 +303,8 @@ def test_a_tokenizer_that_panics_over_an_answer_is_one_line():
     "advice",
     [
         "Loading it needs code of its own: set the option `trust_remote_code=True` to allow it",
-        "Weights only load failed. Re-running `torch.load` with `weights_only` set to `False` will likely succeed",
+        "Weights only load failed. Re-running `torch.load` with `weights_only` set to `False` will "
+        "likely succeed",
         "use `torch.serialization.add_safe_globals([os.system])`",
         "Object arrays cannot be loaded when allow_pickle=False",
     ],

@@ -1,4 +1,6 @@
-"""Extraction that is killed, stopped and out of room at any moment: nothing lost, nothing twice, the same output."""
+"""Extraction that is killed, stopped and out of room at any moment: nothing lost, nothing twice,
+the same output.
+"""
 
 import json
 import os
@@ -19,9 +21,11 @@ PATIENCE_S = 120               # a run takes seconds: longer is a hang
 
 
 def flags_of(demo: Demo, output: Path, *more) -> list:
-    return ["--dataset_dir", demo.test_1s, "--output_file", output, "--draft_model", demo.models / "eventgpt",
-            "--target_model", demo.models / "video_llava", "--max_new_tokens", 16, "--device", "cpu",
-            "--batch_size", 2, "--num_workers", 2, *more]
+    return [
+        "--dataset_dir", demo.test_1s, "--output_file", output, "--draft_model",
+        demo.models / "eventgpt", "--target_model", demo.models / "video_llava", "--max_new_tokens",
+        16, "--device", "cpu", "--batch_size", 2, "--num_workers", 2, *more
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,10 @@ def undisturbed(demo, warm, tmp_path_factory) -> tuple[dict, float]:
 
 def read(output: Path) -> dict:
     """What must be the same in every run of the same command."""
-    return {key: value for key, value in json.loads(output.read_text()).items() if key not in ("timestamp", "argv")}
+    return {
+        key: value for key, value in json.loads(output.read_text()).items()
+        if key not in ("timestamp", "argv")
+    }
 
 
 def answers(output: Path) -> list[tuple]:
@@ -53,10 +60,15 @@ def wait_for_answers(output: Path, number: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------- kill -9
-def kill_at_random(demo: Demo, warm: Warm, folder: Path, undisturbed: tuple, kills: int, each: int) -> dict:
-    """Extractions that are killed `each` times and then left to end, until there were so many kills: the losses."""
+def kill_at_random(demo: Demo, warm: Warm, folder: Path, undisturbed: tuple, kills: int,
+                   each: int) -> dict:
+    """Extractions that are killed `each` times and then left to end, until there were so many
+    kills: the losses.
+    """
     wanted, seconds = undisturbed
-    moments, found, number = random.Random(0), dict.fromkeys(("kills", "lost", "twice", "different", "halves"), 0), 0
+    moments = random.Random(0)
+    found = dict.fromkeys(("kills", "lost", "twice", "different", "halves"), 0)
+    number = 0
     while found["kills"] < kills:
         output, kept, number = folder / f"out{number}.json", [], number + 1
         for _ in range(min(each, kills - found["kills"])):
@@ -65,13 +77,15 @@ def kill_at_random(demo: Demo, warm: Warm, folder: Path, undisturbed: tuple, kil
                 break
             found["kills"] += 1
             if output.exists():
-                found["halves"] += read(output) != wanted           # killed between its renaming and the end
+                # Killed between its renaming and the end
+                found["halves"] += read(output) != wanted
                 continue
             now = answers(output)
             found["lost"] += len(set(kept) - set(now))
             found["twice"] += len(now) - len(set(now))
             kept = now
-        assert warm.wait(warm.start(flags_of(demo, output), folder / "log")) == 0, (folder / "log").read_text()
+        assert warm.wait(warm.start(flags_of(demo, output),
+                                    folder / "log")) == 0, (folder / "log").read_text()
         found["different"] += read(output) != wanted
         assert not output.with_name(f".{output.name}.journal.jsonl").exists()
     return found
@@ -86,14 +100,17 @@ def test_kill_9_loses_nothing(demo, warm, undisturbed, tmp_path):
 def test_kill_9_at_a_hundred_random_moments_loses_nothing(demo, warm, undisturbed, tmp_path, figures):
     found = kill_at_random(demo, warm, tmp_path, undisturbed, kills=100, each=5)
     rows = len(undisturbed[0]["results"])
-    figures.append((f"kill -9 of an extraction ({rows} clips, two models) at a random moment", found["kills"],
-                    f"rows lost {found['lost']}, duplicate rows {found['twice']}, half outputs {found['halves']}, "
-                    f"final JSON different {found['different']}"))
+    figures.append(
+        (f"kill -9 of an extraction ({rows} clips, two models) at a random moment", found["kills"],
+         f"rows lost {found['lost']}, duplicate rows {found['twice']}, half outputs "
+         f"{found['halves']}, "
+         f"final JSON different {found['different']}"))
     assert found == {"kills": 100, "lost": 0, "twice": 0, "different": 0, "halves": 0}
 
 
 # ----------------------------------------------------------------------------------------- signals
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), [
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_stopped_run_says_the_command_that_goes_on(demo, warm, undisturbed, tmp_path, number, code):
     output, log = tmp_path / "out.json", tmp_path / "log"
     process = warm.start(flags_of(demo, output, "--restart"), log)
@@ -104,7 +121,8 @@ def test_a_stopped_run_says_the_command_that_goes_on(demo, warm, undisturbed, tm
     last = log.read_text().splitlines()[-1]
     assert "Traceback" not in log.read_text() and " RESUME | " in last
     command = shlex.split(last.split(" RESUME | ")[1])
-    assert command == [sys.executable, "extract_tokens_train.py", *map(str, flags_of(demo, output))]   # no --restart
+    # No --restart
+    assert command == [sys.executable, "extract_tokens_train.py", *map(str, flags_of(demo, output))]
     assert warm.wait(warm.start(command[2:], log)) == 0
     assert f"going on: {len(kept)} answers are there already" in log.read_text()
     assert len(kept) >= 6 and read(output) == undisturbed[0]
@@ -124,8 +142,11 @@ def test_the_second_writer_waits_for_the_first_and_finds_its_work_done(demo, war
     assert f"is being written by process {first}" in text and "finished before: 20 pairs" in text
 
 
-def test_an_output_without_the_end_of_its_journal_is_written_again(demo, warm, undisturbed, tmp_path):
-    """The machine stopped after the output was renamed into place; or --restart had thrown it away and begun."""
+def test_an_output_without_the_end_of_its_journal_is_written_again(demo, warm, undisturbed,
+                                                                   tmp_path):
+    """The machine stopped after the output was renamed into place; or --restart had thrown it away
+    and begun.
+    """
     output = tmp_path / "out.json"
     process = warm.start(flags_of(demo, output), tmp_path / "log")
     wait_for_answers(output, 6)
@@ -138,7 +159,8 @@ def test_an_output_without_the_end_of_its_journal_is_written_again(demo, warm, u
 
 # -------------------------------------------------------------------------------------------- disk
 @pytest.mark.parametrize(("kib", "when"), [(8, "the journal is written"), (20, "the output is written")])
-def test_with_room_the_command_goes_on_that_met_a_full_disk(demo, warm, undisturbed, disk, tmp_path, kib, when):
+def test_with_room_the_command_goes_on_that_met_a_full_disk(demo, warm, undisturbed, disk, tmp_path,
+                                                            kib, when):
     output, log = disk(f"size={kib}k") / "out.json", tmp_path / "log"
     assert warm.wait(warm.start(flags_of(demo, output), log)) == 2
     text, kept = log.read_text(), answers(output)
@@ -148,10 +170,12 @@ def test_with_room_the_command_goes_on_that_met_a_full_disk(demo, warm, undistur
     assert f"No space left on device; make room, then resume with: {sys.executable} {command}" in last
     assert (len(kept) == 40) == (when == "the output is written") and not output.exists()
     assert (".out.json.journal.jsonl" if len(kept) < 40 else str(output)) in last
-    assert {path.name for path in output.parent.iterdir()} == {".out.json.lock", ".out.json.journal.jsonl"}
+    assert {path.name
+            for path in output.parent.iterdir()} == {".out.json.lock", ".out.json.journal.jsonl"}
     disk("size=1m")
     assert warm.wait(warm.start(flags_of(demo, output), log)) == 0
-    assert read(output) == undisturbed[0]                      # and so it is on another file system than the data
+    # And so it is on another file system than the data
+    assert read(output) == undisturbed[0]
     assert f"going on: {len(kept)} answers are there already" in log.read_text()
 
 

@@ -24,10 +24,12 @@ TIMES = {"date", "seconds", "seconds_per_answer", "step_ms", "provenance", "task
 
 def flags_of(demo: Demo, task: Path) -> list:
     """A training of both phases, refitted: as by default, but small."""
-    return ["--train_benchmark", demo.tokens / "train_tokens_full.json", "--test_benchmark",
-            demo.tokens / "test_tokens_1s.json", "--task_folder", task, "--embed_dim", 32, "--num_layers", 1,
-            "--num_heads", 2, "--num_epochs", 16, "--learning_rate", 3e-3, "--early_stopping", 0, "--device", "cpu",
-            "--no-online"]
+    return [
+        "--train_benchmark", demo.tokens / "train_tokens_full.json", "--test_benchmark",
+        demo.tokens / "test_tokens_1s.json", "--task_folder", task, "--embed_dim", 32,
+        "--num_layers", 1, "--num_heads", 2, "--num_epochs", 16, "--learning_rate", 3e-3,
+        "--early_stopping", 0, "--device", "cpu", "--no-online"
+    ]
 
 
 def start(warm: Warm, demo: Demo, task: Path, log: Path) -> int:
@@ -48,14 +50,16 @@ def whole(task: Path) -> tuple[dict, dict, list[str]]:
 
 
 def same(ours: tuple, theirs: tuple) -> bool:
-    return ours[::2] == theirs[::2] and all(torch.equal(ours[1][name], theirs[1][name]) for name in theirs[1])
+    return ours[::2] == theirs[::2] and all(
+        torch.equal(ours[1][name], theirs[1][name]) for name in theirs[1])
 
 
 @pytest.fixture(scope="module")
 def undisturbed(demo, warm, tmp_path_factory) -> tuple[tuple, float]:
     """(what came of a run that nobody stopped, the seconds that it took)."""
     folder, begun = tmp_path_factory.mktemp("undisturbed"), time.monotonic()
-    assert warm.wait(start(warm, demo, folder / "task", folder / "log")) == 0, (folder / "log").read_text()
+    assert warm.wait(start(warm, demo, folder / "task",
+                           folder / "log")) == 0, (folder / "log").read_text()
     return whole(folder / "task"), time.monotonic() - begun
 
 
@@ -108,15 +112,20 @@ def test_kill_9_changes_nothing(demo, warm, undisturbed, tmp_path):
 def test_kill_9_at_fifty_random_moments_changes_nothing(demo, warm, undisturbed, tmp_path, figures):
     found = kill_at_random(demo, warm, tmp_path, undisturbed, kills=50, each=5)
     epochs = len(undisturbed[0][0]["history"])
-    figures.append((f"kill -9 of a training ({epochs} epochs, then again on all pairs) at a random moment",
-                    found["kills"], f"epochs lost {found['lost']}, told twice {found['twice']}, unusable checkpoints "
-                    f"{found['unusable']}, numbers, weights or names of files different {found['different']}"))
+    figures.append(
+        (f"kill -9 of a training ({epochs} epochs, then again on all pairs) at a random moment",
+         found["kills"],
+         f"epochs lost {found['lost']}, told twice {found['twice']}, unusable checkpoints "
+         f"{found['unusable']}, numbers, weights or names of files different "
+         f"{found['different']}"))
     assert found == {"kills": 50, "lost": 0, "twice": 0, "unusable": 0, "different": 0}
 
 
 # --------------------------------------------------------------------------------------------- disk
-@pytest.mark.parametrize(("kib", "there"), [(100, {"results.json"}), (250, {"results.json", "best_model.pt"})])
-def test_with_room_a_training_goes_on_that_met_a_full_disk(demo, warm, undisturbed, disk, tmp_path, kib, there):
+@pytest.mark.parametrize(("kib", "there"), [
+    (100, {"results.json"}), (250, {"results.json", "best_model.pt"})])
+def test_with_room_a_training_goes_on_that_met_a_full_disk(demo, warm, undisturbed, disk, tmp_path,
+                                                           kib, there):
     task, log = disk(f"size={kib}k") / "task", tmp_path / "log"
     assert warm.wait(start(warm, demo, task, log)) == 2
     last = log.read_text().splitlines()[-1]
@@ -129,7 +138,8 @@ def test_with_room_a_training_goes_on_that_met_a_full_disk(demo, warm, undisturb
 
 
 @pytest.mark.parametrize("what", ["draw", "write_text"])
-def test_what_is_measured_is_kept_when_the_page_finds_no_room(demo, undisturbed, tmp_path, monkeypatch, capsys, what):
+def test_what_is_measured_is_kept_when_the_page_finds_no_room(demo, undisturbed, tmp_path,
+                                                              monkeypatch, capsys, what):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 

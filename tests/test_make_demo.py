@@ -74,7 +74,8 @@ def test_events_ignore_light_and_colours_and_show_the_rest(name):
 
 def test_events_come_in_time_order_where_the_brightness_moved():
     events = filming.events_of(SCENE, SEED, 10)
-    assert (np.diff(events["t"]) >= 0).all() and events["t"][0] >= 0 and events["t"][-1] <= 9 * 50_000
+    assert (np.diff(events["t"])
+            >= 0).all() and events["t"][0] >= 0 and events["t"][-1] <= 9 * 50_000
     assert set(events["p"].tolist()) == {0, 1}
     # Replayed, the events add up to the change of log brightness, to within one threshold.
     frames = filming.frames_of(filming.neutral(SCENE), SEED, 10)
@@ -143,8 +144,10 @@ def test_rows_have_the_published_fields_and_point_at_files(data_set):
         assert row["split"] == folder.name and row["event_data"].endswith("/000000.npy")
         assert row["conversations"] == [{"from": "human", "value": ""},
                                         {"from": "gpt", "value": ""}]
-        assert (folder / "mp4" / row["mp4_data"]).is_file() and f"{row['video_data']}.mp4" == row["mp4_data"]
-        assert [(folder / "event_image" / name).is_file() for name in row["event_image"]] == [True] * 5
+        assert (folder / "mp4" /
+                row["mp4_data"]).is_file() and f"{row['video_data']}.mp4" == row["mp4_data"]
+        assert [(folder / "event_image" / name).is_file()
+                for name in row["event_image"]] == [True] * 5
     samples = read_dataset(folder)
     assert [sample.trouble for sample in samples] == [None] * 10
     assert len({sample.id for sample in samples}) == 10
@@ -203,7 +206,8 @@ def models():
     from vlm.video_llava import VideoLlava
 
     folder, runtime = ROOT / "demo" / "models", Runtime.choose("cpu")
-    return EventGPT.load(folder / "eventgpt", runtime), VideoLlava.load(folder / "video_llava", runtime)
+    return EventGPT.load(folder / "eventgpt",
+                         runtime), VideoLlava.load(folder / "video_llava", runtime)
 
 
 def test_two_at_once_do_not_make_one_folder(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
-"""Whatever is wrong with a file costs a row in `failed` or is one ERROR line: no crash, no hang, no file touched.
+"""Whatever is wrong with a file costs a row in `failed` or is one ERROR line: no crash, no hang, no
+file touched.
 
-The readers run in a process of their own (tests/isolated.py) on what tests/mutations.py makes of whole files.
+The readers run in a process of their own (tests/isolated.py) on what tests/mutations.py makes of
+whole files.
 """
 
 import collections
@@ -22,9 +24,12 @@ from tests.isolated import Isolated, small_adapter
 hypothesis = pytest.importorskip("hypothesis", reason="needs requirements-dev.txt")
 STRATEGIES = pytest.importorskip("tests.mutations").STRATEGIES
 
-# Inputs of each kind in the long run: 10,000 in all. Loading a model takes a good deal longer than reading a picture.
-LONG = {"pairs": 1500, "index": 1300, "journal": 900, "png": 1800, "mp4": 1500, "npy": 1200, "pt": 700, "npz": 300,
-        "results": 300, "resume": 200, "config": 150, "safetensors": 100, "preprocessor": 50}
+# Inputs of each kind in the long run: 10,000 in all. Loading a model takes a good deal longer than
+# reading a picture.
+LONG = {
+    "pairs": 1500, "index": 1300, "journal": 900, "png": 1800, "mp4": 1500, "npy": 1200, "pt": 700,
+    "npz": 300, "results": 300, "resume": 200, "config": 150, "safetensors": 100, "preprocessor": 50
+}
 QUICK = 30                     # times fewer in the tests of every day
 
 
@@ -32,7 +37,8 @@ QUICK = 30                     # times fewer in the tests of every day
 def world(tmp_path_factory) -> Path:
     """A folder with `inside`, where the readers work on a small data set and a model, and `outside`."""
     folder = tmp_path_factory.mktemp("mutated")
-    pictures, videos = (folder / "inside" / "set" / kind / "town_00_a" for kind in ("event_image", "mp4"))
+    pictures, videos = (folder / "inside" / "set" / kind / "town_00_a"
+                        for kind in ("event_image", "mp4"))
     for path in (pictures, videos, folder / "inside" / "task", folder / "outside"):
         path.mkdir(parents=True)
     frames = np.random.default_rng(0).integers(0, 255, (10, 32, 48, 3), dtype=np.uint8)
@@ -52,28 +58,42 @@ def whole(world, demo) -> dict[str, bytes]:
     results = next(demo.tasks.glob("1s_2*/results.json")).read_bytes()
     adapter(world / "inside" / "task" / "best_model.pt")
     place, model = world / "inside" / "set", world / "inside" / "model"
-    rows = [{"sample_idx": i, "question_idx": 0, "sequence": "town_00_a", "clip": i, "egpt_tokens": [5, 6, 7, 2],
-             "egpt_text": "a b", "vl_tokens": [7, 8, 9, i], "vl_text": "c d"} for i in range(3)]
-    clips = [{"id": f"id {i}", "event_data": f"town_00_a/00000{i}.npy", "video_data": f"town_00_a/00000{i}",
-              "mp4_data": f"town_00_a/00000{i}.mp4", "event_image": [f"town_00_a/00000{i}_0.png"]} for i in range(2)]
-    head = line_of({"format": 2, "run": "a", "settings": {}, "clips": {"eventgpt": {"town/1": "a"}}})
-    lines = [{"model": "eventgpt", "vocab_size": 64},
-             *({"model": "eventgpt", "key": f"town/{i}", "question_idx": 0, "tokens": [3, 2], "text": "a",
-                "finished": True} for i in range(3))]
-    columns = {name: np.arange(25, dtype=np.uint16) % {"p": 2, "t": 25}.get(name, 7) for name in "xytp"}
+    rows = [{
+        "sample_idx": i, "question_idx": 0, "sequence": "town_00_a", "clip": i,
+        "egpt_tokens": [5, 6, 7, 2], "egpt_text": "a b", "vl_tokens": [7, 8, 9, i], "vl_text": "c d"
+    } for i in range(3)]
+    clips = [{
+        "id": f"id {i}", "event_data": f"town_00_a/00000{i}.npy",
+        "video_data": f"town_00_a/00000{i}", "mp4_data": f"town_00_a/00000{i}.mp4",
+        "event_image": [f"town_00_a/00000{i}_0.png"]
+    } for i in range(2)]
+    head = line_of({
+        "format": 2, "run": "a", "settings": {}, "clips": {"eventgpt": {"town/1": "a"}}
+    })
+    lines = [{"model": "eventgpt", "vocab_size": 64}, *({
+        "model": "eventgpt", "key": f"town/{i}", "question_idx": 0, "tokens": [3, 2], "text": "a",
+        "finished": True
+    } for i in range(3))]
+    columns = {
+        name: np.arange(25, dtype=np.uint16) % {"p": 2, "t": 25}.get(name, 7) for name in "xytp"
+    }
     events = {**columns, "time_start": np.int64(7),
               "duration_ms": 0.5, "image_indices_in_clip": [1, 2]}
     return {
-        "pairs": json.dumps({"vocab_size": 64, "models": {"eventgpt": {"name": "x"}}, "results": rows}).encode(),
-        "index": json.dumps(clips).encode(),
+        "pairs": json.dumps({
+            "vocab_size": 64, "models": {"eventgpt": {"name": "x"}}, "results": rows
+        }).encode(), "index": json.dumps(clips).encode(),
         "journal": head + b"".join(line_of(line, checksum_of(head)) for line in lines),
         "png": (place / "event_image" / "town_00_a" / "000000_0.png").read_bytes(),
-        "mp4": (place / "mp4" / "town_00_a" / "000000.mp4").read_bytes(),
-        "npy": saved(np.save, events, allow_pickle=True), "pt": adapter(world / "adapter.pt"),
-        "npz": saved(np.savez_compressed, target=np.arange(9, dtype=np.int32), target_start=np.array([0, 4, 9])),
-        "results": results, "resume": saved(lambda file, found: torch.save(found, file), state()),
-        "config": (model / "config.json").read_bytes(), "safetensors": (model / "model.safetensors").read_bytes(),
-        "preprocessor": (model / "preprocessor_config.json").read_bytes()}
+        "mp4": (place / "mp4" / "town_00_a" / "000000.mp4").read_bytes(), "npy": saved(
+            np.save, events, allow_pickle=True), "pt": adapter(world / "adapter.pt"), "npz": saved(
+                np.savez_compressed, target=np.arange(9, dtype=np.int32),
+                target_start=np.array([0, 4, 9])), "results": results, "resume": saved(
+                    lambda file, found: torch.save(found, file),
+                    state()), "config": (model / "config.json").read_bytes(),
+        "safetensors": (model / "model.safetensors").read_bytes(),
+        "preprocessor": (model / "preprocessor_config.json").read_bytes()
+    }
 
 
 def saved(save, *what, **how) -> bytes:
@@ -116,7 +136,10 @@ def process(world):
 
 def contents(folder: Path) -> dict[str, str]:
     """Every file below: its name, and a digest of what is in it."""
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def mutate(kind: str, number: int, whole: dict, process: Isolated) -> collections.Counter:
@@ -141,7 +164,8 @@ def test_damaged_files_are_user_errors_or_failed_rows(kind, whole, world, proces
     before = contents(world)
     outcomes = mutate(kind, max(8, LONG[kind] // QUICK), whole, process)
     assert contents(world) == before
-    assert outcomes["UserError"] + outcomes["MediaError"] or kind == "index"      # else the damage was none
+    # Else the damage was none
+    assert outcomes["UserError"] + outcomes["MediaError"] or kind == "index"
 
 
 @pytest.mark.faults
@@ -149,9 +173,11 @@ def test_ten_thousand_damaged_files(whole, world, process, figures):
     before, found = contents(world), collections.Counter()
     for kind, number in LONG.items():
         outcomes = mutate(kind, number, whole, process)
-        figures.append((f"damaged {kind} files", outcomes.total(), f"{outcomes['read']} could be read all the same"))
+        figures.append((f"damaged {kind} files", outcomes.total(),
+                        f"{outcomes['read']} could be read all the same"))
         found += outcomes
     touched = contents(world).items() ^ before.items()
-    figures.append(("all damaged files", found.total(), f"crashes {found['crash']}, hangs {found['hang']}, files "
+    figures.append(("all damaged files", found.total(),
+                    f"crashes {found['crash']}, hangs {found['hang']}, files "
                     f"touched outside the output {len(touched)}"))
     assert not touched and found.total() >= 10_000

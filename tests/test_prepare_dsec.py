@@ -120,7 +120,8 @@ def test_every_frame_of_every_video_is_the_right_picture(prepare, one, duration,
     for clip, path in enumerate(sorted((folder / "mp4" / GOOD).iterdir())):
         with av.open(str(path)) as video:
             stream = video.streams.video[0]
-            assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 20)
+            assert (stream.codec_context.name, stream.pix_fmt,
+                    stream.average_rate) == ("h264", "yuv420p", 20)
             assert (stream.width, stream.height) == SIZE
             numbers = [number_of(picture.to_ndarray(format="rgb24"))
                        for picture in video.decode(stream)]
@@ -148,8 +149,10 @@ def test_both_layouts_and_any_number_of_workers_give_the_same_files(prepare, one
     wanted = contents(prepare(*SMALL, "--sequences", GOOD, root=one[0])[0])
     assert len(wanted) == 3 * 6 + 1 and len(set(wanted.values())) == len(wanted)
     flat = write_sequence(tmp_path / "flat", GOOD, flat=True)
-    shutil.move(flat.folder, tmp_path / "bare" / GOOD)                      # without the split's folder
-    loose = write_sequence(tmp_path / "loose", GOOD, flat=True)             # all in the split's folder
+    # Without the split's folder
+    shutil.move(flat.folder, tmp_path / "bare" / GOOD)
+    # All in the split's folder
+    loose = write_sequence(tmp_path / "loose", GOOD, flat=True)
     for path in loose.folder.iterdir():
         path.rename(path.parent.parent / path.name)
     write_sequence(tmp_path / "flat", GOOD, flat=True)
@@ -174,8 +177,8 @@ def test_stride_pictures_canvas_and_video_size_do_what_they_say(prepare, one):
     assert np.array_equal(pixels(folder / "event_image" / GOOD / "000001_1.png"), second)
     with av.open(str(folder / "mp4" / GOOD / "000001.mp4")) as video:
         pictures = [picture.to_ndarray(format="rgb24") for picture in video.decode(video=0)]
-    assert [number_of(picture) for picture in pictures] == [*range(10, 20)] and pictures[0].shape == (24,
-                                                                                                      32, 3)
+    assert [number_of(picture)
+            for picture in pictures] == [*range(10, 20)] and pictures[0].shape == (24, 32, 3)
     other, _ = prepare(*SMALL, "--sequences", GOOD, "--stride", "125", root=one[0],
                        output=folder.parent)
     assert len(read_rows(other)) == 11                                      # (2.25 - 1) / 0.125 + 1
@@ -194,7 +197,8 @@ def test_events_are_read_no_more_than_a_slice_at_a_time(prepare, one, monkeypatc
     monkeypatch.setattr(dsec.EventFile, "_read", lambda self, column, start, end: sizes.append(
         end - start) or read(self, column, start, end))
     prepare(*SMALL, "--sequences", GOOD, root=one[0])
-    assert max(sizes) <= 1001 and len(sizes) > 100                          # one before it: do times fall?
+    # One before it: do times fall?
+    assert max(sizes) <= 1001 and len(sizes) > 100
 
 
 def test_the_folder_goes_straight_through_extraction(prepare, one, tmp_path, monkeypatch):
@@ -223,8 +227,8 @@ def test_what_was_mended_is_made_and_the_index_written(prepare, two):
         prepare(*SMALL, "--sequences", BAD, GOOD, root=root)
     (bad.pictures / "000007.png").write_bytes(picture)
     folder, said = prepare(*SMALL, "--sequences", BAD, GOOD, root=root)
-    assert [row["sequence"] for row in read_rows(folder)] == [GOOD,
-                                                              BAD] and "2 clips, 1 of them are there" in said
+    assert [row["sequence"]
+            for row in read_rows(folder)] == [GOOD, BAD] and "2 clips, 1 of them are there" in said
     assert json.loads((folder / "prepare_dsec.json").read_text())["left_out"] == []
 
 
@@ -398,7 +402,8 @@ def test_blocks_are_neighbours_of_one_sequence_and_frames_are_decoded_once(prepa
     clips = clips_of(recording, Recipe("test", "500ms"))
     others = [dataclasses.replace(clip, sequence=BAD) for clip in clips]
     blocks = blocks_of(clips + others, 1)
-    assert [len(block) for block in blocks] == [8, 8] and [*itertools.chain(*blocks)] == clips + others
+    assert [len(block)
+            for block in blocks] == [8, 8] and [*itertools.chain(*blocks)] == clips + others
     assert [len(block) for block in blocks_of(clips, 4)] == [2] * 4
     read, paths = windows.read_event_image, []
     monkeypatch.setattr(windows, "read_event_image", lambda path: paths.append(path.name)

@@ -1,4 +1,6 @@
-"""Where and how the workflow is started and stopped: links, copies, shells, environments, quotes, signals."""
+"""Where and how the workflow is started and stopped: links, copies, shells, environments, quotes,
+signals.
+"""
 
 import os
 import re
@@ -17,8 +19,8 @@ from tests.stubbed import SCRIPT, STEPS, Stubbed
 def started(stubbed: Stubbed, *command: str, cwd: Path = ROOT,
             **settings: str) -> subprocess.CompletedProcess:
     """Start the stubbed workflow by this command, with these settings in the environment."""
-    return subprocess.run(command, env=stubbed.environment(**settings), cwd=cwd, capture_output=True,
-                          text=True, timeout=120, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, env=stubbed.environment(**settings), cwd=cwd,
+                          capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
 
 
 def test_it_runs_through_a_link_and_from_a_batch_systems_copy(tmp_path):
@@ -223,7 +225,8 @@ def test_a_half_made_environment_is_made_whole_by_the_next_start(suite, tmp_path
     assert failed.returncode == 2 and "pip could not install" in failed.stderr
     (tmp_path / "half.net").unlink()
     assert suite().returncode == 0 and suite().stdout == f"{venv}/bin/python\n"
-    assert (tmp_path / "half.installs").read_text().count("\n") == 2      # the last start installs nothing
+    # The last start installs nothing
+    assert (tmp_path / "half.installs").read_text().count("\n") == 2
 
 
 @pytest.mark.parametrize("damage", ["python gone", "marker gone", "requirements changed",
@@ -236,8 +239,10 @@ def test_what_the_marker_stands_for_is_looked_at(suite, tmp_path, damage):
     elif damage == "marker gone":
         (venv / "requirements-dev.txt.installed").unlink()
     else:
-        (tmp_path / "suite" / "requirements.txt").write_text("tqdm>=4\n")     # which the other includes
-    if damage == "stopped while changed":                                     # and then changed back
+        # Which the other includes
+        (tmp_path / "suite" / "requirements.txt").write_text("tqdm>=4\n")
+    # And then changed back
+    if damage == "stopped while changed":
         (tmp_path / "half.net").touch()
         assert suite("requirements-dev.txt").returncode == 2
         (tmp_path / "half.net").unlink()

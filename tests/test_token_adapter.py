@@ -157,9 +157,12 @@ def with_outputs(conditioning: str = "prefix+draft") -> TokenAdapter:
 
 def test_a_draft_vocabulary_gives_the_logits_of_its_ids_in_a_full_pass_and_step_by_step(tmp_path):
     save_adapter(with_outputs(), tmp_path / "best_model.pt")
-    adapter, arguments = load_adapter(tmp_path / "best_model.pt"), (drafts(), DRAFT_LENGTHS, prefixes())
-    assert adapter.config.draft_vocab == 5 and adapter.output_proj[1].weight is adapter.embedding.weight
-    assert torch.allclose(adapter(*arguments), tiny_adapter("prefix+draft")(*arguments)[..., OUTPUTS], atol=1e-6)
+    adapter = load_adapter(tmp_path / "best_model.pt")
+    arguments = (drafts(), DRAFT_LENGTHS, prefixes())
+    assert adapter.config.draft_vocab == 5 and adapter.output_proj[
+        1].weight is adapter.embedding.weight
+    assert torch.allclose(adapter(*arguments),
+                          tiny_adapter("prefix+draft")(*arguments)[..., OUTPUTS], atol=1e-6)
     first, cache = adapter.start(drafts(), DRAFT_LENGTHS)
     stepped = torch.cat([first, adapter.step(prefixes(), cache)], dim=1)
     assert (stepped - adapter(*arguments)).abs().max() < 1e-5
@@ -177,7 +180,8 @@ def test_ids_and_columns_of_a_draft_vocabulary_are_each_others_inverse():
 def test_a_damaged_map_of_a_draft_vocabulary_is_refused(tmp_path, ids):
     adapter = with_outputs()
     state = {**adapter.state_dict(), "output_ids": torch.tensor(ids)}
-    torch.save({"model_state_dict": state, "config": dataclasses.asdict(adapter.config)}, tmp_path / "odd.pt")
+    torch.save({"model_state_dict": state, "config": dataclasses.asdict(adapter.config)},
+               tmp_path / "odd.pt")
     with pytest.raises(UserError, match="output_ids must be"):
         load_adapter(tmp_path / "odd.pt")
 
@@ -190,14 +194,17 @@ def test_the_budget_of_the_original_is_kept():
 # ------------------------------------------------------------------------------------------ formats
 def saved(folder: Path, state: dict | None = None, **facts) -> Path:
     config = dataclasses.asdict(TINY)
-    torch.save({"model_state_dict": state or tiny_adapter().state_dict(), "config": config, **facts}, folder / "a.pt")
+    torch.save(
+        {"model_state_dict": state or tiny_adapter().state_dict(), "config": config, **facts},
+        folder / "a.pt")
     return folder / "a.pt"
 
 
 def test_a_checkpoint_of_today_and_one_from_before_the_format_number_load(tmp_path):
     save_adapter(tiny_adapter(), tmp_path / "now.pt")
     assert torch.load(tmp_path / "now.pt", weights_only=True)["format"] == FORMAT == 1
-    for path in (tmp_path / "now.pt", saved(tmp_path, epoch=3, validation_alpha=0.5), saved(tmp_path, format=0)):
+    for path in (tmp_path / "now.pt", saved(tmp_path, epoch=3, validation_alpha=0.5),
+                 saved(tmp_path, format=0)):
         assert load_adapter(path).config == TINY
 
 

@@ -146,7 +146,8 @@ def test_missing_data_sets_are_made_from_raw_recordings_and_others_are_left_alon
         assert f"prepare {split} 1s | skipped, " in second.stdout
     for done in (first, second):
         assert done.returncode == 2 and "] extract train 1s ended with status 2" in done.stdout
-    for name in ("EventGPT_Instruction_Subset.json", "prepare_dsec.json"):    # an older set, not ours
+    # An older set, not ours
+    for name in ("EventGPT_Instruction_Subset.json", "prepare_dsec.json"):
         (folders[1] / name).unlink()
     third = run_workflow(tmp_path, **settings)
     assert "prepare test" not in third.stdout and "extract train 1s | start" in third.stdout
@@ -200,8 +201,9 @@ def test_two_workflows_in_one_folder_do_not_trample_each_other(tmp_path):
     stubbed.wait_until_begun(2, first)
     second = stubbed.start(LOCK_WAIT_S="0")                      # does not wait; names the holder
     assert second.wait(60) == 2 and first.poll() is None
-    words = (rf"ERROR \| another workflow is at work in .*/task \(process {first.pid} on .* since 20\d\d-.*: "
-             "wait for it")
+    words = (
+        rf"ERROR \| another workflow is at work in .*/task \(process {first.pid} on .* since 20\d\d-.*: "
+        "wait for it")
     assert re.search(words, stubbed.log.read_text())
     third = stubbed.start(LOCK_WAIT_S="60")                      # waits, and finds everything done
     assert [first.wait(60), third.wait(60)] == [0, 0]
@@ -221,8 +223,8 @@ def test_a_task_folder_that_was_moved_goes_on_where_it_is(tmp_path):
 def test_paths_are_meant_from_where_the_workflow_was_called(tmp_path):
     stubbed, before = Stubbed(tmp_path), set(ROOT.iterdir())
     settings = stubbed.environment(DATA_ROOT="data", TOKENS_DIR="my tokens", TASK_DIR="task")
-    done = subprocess.run(["bash", SCRIPT, "--demo"], env=settings, cwd=tmp_path, capture_output=True,
-                          text=True, timeout=60)
+    done = subprocess.run(["bash", SCRIPT, "--demo"], env=settings, cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "my tokens").iterdir())) == 4 and set(ROOT.iterdir()) == before
 
@@ -279,7 +281,8 @@ def test_the_real_workflow_killed_in_each_phase_goes_on(tmp_path, figures):
         while stubbed.log.read_text().count("| start |") <= steps and process.poll() is None:
             assert time.monotonic() < deadline, stubbed.log.read_text()
             time.sleep(0.01)
-        time.sleep(moments.uniform(0, 4))                  # somewhere in the step that has just begun
+        # Somewhere in the step that has just begun
+        time.sleep(moments.uniform(0, 4))
         if process.poll() is not None:
             break
         process.send_signal(numbers[killed % 2])
@@ -290,8 +293,8 @@ def test_the_real_workflow_killed_in_each_phase_goes_on(tmp_path, figures):
     assert process.returncode == 0 and "Traceback" not in log, log
     tasks = [path.parent for path in (tmp_path / "task").glob("*/RESULTS.md")]
     decodings = list((tmp_path / "task").glob("*/decode_*/DECODE.md"))
-    figures.append(("kill of the demo workflow, TERM and KILL in turn, a step further each time", killed,
-                    f"orphans 0, resumed each time: {len(tasks)} of 4 tasks, "
+    figures.append(("kill of the demo workflow, TERM and KILL in turn, a step further each time",
+                    killed, f"orphans 0, resumed each time: {len(tasks)} of 4 tasks, "
                     f"{len(decodings)} of 2 decodings"))
     assert (len(tasks), len(decodings)) == (4, 2) and killed >= 5
 

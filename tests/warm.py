@@ -19,7 +19,8 @@ import gc, json, os, sys
 import machine.running
 import torch
 import extract_tokens_train, machine.running, matplotlib.pyplot, speculative_decode, train_and_evaluate
-import acceptance.evaluation, decoding.answers, decoding.drafts, decoding.results, drafting.hybrid, reports.task_report
+import acceptance.evaluation, decoding.answers, decoding.drafts, decoding.results
+import drafting.hybrid, reports.task_report
 import training.loop, training.phases
 from clips import dataset
 from vlm import batches, eventgpt, video_llava

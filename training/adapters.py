@@ -63,7 +63,8 @@ def open_checkpoint(path: Path, data: Data, conditioning: str) -> TokenAdapter:
     or "auto".
     """
     adapter = load_adapter(path)
-    check_ids(data.largest_ids, adapter.config.vocab_size, "a checkpoint needs pairs of its tokenizer")
+    check_ids(data.largest_ids, adapter.config.vocab_size,
+              "a checkpoint needs pairs of its tokenizer")
     if conditioning not in ("auto", adapter.config.conditioning):
         raise UserError(f"{path} was trained in {adapter.config.conditioning} conditioning, wanted "
                         f"--conditioning {conditioning}; leave the flag out to measure it by its own")

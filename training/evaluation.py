@@ -28,8 +28,8 @@ class Measuring:
 def evaluate(adapter: TokenAdapter, trained: Trained | None, data: Data, how: Measuring) -> dict:
     """Metrics on each set of pairs: {"train": ..., "test": ...}; on test all drafters side by side.
 
-    adapter: on its device. trained: None for a checkpoint. On validation the selected adapter is measured,
-    which never trained on those pairs.
+    adapter: on its device. trained: None for a checkpoint. On validation the selected adapter is
+    measured, which never trained on those pairs.
     """
     device = next(adapter.parameters()).device
     limit = how.max_pairs if how.max_pairs != -1 else sys.maxsize
@@ -40,13 +40,15 @@ def evaluate(adapter: TokenAdapter, trained: Trained | None, data: Data, how: Me
         metrics["train"] = measure_adapter(adapter, train, data.train, how.batch_size, "train")
     if data.validation:
         selected = trained.selected.to(device)
-        metrics["validation"] = measure_adapter(selected, data.validation, data.train, how.batch_size, "validation")
+        metrics["validation"] = measure_adapter(selected, data.validation, data.train,
+                                                how.batch_size, "validation")
     metrics["test"] = measure_adapter(adapter, test, data.all_train, how.batch_size, "test")
     if len(test) < len(data.test):
-        log(f"drafters | on {len(test)} of {len(data.test)} test pairs, the first clips of every sequence; "
-            "--max_test_samples -1 measures all")
-    parts = SimulationParts(adapter, test, data.all_train, prefix_adapter=trained and trained.prefix,
-                            streaming=how.stream, online=how.online and how.stream, seed=how.seed)
+        log(f"drafters | on {len(test)} of {len(data.test)} test pairs, the first clips of every "
+            "sequence; --max_test_samples -1 measures all")
+    parts = SimulationParts(adapter, test, data.all_train, prefix_adapter=trained
+                            and trained.prefix, streaming=how.stream, online=how.online
+                            and how.stream, seed=how.seed)
     selected = trained and Selected(trained.selected, data.train, data.validation)
     metrics["test"].update(measure_drafters(parts, selected), whole_test=len(data.test))
     return metrics

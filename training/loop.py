@@ -169,8 +169,8 @@ class Trainer:
         answer = rounded(width, tokens.width, limit)
         widths = answer, answer if self.of_draft else rounded(longest, longest, limit)
         if widths not in self.buffers:
-            target, draft = (torch.zeros(self.batch_size, size, dtype=torch.long, device=self.device)
-                             for size in widths)
+            target, draft = (torch.zeros(self.batch_size, size, dtype=torch.long,
+                                         device=self.device) for size in widths)
             self.buffers[widths] = target.fill_(NOT_SCORED), draft, torch.zeros_like(draft[:, 0])
         target, draft, lengths = self.buffers[widths]
         target[len(rows):], draft[len(rows):], lengths[len(rows):] = NOT_SCORED, 0, 0

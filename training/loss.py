@@ -42,7 +42,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             top, best = logits.max(-1, keepdim=True)
             grad = torch.softmax(logits, -1)
             # Not -log(probability): that of a label far from the top is rounded to 0.
-            loss.copy_((top.to(loss) - logits.gather(1, label)) - grad.gather(1, best).to(loss).log())
+            loss.copy_((top.to(loss) - logits.gather(1, label)) -
+                       grad.gather(1, best).to(loss).log())
             torch.eq(best, label, out=hit)
             grad.scatter_(1, label, grad.gather(1, label) - 1)   # of the logits, but for the factor
             torch.mul(grad @ weight, factor, out=x_grad_chunk)

@@ -121,9 +121,9 @@ class PhaseRun:
         try:
             yield
         except Diverged as error:
-            raise UserError(f"{self.phase.name}, epoch {self.current}: {error}; the best epoch before it, "
-                            "if any, is kept in best_model.pt; try a --learning_rate below "
-                            f"{self.learning_rate}, in a new task folder") from error
+            raise UserError(f"{self.phase.name}, epoch {self.current}: {error}; the best epoch "
+                            "before it, if any, is kept in best_model.pt; try a --learning_rate "
+                            f"below {self.learning_rate}, in a new task folder") from error
 
 
 def restore(found: dict, trainer: Trainer, generator: torch.Generator) -> None:
@@ -164,7 +164,8 @@ def take_up(found: dict, phases: list[Phase],
     begun = list(epochs)[:list(epochs).index(found["phase"]) + 1]
     is_epoch = 0 < found["epoch"] <= epochs[found["phase"]]
     if list(found["best"]) != begun or not is_epoch or found["done"] < 0:
-        raise ValueError(f"epoch {found['epoch']} of {found['phase']}, best of {', '.join(found['best'])}")
+        raise ValueError(f"epoch {found['epoch']} of {found['phase']}, best of "
+                         f"{', '.join(found['best'])}")
     history = [{**epoch, "epoch": int(epoch["epoch"])} for epoch in found["history"]]
     best = {}
     for name, facts in found["best"].items():

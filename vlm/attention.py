@@ -1,8 +1,9 @@
-"""Attention as LLaMA's decoders need it: causal over prompts, and in two parts that are joined.
+"""Attention for LLaMA's decoders: causal over prompts, and shared-prefix attention for batches.
 
-A prompt that many rows share (several questions about one clip) is attended to once for all of them, and joined with
-each row's own part by the sums of their exponentials (Juravsky et al. 2024, "Hydragen"; the sums as in Dao et al.
-2022, "FlashAttention"). Queries that share keys and values (grouped heads) count as further positions.
+Rows that share a prompt (several questions about one clip) attend to it in one product; the result
+is merged with each row's own part by their log-sum-exps (Juravsky et al. 2024, "Hydragen"; the
+merge as in Dao et al. 2022, "FlashAttention"). Heads that share keys and values (grouped queries)
+are treated as further positions.
 """
 
 import functools
@@ -14,29 +15,35 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from base import log
 from vlm.kernels import join
 
-# cuDNN's reads keys and values at the speed of memory (H200: 4.2 TB/s, FlashAttention 2 in PyTorch 2.5), and is twice
-# as fast over prompts; but it plans anew for every shape, so that only batches of one shape gain.
-PLANNED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# cuDNN's kernel reads keys and values at memory speed (H200: 4.2 TB/s; FlashAttention 2 in PyTorch:
+# 2.5) and is twice as fast over prompts. It builds a plan for every new shape, so it pays only for
+# batches of one shape.
+FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH
+]
 
 
-def causal(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, planned: bool = False) -> torch.Tensor:
+def causal(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+           planned: bool = False) -> torch.Tensor:
     """queries (rows, L, heads, d), keys, values (rows, kv_heads, L, d) -> (rows, L, heads * d).
 
-    planned: many calls of this very shape are to come.
+    planned: many calls of exactly this shape will follow.
     """
-    with sdpa_kernel(PLANNED, set_priority=planned):
+    with sdpa_kernel(FASTEST_FIRST, set_priority=planned):
         mixed = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, is_causal=True,
                                                enable_gqa=queries.shape[2] != keys.shape[1])
     return mixed.transpose(1, 2).flatten(2)
 
 
-# --------------------------------------------------------------------------------------------- in two parts
+# ------------------------------------------------------------------------------------ shared prefix
 def shared_and_own(queries: torch.Tensor, shared: torch.Tensor, own: torch.Tensor,
                    slots: torch.Tensor) -> torch.Tensor:
-    """Attention of rows to what groups of them share and to what is each one's own, as if both stood in a row.
+    """Attention of each row to its group's shared prompt followed by its own part.
 
-    queries (rows, T, heads, d) at slots (rows, T) of their own part; keys and values: shared (2, groups, kv_heads, P,
-    d), own (2, rows, kv_heads, room, d). rows / groups rows in a run share a prompt -> (rows * T, heads * d).
+    queries (rows, T, heads, d) at slots (rows, T) of their own part; keys and values: shared (2,
+    groups, kv_heads, P, d), own (2, rows, kv_heads, room, d). Each group is rows / groups
+    consecutive rows -> (rows * T, heads * d).
     """
     rows, T, _, d = queries.shape
     groups, kv_heads = shared.shape[1:3]
@@ -51,9 +58,10 @@ def scores_of(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.bmm(query, keys.mT, **wide)
 
 
-def with_sums(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """query (B, heads, n, d), keys, values (B, heads, slots, d), no mask -> (like query, log of each row's sum of
-    exponentials (B, heads, n) float32)."""
+def with_sums(query: torch.Tensor, keys: torch.Tensor,
+              values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """query (B, heads, n, d), keys, values (B, heads, slots, d), no mask -> (like query, log of
+    each row's sum of exponentials (B, heads, n) float32)."""
     return _kernel(query.device, query.dtype, query.shape[-1])(query, keys, values)
 
 
@@ -65,8 +73,9 @@ def _plain(query, keys, values):
 
 
 def _cudnn(query, keys, values):
-    found = torch.ops.aten._scaled_dot_product_cudnn_attention(query, keys, values, None, True, 0.0, False)
-    return found[0], found[1].view(query.shape[:3])
+    mixed, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, keys, values, None, True, 0.0, False)
+    return mixed, sums.view(query.shape[:3])
 
 
 def _flash(query, keys, values):
@@ -75,9 +84,9 @@ def _flash(query, keys, values):
 
 @functools.cache
 def _kernel(device: torch.device, dtype: torch.dtype, d: int):
-    """The first of cuDNN's and PyTorch's fused kernels that runs here and gives what the plain definition gives.
+    """The first fused kernel (cuDNN, FlashAttention) that runs here and agrees with `_plain`.
 
-    Both are called by their inner names: no public function of PyTorch gives the sums.
+    Both are called as internal operators: no public function of PyTorch returns the log-sum-exps.
     """
     if device.type != "cuda" or dtype == torch.float32 or d % 8:
         return _plain

@@ -125,7 +125,8 @@ class EventGPTModel(PreTrainedModel):
     _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
     # Buffers that transformers before 4.32 saved along with the weights.
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"embeddings\.position_ids"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"rotary_emb\.inv_freq", r"embeddings\.position_ids"]
 
     def __init__(self, config: EventGPTConfig):
         super().__init__(config)

@@ -1,9 +1,10 @@
-"""LLaMA's layers over packed positions, with cache and attention handed in: steps.py and batches.py run it.
+"""LLaMA's layers over packed positions; the caller (steps.py, batches.py) passes cache and attention.
 
-Our own forward over transformers' modules: positions and places in the cache are explicit tensors, so that a CUDA
-graph can hold a step, and what stands between the matrix products takes one pass each (kernels.py). Where q/k/v and
-gate/up are plain layers they are fused; the model's modules become views of the fused matrices: nothing is stored
-twice, and transformers' forward goes on working. The same holds for 4-bit layers where nf4.py is adopted.
+Our own forward over transformers' modules: positions and places in the cache are explicit tensors,
+so that a CUDA graph can hold a step, and the operations between the matrix products are fused
+(kernels.py). Where q/k/v and gate/up are plain layers they are fused; the model's modules
+become views of the fused matrices: nothing is stored twice, and transformers' forward goes on
+working. The same holds for 4-bit layers where nf4.py is adopted.
 """
 
 import contextlib
@@ -21,30 +22,34 @@ from vlm.fits import why_not
 from vlm.kernels import add_and_norm, rotate_and_store, swiglu
 from vlm.nf4 import NF4Linear
 
-SAME = 0.05                  # `apart` below this is rounding; a graph that went wrong is off by all
-NO_NUMBER = -1               # in place of a token where the logits are no numbers
+SAME = 0.05                  # `apart` up to this is rounding; a broken graph differs by about 1
+NO_NUMBER = -1               # in place of a token id where the logits are NaN or infinite
 
 
 class Next(NamedTuple):
-    """What follows each of n positions. Good until the next call: a graph writes into the same memory again."""
+    """The next token after each of n positions. Valid until the next pass: graphs reuse the memory."""
 
     logits: torch.Tensor        # (n, V) in the model's dtype
     best: torch.Tensor          # (n,) int64: their argmax; -1 where the largest is NaN or infinite
 
 
 def position_bytes(config, dtype: torch.dtype) -> int:
-    """What one position takes in a cache: keys and values of all layers."""
+    """Bytes of one cache position: keys and values of all layers."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 class Llama:
-    """The weights of one model, fused. It holds them: drop it before the model is unloaded."""
+    """One model's fused weights. Holds references to them: drop it before the model is unloaded."""
 
     def __init__(self, language_model: nn.Module, lm_head: nn.Module, room: int):
-        """language_model: LlamaModel; lm_head: its output layer; room: the most positions there will be."""
+        """language_model: LlamaModel; lm_head: its output layer; room: capacity in positions."""
         config, weight = language_model.config, language_model.embed_tokens.weight
-        self.model, self.lm_head, self.device, self.dtype = language_model, lm_head, weight.device, weight.dtype
-        self.depth, self.vocab_size = config.num_hidden_layers, language_model.embed_tokens.num_embeddings
+        self.model = language_model
+        self.lm_head = lm_head
+        self.device = weight.device
+        self.dtype = weight.dtype
+        self.depth = config.num_hidden_layers
+        self.vocab_size = language_model.embed_tokens.num_embeddings
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         if reason := why_not(config, language_model):
@@ -56,60 +61,69 @@ class Llama:
         self.rope = torch.cat([cos, torch.cat([-minus, plus], -1)]).contiguous()
         adopt(language_model, self.dtype)            # 4-bit layers, where that is faster
         self.qkv, self.gate_up = [], []
-        for layer in language_model.layers:          # one at a time: what is replaced is freed before the next
-            self.qkv.append(fuse([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]))
+        # Layer by layer: the weights that are replaced are freed before the next layer is fused
+        for layer in language_model.layers:
+            self.qkv.append(
+                fuse([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]))
             self.gate_up.append(fuse([layer.mlp.gate_proj, layer.mlp.up_proj]))
         kinds = {type(module).__name__ for module in language_model.modules()}
-        # LLM.int8 looks for outliers on the host: no graph can hold it.
+        # LLM.int8 searches outliers on the host, which a graph can't capture.
         self.may_be_captured = self.device.type == "cuda" and "Linear8bitLt" not in kinds
         self.is_silu = config.hidden_act == "silu"
 
     def on_device(self) -> contextlib.AbstractContextManager:
-        """Triton and CUDA events go by the current device, which need not be the model's."""
+        """Make the model's device current: Triton and CUDA events use the current device."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def new_cache(self, rows: int, slots: int) -> torch.Tensor:
-        """(layers, 2, rows, kv_heads, slots, d): keys, values. Zeros: a masked slot weighs 0, but 0 * NaN is NaN."""
-        return torch.zeros(self.depth, 2, rows, self.kv_heads, slots, self.head_dim, dtype=self.dtype,
-                           device=self.device)
+        """(layers, 2, rows, kv_heads, slots, d): keys, values.
 
-    def layers(self, x: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor, places: torch.Tensor,
-               attend: Callable, follow: bool = True) -> torch.Tensor | None:
-        """x (n, D) at positions (n,) -> (n, D) before the last norm; None without `follow`: only the cache is wanted.
+        Zeros, not empty: a masked slot has weight 0, but 0 * NaN is NaN.
+        """
+        return torch.zeros(self.depth, 2, rows, self.kv_heads, slots, self.head_dim,
+                           dtype=self.dtype, device=self.device)
 
-        cache (layers, 2, rows, kv_heads, slots, d) gets their keys and values at places (n,): row * slots + slot.
-        attend(number of the layer, queries (n, heads, d)) -> (n, heads * d); keys and values are in the cache then.
+    def layers(self, x: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor,
+               places: torch.Tensor, attend: Callable, follow: bool = True) -> torch.Tensor:
+        """x (n, D) at positions (n,) -> (n, D) before the final norm.
+
+        Keys and values are written to cache (layers, 2, rows, kv_heads, slots, d) at places (n,) =
+        row * slots + slot, before attend(layer number, queries (n, heads, d)) -> (n, heads * d) is
+        called. follow=False fills the cache alone: it skips the last layer's output and returns x
+        before that layer.
         """
         h = normed(x, self.model.layers[0].input_layernorm)
         for number, layer in enumerate(self.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
-            qkv = together(h, self.qkv[number],
-                           attention.q_proj, attention.k_proj, attention.v_proj).view(len(x), -1, self.head_dim)
+            qkv = together(h, self.qkv[number], attention.q_proj, attention.k_proj,
+                           attention.v_proj).view(len(x), -1, self.head_dim)
             queries = rotate_and_store(qkv, self.rope, positions, cache[number], places)
             if number + 1 == self.depth and not follow:
-                return None
-            x, h = add_and_norm(x, attention.o_proj(attend(number, queries)), layer.post_attention_layernorm)
+                return x
+            x, h = add_and_norm(x, attention.o_proj(attend(number, queries)),
+                                layer.post_attention_layernorm)
             gate_up = together(h, self.gate_up[number], mlp.gate_proj, mlp.up_proj)
             gate, up = gate_up.chunk(2, -1)
             out = mlp.down_proj(swiglu(gate_up) if self.is_silu else mlp.act_fn(gate) * up)
-            if number + 1 == self.depth:
-                return x + out
-            x, h = add_and_norm(x, out, self.model.layers[number + 1].input_layernorm)
+            if number + 1 < self.depth:
+                x, h = add_and_norm(x, out, self.model.layers[number + 1].input_layernorm)
+        return x + out
 
     def following(self, x: torch.Tensor) -> Next:
-        """x (n, D) as `layers` gives it -> what follows each position."""
+        """x (n, D) as `layers` gives it -> the next token after each position."""
         logits = self.lm_head(normed(x, self.model.norm))
-        largest, best = logits.max(-1)               # NaN is the largest, wherever there is one
+        largest, best = logits.max(-1)               # max of a row with a NaN is NaN
         return Next(logits, best.where(largest.isfinite(), NO_NUMBER))
 
 
 def normed(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    """LLaMA's RMS norm in one kernel; transformers' rounds once more in between (visible in 16 bits only)."""
+    """LLaMA's RMS norm in one kernel; transformers' rounds once more in between (seen in 16 bits)."""
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def together(x: torch.Tensor, weight: torch.Tensor | NF4Linear | None, *modules: nn.Module) -> torch.Tensor:
-    """The outputs of linear layers side by side: one product where they are fused, else the modules as they are."""
+def together(x: torch.Tensor, weight: torch.Tensor | NF4Linear | None,
+             *modules: nn.Module) -> torch.Tensor:
+    """The concatenated outputs of linear layers: one product if they are fused, else one each."""
     if isinstance(weight, NF4Linear):
         return weight(x)
     return F.linear(x, weight) if weight is not None else torch.cat([module(x) for module in modules], -1)
@@ -117,12 +131,16 @@ def together(x: torch.Tensor, weight: torch.Tensor | NF4Linear | None, *modules:
 
 @torch.no_grad()         # not inference_mode: the modules must not be left with inference tensors
 def fuse(modules: list[nn.Module]) -> torch.Tensor | NF4Linear | None:
-    """One matrix of the weights of plain linear layers without bias, which are views of it from then on; or None."""
+    """The weights of plain linear layers in one matrix, of which they become views.
+
+    None if a layer is of another kind or has a bias.
+    """
     if type(modules[0]) is NF4Linear:
         return modules[0].fused
     if any(type(module) is not nn.Linear or module.bias is not None for module in modules):
         return None                                  # bitsandbytes' layers are subclasses of nn.Linear
-    weights, rows = [module.weight for module in modules], 0
+    weights = [module.weight for module in modules]
+    rows = 0
     for weight in weights:                           # fused before, for another decoder of the same model?
         if weight.untyped_storage().data_ptr() != weights[0].untyped_storage().data_ptr() or (
                 weight.storage_offset() != rows * weight.shape[1]):
@@ -137,9 +155,10 @@ def fuse(modules: list[nn.Module]) -> torch.Tensor | NF4Linear | None:
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """How far two computations of the same logits (n, V) lie apart, as a share of their size; rounding in 16 bits: 1 %.
+    """The relative difference of two computations of the same logits (n, V); 16-bit rounding: 1 %.
 
-    Rows that are no numbers in both are left out; NaN if a row is so in one of them only, or in all.
+    Rows with NaN or infinities in both are left out; NaN if only one has them in a row, or all rows
+    have them.
     """
     numbers = theirs.isfinite().all(-1)
     if not torch.equal(numbers, ours.isfinite().all(-1)):

@@ -24,9 +24,9 @@ CODE = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
         -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
         0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
-# The kernel multiplies 16-bit values of CODE * STRETCH and divides the float32 sums by STRETCH. With
-# these factors the 16 values lie closest to 16-bit numbers: rounding them costs 0.063 % in bfloat16
-# (0.106 % unstretched) and 0.006 % in float16 (0.016 %).
+# The kernel multiplies 16-bit values of CODE * STRETCH and divides the float32 sums by STRETCH.
+# With these factors the 16 values lie closest to 16-bit numbers: rounding them costs 0.063 % in
+# bfloat16 (0.106 % unstretched) and 0.006 % in float16 (0.016 %).
 STRETCH = {torch.bfloat16: 1.437, torch.float16: 1.6777}
 EIGHTS = range(1, 10)                # there are kernels for so many rows of x, in eights
 MAX_PARTS = 8                        # of K; more cost more to add up than they bring (H100)
@@ -49,8 +49,8 @@ class Linear4bit(Protocol):
 def pack(weights: torch.Tensor) -> torch.Tensor:
     """(N, K/2) uint8 as bitsandbytes packs, two of a row in a byte -> (N/16, K/64, 512) uint8.
 
-    512 bytes are 16 for each of 32 threads. Thread 4 g + t holds 16 weights along K, from 16 t on, of
-    row g and of row g + 8; their bytes alternate.
+    512 bytes are 16 for each of 32 threads. Thread 4 g + t holds 16 weights along K, from 16 t on,
+    of row g and of row g + 8; their bytes alternate.
     """
     n, width = weights.shape
     parts = weights.view(n // 16, 2, 8, width // 32, 4, 8)       # tile, half, g, block, t, byte
@@ -141,9 +141,9 @@ def plan_for(rows: int, n: int, room: int) -> Plan:
 def parts_of(n: int, k: int, processors: int) -> int:
     """The number of parts that K is split into for this many multiprocessors.
 
-    It depends on the matrix alone, so that all numbers of rows add in one order. Wanted are 1.5 to 4
-    blocks of threads, of 128 outputs each, for every multiprocessor, as close to a whole number of
-    them as possible.
+    It depends on the matrix alone, so that all numbers of rows add in one order. Wanted are 1.5 to
+    4 blocks of threads, of 128 outputs each, for every multiprocessor, as close to a whole number
+    of them as possible.
     """
     tiles, blocks = -(-n // 128), k // BLOCK
 

@@ -1,10 +1,12 @@
-"""Attention of a few new positions over a long cache, where the new positions form a tree (a chain is one path).
+"""Attention of a few new positions over a long cache, where the new positions form a tree (a chain
+is one path).
 
-A Triton kernel splits the keys over the whole GPU (Dao et al. 2023, "Flash-Decoding"): each program takes one head
-and a part of the slots, and the last program of a head to finish joins the parts in the order of the slots, so that
-the result does not depend on the order in which programs run. 32 layers of 7B over 2,077 positions in bfloat16, one
-H100: 0.57 ms for 1 query, 0.66 for 17, 0.70 for 33, 0.82 for 65 (products written out in PyTorch: 0.64, 1.42, 1.73,
-1.77; reading keys and values once: 0.37). Without Triton PyTorch's scaled_dot_product_attention does the same.
+A Triton kernel splits the keys over the whole GPU (Dao et al. 2023, "Flash-Decoding"): each program
+takes one head and a part of the slots, and the last program of a head to finish joins the parts in
+the order of the slots, so that the result does not depend on the order in which programs run. 32
+layers of 7B over 2,077 positions in bfloat16, one H100: 0.57 ms for 1 query, 0.66 for 17, 0.70 for
+33, 0.82 for 65 (products written out in PyTorch: 0.64, 1.42, 1.73, 1.77; reading keys and values
+once: 0.37). Without Triton PyTorch's scaled_dot_product_attention does the same.
 """
 
 import functools
@@ -29,8 +31,8 @@ LOG2_E = 1.4426950408889634
 def ancestors_of(parents: list[int]) -> list[int]:
     """For each of k new positions the bits of the nodes it may see, itself included.
 
-    parents: position -> position it follows, below its own; -1 for position 0, the root. Bit j stands for position
-    j + 1; the root is visible to all. As signed 64-bit numbers.
+    parents: position -> position it follows, below its own; -1 for position 0, the root. Bit j
+    stands for position j + 1; the root is visible to all. As signed 64-bit numbers.
     """
     bits = [0]
     for position, parent in enumerate(parents[1:], 1):
@@ -59,33 +61,39 @@ class TreeAttention:
             self.sums = torch.empty(parts * 2, dtype=torch.float32, device=device)
             self.finished = torch.zeros(kv_heads, dtype=torch.int32, device=device)
 
-    def __call__(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, root: torch.Tensor,
-                 ancestors: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+                 root: torch.Tensor, ancestors: torch.Tensor,
+                 mask: torch.Tensor | None) -> torch.Tensor:
         """queries (n, heads, d); keys, values (kv_heads, slots, d) -> (n, heads * d).
 
-        root (1,) int64: slots up to it are visible to every query; ancestors (n,) int64, as ancestors_of gives them,
-        for the slots behind it. mask (n, slots), visibility(...) of both, is needed where the kernel is not used.
+        root (1,) int64: slots up to it are visible to every query; ancestors (n,) int64, as
+        ancestors_of gives them, for the slots behind it. mask (n, slots), visibility(...) of both,
+        is needed where the kernel is not used.
         """
         if not self.fused:
             return attend_plain(queries, keys, values, mask)
         n, heads, d = queries.shape
         kv_heads, slots = keys.shape[:2]
-        rows = max(16, triton.next_power_of_2(n * (heads // kv_heads)))      # the least that tl.dot takes
+        # The least that tl.dot takes
+        rows = max(16, triton.next_power_of_2(n * (heads // kv_heads)))
         steps = triton.cdiv(triton.cdiv(slots, SPLITS), BLOCK_SLOTS)
         out = queries.new_empty(n, heads * d)
-        _attend_kernel[kv_heads, SPLITS](
-            queries, keys, values, root, ancestors, out, self.mixed, self.sums, self.finished, n, heads // kv_heads,
-            slots, LOG2_E * d ** -0.5, queries.stride(0), keys.stride(0), d, rows, BLOCK_SLOTS, SPLITS, steps,
-            MAX_NODES, num_warps=8 if rows > 64 else 4, num_stages=3)
+        _attend_kernel[kv_heads,
+                       SPLITS](queries, keys, values, root, ancestors, out, self.mixed, self.sums,
+                               self.finished, n, heads // kv_heads, slots, LOG2_E * d**-0.5,
+                               queries.stride(0), keys.stride(0), d, rows, BLOCK_SLOTS, SPLITS,
+                               steps, MAX_NODES, num_warps=8 if rows > 64 else 4, num_stages=3)
         return out
 
 
-def visibility(root: torch.Tensor, ancestors: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def visibility(root: torch.Tensor, ancestors: torch.Tensor, slots: torch.Tensor,
+               dtype: torch.dtype) -> torch.Tensor:
     """(n, slots) to add to scores: 0 where a query may see a slot, else -inf."""
     node = slots - root - 1
     bit = (ancestors[:, None] >> node.clamp(0, MAX_NODES - 1)) & 1
     hidden = (node >= MAX_NODES) | ((node >= 0) & (bit == 0))
-    return torch.zeros(hidden.shape, dtype=dtype, device=slots.device).masked_fill_(hidden, -torch.inf)
+    return torch.zeros(hidden.shape, dtype=dtype,
+                       device=slots.device).masked_fill_(hidden, -torch.inf)
 
 
 def attend_plain(queries, keys, values, mask):
@@ -96,15 +104,17 @@ def attend_plain(queries, keys, values, mask):
 
 if triton:
     @triton.jit
-    def _attend_kernel(queries, keys, values, root, ancestors, out, mixed_parts, sums, finished, n, side, slots, scale,
-                       of_token, of_head, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                       SPLITS: tl.constexpr, STEPS: tl.constexpr, NODES: tl.constexpr):
+    def _attend_kernel(queries, keys, values, root, ancestors, out, mixed_parts, sums, finished, n,
+                       side, slots, scale, of_token, of_head, D: tl.constexpr, ROWS: tl.constexpr,
+                       BLOCK: tl.constexpr, SPLITS: tl.constexpr, STEPS: tl.constexpr,
+                       NODES: tl.constexpr):
         head, split = tl.program_id(0), tl.program_id(1)
         row, at = tl.arange(0, ROWS), tl.arange(0, D)
         token, query_head = row // side, head * side + row % side
         there = row < n * side
         first = tl.load(root)
-        query = tl.load(queries + token[:, None] * of_token + query_head[:, None] * D + at[None, :], there[:, None], 0.0)
+        query = tl.load(queries + token[:, None] * of_token + query_head[:, None] * D + at[None, :],
+                        there[:, None], 0.0)
         bits = tl.load(ancestors + token, there, 0)
         largest = tl.full((ROWS,), -1e30, tl.float32)
         weight = tl.zeros((ROWS,), tl.float32)
@@ -144,7 +154,8 @@ if triton:
         tl.store(mixed_parts + place[:, None] * D + at[None, :], mixed, there[:, None])
         tl.store(sums + place * 2, largest, there)
         tl.store(sums + place * 2 + 1, weight, there)
-        tl.debug_barrier()             # all of this program's stores come before it counts itself as finished
+        # All of this program's stores come before it counts itself as finished
+        tl.debug_barrier()
         before = tl.atomic_add(finished + head, 1, sem="acq_rel")
         if before == SPLITS - 1:
             tl.debug_barrier()
@@ -156,38 +167,46 @@ if triton:
                 theirs = tl.load(sums + place * 2, there, -1e30, cache_modifier=".cg")
                 larger = tl.maximum(largest, theirs)
                 ours, other = tl.exp2(largest - larger), tl.exp2(theirs - larger)
-                their_mixed = tl.load(mixed_parts + place[:, None] * D + at[None, :], there[:, None], 0.0,
-                                      cache_modifier=".cg")
+                their_mixed = tl.load(mixed_parts + place[:, None] * D + at[None, :],
+                                      there[:, None], 0.0, cache_modifier=".cg")
                 mixed = mixed * ours[:, None] + their_mixed * other[:, None]
-                weight = weight * ours + tl.load(sums + place * 2 + 1, there, 0.0, cache_modifier=".cg") * other
+                weight = weight * ours + tl.load(sums + place * 2 + 1, there, 0.0,
+                                                 cache_modifier=".cg") * other
                 largest = larger
-            to = out + token[:, None] * (tl.num_programs(0) * side * D) + query_head[:, None] * D + at[None, :]
+            to = out + token[:, None] * (tl.num_programs(0) * side *
+                                         D) + query_head[:, None] * D + at[None, :]
             tl.store(to, (mixed / weight[:, None]).to(out.dtype.element_ty), there[:, None])
             tl.store(finished + head, 0)
 
 
 @functools.cache
 def kernel_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernel runs on this device and gives what PyTorch's attention gives, for a chain and for a tree.
+    """Whether the kernel runs on this device and gives what PyTorch's attention gives, for a chain
+    and for a tree.
 
     Not for float32: its products on the tensor cores would be TF32's.
     """
-    if device.type != "cuda" or triton is None or dtype == torch.float32 or head_dim & (head_dim - 1) or not 16 <= head_dim <= 256:
+    if device.type != "cuda" or triton is None or dtype == torch.float32 or head_dim & (
+            head_dim - 1) or not 16 <= head_dim <= 256:
         return False
     random = torch.Generator().manual_seed(0)
     parents = [-1, 0, 1, 1, 0, 4, 2]
     queries = torch.randn(len(parents), 4, head_dim, generator=random).to(device, dtype)
     keys, values = torch.randn(2, 2, 600, head_dim, generator=random).to(device, dtype)
-    ancestors, root = torch.tensor(ancestors_of(parents), device=device), torch.tensor([570], device=device)
+    ancestors = torch.tensor(ancestors_of(parents), device=device)
+    root = torch.tensor([570], device=device)
     try:
         with torch.cuda.device(device):
             attention = TreeAttention(4, 2, head_dim, device, fused=True)
             mask = visibility(root, ancestors, torch.arange(600, device=device), dtype)
             plain = attend_plain(queries, keys, values, mask)
-            for _ in range(2):                       # the second call finds the counters as the first left them
+            # The second call finds the counters as the first left them
+            for _ in range(2):
                 fused = attention(queries, keys, values, root, ancestors, None)
                 torch.testing.assert_close(fused, plain, rtol=0.02, atol=0.02)
-    except Exception as error:       # Triton reports a missing compiler and a failed build in many ways
-        log(f"attention | WARNING | PyTorch's own instead of the Triton kernel: {str(error).strip():.300}")
+    # Triton reports a missing compiler and a failed build in many ways
+    except Exception as error:
+        log("attention | WARNING | PyTorch's own instead of the Triton kernel: "
+            f"{str(error).strip():.300}")
         return False
     return True

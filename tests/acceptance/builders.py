@@ -37,8 +37,8 @@ class Oracle(nn.Module):
     def __init__(self, contract: str = CONTRACT, late: int = 0):
         super().__init__()
         self.late = late
-        self.config = SimpleNamespace(first_position=int(contract == ORIGINAL_CONTRACT), sees_prefix=False,
-                                      conditioning="draft")
+        self.config = SimpleNamespace(first_position=int(contract == ORIGINAL_CONTRACT),
+                                      sees_prefix=False, conditioning="draft")
         self.sure = nn.Parameter(torch.tensor(9.0))
 
     def labels_of(self, ids):

@@ -24,14 +24,16 @@ def evaluated(oracle: Oracle, pairs: Pairs, max_seq_len: int = 9) -> dict:
 
 
 def trained_alpha(oracle: Oracle, pairs: Pairs) -> float:
-    tokens, generator = TokenTensors.of(pairs, 9, torch.device("cpu")), torch.Generator().manual_seed(0)
+    tokens = TokenTensors.of(pairs, 9, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
     return train_epoch(Trainer(oracle, batch_size=4, rate=1e-3, steps=8), tokens, generator)[1]
 
 
 def test_a_perfect_adapter_is_right_everywhere_in_training_and_in_evaluation():
     pairs = random_pairs(CONTRACT)
     result = evaluated(Oracle(), pairs)
-    assert trained_alpha(Oracle(), pairs) == result["alpha"] == result["top5"] == result["first_token"] == 1.0
+    assert trained_alpha(Oracle(),
+                         pairs) == result["alpha"] == result["top5"] == result["first_token"] == 1.0
     assert result["mean_run"] == pairs.lengths("target").mean()
     assert result["per_position"]["alpha"] == [1.0] * 9
     assert result["expected_tokens"]["10"] == 11.0
@@ -54,7 +56,8 @@ def test_an_original_checkpoint_is_measured_by_its_own_contract_and_misses_only_
 def test_positions_past_max_seq_len_count_as_misses():
     pairs = random_pairs(CONTRACT)
     lengths = pairs.lengths("target")
-    assert evaluated(Oracle(), pairs, max_seq_len=4)["alpha"] == np.minimum(lengths, 4).sum() / lengths.sum()
+    assert evaluated(Oracle(), pairs,
+                     max_seq_len=4)["alpha"] == np.minimum(lengths, 4).sum() / lengths.sum()
 
 
 def test_past_its_end_the_draft_proposes_nothing_not_even_a_0():

@@ -72,14 +72,16 @@ def test_figures_do_not_depend_on_how_many_logits_are_held(monkeypatch, conditio
     def figures() -> tuple:
         top1, top5, loss = predict(adapter, tokens, 8)
         simulated = Adapter(adapter, pairs)
-        return compare(top1, top5, pairs, pairs), loss, [simulated.predict(k).tolist() for k in range(len(pairs))]
+        return compare(top1, top5, pairs,
+                       pairs), loss, [simulated.predict(k).tolist() for k in range(len(pairs))]
 
     whole, sizes, linear = figures(), [], torch.nn.functional.linear
     monkeypatch.setitem(adapter_module.MAX_LOGITS, "cpu", 5 * 11 + 3)
     monkeypatch.setattr(adapter_module.F, "linear",
                         lambda *args: sizes.append(linear(*args).shape) or linear(*args))
     chunked = figures()
-    assert chunked[0] == whole[0] and chunked[1] == pytest.approx(whole[1], rel=1e-6) and chunked[2] == whole[2]
+    assert chunked[0] == whole[0] and chunked[1] == pytest.approx(
+        whole[1], rel=1e-6) and chunked[2] == whole[2]
     assert max(shape[0] for shape in sizes if len(shape) == 2 and shape[1] == 11) == 5
 
 

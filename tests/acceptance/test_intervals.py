@@ -22,7 +22,8 @@ def test_intervals_hold_the_value_and_pairing_takes_the_common_part_out():
 
 
 def test_beside_an_interval_stands_the_range_when_one_drive_at_a_time_is_left_out():
-    lengths, names = np.full(6, 10), ["bern_00_a", "bern_00_b", "bern_00_b", "thun_01_a", "basel_02_a", "basel_02_a"]
+    lengths = np.full(6, 10)
+    names = ["bern_00_a", "bern_00_b", "bern_00_b", "thun_01_a", "basel_02_a", "basel_02_a"]
     hits = np.array([9, 9, 9, 2, 5, 5])
     assert interval(hits, lengths, names)["left_out"] == pytest.approx([12 / 30, 37 / 50])
     assert interval(hits[:3], lengths[:3], names[:3])["left_out"] is None

@@ -20,9 +20,12 @@ def test_batches_hold_each_pair_once_no_wider_than_their_longest_target():
 
 
 def test_a_batch_is_padded_when_it_is_asked_for_from_tokens_that_are_shared():
-    pairs = pairs_of([[1, 2], [], [3, 4, 5, 6], [7]], [[8], [9, 10, 8], [8, 9], [10] * 5]).select([3, 2, 1])
+    pairs = pairs_of([[1, 2], [], [3, 4, 5, 6], [7]],
+                     [[8], [9, 10, 8], [8, 9], [10] * 5]).select([3, 2, 1])
     tokens = TokenTensors.of(pairs, 4, torch.device("cpu"))
-    assert all(np.shares_memory(tokens.flat[which].numpy(), getattr(pairs, which)) for which in ("draft", "target"))
+    assert all(
+        np.shares_memory(tokens.flat[which].numpy(), getattr(pairs, which))
+        for which in ("draft", "target"))
     assert (tokens.width, tokens.draft_width, tokens.device.type) == (4, 4, "cpu")
     assert tokens.lengths.tolist() == [5, 2, 3] and tokens.draft_lengths.tolist() == [1, 4, 0]
     rows = torch.tensor([2, 0, 1])
@@ -39,8 +42,10 @@ def test_pairs_without_a_draft_token_are_tensors_too():
 
 def test_a_token_that_is_not_scored_is_a_miss_and_costs_no_loss():
     pairs = pairs_of([[1]] * 2, [[3, 7, 5], [7, 9]])
-    adapter = TokenAdapter(AdapterConfig(11, "prefix", 8, 1, 2, 16, 4, draft_vocab=3), torch.tensor([3, 5, 7]))
+    adapter = TokenAdapter(AdapterConfig(11, "prefix", 8, 1, 2, 16, 4, draft_vocab=3),
+                           torch.tensor([3, 5, 7]))
     top1, top5, loss = predict(adapter, TokenTensors.of(pairs, 4, torch.device("cpu")), 2)
-    assert top5.tolist() == [[True, True, True], [True, False, False]] and not top1[1, 1] and 0 < loss < 20
+    assert top5.tolist() == [[True, True, True], [True, False, False]
+                             ] and not top1[1, 1] and 0 < loss < 20
     whole = Adapter(adapter, pairs)
     assert set(np.concatenate([whole.predict(0), whole.predict(1)]).ravel()) <= {3, 5, 7, NOTHING}

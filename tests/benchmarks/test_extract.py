@@ -1,4 +1,6 @@
-"""The benchmark of extraction runs every way on the same small models and says how near the limit each came."""
+"""The benchmark of extraction runs every way on the same small models and says how near the limit
+each came.
+"""
 
 import json
 
@@ -12,14 +14,17 @@ from benchmarks.extract import Config
 
 def test_it_measures_every_way_and_writes_all_numbers(tmp_path, capsys):
     output = tmp_path / "out.json"
-    config = Config(size="small", clips=5, plain_clips=2, plain_batch_size=3, batch_size=2, questions=3,
-                    max_new_tokens=12, files=2, num_workers=1, output=output, dtype="float32", device="cpu")
+    config = Config(size="small", clips=5, plain_clips=2, plain_batch_size=3, batch_size=2,
+                    questions=3, max_new_tokens=12, files=2, num_workers=1, output=output,
+                    dtype="float32", device="cpu")
     benchmark.measure("extract", config)
     results = json.loads(output.read_text())
     assert set(results["models"]) == {"eventgpt", "videollava"}
     for figures in results["models"].values():
-        assert figures["one at a time"]["clips"] == 2 and figures["batches of transformers"]["batch_size"] == 3
-        assert (figures["ours"]["answers"], figures["ours, several questions"]["answers"]) == (5, 12)
+        assert figures["one at a time"]["clips"] == 2 and figures["batches of transformers"][
+            "batch_size"] == 3
+        assert (figures["ours"]["answers"], figures["ours, several questions"]["answers"]) == (5,
+                                                                                               12)
         for name in ("ours", "ours, several questions"):
             limit = figures[name]["limit"]
             assert figures[name]["share_of_limit"] == pytest.approx(
@@ -30,11 +35,14 @@ def test_it_measures_every_way_and_writes_all_numbers(tmp_path, capsys):
     assert {row["what"].split(":")[0] for row in extract.wanted(results["models"])} == {
         "eventgpt", "videollava", "videollava, 3 questions"}
     printed = capsys.readouterr().out
-    assert "table | videollava | ours, several questions" in printed and "RESULT | " in printed.splitlines()[-1]
+    assert "table | videollava | ours, several questions" in printed and "RESULT | " in printed.splitlines(
+    )[-1]
 
 
 def test_the_limit_of_7b_is_that_of_its_sizes(monkeypatch):
-    """On the meta device, with rates of one: 13.2 G operations a token and 0.5 MiB of keys and values a position."""
+    """On the meta device, with rates of one: 13.2 G operations a token and 0.5 MiB of keys and
+    values a position.
+    """
     import torch
 
     from benchmarks import limits
@@ -51,8 +59,9 @@ def test_the_limit_of_7b_is_that_of_its_sizes(monkeypatch):
 
 
 def test_mistakes_are_refused():
-    for wrong, words in (({"files": -1}, "--files must be 0"), ({"questions": 0}, "--questions must be 1 or more"),
-                         ({"batch_size": 0}, "--batch_size must be 1 or more"),
+    for wrong, words in (({"files": -1}, "--files must be 0"), ({
+            "questions": 0
+    }, "--questions must be 1 or more"), ({"batch_size": 0}, "--batch_size must be 1 or more"),
                          ({"model": "gpt"}, "--model must be both or one of eventgpt, videollava")):
         with pytest.raises(UserError, match=words):
             Config(**wrong)

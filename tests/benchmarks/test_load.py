@@ -40,7 +40,8 @@ def test_rows_are_those_of_extraction_and_all_of_them_can_be_used(tmp_path):
     assert len(pairs) == 1000 and not pairs.files[0]["dropped"] and found["file_mib"] > 0
     assert set(pairs.lengths("target")) == {12} and len(set(pairs.lengths("draft"))) > 3
     assert pairs.clip[:101] == [*range(100), 0] and len(set(pairs.sequence)) == 10
-    assert list(load.rows(5, 12, seed=1)) == list(load.rows(1000, 12, seed=1))[:5] != list(load.rows(5, 12, seed=2))
+    assert list(load.rows(5, 12, seed=1)) == list(load.rows(1000, 12, seed=1))[:5] != list(
+        load.rows(5, 12, seed=2))
 
 
 def test_every_part_of_every_size_is_measured(measured):
@@ -56,7 +57,8 @@ def test_every_part_of_every_size_is_measured(measured):
         assert 8 * 4 * count < found["ours"]["token_mib"] * 2**20 <= 2 * 8 * 4 * count
         assert 0 < found["ours"]["share_of_read"] < 1 and found["ours"]["peak_over_tokens"] >= 0
     assert all(value > 0 for value in measured["limits"].values()) and len(measured["wanted"]) == 4
-    assert {"load", "split", "epoch", "evaluate", "write", "time", "memory"} == set(measured["exponents"])
+    assert {"load", "split", "epoch", "evaluate", "write", "time",
+            "memory"} == set(measured["exponents"])
     assert {"kind", "date", "device", "what", "config", "seconds", "provenance"} <= set(measured)
 
 
@@ -74,8 +76,11 @@ def test_a_plain_way_that_would_not_fit_is_left_out(tmp_path, monkeypatch):
     def run(command: list, **_) -> None:
         started.append(command[3])
         Path(command[4]).write_text("x" * 100)
-        (tmp_path / "result.json").write_text(json.dumps({
-            "seconds": {"load": 1.0}, "peak_mib": {"load": 1.0}, "token_mib": 1.0, "read_s": 0.1, "json_s": 0.5}))
+        (tmp_path / "result.json").write_text(
+            json.dumps({
+                "seconds": {"load": 1.0}, "peak_mib": {"load": 1.0}, "token_mib": 1.0,
+                "read_s": 0.1, "json_s": 0.5
+            }))
 
     monkeypatch.setattr(load.subprocess, "run", run)
     monkeypatch.setattr(load, "available_bytes", lambda: 100 * load.PLAIN_BYTES - 1)
@@ -91,11 +96,13 @@ def test_growth_is_told_by_its_exponent():
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--pairs", "100", "1"], "--pairs must be 2 or more, got 1"), (["--tokens", "0"], "--tokens must be 1 or more"),
+    (["--pairs", "100", "1"], "--pairs must be 2 or more, got 1"),
+    (["--tokens", "0"], "--tokens must be 1 or more"),
     (["--seed", "-1"], "--seed must be 0 or more"), (["--pairs", "10000000000"], "set TMPDIR to a folder")])
 def test_a_mistake_is_one_line(flags, words, tmp_path):
-    found = subprocess.run([sys.executable, ROOT / "benchmark.py", "load", "--output", tmp_path / "out.json", *flags],
-                           text=True, capture_output=True, timeout=60)
+    found = subprocess.run(
+        [sys.executable, ROOT / "benchmark.py", "load", "--output", tmp_path / "out.json", *flags],
+        text=True, capture_output=True, timeout=60)
     assert found.returncode == 2 and not found.stderr and len(found.stdout.splitlines()) == 1
     assert words in found.stdout
 

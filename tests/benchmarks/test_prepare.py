@@ -21,7 +21,8 @@ def measured(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("prepare")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("TMPDIR", str(folder))
-        monkeypatch.setattr(prepare.tempfile, "tempdir", None)  # what TMPDIR said before is remembered
+        # What TMPDIR said before is remembered
+        monkeypatch.setattr(prepare.tempfile, "tempdir", None)
         benchmark.measure("prepare",
                           Config(events=40_000, seconds=3, video_size="64x48",
                                  painted=20_000, workers=2,
@@ -35,7 +36,8 @@ def test_every_part_is_measured(measured):
     assert list(paint["events_per_s"]) == list(paint["share_of_copy"]) == ["time", "blue_over_red", "loop"]
     assert all(value > 0 for part in (*paint.values(), read, made) for value in (
         part.values() if isinstance(part, dict) else [part]))
-    assert made["clips"] == 5 and made["largest_process_mib"] < made["peak_mib"]  # a parent and its workers
+    # A parent and its workers
+    assert made["clips"] == 5 and made["largest_process_mib"] < made["peak_mib"]
     assert [row["what"] for row in measured["wanted"]] == ["peak memory of all processes, MiB"]
     assert prepare.one_line(measured).startswith("painted ")
     assert {"kind", "date", "device", "what", "config", "seconds", "provenance"} <= set(measured)

@@ -15,9 +15,11 @@ from benchmarks import adapter, train
 from tests.conftest import write_pairs
 
 SMALL = {"vocab_size": 90, "embed_dim": 32, "num_layers": 1, "num_heads": 2, "device": "cpu"}
-FIGURES = {"steps_per_epoch", "step_ms", "steps_per_s", "epoch_s", "first_epoch_s", "all_epochs_s", "50_epochs_s",
-           "train_losses", "validation_s", "validation_loss", "validation_alpha", "peak_memory_mib",
-           "model_tflop_per_s", "share_of_limit"}
+FIGURES = {
+    "steps_per_epoch", "step_ms", "steps_per_s", "epoch_s", "first_epoch_s", "all_epochs_s",
+    "50_epochs_s", "train_losses", "validation_s", "validation_loss", "validation_alpha",
+    "peak_memory_mib", "model_tflop_per_s", "share_of_limit"
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +28,10 @@ def trained(tmp_path_factory) -> dict:
     with pytest.MonkeyPatch.context() as monkeypatch:
         # small and short: it must learn faster
         monkeypatch.setattr(train, "peak_rate", lambda name: 1e-2)
-        benchmark.measure("train", train.Config(**SMALL, made_pairs=150, num_epochs=20, max_seq_len=52, output=output,
-                                                batch_size=16))
+        benchmark.measure(
+            "train",
+            train.Config(**SMALL, made_pairs=150, num_epochs=20, max_seq_len=52, output=output,
+                         batch_size=16))
     return json.loads(output.read_text())
 
 
@@ -77,8 +81,10 @@ def test_made_pairs_are_the_same_each_time_and_validation_repeats_sentences_but_
 
 
 def test_the_users_pairs_are_trained_on_and_must_fit_the_vocabulary(tmp_path, files):
-    config = {**SMALL, "pairs": [files["train"]], "test_pairs": [files["test"]], "num_epochs": 2, "max_seq_len": 9,
-              "conditioning": "prefix", "plain": False}
+    config = {
+        **SMALL, "pairs": [files["train"]], "test_pairs": [files["test"]], "num_epochs": 2,
+        "max_seq_len": 9, "conditioning": "prefix", "plain": False
+    }
     results = train.measure(train.Config(**config))
     assert (results["pairs"], results["validation_pairs"], results["made"]) == (80, 20, False)
     assert list(results["runs"]) == ["prefix"] and results["runs"]["prefix"]["plain"] is None
@@ -117,8 +123,13 @@ def test_the_output_of_adapter_holds_everything(asked):
         assert set(ways) == {"plain, whole", "plain, cached", "ours"}
         assert all(set(found) == {"step", "eight", "begin"} for found in ways.values())
     least = asked["limits"]["least_ms"]
-    assert least["eight"] == pytest.approx(8 * least["step"]) and least["draft_pass"] >= least["step"]
-    weights = adapter.new_adapter("prefix", adapter.Config(**SMALL, max_seq_len=48), torch.device("cpu"))
-    read = [weight for name, weight in weights.named_parameters() if name.startswith(("transformer", "output_proj"))]
+    assert least["eight"] == pytest.approx(
+        8 * least["step"]) and least["draft_pass"] >= least["step"]
+    weights = adapter.new_adapter("prefix", adapter.Config(**SMALL, max_seq_len=48),
+                                  torch.device("cpu"))
+    read = [
+        weight for name, weight in weights.named_parameters()
+        if name.startswith(("transformer", "output_proj"))
+    ]
     tied = weights.embedding.weight                                     # read as the output layer's
     assert asked["limits"]["step_weights_mib"] * 2**20 == sum(weight.nbytes for weight in [*read, tied])

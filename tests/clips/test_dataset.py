@@ -45,7 +45,8 @@ def with_index(folder: Path, rows, name: str = "EventGPT_Instruction_Subset.json
 @pytest.mark.parametrize("row", [
     FULL,
     {key: FULL[key] for key in ("event_data", "event_image")},  # made while rendering pictures
-    {key: FULL[key] for key in ("id", "event_data", "conversations")},             # EventGPT's own release
+    # EventGPT's own release
+    {key: FULL[key] for key in ("id", "event_data", "conversations")},
     {**FULL, "event_image": []},  # index older than the pictures
     {**FULL, "video_data": "town_00_a"},  # older: no clip in video_data
     {key: value for key, value in FULL.items() if key not in ("video_data", "mp4_data")},
@@ -193,8 +194,8 @@ def test_clips_come_in_the_order_of_their_numbers(folder):
     for name in ("town_10_a", "town_2_a"):
         (folder / "mp4" / name).mkdir()
         (folder / "mp4" / name / "1.mp4").write_bytes(b"x")
-    assert [str(sample.clip) for sample in read_dataset(folder) if sample.sequence == "town_00_a"] == [
-        "3", *(f"dashcam_front_{number}" for number in (2, 9, 10, 100))]
+    assert [str(sample.clip) for sample in read_dataset(folder) if sample.sequence == "town_00_a"
+            ] == ["3", *(f"dashcam_front_{number}" for number in (2, 9, 10, 100))]
     assert list(dict.fromkeys(sample.sequence for sample in read_dataset(folder))) == [
         "town_00_a", "town_2_a", "town_10_a"]
 
@@ -204,7 +205,8 @@ def test_files_that_were_there_and_are_gone_are_no_fault_of_a_clip(folder, index
     rows = [FULL, {"event_data": "town_00_a/000004.npy"}]            # the second has no file
     samples = read_dataset(with_index(folder, rows) if index else folder)
     (folder / "event_image").rename(folder / "unmounted")
-    with pytest.raises(MachineTrouble, match=r"000003_0\.png was there when this run began and is gone"):
+    with pytest.raises(MachineTrouble,
+                       match=r"000003_0\.png was there when this run began and is gone"):
         draft_pictures(samples[0], "first")
     (folder / "mp4" / "town_00_a" / "000003.mp4").unlink()
     with pytest.raises(MachineTrouble, match=r"000003\.mp4 was there"):
@@ -257,14 +259,15 @@ def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch, index, error
 
     monkeypatch.setattr(os, "scandir", scandir)
     monkeypatch.setattr(Path, "is_file", is_file)
-    with pytest.raises(UserError, match=rf"can't read the folder .*mp4.* of the data set: {error.strerror}"):
+    with pytest.raises(UserError,
+                       match=rf"can't read the folder .*mp4.* of the data set: {error.strerror}"):
         read_dataset(folder)
 
 
 def test_a_folder_that_may_be_entered_and_not_listed_is_read(folder, monkeypatch):
     with_index(folder, [FULL])
-    monkeypatch.setattr(os, "scandir",
-                        lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(
+        os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     sample, = read_dataset(folder)
     assert len(draft_pictures(sample, "all")) == 5 and len(target_pictures(sample, 8)) == 8
 

@@ -103,7 +103,8 @@ def unknown_filter(made):
         del file["events/p"]
         how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         how.set_chunk((1000,))
-        how.set_filter(0x8ECF, h5py.h5z.FLAG_OPTIONAL, ())  # Prophesee's own, which DSEC doesn't use
+        # Prophesee's own, which DSEC doesn't use
+        how.set_filter(0x8ECF, h5py.h5z.FLAG_OPTIONAL, ())
         space = h5py.h5s.create_simple((len(values),))
         h5py.h5d.create(file["events"].id, b"p", h5py.h5t.NATIVE_UINT8, space, how)
 
@@ -151,9 +152,10 @@ BAD_INPUT = [
     (far_offset, WHOLE + r".*t_offset has chunks of 503316480 numbers: refused"),
     (replaced("events/p", lambda p: p + np.uint8(1)),
      CLIP + r".*events/p: column p \(polarity\) has values from 1"),
-    (replaced("events/p", lambda p: np.where(np.arange(len(p)) % 9, 2 * p.astype(np.int8) - 1, 0)),
-     CLIP + r".*events/p has values from -1 to 1|.*events/p: column p \(polarity\) has values from -1 to 1"),
-    (without("t_offset"), WHOLE + r".*t_offset is missing, so the times .* can't be joined"),
+    (replaced("events/p",
+              lambda p: np.where(np.arange(len(p)) % 9, 2 * p.astype(np.int8) - 1, 0)), CLIP +
+     r".*events/p has values from -1 to 1|.*events/p: column p \(polarity\) has values from -1 to 1"
+     ), (without("t_offset"), WHOLE + r".*t_offset is missing, so the times .* can't be joined"),
     (without("ms_to_idx"), WHOLE + r".*ms_to_idx is missing"),
     (without("events"), WHOLE + r".*events/x is missing"),
     (replaced("t_offset", lambda _: np.array([1.5])),
@@ -164,22 +166,22 @@ BAD_INPUT = [
      CLIP + r"events from pixel \(60, 0\) to \(123, 47\) don't"),
     (replaced("events/t", falling), CLIP + r".*timestamps are not sorted at event 90\d\d"),
     (replaced("events/t", wrapped), CLIP + r".*(not sorted|ms_to_idx does not fit)"),
-    (replaced("events/t", lambda t: t * np.uint32(2)),
-     CLIP + r".*ms_to_idx does not fit the events' times"),
-    (replaced("ms_to_idx", lambda table: table + np.uint64(50)),
-     CLIP + r".*ms_to_idx does not fit"),
-    (replaced("ms_to_idx", lambda table: table[::-1]),
-     CLIP + r".*ms_to_idx (is broken|does not fit)"),
+    (replaced("events/t",
+              lambda t: t * np.uint32(2)), CLIP + r".*ms_to_idx does not fit the events' times"),
+    (replaced("ms_to_idx",
+              lambda table: table + np.uint64(50)), CLIP + r".*ms_to_idx does not fit"),
+    (replaced("ms_to_idx",
+              lambda table: table[::-1]), CLIP + r".*ms_to_idx (is broken|does not fit)"),
     (replaced("t_offset", lambda offset: offset + 10_000_000), CLIP + "no events"),
     (replaced("t_offset", lambda offset: offset - 10_000_000), CLIP + "no events"),
     (replaced("t_offset", lambda _: np.int64(0)), CLIP + "no events"),
     (break_picture, CLIP + r"can't read the picture .*000007\.png"),
     (lambda made: (made.pictures / "000007.png").unlink(),
      WHOLE + r"half downloaded: .* 000006\.png to 000008\.png"),
-    (lambda made: (made.pictures / "000025.png").unlink(),
-     WHOLE + r"25 pictures in .*, but 26 timestamps in"),
-    (no_pictures,
-     WHOLE + rf"half downloaded: no images/left/rectified/\*\.png; unpack {BAD}_images_rectified_left"),
+    (lambda made:
+     (made.pictures / "000025.png").unlink(), WHOLE + r"25 pictures in .*, but 26 timestamps in"),
+    (no_pictures, WHOLE +
+     rf"half downloaded: no images/left/rectified/\*\.png; unpack {BAD}_images_rectified_left"),
     (lambda made: made.events.unlink(), WHOLE + r"half downloaded: no events/left/events\.h5$"),
     (lambda made: shutil.rmtree(made.folder / "images"),
      WHOLE + r"half downloaded: no images/.*, no images/timest"),
@@ -207,7 +209,8 @@ def test_what_is_broken_is_named_and_the_rest_is_made(prepare, two, capsys, dama
     folder = root.parent / "data" / "my_egpt_dsec_test" / "my_egpt_dsec_seq_1s"
     assert not (folder / INDEX_FILE).exists() and (folder / "mp4" / GOOD / "000000.mp4").is_file()
     files = [path for path in folder.rglob("*") if path.is_file()]
-    assert not [path for path in files if BAD in str(path) and "/000000" in str(path)] and len(files) >= 6
+    assert not [path for path in files
+                if BAD in str(path) and "/000000" in str(path)] and len(files) >= 6
     _, said = prepare(*flags, "--allow_missing", root=root)
     rows = {(row["sequence"], row["clip"]) for row in json.loads((folder / INDEX_FILE).read_text())}
     assert (GOOD, 0) in rows and (BAD, 0) not in rows
@@ -235,7 +238,8 @@ def test_polarity_of_minus_one_and_one_paints_the_same_pictures(prepare, two, tm
     wanted = {path.name: path.read_bytes() for path in (folder / "event_image" / GOOD).iterdir()}
     replaced("events/p", lambda p: 2 * p.astype(kind) - 1)(good)
     other, _ = prepare(*flags, root=root, output=tmp_path / "other")
-    assert {path.name: path.read_bytes() for path in (other / "event_image" / GOOD).iterdir()} == wanted
+    assert {path.name: path.read_bytes()
+            for path in (other / "event_image" / GOOD).iterdir()} == wanted
 
 
 def test_a_file_of_minus_one_and_zero_is_refused_even_where_no_slice_has_both(two, monkeypatch):
@@ -273,5 +277,6 @@ def test_pictures_that_go_away_on_the_way_end_the_run(prepare, two, monkeypatch)
         return draw(*arguments)
 
     monkeypatch.setattr(windows, "draw_events", draw_and_unmount)
-    with pytest.raises(MachineTrouble, match=r"000000\.png was there when this run began and is gone"):
+    with pytest.raises(MachineTrouble,
+                       match=r"000000\.png was there when this run began and is gone"):
         prepare(*SMALL, "--sequences", GOOD, "--allow_missing", root=root)

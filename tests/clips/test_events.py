@@ -58,7 +58,8 @@ def test_events_are_split_by_count_and_the_last_part_takes_the_rest(tmp_path):
     frames = event_frames(read_events(path), 5)
     assert [frame.shape[1] for frame in frames] == [2, 4, 6, 8, 13]
     assert [int((frame[..., 1] == 0).sum()) for frame in frames] == [2, 2, 2, 2, 5]
-    assert [frame.shape for frame in event_frames(read_events(path), 5, canvas=(4, 20))] == [(4, 20, 3)] * 5
+    assert [frame.shape
+            for frame in event_frames(read_events(path), 5, canvas=(4, 20))] == [(4, 20, 3)] * 5
 
 
 def test_too_few_events_are_an_error(tmp_path):
@@ -133,7 +134,8 @@ def test_every_spelling_of_polarity_paints_the_same_pictures(tmp_path, name, pol
     events = read_events(save(tmp_path / name, signs))
     assert set(events["p"].tolist()) == {0, 1}
     assert all(map(np.array_equal, event_frames(events), wanted))
-    assert all(map(np.array_equal, event_frames(signs), wanted))                  # without a file too
+    # Without a file too
+    assert all(map(np.array_equal, event_frames(signs), wanted))
     only_darker = {**found, "p": np.full(2000, -1, np.int8)}
     assert not read_events(save(tmp_path / name, only_darker))["p"].any()
 

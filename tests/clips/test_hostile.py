@@ -81,7 +81,8 @@ def test_a_drawing_in_postscript_starts_no_other_program(tmp_path, monkeypatch):
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    (tmp_path /
+     "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
     with pytest.raises(MediaError, match="cannot identify"):
         read_event_image(tmp_path / "a.png")
     assert not (tmp_path / "started").exists()
@@ -144,7 +145,8 @@ def test_frames_that_turn_out_larger_than_announced_are_not_decoded(tmp_path, mo
         read_video(path)
     monkeypatch.setattr(limits, "MAX_PIXELS", 100 * 100)
     seen = set()
-    with contextlib.suppress(av.error.FFmpegError):                    # some versions end here, some go on
+    # Some versions end here, some go on
+    with contextlib.suppress(av.error.FFmpegError):
         for frame in videos._decode(path, 0, time.monotonic() + 60):
             seen.add((frame.width, frame.height))
     assert seen == {(64, 48)}
@@ -207,7 +209,8 @@ def test_event_files_of_every_age_are_read(tmp_path, protocol):
             "yes": True}
     array = np.array({**columns, **more}, dtype=object)
     np.save(tmp_path / "e.npy", array, allow_pickle=True)
-    (tmp_path / "e.npy").write_bytes((tmp_path / "e.npy").read_bytes()[:128] + pickle.dumps(array, protocol))
+    (tmp_path / "e.npy").write_bytes((tmp_path / "e.npy").read_bytes()[:128] +
+                                     pickle.dumps(array, protocol))
     found = read_events(tmp_path / "e.npy")
     for name, column in columns.items():
         assert np.array_equal(found[name], column) and found[name].dtype == column.dtype

@@ -40,7 +40,8 @@ def test_broken_pictures_are_named(tmp_path, content):
 
 
 def test_a_cut_picture_and_a_missing_one_are_named(tmp_path):
-    write_png(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8))
+    write_png(tmp_path / "a.png",
+              np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8))
     data = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(data[:len(data) // 2])
     with pytest.raises(MediaError, match="can't read"):
@@ -105,9 +106,9 @@ def small_png(path: Path, bits: int, transparent: int | None, colour: int = 0) -
     values = [value % 2**bits for value in range(16)]
     row = int("".join(format(value, f"0{bits}b") for value in values), 2).to_bytes(2 * bits, "big")
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 1, bits, colour, 0, 0, 0))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head
-                     + (chunk(b"tRNS", struct.pack(">H", transparent)) if transparent is not None else b"")
-                     + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + (
+        chunk(b"tRNS", struct.pack(">H", transparent)) if transparent is not None else b"") +
+                     chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b""))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -130,7 +131,8 @@ def test_a_palette_with_transparent_entries_becomes_white_there(tmp_path, transp
 def test_a_picture_is_turned_as_its_metadata_says(tmp_path):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8))
     exif = picture.getexif()
-    exif[0x0112] = 6                                            # the camera was held with its right side down
+    # The camera was held with its right side down
+    exif[0x0112] = 6
     picture.save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(read_event_image(tmp_path / "a.png"), np.rot90(np.asarray(picture), -1))
 

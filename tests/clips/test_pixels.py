@@ -39,7 +39,8 @@ def model_folder(folder: Path, **files) -> Path:
 def test_old_and_new_spellings_and_no_file_at_all_are_read(tmp_path):
     assert PixelSettings.of_folder(tmp_path, 56) == PixelSettings(56, 56)
     for size, crop in ((56, 56), ({"shortest_edge": 56}, {"height": 56, "width": 56})):
-        model_folder(tmp_path, preprocessor_config={"size": size, "crop_size": crop, "image_mean": None})
+        model_folder(tmp_path,
+                     preprocessor_config={"size": size, "crop_size": crop, "image_mean": None})
         assert PixelSettings.of_folder(tmp_path, 56) == PixelSettings(56, 56)
 
 

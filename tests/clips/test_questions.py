@@ -12,8 +12,9 @@ QUESTIONS = ["What is this, and why?", "Where is \u201cit\u201d?"]
 
 
 def json_lines(key: str) -> str:
-    return "".join(json.dumps({"question_id": 1, key: [text, "And then?"] if key == "turns" else text}) + "\n"
-                   for text in QUESTIONS)
+    return "".join(
+        json.dumps({"question_id": 1, key: [text, "And then?"] if key == "turns" else text}) + "\n"
+        for text in QUESTIONS)
 
 
 FORMS = {

@@ -274,7 +274,8 @@ def two_streams(path: Path, first: list[np.ndarray], second: list[np.ndarray],
 
 def test_a_cover_picture_is_no_video(tmp_path):
     cover = [np.full((48, 64, 3), 250, np.uint8)]
-    two_streams(tmp_path / "a.mkv", cover, grey_frames(12), "mjpeg")  # Matroska doesn't mark it as a cover
+    # Matroska doesn't mark it as a cover
+    two_streams(tmp_path / "a.mkv", cover, grey_frames(12), "mjpeg")
     assert greys(read_video(tmp_path / "a.mkv", 4)) == [0, 3, 7, 11]
     two_streams(tmp_path / "a.mp4", cover, grey_frames(12), "mjpeg")        # MP4 does, in udta
     data = (tmp_path / "a.mp4").read_bytes()
@@ -284,7 +285,8 @@ def test_a_cover_picture_is_no_video(tmp_path):
         length = int.from_bytes(data[place:place + 4], "big")
         boxes.append(data[place:place + length])
         place += length
-    boxes.sort(key=lambda box: {b"mvhd": 0, b"udta": 1}.get(box[4:8], 2))  # then it is the first video stream
+    # Then it is the first video stream
+    boxes.sort(key=lambda box: {b"mvhd": 0, b"udta": 1}.get(box[4:8], 2))
     (tmp_path / "a.mp4").write_bytes(data[:start] + b"".join(boxes))
     assert greys(read_video(tmp_path / "a.mp4", 4)) == [0, 3, 7, 11]
 

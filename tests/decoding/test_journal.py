@@ -65,7 +65,7 @@ def test_a_newer_format_is_one_clear_error(tmp_path):
 
     head.pop("crc")
     (tmp_path / "j").write_bytes(line_of({**head, "format": 99}))
-    with pytest.raises(UserError, match="format 99.*newer version"):
+    with pytest.raises(UserError, match=r"format 99.*newer version"):
         DecodingJournal(tmp_path / "j", SETTINGS, CONTENT)
 
 
@@ -107,5 +107,5 @@ def test_a_memory_has_a_format_and_one_without_goes_on_loading(tmp_path):
     np.savez(tmp_path / "older.npz", **content)
     assert load_memory(tmp_path / "older.npz") == load_memory(tmp_path / "now.npz") == [[3, 4], [5]]
     np.savez(tmp_path / "newer.npz", **content, format=np.int32(99))
-    with pytest.raises(UserError, match="format 99.*newer version"):
+    with pytest.raises(UserError, match=r"format 99.*newer version"):
         load_memory(tmp_path / "newer.npz")

@@ -1,4 +1,6 @@
-"""Decoding with trees of proposals says what plain decoding says, and needs the passes that simulation foretells."""
+"""Decoding with trees of proposals says what plain decoding says, and needs the passes that
+simulation foretells.
+"""
 
 import random
 
@@ -37,7 +39,8 @@ class Branched(Automaton):
     """The automaton over trees: each position is answered after its own path."""
 
     def _over(self, past: list[int], tokens: list[int], parents: list[int]) -> Following:
-        assert parents[0] == -1 and all(0 <= parent < node for node, parent in enumerate(parents[1:], 1))
+        assert parents[0] == -1 and all(0 <= parent < node
+                                        for node, parent in enumerate(parents[1:], 1))
         paths: list[list[int]] = []
         for token, parent in zip(tokens, parents):
             paths.append([*(paths[parent] if parent >= 0 else past), token])
@@ -60,7 +63,9 @@ class Branched(Automaton):
 
 
 class Guessing(NoDrafts):
-    """A tree of random shape: at each place some wrong tokens, duplicates too, and the right one with a chance."""
+    """A tree of random shape: at each place some wrong tokens, duplicates too, and the right one
+    with a chance.
+    """
 
     def __init__(self, answer: list[int], seed: int, right: float):
         self.answer, self.random, self.right = answer, random.Random(seed), right
@@ -82,14 +87,17 @@ class Guessing(NoDrafts):
 @pytest.mark.parametrize("right", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("nodes", [1, 2, 5, 16, 64])
 def test_whatever_tree_is_proposed_the_answer_is_that_of_plain_decoding(nodes, right):
-    """Never, sometimes and always right; EOS and the limit on any branch; ids that the target does not have."""
+    """Never, sometimes and always right; EOS and the limit on any branch; ids that the target does
+    not have.
+    """
     for eos_every in (0, 1, 2, 5):
         target = Branched(eos_every, eos_every)
         for seed, prompt in enumerate(PROMPTS):
             for length in (1, 2, 7, 30):
                 plain = target.plain(prompt, length)
                 target.ask(prompt)
-                decoded = decode(target, Guessing(plain, seed, right), Limits(length, (EOS,), 1, nodes))
+                decoded = decode(target, Guessing(plain, seed, right),
+                                 Limits(length, (EOS, ), 1, nodes))
                 assert decoded.tokens == plain
                 assert sum(decoded.accepted) + len(decoded.accepted) >= len(plain)
 
@@ -97,7 +105,8 @@ def test_whatever_tree_is_proposed_the_answer_is_that_of_plain_decoding(nodes, r
 def test_a_perfect_tree_needs_the_passes_of_a_perfect_chain():
     class Perfect(Guessing):
         def choices(self, place, reached, price):
-            return [(0.9, self.answer[len(place)]), (0.1, 5)] if len(place) < len(self.answer) else []
+            return [(0.9, self.answer[len(place)]),
+                    (0.1, 5)] if len(place) < len(self.answer) else []
 
     target = Branched(3, 0)
     plain = target.plain(PROMPTS[0], 30)
@@ -128,7 +137,8 @@ def test_live_trees_need_the_passes_that_simulation_foretells(world, kind, nodes
     answers = list(training.answers("target"))
 
     def drafter():
-        return LiveMemory(NGrams(answers)) if kind == "memory" else LiveHybrid(NGrams(answers), tiny("prefix"), 0.5)
+        return LiveMemory(NGrams(answers)) if kind == "memory" else LiveHybrid(
+            NGrams(answers), tiny("prefix"), 0.5)
 
     wanted = simulate_trees(drafter(), test, nodes)
     ours, passes, tokens = drafter(), 0, 0
@@ -148,7 +158,8 @@ def test_a_node_that_is_not_worth_its_time_is_left_out(world):  # noqa: F811
     memory = LiveMemory(NGrams(list(training.answers("target"))))
     memory.costs = Costs(token_s=0.001)
     target, sizes = Branched(7, 5), []
-    for price in (0.0, 100.0, 500.0, 2000.0):            # tokens per second; from 1000 on no node is worth it
+    # Tokens per second; from 1000 on no node is worth it
+    for price in (0.0, 100.0, 500.0, 2000.0):
         target.ask(prompts[0])
         decoded = decode(target, memory, Limits(12, (EOS,), 1, 32), price=lambda price=price: price)
         sizes.append(max(decoded.proposed))
@@ -195,7 +206,8 @@ def test_the_demo_target_says_its_own_words_whatever_tree_is_proposed(nodes):
             for limit in (len(wanted), 5):
                 for seed, right in enumerate((0.0, 0.6, 1.0)):
                     target.ask(embeds)
-                    decoded = decode(target, Guessing(wanted, seed, right), Limits(limit, (eos,), 1, nodes))
+                    decoded = decode(target, Guessing(wanted, seed, right),
+                                     Limits(limit, (eos, ), 1, nodes))
                     assert decoded.tokens == wanted[:limit]
 
 
@@ -220,7 +232,8 @@ def test_the_builder_takes_the_most_probable_nodes_first():
             return (*place, token)
 
         def choices(self, place, reached, price):
-            return {(): [(0.6, 1), (0.3, 2)], (1,): [(0.4, 3), (0.35, 4)], (2,): [(0.9, 5)]}.get(place, [])
+            return {(): [(0.6, 1), (0.3, 2)], (1, ): [(0.4, 3), (0.35, 4)],
+                    (2, ): [(0.9, 5)]}.get(place, [])
 
     tree = build_tree(Table(), [], 4)
     assert list(zip(tree.tokens, tree.parents)) == [(1, -1), (2, -1), (5, 1), (3, 0)]

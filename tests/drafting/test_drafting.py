@@ -24,7 +24,8 @@ CPU = torch.device("cpu")
 
 def pairs_of(targets: list[list[int]], drafts: list[list[int]] | None = None) -> Pairs:
     drafts = drafts or [[1]] * len(targets)
-    return Pairs(*flat(drafts), *flat(targets), ["town_00_a"] * len(targets), list(range(len(targets))), [])
+    return Pairs(*flat(drafts), *flat(targets), ["town_00_a"] * len(targets),
+                 list(range(len(targets))), [])
 
 
 TRAINING = pairs_of([[5, 6, 7, 8], [5, 6, 9, 8]])
@@ -116,12 +117,15 @@ def test_an_adapter_that_keeps_few_answers_proposes_the_same(monkeypatch, condit
     monkeypatch.setattr(adapter_module, "MAX_STORED", 2)
     few = Adapter(tiny(conditioning), TEST, batch_size=2)
     for _ in range(2):
-        assert [few.predict(number).tolist() for number in range(3)] == kept and len(few.stored) <= 2
+        assert [few.predict(number).tolist()
+                for number in range(3)] == kept and len(few.stored) <= 2
 
 
 def test_a_copy_proposes_the_draft_and_nothing_else():
     pairs = pairs_of([[1, 2, 3], [4]], [[7, 0], [8, 9]])
-    assert Copy(pairs).predict(0)[:, 0].tolist() == [7, 0, NOTHING] and Copy(pairs).predict(1)[:, 0].tolist() == [8]
+    assert Copy(pairs).predict(0)[:, 0].tolist() == [
+        7, 0, NOTHING
+    ] and Copy(pairs).predict(1)[:, 0].tolist() == [8]
     assert (Copy(pairs).predict(0)[:, 1:] == NOTHING).all()
 
 

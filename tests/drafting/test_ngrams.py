@@ -49,10 +49,12 @@ def test_the_best_tokens_are_the_first_of_the_distribution():
         for token in answer:
             distribution, best = ngrams.distribution_at(state), ngrams.best(state, 3)
             wanted = sorted(distribution.values(), reverse=True)[:3]
-            assert [probability for probability, _ in best] == pytest.approx(wanted[:len(best)], abs=0.01)
+            assert [probability
+                    for probability, _ in best] == pytest.approx(wanted[:len(best)], abs=0.01)
             # where the longest contexts are sure, no more are named
             assert sum(wanted[len(best):]) < 0.01
-            assert all(probability == pytest.approx(distribution[token], abs=0.01) for probability, token in best)
+            assert all(probability == pytest.approx(distribution[token], abs=0.01)
+                       for probability, token in best)
             state = ngrams.after(state, token)
         ngrams.add(answer)
 
@@ -74,7 +76,8 @@ def test_a_memory_is_bounded_and_keeps_what_came_up_recently(monkeypatch):
     for _ in range(100):
         recent = random.integers(3, 1000, 40).tolist()
         ngrams.add(recent)
-        assert len(ngrams.levels) <= 2 and sum(len(counts_of(NGramsOf(level))) for level in ngrams.levels) < 5500
+        assert len(ngrams.levels) <= 2 and sum(
+            len(counts_of(NGramsOf(level))) for level in ngrams.levels) < 5500
         assert ngrams.best(ngrams.at(recent[:MAX_ORDER]), 1)[0][1] == recent[MAX_ORDER]
     assert counts_of(before) == kept
 

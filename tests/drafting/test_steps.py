@@ -25,13 +25,15 @@ def tiny(conditioning: str, bad: bool = True) -> TokenAdapter:
     if bad:
         # the output layer stays as it was: logits are numbers until BAD is fed
         with torch.no_grad():
-            adapter.output_proj[1].weight = torch.nn.Parameter(adapter.output_proj[1].weight.detach().clone())
+            adapter.output_proj[1].weight = torch.nn.Parameter(
+                adapter.output_proj[1].weight.detach().clone())
             adapter.embedding.weight[BAD] = math.nan
     return adapter.requires_grad_(False)
 
 
 @pytest.mark.parametrize("conditioning", ["prefix", "prefix+draft"])
-def test_after_a_token_that_makes_nan_nothing_is_proposed_and_after_its_rollback_all_is_as_before(conditioning):
+def test_after_a_token_that_makes_nan_nothing_is_proposed_and_after_its_rollback_all_is_as_before(
+        conditioning):
     fine, drafter = LiveAdapter(tiny(conditioning, bad=False)), LiveAdapter(tiny(conditioning))
     for one in (fine, drafter):
         one.begin([5, 6])

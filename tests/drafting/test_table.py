@@ -68,8 +68,8 @@ def test_who_reads_the_draft(conditioning, readers):
 
 
 def test_every_simulated_drafter_is_made_where_its_parts_are_there():
-    everything = SimulationParts(tiny("prefix+draft"), PAIRS, PAIRS, prefix_adapter=tiny("prefix"), online=True,
-                                 memory_share={"hybrid": 0.5, "hybrid, online": 0.5})
+    everything = SimulationParts(tiny("prefix+draft"), PAIRS, PAIRS, prefix_adapter=tiny("prefix"),
+                                 online=True, memory_share={"hybrid": 0.5, "hybrid, online": 0.5})
     for name, entry in SIMULATED.items():
         drafter = entry.make_simulated(everything)
         proposals = drafter.predict(0)

@@ -28,7 +28,8 @@ class Dice:
 
     def choices(self, place: int, reached: float, price: float) -> list[tuple[float, int]]:
         row = self.chances[place]
-        return sorted(((float(row[token]), token) for token in range(len(row))), reverse=True) if place else []
+        return sorted(((float(row[token]), token)
+                       for token in range(len(row))), reverse=True) if place else []
 
 
 def every_path(dice: Dice, first: int, depth: int) -> list[float]:
@@ -56,14 +57,16 @@ def test_the_nodes_are_the_most_probable_paths_of_all(seed):
 
 def test_accepted_is_the_longest_right_path_also_among_equal_siblings():
     tree = Tree([5, 6, 7, 5, 8, 9, 8], [-1, 0, 1, -1, 3, 0, 5])
-    for answer, length in (([5, 6, 7, 1], 3), ([5, 8, 8], 2), ([5, 9, 8, 8], 3), ([6], 0), ([], 0), ([5], 1)):
+    for answer, length in (([5, 6, 7, 1], 3), ([5, 8, 8], 2), ([5, 9, 8, 8], 3), ([6], 0), ([], 0),
+                           ([5], 1)):
         assert tree.accepted(answer) == length
 
 
 def test_the_most_probable_path_first_is_the_same_tree():
     tree = Tree([5, 6, 7, 8], [-1, -1, 0, 2], [0.5, 0.4, 0.3, 0.2])
     chain = tree.chain_first()
-    assert (chain.tokens, chain.parents, chain.reached) == ([5, 7, 8, 6], [-1, 0, 1, -1], [0.5, 0.3, 0.2, 0.4])
+    assert (chain.tokens, chain.parents, chain.reached) == ([5, 7, 8, 6], [-1, 0, 1, -1],
+                                                            [0.5, 0.3, 0.2, 0.4])
     for seed in range(4):
         tree = build_tree(Dice(seed), [2], 20)
         chain = tree.chain_first()

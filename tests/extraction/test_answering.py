@@ -58,7 +58,10 @@ class Engine:
         def wait():
             self.raise_planned("done", number)
             spoilt = [5] if "nan" in Engine.plan else []
-            return [NotNumbers("float16") if name in spoilt else [Answer([name], "", True)] for name in names]
+            return [
+                NotNumbers("float16") if name in spoilt else [Answer([name], "", True)]
+                for name in names
+            ]
 
         return wait
 
@@ -89,8 +92,8 @@ class Results:
 @pytest.fixture
 def answer(monkeypatch):
     """Answer 7 clips, 2 at a time; returns (the results, Answering, the error that ended it)."""
-    def call(plan: dict | None = None, results: Results | None = None, read=lambda sample: sample.clip,
-             size=2):
+    def call(plan: dict | None = None, results: Results | None = None,
+             read=lambda sample: sample.clip, size=2):
         Engine.plan, Engine.sizes = plan or {}, []
         monkeypatch.setattr(vlm.batches, "Batches", Engine)
         results = results or Results()
@@ -117,7 +120,8 @@ def test_every_clip_is_answered_once(answer):
 def test_a_lack_of_memory_halves_the_batch_and_loses_nothing(answer, stage, number):
     results, answering, error = answer({(stage, number): SHORT})
     assert error is None and results.answers == ALL and not results.lost
-    assert answering.size == (2 if stage == "made" and number else 1)          # the engine is made but once
+    # The engine is made but once
+    assert answering.size == (2 if stage == "made" and number else 1)
 
 
 # ------------------------------------------- while the batch before is handed over (the old fault)
@@ -178,7 +182,8 @@ def test_trouble_of_the_machine_while_reading_ends_the_run_after_what_was_begun(
     results, _, error = answer(read=read)
     assert isinstance(error, UserError) and not results.lost
     assert str(trouble) in str(error)
-    assert results.answers == {0: [0], 1: [1]}                      # the next two waited for a third
+    # The next two waited for a third
+    assert results.answers == {0: [0], 1: [1]}
 
 
 def test_a_file_that_is_broken_fails_its_clip_alone(answer):
@@ -213,5 +218,7 @@ def test_an_answer_that_one_by_one_has_no_numbers_for_is_not_equal():
         return [Answer([int(pixels[0])], "", True)]
 
     model = types.SimpleNamespace(prepare=Model.prepare, answer=broken)
-    answering = Answering(model, Job("draft", lambda sample: sample.clip, ["?"], 9, 1), 2, Results())
-    assert answering.parity(SAMPLES[:3], lambda sample, number: [sample.clip]) == {"answers": 3, "equal": 2}
+    answering = Answering(model, Job("draft", lambda sample: sample.clip, ["?"], 9, 1), 2,
+                          Results())
+    assert answering.parity(SAMPLES[:3],
+                            lambda sample, number: [sample.clip]) == {"answers": 3, "equal": 2}

@@ -71,7 +71,8 @@ def test_a_stopped_run_goes_on_where_it_was(extract, tmp_path, monkeypatch):
     assert resumed["models"] == undisturbed["models"]
     assert not journal.exists()
     answers = [(e["model"], e["key"]) for entries in calls for e in entries if "key" in e]
-    assert len(answers) == len(set(answers)) + 1                # only the torn one was answered twice
+    # Only the torn one was answered twice
+    assert len(answers) == len(set(answers)) + 1
 
 
 def test_a_finished_output_is_not_touched_again(extract, tmp_path):
@@ -112,7 +113,8 @@ def test_a_finished_output_needs_no_model_and_no_heavy_import(extract, tmp_path,
     assert done.returncode == 0 and "finished before: 5 pairs" in done.stdout, done.stderr
 
 
-def test_clips_that_change_between_two_starts_are_refused_and_mended_ones_are_not(extract, copy, monkeypatch):
+def test_clips_that_change_between_two_starts_are_refused_and_mended_ones_are_not(
+        extract, copy, monkeypatch):
     rows = json.loads((copy / "EventGPT_Instruction_Subset.json").read_text())
     bad, good = (copy / "mp4" / rows[number]["mp4_data"] for number in (0, 1))
     whole = bad.read_bytes()
@@ -176,7 +178,8 @@ def test_clips_that_failed_are_tried_again_by_the_same_command_and_no_others(
 
     answers.clear()
     before = (tmp_path / "pairs.json").read_bytes()
-    assert extract(dataset_dir=copy) and not answers        # as broken as before: no model is loaded for that
+    # As broken as before: no model is loaded for that
+    assert extract(dataset_dir=copy) and not answers
     assert (tmp_path / "pairs.json").read_bytes() == before
     for file in (picture, video):
         (tmp_path / file.name).rename(file)
@@ -281,7 +284,8 @@ def test_a_folder_that_goes_away_ends_the_run_and_the_same_command_goes_on(
     assert not (tmp_path / "pairs.json").exists()
     kept = answered(tmp_path)
     assert 4 <= sum(model == role.name for model, _ in kept) < 20
-    with pytest.raises(UserError):                      # not mounted yet: nothing is given up for that
+    # Not mounted yet: nothing is given up for that
+    with pytest.raises(UserError):
         extract("--max_samples", 20, dataset_dir=copy)
     assert answered(tmp_path) == kept
     (tmp_path / "unmounted").rename(copy / what)
@@ -342,7 +346,8 @@ def test_revisions_that_do_not_tell_the_content(
         if line.get("model") == "videollava" and "revision" in line:
             same = recorded == "local"
             line["revision"] = earlier_revision(demo.models / "video_llava") if same else recorded
-    head = {"settings": lines[0]["settings"], "clips": lines[0]["clips"]}          # of the first format
+    # Of the first format
+    head = {"settings": lines[0]["settings"], "clips": lines[0]["clips"]}
     (tmp_path / ".pairs.json.journal.jsonl").write_bytes(b"".join(map(line_of, [head, *lines[1:]])))
     if goes_on:
         assert len(rows_of(extract())) == 5
@@ -363,7 +368,8 @@ def spoilt(values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_model_of_no_numbers_is_one_error_and_no_output(extract, models, tmp_path, flag, name, dtype):
     change_weights(models[flag], spoilt, name)
-    with pytest.raises(UserError, match=rf"none of 5 clips could be answered.*{dtype} are no numbers"):
+    with pytest.raises(UserError,
+                       match=rf"none of 5 clips could be answered.*{dtype} are no numbers"):
         extract(flag, models[flag], "--dtype", dtype)
     assert not (tmp_path / "pairs.json").exists()
     journal = answered(tmp_path)

@@ -131,7 +131,8 @@ def test_trouble_of_the_machine_is_told_from_that_of_a_file_however_it_is_wrappe
     (FileNotFoundError(errno.ENOENT, "no such file"), False), (OSError(errno.ENAMETOOLONG, "x"), False),
     (IsADirectoryError(errno.EISDIR, "a folder"), False),
     (OSError("image file is truncated"), False), (ValueError("not a PNG"), False)])
-def test_other_errors_are_trouble_of_the_machine_only_when_it_has_run_out_of_something(error, of_the_machine):
+def test_other_errors_are_trouble_of_the_machine_only_when_it_has_run_out_of_something(
+        error, of_the_machine):
     assert files.is_machine_trouble(error) == of_the_machine
 
 
@@ -141,7 +142,8 @@ def test_the_second_writer_is_told_who_holds_the_lock_and_since_when(tmp_path):
     with only_writer(tmp_path / "out.json", wait=False), pytest.raises(UserError, match=words), \
             only_writer(tmp_path / "out.json", wait=False):
         raise AssertionError("two writers")
-    with only_writer(tmp_path / "out.json", wait=False):          # it is free again, and its file may stay
+    # It is free again, and its file may stay
+    with only_writer(tmp_path / "out.json", wait=False):
         pass
 
 
@@ -167,8 +169,8 @@ def test_a_writer_that_waits_goes_on_when_the_first_has_ended(tmp_path, capsys):
 def test_a_lock_that_is_no_file_is_refused_and_nothing_is_written_through_it(tmp_path):
     lock = tmp_path / ".out.json.lock"
     (tmp_path / "precious").write_text("x")
-    for make, kind in ((lambda: lock.symlink_to(tmp_path / "precious"), "a link"), (lock.mkdir, "a folder"),
-                       (lambda: os.mkfifo(lock), "a pipe")):
+    for make, kind in ((lambda: lock.symlink_to(tmp_path / "precious"), "a link"),
+                       (lock.mkdir, "a folder"), (lambda: os.mkfifo(lock), "a pipe")):
         make()
         with pytest.raises(UserError, match=f"is {kind}"), only_writer(tmp_path / "out.json"):
             raise AssertionError("locked")

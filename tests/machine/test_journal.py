@@ -79,7 +79,8 @@ def test_a_journal_may_begin_with_values(tmp_path):
 def test_a_journal_of_the_first_format_goes_on_and_becomes_one_of_this(tmp_path):
     path = tmp_path / "journal"
     path.write_bytes(b'{"settings": {"seed": 1}, "crc": 3284556262}\n{"n": 7, "crc": 295416032}\n')
-    assert value_of(lines_of(path)[0]) and value_of(lines_of(path)[1])     # as that version wrote them
+    # As that version wrote them
+    assert value_of(lines_of(path)[0]) and value_of(lines_of(path)[1])
     file, values = opened(path)
     assert values == [{"n": 7}]
     file.append([{"n": 8}])
@@ -94,7 +95,8 @@ def test_a_newer_format_is_refused_and_left_alone(tmp_path, number):
     path = tmp_path / "journal"
     path.write_bytes(line_of({"format": number, **HEAD}) + b"who knows\n")
     before = path.read_bytes()
-    with pytest.raises(UserError, match=f"format {number}, this version reads formats up to {FORMAT}"):
+    with pytest.raises(UserError,
+                       match=f"format {number}, this version reads formats up to {FORMAT}"):
         numbers(path)
     assert path.read_bytes() == before
 
@@ -268,7 +270,8 @@ def test_twenty_gib_without_an_end_of_line(five, where):
             numbers(five)
     else:
         assert numbers(five) == [0, 1, 2, 3, 4]
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10 < 2000           # MiB
+    # MiB
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10 < 2000
     os.truncate(five, 0)
 
 
@@ -350,7 +353,8 @@ def test_a_signal_in_the_middle_of_a_write_leaves_no_half_line(five, monkeypatch
         file.append([{"n": 7}])
     monkeypatch.undo()
     file.close()
-    assert five.read_bytes() == before       # answers are kept once more by the caller, and not twice
+    # Answers are kept once more by the caller, and not twice
+    assert five.read_bytes() == before
     assert numbers(five) == [0, 1, 2, 3, 4]
 
 

@@ -22,7 +22,8 @@ from machine.running import finishing, run, shell_command
 
 def ran(body: str, *before: str, **how) -> subprocess.CompletedProcess:
     """Run a program whose main() has this body, as if started by the words before."""
-    return subprocess.run([*before, sys.executable, "-c", program(body)], cwd=ROOT, text=True, timeout=120,
+    return subprocess.run([*before, sys.executable, "-c",
+                           program(body)], cwd=ROOT, text=True, timeout=120,
                           **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how})
 
 
@@ -182,23 +183,21 @@ SWALLOWED = {
         class Noisy:
             def __del__(self): os.kill(os.getpid(), signal.SIGTERM); [None for _ in range(10**5)]
         cycle = Noisy(); cycle.self = cycle; del cycle
-        gc.collect()""",
-    "in the callback of a weak reference": """
+        gc.collect()""", "in the callback of a weak reference": """
         import weakref
         class Thing: pass
         thing = Thing()
         callback = weakref.finalize(thing, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        del thing""",
-    "in a callback of C": """
+        del thing""", "in a callback of C": """
         import ctypes
         @ctypes.CFUNCTYPE(ctypes.c_int)
         def callback(): os.kill(os.getpid(), signal.SIGTERM); return 0
-        callback()""",
-    "in a __del__, and in another when it is raised again": """
+        callback()""", "in a __del__, and in another when it is raised again": """
         class Slow:
             def __del__(self): os.kill(os.getpid(), signal.SIGTERM) if self.first else None; time.sleep(0.3)
         for first in (True, False):
-            thing = Slow(); thing.first = first; del thing"""}
+            thing = Slow(); thing.first = first; del thing"""
+}
 
 
 @pytest.mark.parametrize("moment", SWALLOWED)
@@ -262,7 +261,8 @@ def test_a_command_that_is_logged_can_be_pasted(word, tmp_path):
     command = shell_command([sys.executable, "-c", echo, word])
     ended = ran(f"base.log({command!r})")
     pasted = re.fullmatch(r"\[.{19}\] (.*)\n", ended.stdout)[1]
-    assert subprocess.run(["bash", "-c", pasted], capture_output=True, check=True).stdout == os.fsencode(word)
+    assert subprocess.run(["bash", "-c", pasted], capture_output=True,
+                          check=True).stdout == os.fsencode(word)
 
 
 # ---------------------------------------------------------------------------------- log, progress
@@ -286,7 +286,8 @@ def test_without_a_standard_output_the_work_goes_on(tmp_path):
         progress.update(1)
         pathlib.Path({str(tmp_path / 'done')!r}).touch()"""
     command = f"{sys.executable} -c {shlex.quote(program(body))} >&- 2>&-"
-    assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 0 and (tmp_path / "done").exists()
+    assert subprocess.run(["bash", "-c", command],
+                          cwd=ROOT).returncode == 0 and (tmp_path / "done").exists()
 
 
 STEADY = """
@@ -342,4 +343,5 @@ def test_an_error_takes_the_bar_off_the_terminal(error):
         progress.update(1)
         raise {error}""")
     after = printed.rpartition("%|")[2].replace("\r\n", "\n").split("\r")[-1]
-    assert (after.startswith("[") and after.endswith("] ERROR | x\n")) or after.startswith("Traceback")
+    assert (after.startswith("[")
+            and after.endswith("] ERROR | x\n")) or after.startswith("Traceback")

@@ -61,7 +61,8 @@ def test_records_that_overlap_are_refused(tmp_path):
     write_tensors(path, {str(i): torch.full((2**16,), i) for i in range(9)})
     content = path.read_bytes()
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        size = next(record.file_size for record in archive.infolist() if record.filename.endswith("data/0"))
+        size = next(record.file_size for record in archive.infolist()
+                    if record.filename.endswith("data/0"))
     large = (4 * size).to_bytes(4, "little")
     path.write_bytes(content.replace(size.to_bytes(4, "little"), large))
     with pytest.raises(UserError, match="its records are larger than the file"):

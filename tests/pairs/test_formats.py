@@ -70,7 +70,8 @@ def test_a_format_is_told_by_its_content(tmp_path, content, form):
     (extraction(1, draft=[[5]]), "token ids that are not whole numbers"),
     (extraction(1, draft={"0": 5}), "no token list"),
     (extraction(1, target=[5] * (pair_files.MAX_ANSWER + 1)), "absurdly long (over 32768 tokens)"),
-    (extraction(1, target=[29889, 2], vl_text="a full paragraph of words"), "fewer tokens than words in the text"),
+    (extraction(1, target=[29889, 2], vl_text="a full paragraph of words"),
+     "fewer tokens than words in the text"),
 ])
 def test_an_unusable_row_is_dropped_and_counted_by_its_reason(tmp_path, row, reason):
     pairs = load(tmp_path, {"results": [extraction(0), row, extraction(2)]})
@@ -83,11 +84,16 @@ PROMPT = "prompt included (starts with BOS)"
 
 @pytest.mark.parametrize(("recorded", "flag", "dropped"), [
     ({"videollava": {"bos_id": 1}}, None, [1]), ({"eventgpt": {"bos_id": 1}}, None, [2]), ({}, 1, [1, 2]),
-    ({"videollava": {"bos_id": 2}}, 1, [1, 2]), ({"videollava": {"bos_id": 151643}}, None, []), ({}, None, []),
+    ({"videollava": {"bos_id": 2}}, 1, [1, 2]),
+    ({"videollava": {"bos_id": 151643}}, None, []), ({}, None, []),
     ({"videollava": {"bos_id": "1"}}, None, [])])
 def test_a_prompt_is_told_by_the_bos_that_is_recorded_or_given(tmp_path, recorded, flag, dropped):
     """Id 1 is LLaMA's BOS, and a quotation mark in Qwen's vocabulary."""
-    rows = [extraction(0), extraction(1, target=[1, 450, 1820, 3161]), extraction(2, draft=[1, *[32000] * 9, 450])]
+    rows = [
+        extraction(0),
+        extraction(1, target=[1, 450, 1820, 3161]),
+        extraction(2, draft=[1, *[32000] * 9, 450])
+    ]
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps({"models": recorded, "results": rows}))
     pairs = load_pairs([path], bos_id=flag)
@@ -120,7 +126,9 @@ def test_a_suspicious_row_is_kept_and_flagged(tmp_path, capsys, row, flag):
 def test_what_is_odd_but_right_is_kept_as_it_is(tmp_path, capsys, draft, target):
     # with a gap: clips between them failed
     rows = [extraction(0), extraction(7, draft=draft, target=target)]
-    pairs = load(tmp_path, {"results": rows, "errors": [{"sample_idx": 3, "error": "No result"}], "statistics": {}})
+    pairs = load(
+        tmp_path,
+        {"results": rows, "errors": [{"sample_idx": 3, "error": "No result"}], "statistics": {}})
     assert pairs.answer("draft", 1) == draft and pairs.answer("target", 1) == target
     assert pairs.files[0]["dropped"] == {} and pairs.files[0]["flagged"] == {}
 
@@ -140,7 +148,8 @@ def test_a_file_without_usable_pairs_is_a_user_error_that_says_why(tmp_path, con
         load(tmp_path, content)
 
 
-@pytest.mark.parametrize("early", [{"eventgpt": {"output_tokens": [1.5]}}, {"egpt_tokens": [1.5]}, {}, "text"])
+@pytest.mark.parametrize("early", [
+    {"eventgpt": {"output_tokens": [1.5]}}, {"egpt_tokens": [1.5]}, {}, "text"])
 def test_rows_before_the_first_with_tokens_are_counted_as_their_format_counts_them(tmp_path, early):
     """Only in the benchmark format is the first of them one with odd ids."""
     pairs = load(tmp_path, {"results": [early, early, benchmark(0), benchmark(1)]})
@@ -150,7 +159,10 @@ def test_rows_before_the_first_with_tokens_are_counted_as_their_format_counts_th
 
 
 def test_what_a_file_says_beside_its_rows_counts_wherever_it_stands(tmp_path):
-    said = {"vocab_size": 32064, "dataset_dir": "data/set_1s", "models": {"eventgpt": {"name": "x", "prompt": "y"}}}
+    said = {
+        "vocab_size": 32064, "dataset_dir": "data/set_1s",
+        "models": {"eventgpt": {"name": "x", "prompt": "y"}}
+    }
     for content in ({**said, "results": [extraction(0)]}, {"results": [extraction(0)], **said}):
         pairs = load(tmp_path, content)
         assert pairs.vocab_size == 32064 and pairs.files[0]["dataset_dir"] == "data/set_1s"
@@ -180,16 +192,21 @@ def test_odd_facts_beside_good_tokens_cost_nothing(tmp_path, odd):
 
 def test_what_a_file_says_beside_its_rows_is_taken_only_in_its_own_kind(tmp_path):
     for odd in (float("nan"), "32064", True, None, [1], {"a": 1}, 2.5):
-        pairs = load(tmp_path, {"vocab_size": odd, "dataset_dir": odd, "models": {"eventgpt": {"vocab_size": odd}},
-                                "results": [extraction(0)]})
+        pairs = load(
+            tmp_path, {
+                "vocab_size": odd, "dataset_dir": odd, "models": {"eventgpt": {"vocab_size": odd}},
+                "results": [extraction(0)]
+            })
         assert pairs.vocab_size is None and pairs.files[0]["models"]["eventgpt"] == {}
         assert type(pairs.files[0].get("dataset_dir", "")) is str
-    assert "dataset_dir" not in load(tmp_path, {"dataset_dir": 5, "results": [extraction(0)]}).files[0]
+    assert "dataset_dir" not in load(tmp_path,
+                                     {"dataset_dir": 5, "results": [extraction(0)]}).files[0]
 
 
 def test_half_a_character_in_a_name_is_written_and_read_again(tmp_path):
     write_rows(tmp_path / "rows.json", {"a": 1}, [extraction(0, sample_id="\ud83d \u00e9")], [])
-    assert json.loads((tmp_path / "rows.json").read_text("utf-8"))["results"][0]["sample_id"] == "\ud83d \u00e9"
+    assert json.loads(
+        (tmp_path / "rows.json").read_text("utf-8"))["results"][0]["sample_id"] == "\ud83d \u00e9"
     assert len(load_pairs([tmp_path / "rows.json"])) == 1
 
 
@@ -198,7 +215,10 @@ def test_reading_takes_a_small_multiple_of_the_tokens(tmp_path):
     """Doubling the rows doubles what is held; json.load holds 20 times the tokens."""
     tokens, held = [*range(300, 350)], []
     for count in (1000, 2000):
-        rows = [extraction(i, [*tokens, i], tokens, sequence=f"town_{i // 100}_a", clip=i) for i in range(count)]
+        rows = [
+            extraction(i, [*tokens, i], tokens, sequence=f"town_{i // 100}_a", clip=i)
+            for i in range(count)
+        ]
         write_rows(tmp_path / "rows.json", {"vocab_size": 9}, rows, [])
         del rows
         tracemalloc.start()

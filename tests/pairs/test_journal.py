@@ -1,4 +1,6 @@
-"""The journal of an extraction: its answers found again, under other settings, of other files, of other formats."""
+"""The journal of an extraction: its answers found again, under other settings, of other files, of
+other formats.
+"""
 
 import json
 import tracemalloc
@@ -27,7 +29,10 @@ ALIKE = settings_of()
 
 
 def answer_of(key: str, number: int, tokens: list[int], model: str = "eventgpt") -> dict:
-    return {"model": model, "key": key, "question_idx": number, "tokens": tokens, "text": "é", "finished": True}
+    return {
+        "model": model, "key": key, "question_idx": number, "tokens": tokens, "text": "é",
+        "finished": True
+    }
 
 
 def test_a_journal_finds_each_answer_again_under_other_settings_too(tmp_path):
@@ -36,10 +41,12 @@ def test_a_journal_finds_each_answer_again_under_other_settings_too(tmp_path):
         journal.append([answer_of(f"town/{i}", q, [i, q] * (i + 1)) for i in range(4) for q in range(2)])
         journal.append([answer_of("town/1", 0, [7])])                              # the later one counts
         assert journal.read("eventgpt", "town/3", 1)["tokens"] == [3, 1] * 4
-    for frames in (8, 16, 100_000, 4):               # of the target alone, which has not answered; other first lines
+    # Of the target alone, which has not answered; other first lines
+    for frames in (8, 16, 100_000, 4):
         settings = settings_of(num_frames=frames)
         with Journal(tmp_path / "out.json", settings) as journal:
-            assert len(journal) == 8 + (frames == 4) and journal.models["eventgpt"]["vocab_size"] == 64
+            assert len(journal) == 8 + (frames
+                                        == 4) and journal.models["eventgpt"]["vocab_size"] == 64
             assert journal.read("eventgpt", "town/3", 1) == answer_of("town/3", 1, [3, 1] * 4)
             assert journal.read("eventgpt", "town/1", 0)["tokens"] == [7]
             assert journal.has("eventgpt", "town/0", 1) and not journal.has("eventgpt", "town/0", 2)
@@ -83,7 +90,8 @@ def five(tmp_path):
 # ---------------------------------------------------------------------------------------- settings
 def test_only_settings_that_an_answer_depends_on_are_compared(five, tmp_path):
     path, content = five
-    assert len(reopened(tmp_path, content, num_frames=4)) == 5                 # the target has not answered yet
+    # The target has not answered yet
+    assert len(reopened(tmp_path, content, num_frames=4)) == 5
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"other settings.*dtype: 1 there, 2 now"):
         reopened(tmp_path, content, dtype=2)
@@ -119,11 +127,13 @@ def test_a_journal_of_the_first_format_goes_on(five, tmp_path):
 def test_a_newer_journal_is_one_clear_line(five, tmp_path):
     path, content = five
     path.write_bytes(line_of({"format": 3, "settings": {}}))
-    with pytest.raises(UserError, match=r"format 3, this version reads formats up to 2.*newer version"):
+    with pytest.raises(UserError,
+                       match=r"format 3, this version reads formats up to 2.*newer version"):
         reopened(tmp_path, content)
 
 
-@pytest.mark.parametrize("head", [{"task": "t"}, {"settings": [], "clips": {}}, {"settings": {}, "clips": {"a": 1}}])
+@pytest.mark.parametrize("head", [
+    {"task": "t"}, {"settings": [], "clips": {}}, {"settings": {}, "clips": {"a": 1}}])
 def test_another_kind_of_journal_is_refused(tmp_path, head):
     path = Journal.path_of(tmp_path / "out.json")
     path.write_bytes(line_of({"format": 2, **head}))
@@ -173,7 +183,9 @@ def test_answered_clips_whose_files_changed_are_refused_and_named(five, tmp_path
     path, content = five
     before = path.read_bytes()
     other = {**content, "eventgpt": {**content["eventgpt"], "town/3": "new", "town/4": "new"}}
-    with pytest.raises(UserError, match=r"files of 2 answered clips have changed, the first: town/3 \(eventgpt"):
+    with pytest.raises(
+            UserError,
+            match=r"files of 2 answered clips have changed, the first: town/3 \(eventgpt"):
         reopened(tmp_path, other)
     assert path.read_bytes() == before
 
@@ -184,9 +196,11 @@ def test_a_clip_that_was_mended_or_added_does_not_stop_the_journal(five, tmp_pat
              "videollava": dict.fromkeys(content["videollava"], "seen by no answer yet")}
     assert len(reopened(tmp_path, other)) == 5
     assert json.loads(path.read_bytes().splitlines()[0])["clips"] == other
-    few = {model: {"town/0": digests["town/0"]} for model, digests in other.items()}        # --max_samples 1
+    # --max_samples 1
+    few = {model: {"town/0": digests["town/0"]} for model, digests in other.items()}
     assert len(reopened(tmp_path, few)) == 5
-    with pytest.raises(UserError, match="first: town/3"):              # what it knew of the others has stayed
+    # What it knew of the others has stayed
+    with pytest.raises(UserError, match="first: town/3"):
         reopened(tmp_path, {**other, "eventgpt": {**other["eventgpt"], "town/3": "new"}})
 
 

@@ -12,15 +12,21 @@ from base import UserError
 from pairs.rows import FORMAT, MAX_WHOLE, JsonRows, write_rows
 from tests.pairs.test_formats import extraction
 
-ROW = {"a": [1, 22, 333, -4, 0.5, 1e300, -2.5e-7, 1e22, None, True, False], "b": {"c": [[], {}, [[]]], "d": ""},
-       "text": 'quote " back \\ slash / tab \t line \n \u00e9 \u6f22\u5b57 \U0001f697 \ud83d \x7f', "e": [{"results": [1]}]}
-ODD = '[NaN, Infinity, -Infinity, 0, -0, 12345678901234567890, 1E5, "\\u00e9\\ud83d\\ude97\\ud83d", "]", "},{"]'
+ROW = {
+    "a": [1, 22, 333, -4, 0.5, 1e300, -2.5e-7, 1e22, None, True,
+          False], "b": {"c": [[], {}, [[]]], "d": ""},
+    "text": 'quote " back \\ slash / tab \t line \n \u00e9 \u6f22\u5b57 \U0001f697 \ud83d \x7f',
+    "e": [{"results": [1]}]
+}
+ODD = ('[NaN, Infinity, -Infinity, 0, -0, 12345678901234567890, 1E5, '
+       '"\\u00e9\\ud83d\\ude97\\ud83d", "]", "},{"]')
 TEXTS = {
     "list": json.dumps([ROW, 7, "x", None, ROW]), "numbers": "[12, 3.5e1,4 ,  5.0\n,1e-3, 123]", "odd": ODD,
     "keys before": json.dumps({"vocab_size": 32064, "models": {"x": ROW}, "results": [ROW, 1]}),
     "keys after": json.dumps({"results": [ROW, 2.5], "vocab_size": 32064, "errors": [ROW]}, indent=2),
     "indent 1": json.dumps({"a": 1, "results": [ROW, {}], "vocab_size": 32064}, indent=1),
-    "a row a line, then rows over several": '{\n "results": [\n{"a": 1},\n{"b":\n2}, {"c": 3}\n ],\n "x": 5\n}\n',
+    "a row a line, then rows over several":
+        '{\n "results": [\n{"a": 1},\n{"b":\n2}, {"c": 3}\n ],\n "x": 5\n}\n',
     "a row a line, keys behind": '{\n "results": [\n{"a": 1}\n ],\n "x": {"y": [1,\n2]}\n}\n',
     "keys on both sides": json.dumps({"a": 1, "results": [[], {}], "b": {"results": [3]}, "c": "results"}),
     "one value": "12345", "nothing beside": '{"results":[]}', "empty": "{}", "empty list": " [ ] ",
@@ -36,7 +42,8 @@ def both_ways(path: Path) -> tuple:
         streamed = (str(error),)
     try:
         value = json.loads(path.read_bytes().decode())
-        beside = {key: part for key, part in value.items() if key != "results"} if isinstance(value, dict) else {}
+        beside = {key: part for key, part in value.items()
+                  if key != "results"} if isinstance(value, dict) else {}
         results = value.get("results") if isinstance(value, dict) else value
         return streamed, (results if isinstance(results, list) else [], beside)
     except (ValueError, RecursionError) as error:
@@ -53,7 +60,8 @@ def test_rows_are_those_of_json_load_in_any_layout(tmp_path, text):
 
 def our_file(path: Path, count: int = 3) -> list[dict]:
     rows = [extraction(i, sequence="thun_01_a", clip=i) for i in range(count)]
-    write_rows(path, {"vocab_size": 9, "questions": ["a", "b"]}, iter(rows), [{"sample_idx": 9, "reason": "\u00e9"}])
+    write_rows(path, {"vocab_size": 9, "questions": ["a", "b"]}, iter(rows),
+               [{"sample_idx": 9, "reason": "\u00e9"}])
     return rows
 
 
@@ -76,9 +84,13 @@ def test_a_file_that_lacks_a_letter_gets_the_error_of_json_load(tmp_path):
     our_file(path, 2)
     text = path.read_text()
     other = '{"n": -1.5,\n "results": [{"a": [1, "\u00e9\\u00e9"]},\n true, 2], "x": null}'
-    broken = [text[:i] + text[i + 1:] for i in range(len(text))] + [text[:i] for i in range(len(text))]
+    broken = [text[:i] + text[i + 1:]
+              for i in range(len(text))] + [text[:i] for i in range(len(text))]
     broken += [other[:i] + other[i + 1:] for i in range(len(other))]
-    for content in [*broken, text + "]", text + " 7", "7 8", "[1 2]", '{"a" 1}', "{1: 2}", "[1}", '["a\nb"]', "[1,]"]:
+    for content in [
+            *broken, text + "]", text + " 7", "7 8", "[1 2]", '{"a" 1}', "{1: 2}", "[1}",
+            '["a\nb"]', "[1,]"
+    ]:
         path.write_bytes(content.encode())
         streamed, whole = both_ways(path)
         assert streamed == whole, content
@@ -90,9 +102,11 @@ def test_a_file_that_lacks_a_letter_gets_the_error_of_json_load(tmp_path):
     (b'{"results": [1], "results": [2]}', "'results' occurs twice"),
     (b'{\n "results": [1],\n "results": [\n{}\n ],\n "failed": []\n}\n', "'results' occurs twice"),
     (b'{\n "results": [\n{}\n ],\n "results": [5]\n}\n', "'results' occurs twice"),
-    (b"[" * 10**5, "is not JSON: maximum recursion depth"), (b"[1] []", r"Extra data: line 1 column 5 \(char 4\)"),
+    (b"[" * 10**5, "is not JSON: maximum recursion depth"),
+    (b"[1] []", r"Extra data: line 1 column 5 \(char 4\)"),
     (b'{"a": 1}\n{"b": 2\n', "as JSON Lines it has an error in line 2"),
-    (b'{\n "format": 2,\n "results": [\n{}\n ],\n "failed": []\n}\n', "has format 2, this version reads formats up to 1"),
+    (b'{\n "format": 2,\n "results": [\n{}\n ],\n "failed": []\n}\n',
+     "has format 2, this version reads formats up to 1"),
     (b'{"results": [{}], "format": 99}', "has format 99, this version reads formats up to 1")])
 def test_what_cannot_be_read_is_one_clear_error(tmp_path, content, words):
     path = tmp_path / "rows.json"
@@ -111,8 +125,10 @@ def test_a_byte_order_mark_and_other_unicode_encodings_are_read(tmp_path, encodi
 
 @pytest.mark.parametrize("number", [None, 0, 1, "benchmark", 1.5])
 def test_an_older_file_and_a_foreign_format_key_are_read(tmp_path, number):
-    for text in (json.dumps({"format": number, "results": [{"a": 1}]}),
-                 f'{{\n "format": {json.dumps(number)},\n "results": [\n{{"a": 1}}\n ],\n "failed": []\n}}\n'):
+    for text in (json.dumps({
+            "format": number, "results": [{"a": 1}]
+    }), f'{{\n "format": {json.dumps(number)},\n "results": [\n{{"a": 1}}\n ],\n "failed": []\n}}\n'
+                 ):
         (tmp_path / "rows.json").write_text(text)
         assert list(JsonRows(tmp_path / "rows.json")) == [{"a": 1}]
 

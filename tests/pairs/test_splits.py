@@ -23,7 +23,8 @@ from tests.conftest import write_pairs
 def test_validation_takes_whole_drives(files, seed):
     pairs = load_pairs([files["train"]])
     train_rows, validation_rows, split = split_validation(pairs, 0.3, seed)
-    train, validation = ({drive_of(pairs.sequence[row]) for row in rows} for rows in (train_rows, validation_rows))
+    train, validation = ({drive_of(pairs.sequence[row]) for row in rows}
+                         for rows in (train_rows, validation_rows))
     assert sorted([*train_rows, *validation_rows]) == list(range(80)) and split["by"] == "drive"
     assert (sorted(train), sorted(validation)) == (sorted(split["train"]), split["validation"])
     assert not train & validation
@@ -32,7 +33,8 @@ def test_validation_takes_whole_drives(files, seed):
 @pytest.mark.parametrize(("sequences", "by", "validation"), [
     (["zurich_00_a", "zurich_00_b"], "sequence", 20), (["thun_01_a"], "last block of rows", 3),
     ([""], "last block of rows", 3)])
-def test_one_drive_is_cut_by_sequence_and_one_sequence_by_its_last_block(tmp_path, sequences, by, validation):
+def test_one_drive_is_cut_by_sequence_and_one_sequence_by_its_last_block(
+        tmp_path, sequences, by, validation):
     pairs = load_pairs([write_pairs(tmp_path / "pairs.json", sequences)])
     train_rows, validation_rows, split = split_validation(pairs, 0.15, 42)
     assert split["by"] == by and len(validation_rows) == validation
@@ -41,7 +43,8 @@ def test_one_drive_is_cut_by_sequence_and_one_sequence_by_its_last_block(tmp_pat
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
 def test_neither_side_of_the_split_is_ever_empty(files, tmp_path, fraction):
-    for pairs in (load_pairs([files["train"]]), load_pairs([write_pairs(tmp_path / "two.json", ["a_a"], 2)])):
+    for pairs in (load_pairs([files["train"]]),
+                  load_pairs([write_pairs(tmp_path / "two.json", ["a_a"], 2)])):
         train_rows, validation_rows, _ = split_validation(pairs, fraction, 0)
         assert len(train_rows) and len(validation_rows)
 
@@ -49,7 +52,8 @@ def test_neither_side_of_the_split_is_ever_empty(files, tmp_path, fraction):
 @pytest.mark.parametrize(("test_sequence", "words"), [
     ("thun_01_a", ["share 1 sequences: thun_01_a", "share 1 drives"]),
     ("thun_01_c", ["share 1 drives: thun_01"]), ("", ["can't be seen"]), ("basel_03_a", [])])
-def test_an_overlap_of_train_and_test_is_said_in_log_and_results(files, tmp_path, capsys, test_sequence, words):
+def test_an_overlap_of_train_and_test_is_said_in_log_and_results(files, tmp_path, capsys,
+                                                                 test_sequence, words):
     test = write_pairs(tmp_path / "test.json", [test_sequence])
     warnings = load_data([files["train"]], [test], ValidationSplit(0.15, 42)).warnings
     assert len(warnings) == len(words) and all(word in warning for word, warning in zip(words, warnings))
@@ -85,7 +89,8 @@ def test_clips_come_sequence_by_sequence_as_they_were_driven(kind):
     if kind != "numbers":
         clips = [f"zurich_city_14_a_{n}" if n % 3 or kind == "texts" else n for n in numbers]
     first = {name: sequences.index(name) for name in set(sequences)}
-    in_order = sorted(range(200), key=lambda i: (first[sequences[i]], isinstance(clips[i], str), numbers[i]))
+    in_order = sorted(range(200), key=lambda i:
+                      (first[sequences[i]], isinstance(clips[i], str), numbers[i]))
     assert clip_order(sequences, clips).tolist() == in_order
     assert clip_order([], []).tolist() == []
 
@@ -95,7 +100,8 @@ def test_names_are_ordered_by_the_value_of_their_numbers():
              "a_0010_b1", "zurich_city_14_a_9", "zurich_city_14_a_10", "zurich_city_14_a_100"]
     mixed = np.random.default_rng(0).permutation(len(names))
     assert sorted((names[i] for i in mixed), key=natural_key) == names
-    assert clip_order(["s"] * len(names), [names[i] for i in mixed]).tolist() == np.argsort(mixed).tolist()
+    assert clip_order(["s"] * len(names), [names[i]
+                                           for i in mixed]).tolist() == np.argsort(mixed).tolist()
 
 
 def test_the_last_block_of_a_single_sequence_is_the_last_in_time(tmp_path):

@@ -189,10 +189,13 @@ def test_the_summary_has_one_line_for_each_task_and_writes_nothing(tmp_path, mon
 
 
 @pytest.mark.parametrize("change", [
-    lambda r: r["metrics"].update(test={}), lambda r: r.update(metrics=5), lambda r: r["metrics"].update(test=["a"]),
+    lambda r: r["metrics"].update(test={}),
+    lambda r: r.update(metrics=5), lambda r: r["metrics"].update(test=["a"]),
     lambda r: r["metrics"]["test"]["adapter"].update(alpha="x"), lambda r: r.pop("adapter"),
-    lambda r: r["metrics"]["test"].update(drafters={}), lambda r: r.pop("history"), lambda r: r.update(files=3),
-    lambda r: r["metrics"]["test"]["drafters"].update({HOSTILE: r["metrics"]["test"]["drafters"]["adapter"]})])
+    lambda r: r["metrics"]["test"].update(drafters={}),
+    lambda r: r.pop("history"), lambda r: r.update(files=3),
+    lambda r: r["metrics"]["test"]["drafters"].update(
+        {HOSTILE: r["metrics"]["test"]["drafters"]["adapter"]})])
 def test_results_that_no_program_wrote_are_one_clear_error(tmp_path, monkeypatch, change):
     task = write_task(tmp_path / "task")
     results = json.loads((task / "results.json").read_text())
@@ -204,7 +207,8 @@ def test_results_that_no_program_wrote_are_one_clear_error(tmp_path, monkeypatch
     assert not (task / "RESULTS.md").exists()
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "no finished task"), ("[]", "not the results"), ("{", "JSON"),
+@pytest.mark.parametrize(("content", "words"), [
+    (None, "no finished task"), ("[]", "not the results"), ("{", "JSON"),
                                                 ('{"metrics": {}}', "not the results")])
 def test_a_folder_without_results_is_a_user_error(tmp_path, content, words):
     if content:
@@ -213,11 +217,12 @@ def test_a_folder_without_results_is_a_user_error(tmp_path, content, words):
         program.summary([tmp_path])
 
 
-# --------------------------------------------------------------------------------- charts and shapes
+# -------------------------------------------------------------------------------- charts and shapes
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no such backend"])
 def test_the_users_matplotlib_plays_no_part(tmp_path, backend):
     """MPLBACKEND as notebooks export it, and an rc file that would turn every text into LaTeX."""
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 10\nsavefig.format: pdf\n")
+    (tmp_path /
+     "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 10\nsavefig.format: pdf\n")
     task = write_task(tmp_path / "task")
     code = (f"from pathlib import Path; from reports.task_report import write_report; "
             f"write_report(Path({str(task)!r}), {{}})")
@@ -236,7 +241,8 @@ def test_a_picture_that_fails_is_a_warning_and_the_page_stands(tmp_path, monkeyp
 
     monkeypatch.setattr(charts, "draw_loss", fail)
     text = page(write_task(tmp_path), plots=True)
-    assert "loss_curve.png" not in text and "training_curves.png" not in text      # it holds the loss
+    # It holds the loss
+    assert "loss_curve.png" not in text and "training_curves.png" not in text
     assert "![accuracy_curve.png]" in text and (tmp_path / "accuracy_curve.png").exists()
     log = capsys.readouterr().out
     assert "WARNING" in log and "loss_curve.png was not drawn: RuntimeError: no font" in log

@@ -33,9 +33,11 @@ CONDITIONINGS = ("prefix", "prefix+draft", "draft")
 VOCAB, LONGEST = 40, 30
 
 
-def small_adapter(conditioning: str, dropout: float = 0.0, draft_vocab: bool = False) -> TokenAdapter:
+def small_adapter(conditioning: str, dropout: float = 0.0,
+                  draft_vocab: bool = False) -> TokenAdapter:
     torch.manual_seed(0)
-    config = AdapterConfig(VOCAB, conditioning, 32, 2, 4, 64, LONGEST, dropout, draft_vocab=20 if draft_vocab else 0)
+    config = AdapterConfig(VOCAB, conditioning, 32, 2, 4, 64, LONGEST, dropout,
+                           draft_vocab=20 if draft_vocab else 0)
     return TokenAdapter(config, torch.arange(0, VOCAB, 2) if draft_vocab else None)
 
 
@@ -50,7 +52,8 @@ def answers(count: int, device: str = "cpu", shortest: int = 1) -> TokenTensors:
 
 
 def batch_of(tokens: TokenTensors, rows: torch.Tensor) -> tuple:
-    return (tokens.targets(rows, tokens.width), tokens.drafts(rows, tokens.draft_width), tokens.draft_lengths[rows])
+    return (tokens.targets(rows, tokens.width), tokens.drafts(rows, tokens.draft_width),
+            tokens.draft_lengths[rows])
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -59,7 +62,8 @@ def batch_of(tokens: TokenTensors, rows: torch.Tensor) -> tuple:
 def test_the_fused_loss_and_its_gradients_are_those_of_cross_entropy(monkeypatch, kind, tolerance, chunk):
     monkeypatch.setitem(loss_module.LOGITS_AT_A_TIME, "cpu", chunk)
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (3 * torch.randn(*size, generator=generator, dtype=kind) for size in ((23, 5), (11, 5), (11,)))
+    x, weight, bias = (3 * torch.randn(*size, generator=generator, dtype=kind)
+                       for size in ((23, 5), (11, 5), (11, )))
     labels = torch.randint(0, 11, (23,), generator=generator)
     labels[::4] = NOT_SCORED
     share = torch.rand(23, generator=generator, dtype=kind).masked_fill(labels == NOT_SCORED, 0)
@@ -70,7 +74,8 @@ def test_the_fused_loss_and_its_gradients_are_those_of_cross_entropy(monkeypatch
     (2 * (wanted * share).sum()).backward()
     (2 * loss).backward()
     scored = labels != NOT_SCORED
-    assert torch.allclose(losses[scored], wanted[scored], rtol=tolerance) and not losses.requires_grad
+    assert torch.allclose(losses[scored], wanted[scored],
+                          rtol=tolerance) and not losses.requires_grad
     assert torch.equal(hits[scored], (logits.argmax(-1) == labels)[scored]) and hits[scored].any()
     assert loss.item() == pytest.approx((wanted * share).sum().item(), rel=tolerance)
     for one, other in zip(ours, theirs):
@@ -93,7 +98,8 @@ def plain_loss(adapter, target, draft, lengths, draft_text: float) -> tuple:
     else:
         logits = adapter(draft, lengths, target[:, :-1].clamp(min=0))
     labels = adapter.labels_of(target)
-    loss, hits = F.cross_entropy(logits.flatten(0, 1), labels.flatten()), (logits.argmax(-1) == labels).sum()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    hits = (logits.argmax(-1) == labels).sum()
     if not draft_text or not adapter.config.sees_prefix:
         return loss, loss, hits
     x = adapter._blocks(adapter._embed_answer(adapter.embedding(draft[:, :-1])) + adapter.as_draft)
@@ -106,7 +112,8 @@ def plain_loss(adapter, target, draft, lengths, draft_text: float) -> tuple:
 
 @pytest.mark.parametrize("draft_text", [0.0, 0.5])
 @pytest.mark.parametrize("conditioning", [*CONDITIONINGS, "draft_vocab"])
-def test_one_pass_over_answers_and_drafts_learns_what_two_passes_would(monkeypatch, conditioning, draft_text):
+def test_one_pass_over_answers_and_drafts_learns_what_two_passes_would(
+        monkeypatch, conditioning, draft_text):
     monkeypatch.setattr(loss_module, "DRAFT_DROPOUT", 0.0)
     vocab = conditioning == "draft_vocab"
     adapter = small_adapter("prefix+draft" if vocab else conditioning, draft_vocab=vocab)
@@ -208,7 +215,8 @@ def test_a_checkpoint_is_written_at_once_then_when_it_is_due_and_in_the_end(tmp_
 
 # ----------------------------------------------------------------------------------------- resuming
 @pytest.mark.parametrize("settings", [
-    {"capturable": True, "lr": torch.tensor(0.7)}, {"fused": None, "foreach": True}, {"amsgrad": True, "maximize": True},
+    {"capturable": True, "lr": torch.tensor(0.7)}, {"fused": None, "foreach": True},
+    {"amsgrad": True, "maximize": True},
     {"betas": (0.5, 0.5), "eps": 1.0, "weight_decay": 9.0}, {"differentiable": True}])
 def test_a_resumed_optimizer_keeps_the_settings_of_this_machine(settings):
     """A state that was written on a GPU says capturable, and its learning rate is a tensor; on a
@@ -263,7 +271,8 @@ def test_a_fingerprint_tells_everything_that_training_depends_on():
 
 
 def test_an_adapter_that_no_checkpoint_could_hold_is_refused_before_it_takes_memory():
-    with pytest.raises(UserError, match=r"has \d+\.\d GiB, wanted at most 3; choose a smaller --embed_dim"):
+    with pytest.raises(UserError,
+                       match=r"has \d+\.\d GiB, wanted at most 3; choose a smaller --embed_dim"):
         new_adapter(AdapterConfig(2**20, embed_dim=16384, num_heads=8), seed=1)
 
 
@@ -322,7 +331,8 @@ def test_cuda_steps_learn_what_cpu_steps_learn(monkeypatch):
 def test_cuda_graphs_draw_new_random_numbers_each_time_and_follow_the_rate(conditioning):
     trainer, losses = run(conditioning, graphs=True, dropout=0.3)
     assert all(trainer.graphs.values()) and losses[-1][0] < losses[0][0]
-    tokens, before = answers(43, "cuda"), [weight.clone() for weight in trainer.adapter.parameters()]
+    tokens = answers(43, "cuda")
+    before = [weight.clone() for weight in trainer.adapter.parameters()]
     trainer.peak = 0.0                                   # neither steps nor decay: the weights stay
     with trainer.on_stream():
         rows, width, _ = next(iter(tokens.batches(8)))
@@ -353,7 +363,8 @@ def train_where_captures_fail() -> None:
 @needs_gpu
 def test_cuda_capture_that_fails_leaves_training_eager_and_right():
     code = "import tests.training.test_training as test; test.train_where_captures_fail()"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=300)
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                           timeout=300)
     assert found.returncode == 0, found.stdout + found.stderr
     assert found.stdout.count("WARNING | no CUDA graphs, every step runs eagerly") == 2
 
@@ -361,8 +372,10 @@ def test_cuda_capture_that_fails_leaves_training_eager_and_right():
 @needs_gpu
 def test_cuda_loss_in_bfloat16_is_near_that_of_float32():
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*size, generator=generator).cuda() for size in ((64, 32), (500, 32), (500,)))
-    labels, share = torch.randint(0, 500, (64,), generator=generator).cuda(), torch.full((64,), 1 / 64).cuda()
+    x, weight, bias = (torch.randn(*size, generator=generator).cuda()
+                       for size in ((64, 32), (500, 32), (500, )))
+    labels = torch.randint(0, 500, (64,), generator=generator).cuda()
+    share = torch.full((64,), 1 / 64).cuda()
     found = []
     for narrow in (True, False):
         leaves = [part.clone().requires_grad_() for part in (x, weight, bias)]

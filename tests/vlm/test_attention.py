@@ -1,4 +1,6 @@
-"""Attention in two parts equals attention over both in a row; fused kernels give what the plain definition gives."""
+"""Attention in two parts equals attention over both in a row; fused kernels give what the plain
+definition gives.
+"""
 
 import pytest
 import torch
@@ -18,8 +20,8 @@ def in_a_row(queries, shared, own, slots):
     """The definition: each row's keys behind those of its group, one softmax over all of them."""
     rows, _, heads, d = queries.shape
     asked, side = rows // shared.shape[1], heads // shared.shape[2]
-    keys, values = (torch.cat([both[0].repeat_interleave(asked, 0), both[1]], 2).repeat_interleave(side, 1)
-                    for both in zip(shared, own))
+    keys, values = (torch.cat([both[0].repeat_interleave(asked, 0), both[1]],
+                              2).repeat_interleave(side, 1) for both in zip(shared, own))
     seen = torch.arange(own.shape[3], device=own.device) <= slots[:, :, None]
     seen = F.pad(seen, (shared.shape[3], 0), value=True)[:, None]
     mixed = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, seen)
@@ -31,7 +33,8 @@ def case_of(groups, asked, T, heads, kv_heads, d=8, room=7, **how) -> tuple:
     slots = ((torch.arange(rows)[:, None] + torch.arange(T)) % room).to(how.get("device", "cpu"))
     # Queries stand beside keys and values, as the layers give them.
     queries = random(rows, T, heads + 2 * kv_heads, d, **how)[:, :, :heads]
-    return queries, random(2, groups, kv_heads, 9, d, **how), random(2, rows, kv_heads, room, d, **how), slots
+    return queries, random(2, groups, kv_heads, 9, d, **how), random(2, rows, kv_heads, room, d,
+                                                                     **how), slots
 
 
 SHAPES = [(3, 1, 1, 4, 4), (2, 3, 1, 4, 4), (2, 3, 5, 4, 2), (1, 4, 2, 6, 1), (3, 1, 4, 4, 4)]
@@ -48,7 +51,8 @@ def test_two_parts_equal_both_in_a_row(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_two_parts_equal_both_in_a_row_on_a_gpu(shape, dtype):
     case = case_of(*shape, d=64, room=75, device="cuda", dtype=dtype)
-    tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    tolerance = {"rtol": 0.02, "atol": 0.02
+                 } if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(shared_and_own(*case), in_a_row(*case), **tolerance)
 
 
@@ -78,14 +82,16 @@ def test_triton_kernels_equal_pytorch(dtype, d):
     device = torch.device("cuda", 0)
     assert kernels.fused_kernels_work(device, dtype)
     heads, kv_heads, slots, n = 5, 3, 11, 40
-    qkv, rope = (random(*shape, device=device, dtype=dtype) for shape in ((n, heads + 2 * kv_heads, d), (2, 50, d)))
+    qkv, rope = (random(*shape, device=device, dtype=dtype)
+                 for shape in ((n, heads + 2 * kv_heads, d), (2, 50, d)))
     positions = torch.arange(n, device=device).flip(0) % 50
     places = torch.randperm(4 * slots, generator=torch.Generator().manual_seed(0))[:n].to(device)
     found = []
     for rotate in (kernels._rotate_plain, kernels._rotate_fused):
         cache = random(2, 4, kv_heads, slots, d, device=device, dtype=dtype)
         found.append((rotate(qkv.clone(), rope, positions, cache, places), cache))
-    tolerance = {"rtol": 0.02, "atol": 0.04} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    tolerance = {"rtol": 0.02, "atol": 0.04
+                 } if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     for plain, fused in zip(*found):
         torch.testing.assert_close(fused, plain, **tolerance)
     gate_up = random(9, 2 * 3000, device=device, dtype=dtype)

@@ -27,7 +27,8 @@ def linear4bit(n, k, dtype=torch.bfloat16, device="cpu", bias=False, nested=True
                                        device="meta")
     layer.weight = bitsandbytes.nn.Params4bit(weight.to(dtype), requires_grad=False, quant_type=kind,
                                               compress_statistics=nested).to(device)
-    layer.bias = nn.Parameter(torch.randn(n).to(device, dtype), requires_grad=False) if bias else None
+    layer.bias = nn.Parameter(torch.randn(n).to(device, dtype),
+                              requires_grad=False) if bias else None
     layer.support_avx512bf16_for_cpu = False         # it would pack the weights in a way of its own
     return layer
 
@@ -202,7 +203,8 @@ def first_layer(model) -> list[list[nn.Module]]:
 
 
 def test_the_trial_tells_up_to_how_many_rows_the_kernel_pays(no_kernel, monkeypatch, capsys):
-    times = iter([1.0, 3.0, 2.0, 4.0, *[1.0, 2.0] * 2, 2.0, 1.0] * 4)        # 192 rows pay, 256 don't
+    # 192 rows pay, 256 don't
+    times = iter([1.0, 3.0, 2.0, 4.0, *[1.0, 2.0] * 2, 2.0, 1.0] * 4)
     monkeypatch.setattr(adopt_nf4, "microseconds", lambda work: next(times))
     assert adopt_nf4.trial(first_layer(small_llama()), torch.bfloat16) == [192] * 4
     assert "up to 192 rows | us a layer (bitsandbytes') by rows: 1 4 (12), 9 8 (16)" in (
@@ -233,8 +235,9 @@ def test_replaced_layers_answer_alike_and_hold_one_copy():
     steps = Steps(model.model, model.lm_head, room=64)
     assert steps.gate_up[1] is model.model.layers[1].mlp.up_proj.fused
     with torch.inference_mode():
-        assert distance(model(input_ids=ids).logits, before) < 0.03          # transformers' own forward
-    assert distance(steps.prefill(steps.embed(ids[0]), kept=29).logits, before[0]) < 0.03
+        # transformers' own forward
+        assert distance(model(input_ids=ids).logits, before) < 0.03
+    assert distance(steps.prefill(steps.embed(ids[0]), outputs=29).logits, before[0]) < 0.03
     weights = 2 * (4 * 128 * 128 + 3 * 128 * 192)
     norms = sum(part.nbytes for name, part in model.model.layers.named_parameters() if "norm" in name)
     held = sum(part.nbytes for part in model.model.layers.parameters()) - norms
@@ -258,7 +261,8 @@ def test_few_rows_are_as_right_as_bitsandbytes_and_independent(size, dtype):
     for rows in (1, 2, 7, 8, 9, 16, 17, 31, 33, 48, 49, 64, 65, 72, 73, 128):
         assert torch.equal(ours.few(x[:rows]), whole[:rows])                 # bit for bit
     x[1:] = torch.nan
-    assert torch.equal(ours.few(x)[:1], whole[:1])                           # whatever else is there
+    # Whatever else is there
+    assert torch.equal(ours.few(x)[:1], whole[:1])
 
 
 @needs_gpu
@@ -276,13 +280,15 @@ def test_a_model_adopts_its_layers_and_answers_alike(monkeypatch, capsys):
     model, ids = small_llama(device="cuda"), torch.arange(1, 30, device="cuda")[None]
     with torch.inference_mode():
         before = model(input_ids=ids).logits
-    times = iter([1.0, 2.0, 1.0, 2.0, *[1.0] * 6] * 4)                       # then: no more rows pay
+    # Then: no more rows pay
+    times = iter([1.0, 2.0, 1.0, 2.0, *[1.0] * 6] * 4)
     monkeypatch.setattr(adopt_nf4, "microseconds", lambda work: next(times))
     steps = Steps(model.model, model.lm_head, room=64)
     assert type(steps.qkv[0]) is type(model.model.layers[1].mlp.down_proj) is NF4Linear
     assert sorted(steps.graphs) == list(range(1, 18))
     with torch.inference_mode():
-        assert distance(model(input_ids=ids).logits, before) < 0.03          # transformers' own forward
+        # transformers' own forward
+        assert distance(model(input_ids=ids).logits, before) < 0.03
     steps.prefill(steps.embed(ids[0, :12]))
     assert distance(steps.verify(ids[0, 12:]).logits, before[0, 12:]) < 0.03
     again = Steps(model.model, model.lm_head, room=64, graphs=False)         # finds them packed

@@ -1,4 +1,6 @@
-"""The step engine says what transformers' plain forward says, however the positions were fed, on tiny models."""
+"""The step engine says what transformers' plain forward says, however the positions were fed, on
+tiny models.
+"""
 
 import contextlib
 from types import SimpleNamespace
@@ -23,21 +25,30 @@ from vlm.steps import Prompted, Steps
 from vlm.video_llava import VideoLlava
 
 ROOM, VOCAB = 61, 67                                    # neither is a multiple of 8
-PROMPT, ANSWER = list(range(3, 23)), [5, 50, 9, 9, 41, 2, 17, 66, 0, 30, 31, 8, 12, 60, 44, 5, 1, 29, 33, 3]
+PROMPT = list(range(3, 23))
+ANSWER = [5, 50, 9, 9, 41, 2, 17, 66, 0, 30, 31, 8, 12, 60, 44, 5, 1, 29, 33, 3]
 QUESTION = "What are the key elements in this scene?"
-VARIANTS = {"plain": {}, "grouped": {"num_key_value_heads": 2}, "one key head": {"num_key_value_heads": 1},
-            "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 2},
-            "wide heads": {"head_dim": 16},
-            "scaled RoPE": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}}
+VARIANTS = {
+    "plain": {}, "grouped": {"num_key_value_heads": 2}, "one key head": {"num_key_value_heads": 1},
+    "biases": {"attention_bias": True, "mlp_bias": True,
+               "num_key_value_heads": 2}, "wide heads": {"head_dim": 16}, "scaled RoPE": {
+                   "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+               }
+}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def tiny_llama(**changes) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128, **changes}))
-    with torch.no_grad():                               # transformers' start: biases 0, norms 1, all logits alike
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **{
+                "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+                "max_position_embeddings": 128, **changes
+            }))
+    # transformers' start: biases 0, norms 1, all logits alike
+    with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.normal_(1.0 if "norm" in name else 0.0, 0.3)
     return model.eval().requires_grad_(False)
@@ -76,7 +87,7 @@ def greedy(steps: Steps, embeds: torch.Tensor, count: int, eos: int) -> list[int
     return ids
 
 
-# ------------------------------------------------------------------------------------ against transformers
+# ----------------------------------------------------------------------------- against transformers
 def test_prefill_and_steps_equal_a_forward_without_cache(llama):
     reference = whole(llama, PROMPT + ANSWER)
     steps = steps_of(llama)
@@ -100,7 +111,9 @@ def test_greedy_ids_equal_generate(llama):
     prompts = [PROMPT, PROMPT[::-1], ANSWER, ANSWER[:7], [1, 64, 9]]
     references = [
         generate_greedily(llama, Tokenizer(), [2], 30, input_ids=torch.tensor([ids]),
-                          attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0].tokens for ids in prompts]
+                          attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0].tokens
+        for ids in prompts
+    ]
     assert len(set().union(*references)) > 5            # else the comparison would say little
     assert [greedy(steps, steps.embed(ids), 30, 2) for ids in prompts] == references
 
@@ -115,17 +128,20 @@ def test_fused_weights_leave_transformers_forward_as_it_was(llama):
         if attention.q_proj.bias is not None:
             assert fused is None
         else:                                           # nothing is stored twice
-            assert {module.weight.untyped_storage().data_ptr() for module in modules} == {fused.data_ptr()}
+            assert {module.weight.untyped_storage().data_ptr()
+                    for module in modules} == {fused.data_ptr()}
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_video_llava_through_steps_answers_as_it_does_alone(number):
     model = VideoLlava.load(ROOT / "demo" / "models" / "video_llava", Runtime.choose("cpu"))
-    pixels = model.prepare(list(np.random.default_rng(number).integers(0, 200, (8, 72, 96, 3), dtype=np.uint8)))
+    pixels = model.prepare(
+        list(np.random.default_rng(number).integers(0, 200, (8, 72, 96, 3), dtype=np.uint8)))
     same_answers(model, pixels)
 
 
-@pytest.mark.parametrize("folder", [ROOT / "demo" / "models" / "eventgpt", *(f / "checkpoint" for f in FIXTURES)])
+@pytest.mark.parametrize("folder", [
+    ROOT / "demo" / "models" / "eventgpt", *(f / "checkpoint" for f in FIXTURES)])
 def test_eventgpt_through_steps_answers_as_it_does_alone(folder):
     model = EventGPT.load(folder, Runtime.choose("cpu"))
     pixels = model.prepare(list(np.random.default_rng(0).integers(0, 255, (5, 60, 80, 3), dtype=np.uint8)))
@@ -136,7 +152,8 @@ def same_answers(model, pixels):
     alone = model.answer([pixels], [QUESTION], 24)[0].tokens
     embeds = model.prompt_embeds(pixels, QUESTION)
     steps = Steps(*model.decoder, room=embeds.shape[1] + 24)
-    for _ in range(2):                                  # the second clip finds the first one's keys in the cache
+    # The second clip finds the first one's keys in the cache
+    for _ in range(2):
         assert greedy(steps, embeds, 24, model.tokenizer.eos_token_id) == alone
     assert model.answer([pixels], [QUESTION], 24)[0].tokens == alone        # on the fused weights
     assert steps.bytes == steps.cache.nbytes
@@ -144,7 +161,9 @@ def same_answers(model, pixels):
 
 @pytest.mark.parametrize(("kind", "name"), [(EventGPT, "eventgpt"), (VideoLlava, "video_llava")])
 def test_speculative_answers_of_both_models_are_their_own_whatever_is_proposed(kind, name):
-    """Drafts never, always and sometimes right, of every length, EOS and the limit inside them, several questions."""
+    """Drafts never, always and sometimes right, of every length, EOS and the limit inside them,
+    several questions.
+    """
     model = kind.load(ROOT / "demo" / "models" / name, Runtime.choose("cpu"))
     picture = np.random.default_rng(3).integers(0, 255, (96, 96, 3), dtype=np.uint8)
     pixels, target = model.prepare([picture] * (8 if kind is VideoLlava else 1)), None
@@ -152,37 +171,41 @@ def test_speculative_answers_of_both_models_are_their_own_whatever_is_proposed(k
         embeds = model.prompt_embeds(pixels, question)
         target = target or Prompted(Steps(*model.decoder, room=embeds.shape[1] + 64))
         plain = model.answer([pixels], [question], 40)[0].tokens
-        for eos in (model.tokenizer.eos_token_id, plain[6], plain[0]):       # also: an EOS early on, and at once
+        # Also: an EOS early on, and at once
+        for eos in (model.tokenizer.eos_token_id, plain[6], plain[0]):
             whole_answer = plain[:plain.index(eos) + 1] if eos in plain else plain
             for limit in (len(whole_answer), 5):
                 for gamma in range(1, 13):
                     for wrong in QUALITY.values():
                         target.ask(embeds)
-                        found = decode(target, Knowing(whole_answer, wrong), Limits(limit, (eos,), gamma))
+                        found = decode(target, Knowing(whole_answer, wrong),
+                                       Limits(limit, (eos, ), gamma))
                         assert found.tokens == whole_answer[:limit]
 
 
 def test_a_4bit_model_runs_eagerly_on_the_cpu():
     pytest.importorskip("bitsandbytes")
-    model = VideoLlava.load(ROOT / "demo" / "models" / "video_llava", Runtime.choose("cpu", quantization="4bit"))
+    model = VideoLlava.load(ROOT / "demo" / "models" / "video_llava",
+                            Runtime.choose("cpu", quantization="4bit"))
     language_model, lm_head = model.decoder
     steps = Steps(language_model, lm_head, room=ROOM)
     assert steps.qkv == steps.gate_up == [None] * len(language_model.layers)
     with torch.inference_mode():
         reference = lm_head(language_model(input_ids=torch.tensor([PROMPT + ANSWER]), use_cache=False)[0][0])
-    kept = steps.prefill(steps.embed(PROMPT), kept=3)
+    several = steps.prefill(steps.embed(PROMPT), outputs=3)
     rest = steps.verify(ANSWER)
     # Some processors multiply 4-bit weights in bfloat16: 0.4 % a rounding.
     assert alike(torch.cat([kept.logits, rest.logits]), reference[len(PROMPT) - 3:], 0.02)
 
 
-# ------------------------------------------------------------------------------------------ against itself
+# ----------------------------------------------------------------------------------- against itself
 @pytest.mark.parametrize("k", range(1, 18))
 def test_verifying_k_equals_one_by_one(llama, k):
     one_by_one, together = started(llama), started(llama)
     wanted = torch.cat([one_by_one.verify([token]).logits for token in ANSWER[:k]])
     assert alike(together.verify(torch.tensor(ANSWER[:k])).logits, wanted)
-    assert alike(together.verify([7]).logits, one_by_one.verify([7]).logits)         # the keys are right too
+    # The keys are right too
+    assert alike(together.verify([7]).logits, one_by_one.verify([7]).logits)
 
 
 @pytest.mark.parametrize("length", [0, 1, 11, 20, 21, 27, 37])
@@ -192,8 +215,12 @@ def test_after_a_rollback_it_is_as_if_the_rest_had_never_been(llama, length):
     steps.rollback(length)
     assert steps.length == length
     reference = whole(llama, [*(PROMPT + ANSWER[:17])[:length], 4, 40, 14, 24, 34])
-    assert alike(torch.cat([steps.verify([4, 40, 14]).logits, steps.verify([24]).logits, steps.verify([34]).logits]),
-                 reference[-5:])
+    assert alike(
+        torch.cat([
+            steps.verify([4, 40, 14]).logits,
+            steps.verify([24]).logits,
+            steps.verify([34]).logits
+        ]), reference[-5:])
 
 
 @pytest.mark.parametrize("k", [1, 2, 8, 17])
@@ -201,7 +228,7 @@ def test_an_opening_draft_in_the_prefill_equals_prefill_then_verify(llama, k):
     apart, at_once = steps_of(llama), steps_of(llama)
     first = apart.prefill(apart.embed(PROMPT)).logits
     wanted = torch.cat([first, apart.verify(ANSWER[:k]).logits])
-    opening = at_once.prefill(torch.cat([at_once.embed(PROMPT), at_once.embed(ANSWER[:k])], 1), kept=k + 1)
+    opening = at_once.prefill(torch.cat([at_once.embed(PROMPT), at_once.embed(ANSWER[:k])], 1), outputs=k + 1)
     assert alike(opening.logits, wanted) and opening.best.tolist() == wanted.argmax(-1).tolist()
     assert at_once.length == apart.length == len(PROMPT) + k
     assert alike(at_once.verify([7]).logits, apart.verify([7]).logits)
@@ -220,7 +247,8 @@ def test_a_full_cache_and_a_foreign_id_are_told_with_numbers():
     steps.verify([1, 2, 3])
     with pytest.raises(AssertionError, match="23 positions and 2 more, the room is 24"):
         steps.verify([1, 2])
-    assert steps.length == 23 and steps.verify([4]).logits.shape == (1, VOCAB)       # the last slot can be used
+    # The last slot can be used
+    assert steps.length == 23 and steps.verify([4]).logits.shape == (1, VOCAB)
     with pytest.raises(AssertionError, match="25"):
         steps.prefill(torch.zeros(1, 25, 32))
     with pytest.raises(AssertionError, match="rollback to 25 from 24"):
@@ -230,7 +258,7 @@ def test_a_full_cache_and_a_foreign_id_are_told_with_numbers():
         steps.verify([VOCAB])
 
 
-# ------------------------------------------------------------------------------------------------ graphs
+# ------------------------------------------------------------------------------------------- graphs
 class FakeGraph:
     """What a CUDA graph does, on a CPU: the same work on the same buffers, written to the same outputs."""
 
@@ -295,7 +323,9 @@ def test_a_graph_that_differs_from_eager_is_not_used(fake_cuda, wrong, capsys):
 
 
 def check_all_sizes(model, steps, tolerance=1e-5):
-    """Every number of tokens twice, the second time with other tokens after a rollback; lists and tensors."""
+    """Every number of tokens twice, the second time with other tokens after a rollback; lists and
+    tensors.
+    """
     steps.prefill(steps.embed(PROMPT))
     for k in range(1, 20):
         for tokens in (ANSWER[:k], ANSWER[::-1][:k]):
@@ -348,7 +378,8 @@ def test_a_model_on_the_gpu_answers_alike_with_and_without_graphs(quantization):
     pixels = model.prepare(list(np.random.default_rng(0).integers(0, 200, (8, 72, 96, 3), dtype=np.uint8)))
     embeds = model.prompt_embeds(pixels, QUESTION)
     eos, room = model.tokenizer.eos_token_id, embeds.shape[1] + 24
-    eager, automatic = Steps(*model.decoder, room=room, graphs=False), Steps(*model.decoder, room=room)
+    eager = Steps(*model.decoder, room=room, graphs=False)
+    automatic = Steps(*model.decoder, room=room)
     if quantization == "8bit":
         assert not automatic.graphs
     assert greedy(automatic, embeds, 24, eos) == greedy(eager, embeds, 24, eos)

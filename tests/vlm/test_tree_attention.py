@@ -1,4 +1,6 @@
-"""A pass over a tree says of each node what a pass over its path alone says, and keeps just the path it is told to."""
+"""A pass over a tree says of each node what a pass over its path alone says, and keeps just the
+path it is told to.
+"""
 
 import random
 
@@ -47,7 +49,8 @@ def test_ancestors_and_depths_by_hand():
 
 
 def test_visibility_shows_the_past_the_path_and_nothing_else():
-    mask = visibility(torch.tensor([3]), torch.tensor(ancestors_of([-1, 0, 0, 2])), torch.arange(80), torch.float32)
+    mask = visibility(torch.tensor([3]), torch.tensor(ancestors_of([-1, 0, 0, 2])),
+                      torch.arange(80), torch.float32)
     assert [(row == 0).nonzero()[:, 0].tolist() for row in mask] == [
         [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 5, 6]]
 
@@ -77,7 +80,8 @@ def test_the_path_that_is_kept_goes_on_as_if_it_had_been_a_chain(llama, parents)
         steps.keep_path(path)
         assert steps.length == len(PROMPT) + len(path)
         chain.verify([tokens[step] for step in path])
-        assert torch.allclose(steps.cache[..., :steps.length, :], chain.cache[..., :chain.length, :], atol=1e-5)
+        assert torch.allclose(steps.cache[..., :steps.length, :],
+                              chain.cache[..., :chain.length, :], atol=1e-5)
         assert alike(steps.verify(ANSWER[:3]).logits, chain.verify(ANSWER[:3]).logits)
 
 
@@ -97,7 +101,9 @@ def test_an_opening_tree_is_verified_inside_the_prefill(llama, parents):
 
 
 def test_a_node_that_is_no_number_leaves_nothing_behind_once_it_is_forgotten():
-    """It spoils the pass itself, because a masked weight of 0 times NaN is NaN: the loop asks again without it."""
+    """It spoils the pass itself, because a masked weight of 0 times NaN is NaN: the loop asks again
+    without it.
+    """
     model = tiny_llama()
     steps, spoilt = started(model), 44
     model.model.embed_tokens.weight[spoilt] = torch.nan
