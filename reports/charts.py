@@ -12,7 +12,7 @@ from pathlib import Path
 
 from base import first_line, log, plain
 from machine.files import write_whole
-from reports.blocks import times
+from reports.blocks import number, times
 from reports.decode_figures import accepted_lengths, speed_ups, stages
 
 # Okabe and Ito 2008, "Color Universal Design": colour-blind readers can tell these apart.
@@ -206,7 +206,7 @@ def draw_accepted_lengths(axes, results: dict) -> None:
     passes, run = accepted_lengths(results), results["totals"]["runs"][results["drafter"]]
     bars = axes.bar(list(passes), list(passes.values()), color=BLUE)
     axes.bar_label(bars, fontsize=8, padding=1)
-    axes.set(title=f"{results['drafter']}: {run['passes']} passes, tau {run['tau']:.2f}",
+    axes.set(title=f"{results['drafter']}: {run['passes']} passes, tau {number(run['tau'])}",
              xlabel="accepted proposals (tokens)", ylabel="passes of the target",
              xticks=list(passes))
     axes.margins(y=0.1)

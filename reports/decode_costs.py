@@ -72,7 +72,7 @@ def cost_section(results: dict) -> list[str]:
     costs, verify_ms = results["costs_ms"], pass_ms(results)
     parts = {
         "vision and prompt": costs["vision"], "prefill": costs["prefill"],
-        "one token": verify_ms[1], **{
+        "one token": verify_ms.get(1), **{
             f"a proposal of {escape(drafter)}": cost for drafter, cost in costs["proposal"].items()
         }, **({"a step of the adapter": costs["adapter_step"]} if "adapter_step" in costs else {})
     }
@@ -102,6 +102,8 @@ def break_even(results: dict) -> list[str]:
     # then the adapter is asked only where it pays
     if results["gamma"] == "auto" and run["proposed"]:
         proposal_ms, how = 1000 * run["draft_s"] / run["proposed"], "the average of this run"
+    if proposal_ms is None or 1 not in verify_ms:
+        return [f"### Break-even: {escape(name)}", "", "Not all costs that it needs were measured.", ""]
     for gamma in (size - 1 for size in verify_ms if size > 1):
         round_ms = verify_ms[gamma + 1] + gamma * proposal_ms
         even, simulated = round_ms / verify_ms[1], simulated_taus.get(str(gamma))
@@ -122,7 +124,7 @@ def break_even(results: dict) -> list[str]:
              f"{how}. Break-even tau is that cost over verify(1): the tokens per round from which "
              "speculative decoding is faster than plain decoding. Simulated tau comes from the "
              "task's own test pairs; the live tau of this run, gamma "
-             f"{escape(results['gamma'])}, is {run['tau']:.2f}.", ""]
+             f"{escape(results['gamma'])}, is {number(run['tau'])}.", ""]
     if not speed:
         return [*lines, f"The task holds no simulated tau of {escape(name)}.", ""]
     best = max(speed, key=speed.__getitem__)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from base import UserError
 from machine.files import check_format, read_json
-from reports.blocks import percent, ratio, times
+from reports.blocks import number, percent, ratio, times
 from reports.shapes import FIGURE, NUMBER, TEXT, check_shape, optional
 
 FORMAT = 1                     # of decode.json; 0: without a number, before formats were counted
@@ -159,7 +159,7 @@ def one_line(results: dict) -> str:
     elsewhere = counted(other_verdicts(results))
     parts = [
         f"{results['totals']['answers']} answers",
-        counted(own_verdicts(results)), results["drafter"], f"tau {run['tau']:.2f}",
+        counted(own_verdicts(results)), results["drafter"], f"tau {number(run['tau'])}",
         f"decode {', '.join(over)}" if over else "", f"elsewhere {elsewhere}" if elsewhere else "",
         f"failed {len(results['failed'])}" if results["failed"] else ""
     ]
@@ -167,8 +167,9 @@ def one_line(results: dict) -> str:
 
 
 def pass_ms(results: dict) -> dict[int, float]:
-    """Milliseconds of one target pass over k tokens."""
-    return {int(k): cost for k, cost in results["costs_ms"]["verify"].items()}
+    """Milliseconds of one target pass over k tokens, where they were measured."""
+    verify = results["costs_ms"]["verify"]
+    return {int(k): cost for k, cost in verify.items() if cost is not None}
 
 
 def accepted_lengths(results: dict) -> dict[int, int]:

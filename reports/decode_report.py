@@ -6,7 +6,7 @@ from pathlib import Path
 
 from base import log
 from machine.files import write_text
-from reports.blocks import command_line, escape, ratio, settings_tables, shown_pictures, table, times
+from reports.blocks import command_line, escape, number, ratio, settings_tables, shown_pictures, table, times
 from reports.charts import draw_decoding
 from reports.decode_costs import accounting_section, cost_section, stage_section
 from reports.decode_figures import (
@@ -50,8 +50,9 @@ def lead(results: dict) -> list[str]:
     """The answer in a few plain sentences, then the warnings."""
     name, sums = results["drafter"], results["totals"]
     run, verdicts = sums["runs"][name], own_verdicts(results)
-    text = (f"**With {escape(name)} the target emits {run['tau']:.2f} tokens per pass (tau), gamma "
-            f"{escape(results['gamma'])}{trees_of(results)}, over {sums['answers']} answers.** ")
+    text = (f"**With {escape(name)} the target emits {number(run['tau'])} tokens per pass (tau), "
+            f"gamma {escape(results['gamma'])}{trees_of(results)}, over {sums['answers']} "
+            "answers.** ")
     if run["proposed"]:
         text += (f"Of {run['proposed']} proposed tokens {run['accepted']} were accepted "
                  f"({accepted_share(run)}). ")
@@ -112,7 +113,8 @@ def comparison(results: dict) -> list[str]:
 
 def lead_warnings(results: dict) -> list[str]:
     verify_ms, lines = pass_ms(results), []
-    if results["quantization"] == "4bit" and 9 in verify_ms and verify_ms[9] > 1.25 * verify_ms[1]:
+    is_measured = verify_ms.keys() >= {1, 9}
+    if results["quantization"] == "4bit" and is_measured and verify_ms[9] > 1.25 * verify_ms[1]:
         lines.append("> **Warning:** verifying several tokens is slow with these 4-bit products: 9 "
                      f"tokens take {verify_ms[9] / verify_ms[1]:.2f} times as long as one here. "
                      "Try --quantization none if the weights fit.")
@@ -144,12 +146,13 @@ def who_pays(results: dict) -> str:
         return (f"**On this machine {escape(best)} pays most:** decoding everything takes it "
                 f"{seconds[best]:.2f} s, decoding plainly {plain_s:.2f} s, {times(speed)} the "
                 f"speed{chosen}.")
+    over_one = verify_ms[9] / verify_ms[1] if verify_ms.keys() >= {1, 9} else None
     return (f"**On this machine no drafter pays:** the best, {escape(best)}, takes "
             f"{seconds[best]:.2f} s to decode everything, decoding plainly {plain_s:.2f} s. One of "
-            f"its proposals costs {results['costs_ms']['proposal'][best]:.2f} ms and one token of "
-            f"plain decoding {verify_ms[1]:.2f} ms; verifying 9 tokens costs "
-            f"{verify_ms[9] / verify_ms[1]:.2f} times as much as one, and a pass yields "
-            f"{runs[best]['tau']:.2f} tokens.")
+            f"its proposals costs {number(results['costs_ms']['proposal'][best])} ms and one token "
+            f"of plain decoding {number(verify_ms.get(1))} ms; verifying 9 tokens costs "
+            f"{number(over_one)} times as much as one, and a pass yields "
+            f"{number(runs[best]['tau'])} tokens.")
 
 
 # ----------------------------------------------------------------------------------------- sections
@@ -160,7 +163,7 @@ def drafter_section(results: dict) -> list[str]:
         judged = " / ".join(str(verdicts.get(key, 0)) for key in VERDICTS) if verdicts else "-"
         shown = f"**{escape(name)}**" if name == results["drafter"] else escape(name)
         rows.append([
-            shown, f"{run['tau']:.2f}", run["passes"], run["proposed"],
+            shown, number(run['tau']), run["passes"], run["proposed"],
             accepted_share(run), f"{run['draft_s']:.2f}", f"{run['verify_s']:.2f}",
             *(times(speed[key])
               for key in ("plain", "generate", "whole")), "reference" if name == "none" else judged
@@ -194,12 +197,13 @@ def verdict_section(results: dict) -> list[str]:
         escape(name), judged["position"], "-" if judged["gap"] is None else f"{judged['gap']:.3g}",
         "**WRONG**" if judged["verdict"] == "WRONG" else "tie"
     ] for answer, name, judged in differences[:MAX_ROWS]]
+    noise = "unknown" if results["noise"] is None else f"{results['noise']:.3g}"
     lines = ["## Verdicts", "",
              "exact: the same tokens as our own loop without drafts (generate is compared with "
              "that loop too). Otherwise the target is asked again. The verdict is tie if, at the "
              "first difference, both tokens, and from there on each token of the speculative "
              "answer, lie no further below the target's best logit than the noise, "
-             f"{results['noise']:.3g} here; otherwise it is WRONG. The noise is 4 times the "
+             f"{noise} here; otherwise it is WRONG. The noise is 4 times the "
              "largest difference of a logit between four ways to compute the same tokens: one by "
              "one, together, in the prefill, and by transformers' own forward pass, measured in "
              "this run. position: the number of equal "

@@ -249,7 +249,7 @@ def training_section(results: dict, pictures: list[str]) -> list[str]:
              if results["refitted"] else "")
     return [
         "## Training", "",
-        f"{len(phases)} epochs ({counts}), {results['seconds']['until_trained']:.0f} s with "
+        f"{len(phases)} epochs ({counts}), {number(results['seconds']['until_trained'], 0)} s with "
         f"reading the pairs. Epoch {best['epoch']} was selected, the best on validation: "
         f"{percent(best['validation_alpha'])} accepted. {again}In the curves, loss and top-1 "
         "on train come from the training pass itself, with dropout "

@@ -461,3 +461,34 @@ def test_an_answer_of_one_token_is_no_decoding_however_long_it_took(tmp_path):
     ("32", "gamma auto, trees of up to 32 nodes, over 2")])
 def test_the_lead_says_whether_proposals_were_trees(tmp_path, tree, words):
     assert words in lead(tmp_path, **({} if tree is None else {"tree": tree}))
+
+
+def without(results: dict, *places: str) -> dict:
+    """The results with null at these places: costs_ms.verify.1; * stands for every key."""
+    def blank(value: dict, first: str, *rest: str) -> None:
+        for key in list(value) if first == "*" else [first]:
+            if rest:
+                blank(value[key], *rest)
+            else:
+                value[key] = None
+
+    for place in places:
+        blank(results, *place.split("."))
+    return results
+
+
+FIGURES = ("noise", "costs_ms.vision", "costs_ms.prefill", "costs_ms.verify.*", "costs_ms.verify.1",
+           "costs_ms.verify.9", "costs_ms.proposal.*", "costs_ms.eventgpt.verify.*", "totals.runs.*.tau")
+
+
+@pytest.mark.parametrize("slow", [False, True])             # no drafter pays: another sentence
+@pytest.mark.parametrize("places", [*[(place,) for place in FIGURES], FIGURES])
+def test_a_figure_that_is_null_leaves_a_page_and_a_log_line(tmp_path, monkeypatch, places, slow):
+    rows = answers()
+    for row in rows:
+        row["runs"]["hybrid"]["verify_s"] *= 20 if slow else 1
+    results = without(decoding(rows=rows), *places)
+    monkeypatch.setattr(sys.modules[__name__], "decoding", lambda: results)
+    text = page(tmp_path, plots="totals.runs.*.tau" in places)
+    assert "None" not in text.split("## Settings")[0]
+    assert "hybrid" in one_line(results)

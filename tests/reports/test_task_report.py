@@ -275,3 +275,22 @@ def test_the_first_place_that_does_not_fit_is_named(tmp_path, value, words):
     shape = {"a": optional(int), "b": [{"c": str}]}
     with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
         check_shape(tmp_path / "x.json", value, shape, "make it again")
+
+
+def figures_to_null(value):
+    """The value with null in place of every figure that is no whole number."""
+    if isinstance(value, dict):
+        return {key: figures_to_null(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [figures_to_null(part) for part in value]
+    return None if isinstance(value, float) else value
+
+
+def test_a_task_whose_figures_are_all_null_has_a_page(tmp_path):
+    task = write_task(tmp_path)
+    file = task / "results.json"
+    results = figures_to_null(json.loads(file.read_text()))
+    results["seconds"]["until_trained"] = None
+    file.write_text(json.dumps(results))
+    report.write_report(task, {}, plots=False)
+    assert "None" not in (task / "RESULTS.md").read_text().split("## Settings")[0]
