@@ -1,4 +1,4 @@
-"""Files that ask for all memory or all time: mostly holes, deflated zeros, very many small parts, growing ones.
+"""Files that ask for all memory or all time: holes, deflated zeros, very many small parts, growing ones.
 
     for case in cases(kind, whole, number): case.content, case.size, case.grows
 """
@@ -77,7 +77,8 @@ def rezipped(parts: dict[str, bytes], hostile: str, packed: bytes, size: int) ->
         file += b"PK\3\4" + common + struct.pack("<HH", len(letters), 0) + letters + stored
     start = len(file)
     for common, letters, place in entries:
-        file += b"PK\1\2\x14\0" + common + struct.pack("<HHHHHII", len(letters), 0, 0, 0, 0, 0, place) + letters
+        file += b"PK\1\2\x14\0" + common
+        file += struct.pack("<HHHHHII", len(letters), 0, 0, 0, 0, 0, place) + letters
     file += b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, len(entries), len(entries), len(file) - start, start, 0)
     return bytes(file)
 
@@ -106,7 +107,8 @@ def repeated(kind: str, whole: bytes, chosen: random.Random, count: int) -> byte
         body = whole[12:] + (chosen.choice([b"ANMF", b"EXIF", b"XMP ", b"VP8 "]) + bytes(4)) * count
         return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
     if kind in JSON:
-        piece = chosen.choice([b"[", b'{"a":', b"[],", b"{},", b"9", b'"a",', b"\n", b"-", b"{}\n", b"\xef\xbb\xbf"])
+        piece = chosen.choice([b"[", b'{"a":', b"[],", b"{},", b"9", b'"a",', b"\n", b"-", b"{}\n",
+                               b"\xef\xbb\xbf"])
         front = chosen.choice([b"", b"[", whole[:chosen.randrange(len(whole))]])
         return front + piece * (count * 20) + chosen.choice([b"", b"]", b"0]"])
     place = chosen.randrange(len(whole))                   # any format: a stretch of it, many times

@@ -17,9 +17,10 @@ from tests.isolated import Isolated
 from tests.test_mutated import saved, whole, world  # noqa: F401  (fixtures)
 
 # Inputs of each kind in the long run: 2,000 in all. Opening a model folder takes longer than a picture.
-LONG = {"pairs": 120, "index": 120, "questions": 120, "journal": 120, "results": 100, "decode": 100, "config": 80,
-        "tokenizer": 60, "safetensors": 60, "preprocessor": 40, "png": 120, "jpeg": 120, "gif": 100, "webp": 100,
-        "npy": 120, "npz": 100, "pt": 100, "resume": 60, "mp4": 80, "mkv": 60, "avi": 60, "ts": 60, "h5": 60}
+LONG = {"pairs": 120, "index": 120, "questions": 120, "journal": 120, "results": 100, "decode": 100,
+        "config": 80, "tokenizer": 60, "safetensors": 60, "preprocessor": 40, "png": 120, "jpeg": 120,
+        "gif": 100, "webp": 100, "npy": 120, "npz": 100, "pt": 100, "resume": 60, "mp4": 100, "mkv": 80,
+        "avi": 80, "ts": 80, "h5": 80}
 QUICK = 5                      # of each kind in the tests of every day
 OUT_OF_MEMORY = ("MachineTrouble", "MemoryError", "out of memory", "bad_alloc", "DefaultCPUAllocator")
 
@@ -35,8 +36,8 @@ def large(world, whole) -> dict[str, bytes]:  # noqa: F811
     for kind in ("mkv", "avi", "ts"):
         files[kind] = video_in(world / f"a.{kind}", frames)
     with h5py.File(world / "a.h5", "w") as file:
-        for name, column in {"x": np.arange(99, dtype=np.uint16), "y": np.arange(99, dtype=np.uint16),
-                             "p": np.arange(99, dtype=np.uint8) % 2, "t": np.arange(99, dtype=np.uint32)}.items():
+        for name, dtype in {"x": np.uint16, "y": np.uint16, "p": np.uint8, "t": np.uint32}.items():
+            column = np.arange(99).astype(dtype) % (2 if name == "p" else 99)
             file.create_dataset(f"events/{name}", data=column, chunks=(32,), compression="gzip")
         file["ms_to_idx"], file["t_offset"] = np.zeros(2, np.uint64), np.int64(5)
     files["h5"] = (world / "a.h5").read_bytes()
@@ -64,7 +65,8 @@ def process(world):  # noqa: F811
         yield process
 
 
-def faults(kind: str, number: int, content: bytes, process: Isolated) -> tuple[collections.Counter, list[str]]:
+def faults(kind: str, number: int, content: bytes,
+           process: Isolated) -> tuple[collections.Counter, list[str]]:
     """How so many huge files of this kind came out; and each crash, hang or lack of memory."""
     outcomes, wrong = collections.Counter(), []
     for row, case in enumerate(cases(kind, content, number)):
@@ -91,7 +93,8 @@ def test_two_thousand_huge_files(large, process, figures):
     found, wrong = collections.Counter(), []
     for kind, number in LONG.items():
         outcomes, faulty = faults(kind, number, large[kind], process)
-        figures.append((f"huge {kind} files", outcomes.total(), f"{outcomes['read']} could be read all the same"))
+        figures.append((f"huge {kind} files", outcomes.total(),
+                        f"{outcomes['read']} could be read all the same"))
         found += outcomes
         wrong += faulty
     figures.append(("all huge files", found.total(),
