@@ -19,7 +19,7 @@ from pathlib import Path
 LIMIT_S = 60                       # without an answer for so long, it hangs
 MEMORY = 12 * 2**30                # bytes of address space; PyTorch takes a good part of it
 READER_MEMORY = 4 * 2**30          # bytes that a reader may take besides
-GROWTH = 2**26                     # bytes by which a growing file grows at a time, a hole, up to
+GROWTH = 2**20                     # bytes by which a growing file grows at a time, a hole, up to
 MOST_GROWTH = 2**35                # so many
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 TOUCHING = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
@@ -150,7 +150,7 @@ class Readers:
         import pairs.splits as splits  # noqa: F401
         import report as program
         import training.phases as training
-        from clips import dataset
+        from clips import dataset, pictures, videos
         from clips.pixels import PixelSettings, clip_pixels
         from decoding.task import read_task
         from drafting.memory import load_memory
@@ -162,6 +162,7 @@ class Readers:
         from training.checkpoints import Fingerprint, Resume
         from vlm import video_llava
 
+        pictures.MAX_PICTURE_S = videos.MAX_WAIT_S = 2        # s: shorter than in earnest, of 20 and 15
         self.folder, self.set, self.model = folder, folder / "set", folder / "model"
         self.cpu, self.dataset, self.video_llava = Runtime.choose("cpu"), dataset, video_llava
         self.tower_reads = lambda images: clip_pixels(images, PixelSettings())
