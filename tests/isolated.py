@@ -150,7 +150,7 @@ class Readers:
         import pairs.splits as splits  # noqa: F401
         import report as program
         import training.phases as training
-        from clips import dataset, pictures, videos
+        from clips import dataset, dsec, pictures, videos
         from clips.pixels import PixelSettings, clip_pixels
         from decoding.task import read_task
         from drafting.memory import load_memory
@@ -162,6 +162,7 @@ class Readers:
         from training.checkpoints import Fingerprint, Resume
         from vlm import video_llava
 
+        dsec.check_reader()                # imports h5py and its filters
         pictures.MAX_PICTURE_S = videos.MAX_WAIT_S = 2        # s: shorter than in earnest, of 20 and 15
         self.folder, self.set, self.model = folder, folder / "set", folder / "model"
         self.cpu, self.dataset, self.video_llava = Runtime.choose("cpu"), dataset, video_llava
