@@ -296,7 +296,16 @@ def check_python() -> None:
         sys.exit(2)
 
 
+def end_with_a_line(kind, error, trace) -> None:
+    """sys.excepthook: a package that a program's first imports miss is one ERROR line and exit 2."""
+    if issubclass(kind, ModuleNotFoundError) and (line := missing_package(error)):
+        log(line)
+        sys.exit(2)
+    sys.__excepthook__(kind, error, trace)
+
+
 check_python()
+sys.excepthook = end_with_a_line
 
 
 def main() -> None:

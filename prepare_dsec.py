@@ -19,8 +19,8 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-import clips.dsec as dsec
 from base import UserError, as_json, check_counts, option, parse_config, required
+from clips import dsec
 from clips.events import Render
 from clips.prepared import LeftOut, PreparedFolder, find_recordings
 from clips.windows import Recipe, clips_of

@@ -1,6 +1,7 @@
 """Picture files (PNG, JPEG, TIFF, ...) as arrays, and PNGs written."""
 
 import io
+import os
 import time
 import warnings
 from pathlib import Path
@@ -31,17 +32,22 @@ GREY_STEP = {"L;2": 85, "L;4": 17}
 
 
 class TimedFile(io.FileIO):
-    """A file that refuses to be read when its time is over, so that a decoder in a loop ends."""
+    """A file that refuses to be read when its time is over, so that a decoder in a loop ends.
+
+    It ends where it ended when it was opened: one that grows meanwhile is not followed.
+    """
 
     def __init__(self, path: Path, seconds: float):
         super().__init__(path)
+        self.size = os.fstat(self.fileno()).st_size
         self.seconds = seconds
         self.end = time.monotonic() + seconds
 
     def read(self, size: int | None = -1) -> bytes:
         if time.monotonic() > self.end:
             raise MediaError(f"it takes more than {self.seconds:g} s to decode")
-        return super().read(size)
+        left = max(0, self.size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def read_event_image(path: Path) -> np.ndarray:
@@ -50,16 +56,19 @@ def read_event_image(path: Path) -> np.ndarray:
     with reading_media("picture", path, Exception):
         check_bytes(path, MAX_PICTURE_BYTES)
         with TimedFile(path, MAX_PICTURE_S) as file, Image.open(file, formats=FORMATS) as picture:
+            if file.size > MAX_PICTURE_BYTES:                      # it has grown since
+                raise MediaError(f"it has {file.size} bytes, wanted {MAX_PICTURE_BYTES} at most")
             check_size(*picture.size)
             if picture.format == "JPEG":
-                check_scans(path)
+                check_scans(path, file.size)
                 picture.decodermaxblock = JPEG_CHUNK
             return to_rgb(picture)
 
 
-def check_scans(path: Path) -> None:
-    """A MediaError if a JPEG has more scans than any that is meant to be looked at."""
-    scans = path.read_bytes().count(b"\xff\xda")
+def check_scans(path: Path, size: int) -> None:
+    """A MediaError if a JPEG of so many bytes has more scans than any that is meant to be looked at."""
+    with open(path, "rb") as file:
+        scans = file.read(size).count(b"\xff\xda")
     if scans > MAX_SCANS:
         raise MediaError(f"a JPEG of {scans} scans, wanted {MAX_SCANS} at most")
 

@@ -150,7 +150,7 @@ def resume_command() -> str:
 
 def then_resume() -> str:
     command = resume_command()
-    return f"then go on with: {command}" if command else "then give the same command again"
+    return f"then resume with: {command}" if command else "then give the same command again"
 
 
 # ---------------------------------------------------------------------------------------------- run

@@ -13,11 +13,16 @@ import os
 import resource
 import shutil
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 
 LIMIT_S = 60                       # without an answer for so long, it hangs
 MEMORY = 12 * 2**30                # bytes of address space; PyTorch takes a good part of it
+READER_MEMORY = 4 * 2**30          # bytes that a reader may take besides
+GROWTH = 2**20                     # bytes by which a growing file grows at a time, a hole, up to
+MOST_GROWTH = 2**35                # so many
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 TOUCHING = {
     "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate",
@@ -43,7 +48,8 @@ class Isolated:
     def __init__(self, folder: Path):
         self.folder, self.process = folder, None
 
-    def read(self, kind: str, content: bytes) -> str:
+    def read(self, kind: str, content: bytes, size: int = 0, grows: bool = False, tail: bytes = b"") -> str:
+        """What came of reading the content, with zeros up to this size and the tail behind it."""
         if self.process is None:
             context = multiprocessing.get_context("spawn")
             self.pipe, theirs = context.Pipe()
@@ -51,7 +57,7 @@ class Isolated:
             self.process.start()
             theirs.close()
         try:
-            self.pipe.send((kind, content))
+            self.pipe.send((kind, content, size, grows, tail))
             if self.pipe.poll(LIMIT_S):
                 return self.pipe.recv()
             outcome = "hang"
@@ -99,20 +105,50 @@ def serve(pipe, folder: Path) -> None:
 
     sys.addaudithook(watch)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    data = size_of_data() + READER_MEMORY
+    resource.setrlimit(resource.RLIMIT_DATA, (data, data))
     while True:
         try:
-            kind, content = pipe.recv()
+            kind, content, size, grows, tail = pipe.recv()
         except EOFError:
             return
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            outcome = readers.outcome(kind, content)
+            outcome = readers.outcome(kind, content, size, grows, tail)
         if touched:
             outcome = f"crash: it touched {touched[0]}"
             touched.clear()
         if "\x1b" in printed.getvalue() or "\r" in printed.getvalue():
             outcome = "crash: control characters in the log"
         pipe.send(outcome)
+
+
+def size_of_data() -> int:
+    """Bytes of private memory that this process has."""
+    words = Path("/proc/self/status").read_text().split("VmData:")[1].split()
+    return int(words[0]) * 1024
+
+
+@contextlib.contextmanager
+def growing(path: Path):
+    """Inside, the file gets longer and longer."""
+    stop = threading.Event()
+
+    def grow() -> None:
+        size = path.stat().st_size
+        while not stop.is_set() and size < MOST_GROWTH:
+            size += GROWTH
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=grow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 class Readers:
@@ -122,7 +158,7 @@ class Readers:
         import pairs.splits as splits  # noqa: F401
         import report as program
         import training.phases as training
-        from clips import dataset
+        from clips import dataset, dsec, pictures, videos
         from clips.pixels import PixelSettings, clip_pixels
         from decoding.task import read_task
         from drafting.memory import load_memory
@@ -134,6 +170,8 @@ class Readers:
         from training.checkpoints import Fingerprint, Resume
         from vlm import video_llava
 
+        dsec.check_reader()                # imports h5py and its filters
+        pictures.MAX_PICTURE_S = videos.MAX_WAIT_S = 2        # s: shorter than in earnest, of 20 and 15
         self.folder, self.set, self.model = folder, folder / "set", folder / "model"
         self.cpu, self.dataset, self.video_llava = Runtime.choose("cpu"), dataset, video_llava
         self.tower_reads = lambda images: clip_pixels(images, PixelSettings())
@@ -142,7 +180,7 @@ class Readers:
         self.Fingerprint = Fingerprint
         self.report, self.program, self.read_task = report, program, read_task
 
-    def outcome(self, kind: str, content: bytes) -> str:
+    def outcome(self, kind: str, content: bytes, size: int = 0, grows: bool = False, tail: bytes = b"") -> str:
         from base import UserError
         from clips.limits import MediaError
 
@@ -151,8 +189,13 @@ class Readers:
             whole = path.with_name(f"{path.name}.whole")
             shutil.move(path, whole)
         try:
-            path.write_bytes(content)
-            getattr(self, kind)(path)
+            with open(path, "wb") as file:
+                file.write(content)
+                file.truncate(max(size, len(content)))
+                file.seek(0, os.SEEK_END)
+                file.write(tail)
+            with growing(path) if grows else contextlib.nullcontext():
+                getattr(self, kind)(path)
             return "read"
         except (MediaError, UserError) as error:
             return f"{type(error).__name__}: {error}"
@@ -168,7 +211,10 @@ class Readers:
         return {"index": self.set / "EventGPT_Instruction_Subset.json", "config": self.model / "config.json",
                 "safetensors": self.model / "model.safetensors",
                 "preprocessor": self.model / "preprocessor_config.json",
+                "tokenizer": self.model / "tokenizer.json",
                 "results": self.folder / "task" / "results.json",
+                "questions": self.folder / "questions.txt",
+                "decode": self.folder / "task" / "decode.json",
                 "journal": self.folder / ".out.json.journal.jsonl"}.get(kind, self.folder / f"file.{kind}")
 
     # Each of these takes the path of a file.
@@ -243,4 +289,23 @@ class Readers:
     def config(self, path: Path) -> None:
         self.video_llava.VideoLlava.load(path.parent, self.cpu)
 
-    safetensors = preprocessor = config
+    safetensors = preprocessor = tokenizer = config
+    jpeg = gif = webp = png
+    mkv = avi = ts = mp4
+
+    def questions(self, path: Path) -> None:
+        from clips.questions import read_questions
+
+        read_questions("", path, 3)
+
+    def decode(self, path: Path) -> None:
+        from reports.decode_figures import one_line, read_decoding
+
+        one_line(read_decoding(path.parent))
+
+    def h5(self, path: Path) -> None:
+        from clips.dsec import EventFile
+
+        with EventFile(path) as events:
+            for _ in events.slices(*events.between(0, 10**6)):
+                pass

@@ -36,7 +36,7 @@ def flags_of(demo: Demo, task: Path, *more) -> list:
     return [
         "--task", task, "--dataset_dir", demo.test_1s, "--draft_model", demo.models / "eventgpt",
         "--target_model", demo.models / "video_llava", "--max_samples", CLIPS, "--max_new_tokens",
-        40, "--num_workers", 1, "--device", "cpu", "--gamma", 4, "--no-plots", *more
+        40, "--num_workers", 1, "--device", "cpu", "--gamma", 4, "--tree", 8, "--no-plots", *more
     ]
 
 

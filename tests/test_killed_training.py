@@ -130,16 +130,15 @@ def test_with_room_a_training_goes_on_that_met_a_full_disk(demo, warm, undisturb
     assert warm.wait(start(warm, demo, task, log)) == 2
     last = log.read_text().splitlines()[-1]
     assert "Traceback" not in log.read_text() and log.read_text().count("ERROR |") == 1
-    assert f"{task}/" in last and "No space left on device; make room, then go on with: " in last
+    assert f"{task}/" in last and "No space left on device; make room, then resume with: " in last
     assert set(names_of(task)) == there and json.loads((task / "results.json").read_text())["unfinished"]
     disk("size=20m")
     assert warm.wait(start(warm, demo, task, log)) == 0
     assert same(whole(task), undisturbed[0])
 
 
-@pytest.mark.parametrize("what", ["draw", "write_text"])
-def test_what_is_measured_is_kept_when_the_page_finds_no_room(demo, undisturbed, tmp_path,
-                                                              monkeypatch, capsys, what):
+@pytest.mark.parametrize("what", ["draw_task", "write_text"])
+def test_what_is_measured_is_kept_when_the_page_finds_no_room(demo, undisturbed, tmp_path, monkeypatch, capsys, what):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -154,7 +153,7 @@ def test_what_is_measured_is_kept_when_the_page_finds_no_room(demo, undisturbed,
     with monkeypatch.context() as patch:
         patch.setattr(report, what, full)
         ends_with(2, *flags_of(demo, tmp_path / "task"))
-    assert "go on with: " in capsys.readouterr().out.splitlines()[-1]
+    assert "resume with: " in capsys.readouterr().out.splitlines()[-1]
     assert "unfinished" not in json.loads((tmp_path / "task" / "results.json").read_text())
     ends_with(0, "--resume", tmp_path / "task")
     assert "epoch" not in capsys.readouterr().out                       # nothing is trained again

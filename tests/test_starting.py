@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -173,6 +174,16 @@ def test_a_disk_without_locks_is_a_warning_and_no_other_workflow(tmp_path):
     assert done.returncode == 0 and "another workflow" not in done.stdout + done.stderr
     assert "WARNING | no locks on the disk of" in done.stdout
     assert "(No locks available)" in done.stdout
+
+
+@pytest.mark.parametrize("program", ["prepare_dsec", "make_demo", "extract_tokens_train",
+                                     "train_and_evaluate", "speculative_decode", "report", "benchmark"])
+def test_help_in_an_environment_without_packages_is_no_traceback(program):
+    done = subprocess.run([sys.executable, "-S", "-E", str(ROOT / f"{program}.py"), "--help"],
+                          capture_output=True, text=True, timeout=60, cwd="/", env={})
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 0 or (done.returncode == 2 and done.stdout.count("\n") == 1
+                                    and "is not installed: " in done.stdout)
 
 
 # ------------------------------------------------------------------------------- .venv of our own

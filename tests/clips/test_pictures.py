@@ -170,3 +170,16 @@ def test_an_error_of_the_system_is_no_fault_of_the_picture(tmp_path, monkeypatch
         monkeypatch.setattr(pictures.Image, "open", fail)
         with pytest.raises(MachineTrouble, match=r"a\.png.*no fault of the clip"):
             read_event_image(tmp_path / "a.png")
+
+
+def test_a_picture_that_grows_while_it_is_read_is_not_followed(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.jpeg")
+    check = pictures.check_scans
+
+    def grow(path, size):
+        with open(path, "ab") as file:
+            file.truncate(20 * 2**30)
+        check(path, size)
+
+    monkeypatch.setattr(pictures, "check_scans", grow)
+    assert read_event_image(tmp_path / "a.jpeg").shape == (8, 8, 3)
