@@ -36,10 +36,10 @@ class Compare:
 
 
 def read_benchmark(path: Path) -> dict:
-    found = read_json(path)
-    if not isinstance(found, dict) or not str(found.get("kind", "")).startswith("benchmark"):
+    results = read_json(path)
+    if not isinstance(results, dict) or not str(results.get("kind", "")).startswith("benchmark"):
         raise UserError(f"{path} is no output of benchmark.py; wanted a file that --output named")
-    return found
+    return results
 
 
 def figures(value, name: str = "") -> dict[str, float]:
@@ -86,9 +86,9 @@ def measure(name: str, config) -> None:
     write_json(config.output, results)
     benchmark.show(results)
     for row in results.get("wanted", []):
-        found = "none" if row["measured"] is None else f"{row['measured']:.4g}"
+        measured = "none" if row["measured"] is None else f"{row['measured']:.4g}"
         of = results.get("wanted_of", "at real size on one H200")
-        log(f"wanted {of} | {row['what']} | {found} | {row['wanted']}")
+        log(f"wanted {of} | {row['what']} | {measured} | {row['wanted']}")
     if old:
         print_comparison(old, read_json(config.output))
     log(f"RESULT | {config.output} | {benchmark.one_line(results)} | {results['seconds']:.0f} s")

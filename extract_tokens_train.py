@@ -22,7 +22,7 @@ from base import UserError, as_json, check_counts, log, option, parse_config, re
 from machine.files import check_plain, make_folder, only_writer
 from machine.running import goes_on_with, run
 from pairs.journal import Journal, Setting
-from vlm.roles import ROLES, Role, View
+from vlm.roles import ROLES, Role, View, content_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,6 @@ def main():
 
     from clips.dataset import read_dataset
     from clips.questions import read_questions
-    from extraction.content import content_of
     from extraction.ledger import Survey
     from extraction.output import find_earlier, may_succeed_now, write_output
 
@@ -128,7 +127,7 @@ def main():
     with only_writer(config.output_file, config.wait):
         samples = read_dataset(config.dataset_dir, config.allow_links or ())
         samples = samples[:config.max_samples if config.max_samples > 0 else None]
-        survey = Survey(samples, questions, view, content_of(samples, view))
+        survey = Survey(samples, questions, view, content_of(samples, ROLES.values(), view))
         earlier = None
         if not config.restart:
             earlier = find_earlier(config.output_file, values_of(config.settings(questions)), survey)

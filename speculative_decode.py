@@ -29,7 +29,7 @@ from decoding.journal import hidden_folder, journal_of, open_journal
 from decoding.limits import PLAIN, check_gamma, check_tree, limits_of
 from drafting.table import LIVE, LIVE_NAMES
 from machine.running import goes_on_with, run
-from vlm.roles import DRAFT, TARGET, View
+from vlm.roles import DRAFT, TARGET, View, content_of
 
 if TYPE_CHECKING:                  # torch is imported only after the flags are read
     from decoding.answers import Answering
@@ -163,7 +163,6 @@ class Stages:
 def main() -> None:
     config = parse_config(DecodeConfig)
 
-    from decoding.clips import content_of
     from decoding.results import results_folder, results_of, write_results
     from decoding.task import read_task
     from machine.device import Runtime

@@ -102,8 +102,7 @@ class Cache:
         heads, room = config.num_heads, 2 * config.max_seq_len + self.SPARE
         self.values = like.new_zeros(config.num_layers, 2, batch, heads, room, config.embed_dim // heads)
         self.slots = torch.arange(room, device=like.device)
-        # Row of a slot: 0 where it sees, else -inf
-        self.masks = like.new_zeros(batch, 1, room, room)
+        self.masks = like.new_zeros(batch, 1, room, room)      # row of a slot: 0 where it sees, else -inf
         self.positions = like.new_zeros(room, config.embed_dim)       # row of a slot: its embedding
         self.length = 0
 
@@ -356,8 +355,7 @@ def load_adapter(path: Path) -> TokenAdapter:
     """
     if not path.exists():
         raise UserError(f"no such file: {path}")
-    checkpoint = read_tensors(path, MAX_CHECKPOINT,
-                              "is not a checkpoint that can be read: {reason}")
+    checkpoint = read_tensors(path, MAX_CHECKPOINT, "is not a checkpoint that can be read: {reason}")
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     check_format(path, checkpoint.get("format"), FORMAT)
     state, recorded = checkpoint.get("model_state_dict"), checkpoint.get("config")
@@ -371,8 +369,7 @@ def load_adapter(path: Path) -> TokenAdapter:
         check_weights(state, integers=("output_ids",), wanted=adapter.state_dict())
         ids = state.get("output_ids", torch.zeros(1))
         if (ids.diff() <= 0).any() or ids[0] < 0 or ids[-1] >= config.vocab_size:
-            raise ValueError("output_ids must be ascending ids below the vocabulary size "
-                             f"{config.vocab_size}")
+            raise ValueError(f"output_ids must be ascending ids below {config.vocab_size}")
     except (UserError, ValueError) as error:
         raise UserError(f"{path} is not an adapter checkpoint: {error}") from error
     adapter.load_state_dict(state, assign=True)

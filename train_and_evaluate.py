@@ -294,7 +294,7 @@ def train_in(task: Path, facts: dict, adapter: TokenAdapter, resume: Resume,
         unfinished = {**facts, "date": now(), "unfinished": True, "history": history}
         write_json(task / "results.json", unfinished)
 
-    show(resume.found["history"] if resume.found else [])
+    show(resume.saved["history"] if resume.saved else [])
     goes_on_with([sys.argv[0], "--resume", str(task)])
     log(f"train | {adapter.num_parameters() / 1e6:.1f} M parameters | vocabulary "
         f"{adapter.config.vocab_size} | {facts['provenance']['device']}")

@@ -65,15 +65,13 @@ class Config:
 
 
 def new_adapter(name: str, config: Config, device: torch.device) -> TokenAdapter:
-    import torch
+    from token_adapter import AdapterConfig
+    from training.adapters import new_adapter as random_adapter
 
-    from token_adapter import AdapterConfig, TokenAdapter
-
-    torch.manual_seed(config.seed)
-    adapter = TokenAdapter(AdapterConfig(
+    sizes = AdapterConfig(
         config.vocab_size, name, config.embed_dim, config.num_layers, config.num_heads,
-        4 * config.embed_dim, config.max_seq_len))
-    return adapter.eval().requires_grad_(False).to(device)
+        4 * config.embed_dim, config.max_seq_len)
+    return random_adapter(sizes, config.seed).eval().requires_grad_(False).to(device)
 
 
 def median_ms(work, device: torch.device, before=lambda: None) -> float:

@@ -157,8 +157,8 @@ def measure(config: Config) -> dict:
             times = [(rows, ways["fused"]["us"]) for rows, ways in products[name]["by_rows"].items()]
             log(f"products | {name:7} | fused, us by rows: " + " ".join(f"{r}:{us:.1f}" for r, us in times))
         equal = agreement(runtime)
-    totals = {way: {rows: DEPTH / 1000 * sum(found["by_rows"][rows][way]["us"]
-                                             for found in products.values()) for rows in ROWS}
+    totals = {way: {rows: DEPTH / 1000 * sum(product["by_rows"][rows][way]["us"]
+                                             for product in products.values()) for rows in ROWS}
               for way in WAYS}
     wanted = [{"what": f"{rows} rows, ms", "measured": totals["fused"][rows], "wanted": f"<= {bound}"}
               for rows, bound in WANTED_MS.items()]
@@ -174,9 +174,9 @@ def show(results: dict) -> None:
         "products of 32 layers, by rows")
     for way, times in results["all_layers_ms"].items():
         log(f"table | {way:12} | " + " | ".join(f"{rows} {ms:.2f}" for rows, ms in times.items()))
-    for name, found in results["products"].items():
-        shares = [(rows, ways["fused"]["share_of_copy"]) for rows, ways in found["by_rows"].items()]
-        error = found["error"]
+    for name, product in results["products"].items():
+        shares = [(rows, ways["fused"]["share_of_copy"]) for rows, ways in product["by_rows"].items()]
+        error = product["error"]
         log(f"table | {name:7} | fused, share of the copy's speed by rows: "
             + " ".join(f"{rows}:{share:.0%}" for rows, share in shares)
             + f" | error {error['fused']:.5f} (bitsandbytes {error['bitsandbytes']:.5f})")

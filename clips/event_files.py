@@ -43,9 +43,9 @@ def check_events(events: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if (events["x"].ndim != 1 or len({column.shape for column in events.values()}) != 1
             or not all(kind in "iu" or (name == "p" and kind == "b")
                        for name, kind in kinds.items())):
-        found = ", ".join(f"{name} {column.dtype} {column.shape}"
-                          for name, column in events.items())
-        raise MediaError(f"x, y, t and p must be whole-number columns of one length, found {found}")
+        columns = ", ".join(f"{name} {column.dtype} {column.shape}"
+                            for name, column in events.items())
+        raise MediaError(f"x, y, t and p must be whole-number columns of one length, found {columns}")
     x, y, t = (events[name] for name in "xyt")
     if x.size:
         if min(x.min(), y.min()) < 0:

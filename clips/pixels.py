@@ -45,8 +45,8 @@ class PixelSettings:
         """
         settings = {}
         for kind in kinds:
-            if found := _find(folder, *SOURCES[kind]):
-                where, values = found
+            if source := _find(folder, *SOURCES[kind]):
+                where, values = source
                 settings[where] = _parse(where, values, image_size)
         if len(set(settings.values())) > 1:
             differing = "; ".join(f"{where}: {values}" for where, values in settings.items())

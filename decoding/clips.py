@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from base import UserError, log
 from machine.files import is_machine_trouble
 from pairs.splits import clip_order
+from vlm.roles import digest_of_files
 
 if TYPE_CHECKING:
     import torch
@@ -90,22 +91,6 @@ def failure(sample: Sample,
         "reason": reason
     }
     return row if question_idx is None else {**row, "question_idx": question_idx}
-
-
-def content_of(samples: list[Sample], roles: list[Role], view: View) -> dict[str, dict[str, str]]:
-    """Model -> clip's key -> digest of the names and sizes of the files that the model sees of the
-    clip.
-    """
-    return {
-        role.name: {sample.key: digest_of_files(role, sample, view) for sample in samples}
-        for role in roles
-    }
-
-
-def digest_of_files(role: Role, sample: Sample, view: View) -> str:
-    from clips.dataset import digest_of
-
-    return digest_of(role.files(sample, view))
 
 
 def in_order(samples: list[Sample], shuffled_by: int | None = None) -> list[Sample]:

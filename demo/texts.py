@@ -58,9 +58,9 @@ def read_text(text: str, phrases: dict) -> dict[str, str | None]:
     Values with the same words (a red and a green light in a draft) are read as the first of them,
     as in neutral().
     """
-    found = {}
+    attributes = {}
     for name, words in phrases.items():
         values = {phrase: value for value, phrase in reversed(words.items())
                   if re.search(rf"\b{phrase}\b", text)}
-        found[name] = next(iter(values.values())) if len(values) == 1 else None
-    return found
+        attributes[name] = next(iter(values.values())) if len(values) == 1 else None
+    return attributes

@@ -11,19 +11,9 @@ import json
 from typing import TYPE_CHECKING
 
 from pairs.journal import Content
-from vlm.roles import ROLES, View
 
 if TYPE_CHECKING:
     from clips.dataset import Sample
-
-
-def content_of(samples: list[Sample], view: View) -> Content:
-    """Model -> clip's key -> digest of the files that the model sees; unusable rows are left out."""
-    from clips.dataset import digest_of
-
-    usable = [sample for sample in samples if not sample.trouble]
-    return {role.name: {sample.key: digest_of(role.files(sample, view)) for sample in usable}
-            for role in ROLES.values()}
 
 
 def digests_of(sample: Sample, content: Content) -> dict[str, str] | None:

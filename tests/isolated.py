@@ -271,8 +271,8 @@ class Readers:
         resume.read()
         trainer = self.training.Trainer(adapter, 4, 1e-3, 9)
         with reading(path, "as training has it"):
-            self.training.take_up(resume.found, [self.training.Phase("prefix", 0, 3)], adapter)
-            self.training.restore(resume.found, trainer, torch.Generator())
+            self.training.take_up(resume.saved, [self.training.Phase("prefix", 0, 3)], adapter)
+            self.training.restore(resume.saved, trainer, torch.Generator())
         for weight in trainer.weights:
             weight.grad = torch.ones_like(weight)
         trainer.optimizer.step()                 # reads and writes all that was restored

@@ -20,12 +20,15 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A room imports rooms of lower floors, and on its own floor only what BESIDE
 # names.
-FLOORS = ({"base"}, {"machine"}, {"pairs", "clips", "reports", "token_adapter"},
-          {"drafting", "acceptance", "vlm"}, {"decoding", "training", "extraction", "demo"}, {
-              "extract_tokens_train", "train_and_evaluate", "speculative_decode", "prepare_dsec",
-              "make_demo", "benchmark", "report", "benchmarks"
-          },
-          )
+FLOORS = (
+    {"base"},
+    {"machine"},
+    {"pairs", "clips", "reports", "token_adapter"},
+    {"drafting", "acceptance", "vlm"},
+    {"decoding", "training", "extraction", "demo"},
+    {"extract_tokens_train", "train_and_evaluate", "speculative_decode", "prepare_dsec", "make_demo",
+     "benchmark", "report", "benchmarks"},
+)
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 BESIDE = {
     "acceptance": {"drafting"}, "benchmark": {"benchmarks"},
@@ -42,10 +45,9 @@ HEAVY = {*LIBRARIES, "torch", "h5py", "hdf5plugin"}      # what `--help` imports
 FILES_AT_ROOT = 9
 LINES_OF_A_FILE = 400
 COLUMNS, COLUMNS_SELDOM_PASSED = 110, 100
-# Budgets that may only go down: to 0 lines over COLUMNS, and 2 % of all lines over
-# COLUMNS_SELDOM_PASSED.
-WIDE_LINES = 479
-SHARE_OF_LONG_LINES = 0.049
+# Budgets, which may only go down. COLUMNS is ruff's limit too.
+WIDE_LINES = 0
+SHARE_OF_LONG_LINES = 0.02
 
 # Violations that are still to be mended, as the checks below word them. This set may only shrink.
 ALLOWED_FOR_NOW: set[str] = set()

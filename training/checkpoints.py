@@ -111,33 +111,33 @@ def _checksum(value) -> int:
 
 # ------------------------------------------------------------------------------------------- resume
 class Resume(Writing):
-    """resume.pt of a task folder; `found`: what it held when the program started."""
+    """resume.pt of a task folder; `saved`: its content when the program started."""
 
     def __init__(self, path: Path, data: Fingerprint, num_parameters: int):
         """num_parameters: of the adapter; a file larger than its training can write is refused."""
         self.path, self.data = path, data
         self.max_bytes = 2**26 + MAX_COPIES * 4 * num_parameters
-        self.found: dict | None = None
+        self.saved: dict | None = None
 
     def read(self) -> None:
         if not self.path.exists():
             log(f"train | {self.path} is not there yet: training begins anew")
             return
-        found = read_tensors(self.path, self.max_bytes, f"can't be used: {{reason}}; {ANEW}")
+        saved = read_tensors(self.path, self.max_bytes, f"can't be used: {{reason}}; {ANEW}")
         with reading(self.path, ANEW):
-            if any(not isinstance(found[name], kind) for name, kind in KINDS.items()):
+            if any(not isinstance(saved[name], kind) for name, kind in KINDS.items()):
                 raise TypeError(f"wanted {', '.join(KINDS)}")
-            check_format(self.path, found.get("format"), FORMAT)
-            changed = self.data.differences(found["data"])
+            check_format(self.path, saved.get("format"), FORMAT)
+            changed = self.data.differences(saved["data"])
         if changed:
             raise UserError(f"the pair files are not those that {self.path.parent} began with (other "
                             f"{', '.join(changed)}); restore those, or train into a new task folder")
-        self.found = {**found, "file": self.path}
-        log(f"train | going on after epoch {found['epoch']} of {found['phase']}")
+        self.saved = {**saved, "file": self.path}
+        log(f"train | going on after epoch {saved['epoch']} of {saved['phase']}")
 
     def of(self, phase: str) -> dict | None:
-        """What was found, if it was written in this phase."""
-        return self.found if self.found and self.found["phase"] == phase else None
+        """The saved state, if it is of this phase."""
+        return self.saved if self.saved and self.saved["phase"] == phase else None
 
     def write(self, **state) -> None:
         with self.timed():

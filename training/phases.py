@@ -88,11 +88,11 @@ class PhaseRun:
         torch.manual_seed(settings.seed + phase.number)
         self.done = self.current = 0                       # epochs: finished, at work
 
-    def resume(self, found: dict) -> None:
+    def resume(self, saved: dict) -> None:
         """Go on from the state of resume.pt."""
-        with reading(found["file"], ANEW):
-            restore(found, self.trainer, self.generator)
-        self.done = self.current = found["epoch"]
+        with reading(saved["file"], ANEW):
+            restore(saved, self.trainer, self.generator)
+        self.done = self.current = saved["epoch"]
 
     def state(self) -> dict:
         """All that the next epoch depends on."""
@@ -126,13 +126,13 @@ class PhaseRun:
                             f"below {self.learning_rate}, in a new task folder") from error
 
 
-def restore(found: dict, trainer: Trainer, generator: torch.Generator) -> None:
+def restore(saved: dict, trainer: Trainer, generator: torch.Generator) -> None:
     """Set all that the epoch after this state depends on."""
-    load_weights(trainer.adapter, found["adapter"])
-    trainer.take_up(found["optimizer"], found["done"])
+    load_weights(trainer.adapter, saved["adapter"])
+    trainer.take_up(saved["optimizer"], saved["done"])
     try:
-        generator.set_state(found["order"])
-        set_random_state(found["random"])
+        generator.set_state(saved["order"])
+        set_random_state(saved["random"])
     except RuntimeError as error:             # about their size and content: no memory is asked for
         raise ValueError(str(error)) from error
 
@@ -155,20 +155,20 @@ class Best:
             self.adapter.load_state_dict(adapter.state_dict())
 
 
-def take_up(found: dict, phases: list[Phase],
+def take_up(saved: dict, phases: list[Phase],
             adapter: TokenAdapter) -> tuple[dict[str, Best], list[dict]]:
     """(best epoch of each phase begun, history) from resume.pt; an error if no training of these
     phases wrote it.
     """
     epochs = {phase.name: phase.epochs for phase in phases}
-    begun = list(epochs)[:list(epochs).index(found["phase"]) + 1]
-    is_epoch = 0 < found["epoch"] <= epochs[found["phase"]]
-    if list(found["best"]) != begun or not is_epoch or found["done"] < 0:
-        raise ValueError(f"epoch {found['epoch']} of {found['phase']}, best of "
-                         f"{', '.join(found['best'])}")
-    history = [{**epoch, "epoch": int(epoch["epoch"])} for epoch in found["history"]]
+    begun = list(epochs)[:list(epochs).index(saved["phase"]) + 1]
+    is_epoch = 0 < saved["epoch"] <= epochs[saved["phase"]]
+    if list(saved["best"]) != begun or not is_epoch or saved["done"] < 0:
+        raise ValueError(f"epoch {saved['epoch']} of {saved['phase']}, best of "
+                         f"{', '.join(saved['best'])}")
+    history = [{**epoch, "epoch": int(epoch["epoch"])} for epoch in saved["history"]]
     best = {}
-    for name, facts in found["best"].items():
+    for name, facts in saved["best"].items():
         model = copy.deepcopy(adapter)
         model.condition(name)
         load_weights(model, facts["adapter"])
@@ -180,16 +180,16 @@ class Selection:
     """The search for the best epoch over all phases; keeps the files of the task up to date."""
 
     def __init__(self, settings: Settings, adapter: TokenAdapter, data: Data, files: TaskFiles):
-        """adapter: on its device, trained in place. Continues from what files.resume found."""
+        """adapter: on its device, trained in place. Continues from files.resume.saved."""
         self.settings, self.adapter, self.files = settings, adapter, files
         self.phases, resume = phases_of(settings), files.resume
         self.best, self.history = {phase.name: Best() for phase in self.phases}, []
         device, width = next(adapter.parameters()).device, adapter.config.max_seq_len
         self.tokens = TokenTensors.of(data.train, width, device)
         self.validation = TokenTensors.of(data.validation, width, device)
-        if resume.found:
+        if resume.saved:
             with reading(resume.path, ANEW):
-                known, self.history = take_up(resume.found, self.phases, adapter)
+                known, self.history = take_up(resume.saved, self.phases, adapter)
             self.best |= known
             best = self.best[self.chosen()]              # best_model.pt may be older than resume.pt
             files.checkpoint.offer(best.adapter, epoch=best.epoch, validation_alpha=best.alpha)
@@ -200,10 +200,10 @@ class Selection:
 
     def run(self) -> None:
         """Run all phases that are left."""
-        found = self.files.resume.found
+        saved = self.files.resume.saved
         first = 0
-        if found:
-            first = next(phase.number for phase in self.phases if phase.name == found["phase"])
+        if saved:
+            first = next(phase.number for phase in self.phases if phase.name == saved["phase"])
         for phase in self.phases:
             best = self.best[phase.name]
             if phase.number >= first:
@@ -214,10 +214,10 @@ class Selection:
 
     def _run_phase(self, phase: Phase) -> None:
         run = PhaseRun(self.adapter, phase, self.tokens, self.settings)
-        found = self.files.resume.of(phase.name)
-        if found:
-            run.resume(found)
-        if found and found["over"]:
+        saved = self.files.resume.of(phase.name)
+        if saved:
+            run.resume(saved)
+        if saved and saved["over"]:
             return
         with run.advising():
             for epoch in run.epochs(phase.epochs):

@@ -44,6 +44,7 @@ class LoadedModel(VisionLanguageModel):
     def facts(self, name: str | Path) -> dict:
         language_model, _ = self.decoder
         return {"name": str(name), "revision": self.revision, "vocab_size": self.vocab_size,
+                "bos_id": self.tokenizer.bos_token_id,
                 "quantization": quantization_of(language_model),
                 "dtype": dtype_name(language_model.embed_tokens.weight.dtype)}
 

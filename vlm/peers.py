@@ -146,7 +146,7 @@ class Forced:
         return scores
 
 
-def generate(model: VisionLanguageModel, pixels, answer: list[int], length: int,
+def generate(model: VideoLlava, pixels, answer: list[int], length: int,
              **mode) -> list[int]:
     """The first `length` tokens of the recorded answer, by transformers' greedy generate."""
     prompt = model._prompt_ids(len(pixels), QUERY)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -153,3 +153,17 @@ DRAFT = Role("draft", "eventgpt", "egpt", "EventGPT", "draft_model", "vlm.eventg
 TARGET = Role("target", "videollava", "vl", "Video-LLaVA", "target_model", "vlm.video_llava", VIDEO)
 ROLES = {role.role: role for role in (DRAFT, TARGET)}
 BY_NAME = {role.name: role for role in ROLES.values()}       # the names that files use
+
+
+def digest_of_files(role: Role, sample: Sample, view: View) -> str:
+    """A digest of the names and sizes of the files that the model sees of this sample."""
+    from clips.dataset import digest_of
+
+    return digest_of(role.files(sample, view))
+
+
+def content_of(samples: list[Sample], roles: Iterable[Role], view: View) -> dict[str, dict[str, str]]:
+    """Model -> clip's key -> digest of the files that it sees; unusable samples are left out."""
+    usable = [sample for sample in samples if not sample.trouble]
+    return {role.name: {sample.key: digest_of_files(role, sample, view) for sample in usable}
+            for role in roles}

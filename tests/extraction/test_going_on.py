@@ -69,6 +69,7 @@ def test_a_stopped_run_goes_on_where_it_was(extract, tmp_path, monkeypatch):
     resumed = extract("--batch_size", 2)
     assert rows_of(resumed) == rows_of(undisturbed)
     assert resumed["models"] == undisturbed["models"]
+    assert [facts["bos_id"] for facts in resumed["models"].values()] == [1, 1]
     assert not journal.exists()
     answers = [(e["model"], e["key"]) for entries in calls for e in entries if "key" in e]
     # Only the torn one was answered twice

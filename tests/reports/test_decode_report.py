@@ -395,7 +395,8 @@ def test_the_same_page_is_made_again_from_decode_json_alone(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    (None, "no such file"), ("[]", "is not the decode.json"), ("{", "JSON"), ('{"kind": "training"}', "is not the decode.json")])
+    (None, "no such file"), ("[]", "is not the decode.json"), ("{", "JSON"),
+    ('{"kind": "training"}', "is not the decode.json")])
 def test_a_folder_without_decode_json_is_a_user_error(tmp_path, content, words):
     if content:
         (tmp_path / "decode.json").write_text(content)

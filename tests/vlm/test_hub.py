@@ -53,6 +53,7 @@ def test_the_revision_is_the_commit_of_the_snapshot(cache):
             "name": NAME,
             "revision": commit,
             "vocab_size": 691,
+            "bos_id": 1,
             "quantization": "none",
             "dtype": "float32",
         }
