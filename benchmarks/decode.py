@@ -68,7 +68,8 @@ class Config:
     compare: Path | None = option(None,
                                   "an earlier output: print old, new and ratio of each figure")
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "of the target's weights")
-    quantization: Literal["4bit", "none"] = option("none", "4bit: the target as a checkpoint loaded so")
+    quantization: Literal["4bit", "none"] = option("none",
+                                                   "4bit: the target as a checkpoint loaded so")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     compile: bool = option(
         True, "let transformers compile the step on its static cache, as it does by itself")

@@ -45,9 +45,13 @@ def transformers_modes(model: VisionLanguageModel, gamma: str,
     # more of these than there are features (ValueError). A suppressed token is not proposed.
     suppressed = [model.model.config.video_token_index]
     tokens = LOOKUP_TOKENS if gamma == AUTO else int(gamma)
-    return {"generate": {},
-            "generate, static cache": {"cache_implementation": "static", "disable_compile": not may_compile},
-            "generate, prompt lookup": {"prompt_lookup_num_tokens": tokens, "suppress_tokens": suppressed}}
+    return {
+        "generate": {}, "generate, static cache": {
+            "cache_implementation": "static", "disable_compile": not may_compile
+        }, "generate, prompt lookup": {
+            "prompt_lookup_num_tokens": tokens, "suppress_tokens": suppressed
+        }
+    }
 
 
 def run_mode(name: str, mode: dict, model: VisionLanguageModel, pixels: torch.Tensor,

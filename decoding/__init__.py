@@ -1,4 +1,5 @@
-"""Speculative decoding: the loop, its rules, costs, verdicts, the trained task and the stages of a run.
+"""Speculative decoding: the loop, its rules, costs, verdicts, the trained task and the stages of a
+run.
 
 The loop (contracts.py, rules.py, limits.py, loop.py) knows targets and drafters by their Protocols
 alone; a rule, a cost or a stage may be changed without looking elsewhere. What decode.json holds is

@@ -75,8 +75,9 @@ class Clips:
 
     def none_left(self, what: str) -> UserError:
         """The error for a decoding of which nothing is left."""
-        return UserError(f"none of {len(self.samples)} clips could be {what}; the first reason: "
-                         f"{self.failed[0]['reason'] if self.failed else 'the data set has no usable clip'}")
+        return UserError(
+            f"none of {len(self.samples)} clips could be {what}; the first reason: "
+            f"{self.failed[0]['reason'] if self.failed else 'the data set has no usable clip'}")
 
 
 def failure(sample: Sample,

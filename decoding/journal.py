@@ -162,7 +162,8 @@ class DecodingJournal:
         })
         reasons = [differences(there, settings)]
         if changed:
-            reasons.append(f"the files of {len(changed)} clips have changed, the first: {changed[0]}")
+            reasons.append(f"the files of {len(changed)} clips have changed, the first: "
+                           f"{changed[0]}")
         if differs := "; ".join(filter(None, reasons)):
             raise UserError(
                 f"{self.path} is the journal of another decoding ({differs}); give that command "

@@ -7,8 +7,10 @@ import dataclasses
 from base import UserError
 
 AUTO = "auto"                      # --gamma: as many as are worth their cost
-PLAIN = "none"                     # the drafter that proposes nothing; all others are compared with it
-MAX_GAMMA = 16                     # with --gamma auto: verifying 17 tokens costs little more than one
+# The drafter that proposes nothing; all others are compared with it
+PLAIN = "none"
+# With --gamma auto: verifying 17 tokens costs little more than one
+MAX_GAMMA = 16
 MAX_NODES = 64                     # of a tree, verified in one pass with the last token
 # Numbers of tokens whose passes are timed: those of chains, and some of trees.
 MEASURED_SIZES = (*range(1, MAX_GAMMA + 2), 33, MAX_NODES + 1)

@@ -90,7 +90,8 @@ def decode(target: Target,
         drafted = time.perf_counter()
         emitted = verified(target, decoded.tokens, proposed, limits, rule)
         if NO_TOKEN in emitted and proposed.tokens:
-            # Logits that are no numbers behind one proposal can spoil those before it in the same pass.
+            # Logits that are no numbers behind one proposal can spoil those before it in the same
+            # pass.
             proposed = Tree()
             emitted = verified(target, decoded.tokens, proposed, limits, rule)
         if NO_TOKEN in emitted:

@@ -103,7 +103,9 @@ def break_even(results: dict) -> list[str]:
     if results["gamma"] == "auto" and run["proposed"]:
         proposal_ms, how = 1000 * run["draft_s"] / run["proposed"], "the average of this run"
     if proposal_ms is None or 1 not in verify_ms:
-        return [f"### Break-even: {escape(name)}", "", "Not all costs that it needs were measured.", ""]
+        return [
+            f"### Break-even: {escape(name)}", "", "Not all costs that it needs were measured.", ""
+        ]
     for gamma in (size - 1 for size in verify_ms if size > 1):
         round_ms = verify_ms[gamma + 1] + gamma * proposal_ms
         even, simulated = round_ms / verify_ms[1], simulated_taus.get(str(gamma))

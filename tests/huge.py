@@ -1,4 +1,5 @@
-"""Files that ask for all memory or all time: holes, deflated zeros, very many small parts, growing ones.
+"""Files that ask for all memory or all time: holes, deflated zeros, very many small parts, growing
+ones.
 
     for case in cases(kind, whole, number): case.content, case.size, case.grows
 """
@@ -13,7 +14,8 @@ from collections.abc import Iterator
 
 GIB = 2**30
 SIZES = (2**27 + 1, GIB, 2**31 - 1, 2**31 + 1, 4 * GIB + 5, 20 * GIB, 2**40)
-JSON = ("pairs", "index", "journal", "results", "decode", "config", "tokenizer", "preprocessor", "questions")
+JSON = ("pairs", "index", "journal", "results", "decode", "config", "tokenizer", "preprocessor",
+        "questions")
 VIDEOS = ("mp4", "mkv", "avi", "ts")
 PICTURES = ("png", "jpeg", "gif", "webp")
 ARCHIVES = ("pt", "npz", "resume")
@@ -48,7 +50,8 @@ def sparse(whole: bytes, chosen: random.Random) -> Case:
 
 
 def growing(whole: bytes, chosen: random.Random) -> Case:
-    return Case("growing", chosen.choice([whole, whole[:chosen.randrange(1, len(whole))], whole + b"\n"]),
+    return Case("growing",
+                chosen.choice([whole, whole[:chosen.randrange(1, len(whole))], whole + b"\n"]),
                 grows=True)
 
 
@@ -79,7 +82,8 @@ def rezipped(parts: dict[str, bytes], hostile: str, packed: bytes, size: int) ->
     for common, letters, place in entries:
         file += b"PK\1\2\x14\0" + common
         file += struct.pack("<HHHHHII", len(letters), 0, 0, 0, 0, 0, place) + letters
-    file += b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, len(entries), len(entries), len(file) - start, start, 0)
+    file += b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, len(entries), len(entries),
+                                    len(file) - start, start, 0)
     return bytes(file)
 
 

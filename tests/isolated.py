@@ -48,7 +48,8 @@ class Isolated:
     def __init__(self, folder: Path):
         self.folder, self.process = folder, None
 
-    def read(self, kind: str, content: bytes, size: int = 0, grows: bool = False, tail: bytes = b"") -> str:
+    def read(self, kind: str, content: bytes, size: int = 0, grows: bool = False,
+             tail: bytes = b"") -> str:
         """What came of reading the content, with zeros up to this size and the tail behind it."""
         if self.process is None:
             context = multiprocessing.get_context("spawn")
@@ -171,7 +172,8 @@ class Readers:
         from vlm import video_llava
 
         dsec.check_reader()                # imports h5py and its filters
-        pictures.MAX_PICTURE_S = videos.MAX_WAIT_S = 2        # s: shorter than in earnest, of 20 and 15
+        # S: shorter than in earnest, of 20 and 15
+        pictures.MAX_PICTURE_S = videos.MAX_WAIT_S = 2
         self.folder, self.set, self.model = folder, folder / "set", folder / "model"
         self.cpu, self.dataset, self.video_llava = Runtime.choose("cpu"), dataset, video_llava
         self.tower_reads = lambda images: clip_pixels(images, PixelSettings())
@@ -180,7 +182,8 @@ class Readers:
         self.Fingerprint = Fingerprint
         self.report, self.program, self.read_task = report, program, read_task
 
-    def outcome(self, kind: str, content: bytes, size: int = 0, grows: bool = False, tail: bytes = b"") -> str:
+    def outcome(self, kind: str, content: bytes, size: int = 0, grows: bool = False,
+                tail: bytes = b"") -> str:
         from base import UserError
         from clips.limits import MediaError
 
@@ -208,14 +211,14 @@ class Readers:
                 shutil.move(whole, path)
 
     def place(self, kind: str) -> Path:
-        return {"index": self.set / "EventGPT_Instruction_Subset.json", "config": self.model / "config.json",
-                "safetensors": self.model / "model.safetensors",
-                "preprocessor": self.model / "preprocessor_config.json",
-                "tokenizer": self.model / "tokenizer.json",
-                "results": self.folder / "task" / "results.json",
-                "questions": self.folder / "questions.txt",
-                "decode": self.folder / "task" / "decode.json",
-                "journal": self.folder / ".out.json.journal.jsonl"}.get(kind, self.folder / f"file.{kind}")
+        return {
+            "index": self.set / "EventGPT_Instruction_Subset.json",
+            "config": self.model / "config.json", "safetensors": self.model / "model.safetensors",
+            "preprocessor": self.model / "preprocessor_config.json", "tokenizer": self.model /
+            "tokenizer.json", "results": self.folder / "task" / "results.json",
+            "questions": self.folder / "questions.txt", "decode": self.folder / "task" /
+            "decode.json", "journal": self.folder / ".out.json.journal.jsonl"
+        }.get(kind, self.folder / f"file.{kind}")
 
     # Each of these takes the path of a file.
     def pairs(self, path: Path) -> None:
@@ -245,7 +248,8 @@ class Readers:
         content = {"eventgpt": {"town/1": "a"}, "videollava": {}}
         with self.Journal(self.folder / "out.json", {}, content) as journal:
             for (model, number), keys in journal.places.items():
-                assert all(isinstance(journal.read(model, key, number)["tokens"], list) for key in keys)
+                assert all(
+                    isinstance(journal.read(model, key, number)["tokens"], list) for key in keys)
 
     def results(self, path: Path) -> None:
         from machine.files import reading
@@ -267,7 +271,8 @@ class Readers:
         from machine.files import reading
 
         adapter = small_adapter()
-        resume = self.Resume(path, self.Fingerprint({"train tokens": 1}, [1, 2]), adapter.num_parameters())
+        resume = self.Resume(path, self.Fingerprint({"train tokens": 1}, [1, 2]),
+                             adapter.num_parameters())
         resume.read()
         trainer = self.training.Trainer(adapter, 4, 1e-3, 9)
         with reading(path, "as training has it"):

@@ -1,6 +1,8 @@
-"""Files that ask for all memory or all time cost one ERROR line or a row in `failed`, soon and within 4 GiB.
+"""Files that ask for all memory or all time cost one ERROR line or a row in `failed`, soon and
+within 4 GiB.
 
-The readers run in a process of their own (tests/isolated.py) on what tests/huge.py makes of whole files.
+The readers run in a process of their own (tests/isolated.py) on what tests/huge.py makes of whole
+files.
 """
 
 import collections
@@ -16,13 +18,17 @@ from tests.huge import cases
 from tests.isolated import Isolated
 from tests.test_mutated import saved, whole, world  # noqa: F401  (fixtures)
 
-# Inputs of each kind in the long run: 2,000 in all. Opening a model folder takes longer than a picture.
-LONG = {"pairs": 120, "index": 120, "questions": 120, "journal": 120, "results": 100, "decode": 100,
-        "config": 80, "tokenizer": 60, "safetensors": 60, "preprocessor": 40, "png": 120, "jpeg": 120,
-        "gif": 100, "webp": 100, "npy": 120, "npz": 100, "pt": 100, "resume": 60, "mp4": 100, "mkv": 80,
-        "avi": 80, "ts": 80, "h5": 80}
+# Inputs of each kind in the long run: 2,000 in all. Opening a model folder takes longer than a
+# picture.
+LONG = {
+    "pairs": 120, "index": 120, "questions": 120, "journal": 120, "results": 100, "decode": 100,
+    "config": 80, "tokenizer": 60, "safetensors": 60, "preprocessor": 40, "png": 120, "jpeg": 120,
+    "gif": 100, "webp": 100, "npy": 120, "npz": 100, "pt": 100, "resume": 60, "mp4": 100, "mkv": 80,
+    "avi": 80, "ts": 80, "h5": 80
+}
 QUICK = 5                      # of each kind in the tests of every day
-OUT_OF_MEMORY = ("MachineTrouble", "MemoryError", "out of memory", "bad_alloc", "DefaultCPUAllocator")
+OUT_OF_MEMORY = ("MachineTrouble", "MemoryError", "out of memory", "bad_alloc",
+                 "DefaultCPUAllocator")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,8 @@ def large(world, whole) -> dict[str, bytes]:  # noqa: F811
     frames = np.random.default_rng(0).integers(0, 255, (10, 32, 48, 3), dtype=np.uint8)
     picture, files = Image.fromarray(frames[0]), dict(whole)
     for kind, how in (("jpeg", {"progressive": True}), ("gif", {}), ("webp", {})):
-        files[kind] = saved(lambda file, kind=kind, how=how: picture.save(file, kind.upper(), **how))
+        files[kind] = saved(
+            lambda file, kind=kind, how=how: picture.save(file, kind.upper(), **how))
     for kind in ("mkv", "avi", "ts"):
         files[kind] = video_in(world / f"a.{kind}", frames)
     with h5py.File(world / "a.h5", "w") as file:
@@ -50,7 +57,8 @@ def large(world, whole) -> dict[str, bytes]:  # noqa: F811
 
 def video_in(path: Path, frames: np.ndarray) -> bytes:
     """The frames as MPEG-4 in the container that the path's suffix names."""
-    with av.open(str(path), "w", format={".mkv": "matroska", ".ts": "mpegts"}.get(path.suffix)) as file:
+    with av.open(str(path), "w", format={".mkv": "matroska",
+                                         ".ts": "mpegts"}.get(path.suffix)) as file:
         out = file.add_stream("mpeg4", rate=20)
         out.height, out.width, out.pix_fmt = *frames[0].shape[:2], "yuv420p"
         for frame in frames:
@@ -76,8 +84,8 @@ def faults(kind: str, number: int, content: bytes,
             fault = "memory"
         outcomes[fault] += 1
         if fault in ("crash", "hang", "memory"):
-            wrong.append(f"{kind} {row} ({case.what}, {len(case.content)} bytes, size {case.size}, tail "
-                         f"{len(case.tail)}): {outcome}")
+            wrong.append(f"{kind} {row} ({case.what}, {len(case.content)} bytes, size {case.size}, "
+                         f"tail {len(case.tail)}): {outcome}")
     return outcomes, wrong
 
 

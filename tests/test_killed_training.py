@@ -34,7 +34,8 @@ def flags_of(demo: Demo, task: Path) -> list:
 
 def start(warm: Warm, demo: Demo, task: Path, log: Path) -> int:
     """As the workflow does it: what was begun goes on."""
-    flags = ["--resume", task, "--device", "cpu"] if (task / "resume.pt").exists() else flags_of(demo, task)
+    flags = ["--resume", task, "--device", "cpu"] if (task / "resume.pt").exists() else flags_of(
+        demo, task)
     return warm.start(flags, log, "train_and_evaluate.py")
 
 
@@ -72,7 +73,8 @@ def epochs_of(task: Path) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------ kill -9
-def kill_at_random(demo: Demo, warm: Warm, folder: Path, undisturbed: tuple, kills: int, each: int) -> dict:
+def kill_at_random(demo: Demo, warm: Warm, folder: Path, undisturbed: tuple, kills: int,
+                   each: int) -> dict:
     """Trainings that are killed `each` times and then left to end, until there were so many kills:
     the losses.
     """
@@ -131,14 +133,16 @@ def test_with_room_a_training_goes_on_that_met_a_full_disk(demo, warm, undisturb
     last = log.read_text().splitlines()[-1]
     assert "Traceback" not in log.read_text() and log.read_text().count("ERROR |") == 1
     assert f"{task}/" in last and "No space left on device; make room, then resume with: " in last
-    assert set(names_of(task)) == there and json.loads((task / "results.json").read_text())["unfinished"]
+    assert set(names_of(task)) == there and json.loads(
+        (task / "results.json").read_text())["unfinished"]
     disk("size=20m")
     assert warm.wait(start(warm, demo, task, log)) == 0
     assert same(whole(task), undisturbed[0])
 
 
 @pytest.mark.parametrize("what", ["draw_task", "write_text"])
-def test_what_is_measured_is_kept_when_the_page_finds_no_room(demo, undisturbed, tmp_path, monkeypatch, capsys, what):
+def test_what_is_measured_is_kept_when_the_page_finds_no_room(demo, undisturbed, tmp_path,
+                                                              monkeypatch, capsys, what):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 

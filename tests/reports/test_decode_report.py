@@ -479,7 +479,8 @@ def without(results: dict, *places: str) -> dict:
 
 
 FIGURES = ("noise", "costs_ms.vision", "costs_ms.prefill", "costs_ms.verify.*", "costs_ms.verify.1",
-           "costs_ms.verify.9", "costs_ms.proposal.*", "costs_ms.eventgpt.verify.*", "totals.runs.*.tau")
+           "costs_ms.verify.9", "costs_ms.proposal.*", "costs_ms.eventgpt.verify.*",
+           "totals.runs.*.tau")
 
 
 @pytest.mark.parametrize("slow", [False, True])             # no drafter pays: another sentence

@@ -42,9 +42,11 @@ def measured(share: float, num_pairs: int = 10, length: int = 6, constant: bool 
     names = [""] * num_pairs
     pairs = Pairs(target + 1, *places, target, *places, names, names, [])
     hits = np.arange(length * num_pairs).reshape(num_pairs, length) < share * length * num_pairs
-    found = {"loss": 1.5, **compare(hits, hits, pairs, pairs if constant else None), "memory_share": {},
-             "stream": True, "step_ms": None, "adapter_minus": {}, "drafters": {},
-             "whole_test": num_pairs}
+    found = {
+        "loss": 1.5, **compare(hits, hits, pairs, pairs if constant else None), "memory_share": {},
+        "stream": True, "step_ms": None, "adapter_minus": {}, "drafters": {},
+        "whole_test": num_pairs
+    }
     proposals = np.where(hits, pairs.padded("target", length), -1)[:, :, None].repeat(5, 2)
     for name, drafter in (("adapter", Fixed(proposals, pairs)), ("copy of the draft",
                                                                  Fixed(proposals * 0, pairs))):
