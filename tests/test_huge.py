@@ -26,7 +26,7 @@ LONG = {
     "gif": 100, "webp": 100, "npy": 120, "npz": 100, "pt": 100, "resume": 60, "mp4": 100, "mkv": 80,
     "avi": 80, "ts": 80, "h5": 80
 }
-QUICK = 5                      # of each kind in the tests of every day
+QUICK = 1                      # of each kind in the tests of every day: the daily suite stays short
 OUT_OF_MEMORY = ("MachineTrouble", "MemoryError", "out of memory", "bad_alloc",
                  "DefaultCPUAllocator")
 
