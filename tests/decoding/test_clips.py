@@ -5,8 +5,8 @@ import pytest
 
 from base import UserError
 from clips.dataset import Sample
-from decoding.clips import Clips, content_of, in_order
-from vlm.roles import TARGET, View
+from decoding.clips import Clips, in_order
+from vlm.roles import TARGET, View, content_of
 
 
 class Model:
