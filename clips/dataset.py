@@ -28,7 +28,7 @@ import numpy as np
 from base import UserError, log
 from clips.event_files import read_events
 from clips.events import event_frames
-from clips.limits import MediaError, machine_trouble, still_there
+from clips.limits import MediaError, is_file, machine_trouble, still_there
 from clips.pictures import read_event_image
 from clips.places import MAX_DIGITS, Places, natural_key
 from clips.videos import read_video
@@ -186,7 +186,7 @@ def draft_pictures(sample: Sample, which: Literal["first", "all"]) -> list[np.nd
     if sample.event_images:
         paths = sample.event_images[:1] if which == "first" else sample.event_images
         return [_read_file(sample, path, read_event_image) for path in paths]
-    if sample.events is None or not (sample.events in sample.present or sample.events.is_file()):
+    if sample.events is None or not (sample.events in sample.present or is_file(sample.events)):
         raise MediaError("no event picture listed or found in event_image/, and no raw events in event_npy/")
     pictures = event_frames(_read_file(sample, sample.events, read_events))
     return pictures[:1] if which == "first" else pictures

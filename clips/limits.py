@@ -79,6 +79,19 @@ def machine_trouble(path: Path, error: BaseException) -> MachineTrouble:
                           "then give the same command again")
 
 
+def is_file(path: Path) -> bool:
+    """Whether this is a file that can be found; a name that no disk can hold is none.
+
+    Raises MachineTrouble where the machine can't tell.
+    """
+    try:
+        return path.is_file()
+    except OSError as error:                         # Path.is_file() forgives missing files alone
+        if is_machine_trouble(error):
+            raise machine_trouble(path, error) from error
+        return False
+
+
 def check_bytes(path: Path, limit: int) -> int:
     """The file's size; a MediaError if it has more than `limit` bytes."""
     size = os.stat(path).st_size

@@ -70,6 +70,10 @@ class Places:
             return path.is_file()
         except PermissionError as error:
             raise _no_access(folder, error) from error
+        except OSError as error:                     # a name that no disk can hold is no file
+            if is_machine_trouble(error):
+                raise
+            return False
 
     def walk(self, *parts: str) -> Iterator[tuple[str, ...]]:
         """The files in this folder and all below it, as parts of their paths. Hidden files are left out.

@@ -16,6 +16,7 @@ import torch
 from base import UserError, first_line
 from machine.files import check_plain, write_whole
 
+ZIP_START = b"PK\3\4"        # of the first record
 MAX_DIRECTORY = 2**24          # bytes of the archive's directory: about 250,000 tensors
 MAX_PICKLE = 2**24             # bytes of the pickle: names, shapes, plain facts
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -76,7 +77,9 @@ def _check_archive(path: Path, max_bytes: int) -> None:
     if size > max_bytes:
         raise ValueError(f"it has {size / 2**20:.0f} MiB, wanted at most {max_bytes / 2**20:.0f}")
     with _BoundedReads(path) as file:
-        if not zipfile.is_zipfile(file):
+        # zipfile looks at the end alone; PyTorch reads what doesn't begin so in its form of before 1.6.
+        begins_as_zip = file.read(len(ZIP_START)) == ZIP_START
+        if not begins_as_zip or not zipfile.is_zipfile(file):
             raise ValueError("it is no zip archive, as torch.save writes them since PyTorch 1.6, "
                              "or its end is gone")
         with zipfile.ZipFile(file) as archive:

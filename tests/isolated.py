@@ -84,6 +84,7 @@ class Isolated:
 # -------------------------------------------------------------------------------- in that process
 def serve(pipe, folder: Path) -> None:
     import torch
+    import torch._dynamo  # PyTorch's first optimizer imports it, and it makes a cache folder then
 
     torch.set_num_threads(1)
     readers, touched = Readers(folder), []

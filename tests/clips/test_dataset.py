@@ -182,6 +182,17 @@ def test_an_allowed_folder_is_reached_by_links_alone(folder, tmp_path, name):
     assert "leaves the data set folder" in sample.trouble
 
 
+@pytest.mark.parametrize("row", [
+    {"id": "a", "event_data": f"town_00_a/{'x' * 300}.npy"},
+    {"id": "a", "event_data": "town_00_a/3.npy", "event_image": [f"town_00_a/{'x' * 300}.png"]},
+    {"id": "a", "video_data": f"town_00_a/{'x' * 300}", "mp4_data": f"town_00_a/{'x' * 300}.mp4"}])
+def test_a_name_that_no_disk_can_hold_costs_its_clip_alone(folder, row):
+    (sample,) = read_dataset(with_index(folder, [row]))
+    for read, which in ((draft_pictures, "all"), (target_pictures, 2)):
+        with pytest.raises(MediaError):
+            read(sample, which)
+
+
 def test_links_in_a_circle_are_walked_once(folder):
     (folder / "mp4" / "town_00_a" / "again").symlink_to(folder / "mp4")
     (folder / "mp4" / "circle").symlink_to("circle")

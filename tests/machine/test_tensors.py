@@ -78,6 +78,18 @@ def test_what_is_no_archive_is_refused(tmp_path, content, words):
         read_tensors(tmp_path / "a.pt", LIMIT, "{reason}")
 
 
+def test_an_archive_behind_other_bytes_is_refused_before_pytorch_takes_it_for_an_old_file(
+        tmp_path, monkeypatch):
+    """zipfile reads it all the same, PyTorch as a tar file of before 1.6, into a temporary folder."""
+    path = tmp_path / "a.pt"
+    write_tensors(path, {"x": torch.arange(5)})
+    path.write_bytes(bytes(2**16) + path.read_bytes())
+    assert zipfile.is_zipfile(path)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("PyTorch was asked"))
+    with pytest.raises(UserError, match="it is no zip archive"):
+        read_tensors(path, LIMIT, "{reason}")
+
+
 def test_a_large_directory_or_pickle_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     write_tensors(path, {str(i): torch.zeros(1) for i in range(30)})
