@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import sys
 from collections.abc import Iterator
@@ -244,6 +243,7 @@ def settings_of(config: DecodeConfig, task: Task, questions: list[str], runtime:
     continued.
     """
     from machine.device import device_name
+    from machine.files import digest_of_file
 
     def resolved(name: str | Path) -> str:
         return str(Path(name).resolve() if Path(name).is_dir() else name)
@@ -251,10 +251,7 @@ def settings_of(config: DecodeConfig, task: Task, questions: list[str], runtime:
     values = {
         name: value for name, value in as_json(config).items() if name not in NOT_OF_THE_ANSWERS
     }
-    memories = [
-        hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-        for path in config.memory or ()
-    ]
+    memories = [digest_of_file(path) for path in config.memory or ()]
     return {**values, "task": f"{task.folder.resolve().name} {task.digest}", "questions": questions,
             "dataset_dir": resolved(config.dataset_dir), "memory": memories,
             "target_model": resolved(config.target_model),

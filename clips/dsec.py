@@ -143,9 +143,11 @@ def list_pictures(folder: Path) -> list[Path]:
 def read_times(path: Path) -> list[int]:
     """One whole number (us) a line, each larger than the one before."""
     try:
-        if path.stat().st_size > MAX_TIMES:
+        with open(path, "rb") as file:
+            content = file.read(MAX_TIMES + 1)
+        if len(content) > MAX_TIMES:
             raise MediaError(f"{path} has more than {MAX_TIMES} bytes: that is no list of timestamps")
-        lines = path.read_text("ascii").split()
+        lines = content.decode("ascii").split()
     except (OSError, UnicodeDecodeError) as error:
         if is_machine_trouble(error):
             raise machine_trouble(path, error) from error

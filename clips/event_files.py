@@ -79,7 +79,7 @@ def read_npy(file, size: int) -> dict:
     file.seek(0)
     shape, dtype = read_header(file)
     if dtype.names and len(shape) == 1 and not dtype.hasobject:
-        array = np.frombuffer(file.read(), dtype).reshape(shape)
+        array = np.frombuffer(file.read(size - file.tell()), dtype).reshape(shape)  # it may be growing
         return {name: np.ascontiguousarray(array[name]) for name in COLUMNS if name in dtype.names}
     if shape != () or not dtype.hasobject:
         raise MediaError(f"an array {shape} of {dtype}, wanted a dict with x, y, t and p")

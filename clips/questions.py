@@ -13,7 +13,7 @@ from pathlib import Path
 
 from base import UserError
 from clips.limits import check_input
-from machine.files import read_json
+from machine.files import read_json, read_within
 
 MAX_QUESTIONS_BYTES = 2**26
 KEYS = ("question", "text", "prompt", "turns")
@@ -51,7 +51,7 @@ def read_questions(query: str, questions_file: Path | None, num_questions: int) 
 def read_text(path: Path) -> str:
     """The file's text without a byte-order mark."""
     try:
-        return path.read_text("utf-8-sig")
+        return io.TextIOWrapper(io.BytesIO(read_within(path, MAX_QUESTIONS_BYTES)), "utf-8-sig").read()
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -5,14 +5,13 @@ trained for.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base import UserError, log
 from drafting.parts import LiveParts
-from machine.files import check_format, read_json
+from machine.files import check_format, digest_of_file, read_json
 from reports.shapes import NUMBER, TEXT, check_shape, optional
 from reports.task_figures import FORMAT, REMEASURE
 from vlm.contract import same_weights
@@ -86,7 +85,7 @@ def read_task(folder: Path, memories: Iterable[Path] = ()) -> Task:
         name: {gamma: row["tau"] for gamma, row in (drafter.get("simulated") or {}).items()}
         for name, drafter in test["drafters"].items()
     }
-    digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+    digest = digest_of_file(file)
     return Task(folder, parts, simulated, recorded_models(results), digest)
 
 

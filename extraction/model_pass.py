@@ -13,6 +13,7 @@ from clips.dataset import Sample
 from extraction.answering import Answering, Job
 from extraction.ledger import Ledger, Survey
 from machine.device import Runtime
+from machine.files import read_within
 from pairs.journal import Journal
 from vlm.contract import VisionLanguageModel, same_weights
 from vlm.roles import ROLES, Role
@@ -132,7 +133,7 @@ def earlier_revision(folder: Path) -> str | None:
     """The revision as earlier versions recorded it: names and sizes of files. None for a hub id."""
     if not (folder / "config.json").is_file():
         return None
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256(read_within(folder / "config.json"))
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         digest.update(f"{file.name} {file.stat().st_size}".encode())
     return f"local {digest.hexdigest()[:12]}"

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -148,6 +149,23 @@ def reading(path: Path, otherwise: str) -> Iterator[None]:
                         f"{' '.join(str(error).split())[:200]}); {otherwise}") from error
 
 
+def read_within(path: Path, max_bytes: int = 128 * MIB) -> bytes:
+    """The content of a file of at most max_bytes, even if it grows meanwhile; otherwise a UserError."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(max_bytes + 1) if size <= max_bytes else b""
+    if max(size, len(content)) > max_bytes:
+        raise UserError(f"{path} has {max(size, len(content)) / MIB:,.0f} MiB, wanted at most "
+                        f"{max_bytes / MIB:,.0f} MiB: it is not the file that belongs there")
+    return content
+
+
+def digest_of_file(path: Path) -> str:
+    """16 hex digits of the content, which may be larger than the memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
 def read_json(path: Path, max_bytes: int = 128 * MIB):
     """The JSON value of a file of at most max_bytes; otherwise a UserError that says what is wrong.
 
@@ -156,13 +174,7 @@ def read_json(path: Path, max_bytes: int = 128 * MIB):
     """
     check_plain(path)
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            content = file.read(max_bytes + 1) if size <= max_bytes else b""     # it may be growing
-        if max(size, len(content)) > max_bytes:
-            raise UserError(f"{path} has {max(size, len(content)) / MIB:,.0f} MiB, wanted at most "
-                            f"{max_bytes / MIB:,.0f} MiB: it is not the file that belongs there")
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(read_within(path, max_bytes).decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}") from error
     except OSError as error:

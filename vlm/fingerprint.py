@@ -15,6 +15,8 @@ import os
 import struct
 from pathlib import Path
 
+from machine.files import read_within
+
 WHOLE = 256 * 2**20                # bytes of weights that are read whole: 0.3 s
 PIECES, PIECE = 4, 4096  # read of each tensor of larger weights: so many pieces of so many bytes
 PIECES_OF_A_FILE = 1024  # read of a weight file whose tensors can't be found without unpickling it
@@ -28,7 +30,7 @@ def digest_of(files: list[Path], weights: list[Path], more: str = "") -> str:
     """
     digest = hashlib.blake2b(more.encode(), digest_size=10)
     for file in files:
-        _add(digest, file.name, file.read_bytes())
+        _add(digest, file.name, read_within(file))
     sampled = sum(file.stat().st_size for file in weights) > WHOLE
     for file in weights:
         with open(file, "rb") as opened:

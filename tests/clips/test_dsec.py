@@ -280,3 +280,9 @@ def test_pictures_that_go_away_on_the_way_end_the_run(prepare, two, monkeypatch)
     with pytest.raises(MachineTrouble,
                        match=r"000000\.png was there when this run began and is gone"):
         prepare(*SMALL, "--sequences", GOOD, "--allow_missing", root=root)
+
+
+def test_a_list_of_times_that_grows_while_it_is_read_is_bounded(tmp_path):
+    (tmp_path / "timestamps.txt").symlink_to("/dev/zero")
+    with pytest.raises(MediaError, match="is no list of timestamps"):
+        dsec.read_times(tmp_path / "timestamps.txt")

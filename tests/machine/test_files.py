@@ -227,6 +227,12 @@ def test_a_figure_that_is_no_number_becomes_null_and_a_warning_names_it(tmp_path
     assert capsys.readouterr().out == ""
 
 
+def test_a_file_that_grows_while_it_is_read_is_bounded():
+    """/dev/zero has no size and no end."""
+    with pytest.raises(UserError, match="wanted at most 1 MiB"):
+        files.read_within(Path("/dev/zero"), 2**20)
+
+
 def test_a_json_file_that_is_too_large_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "config.json"
     with open(path, "wb") as file:

@@ -360,6 +360,11 @@ def test_15_gb_are_told_apart_in_less_than_a_second(tmp_path):
     assert fingerprint.digest_of([], files) != before
 
 
+def test_a_file_that_grows_while_it_is_digested_costs_one_error():
+    with pytest.raises(UserError, match="/dev/zero has 128 MiB, wanted at most"):
+        fingerprint.digest_of([Path("/dev/zero")], [])
+
+
 # -------------------------------------------------------------------------------------- what is run
 def test_generation_settings_of_a_folder_change_no_answer(tmp_path):
     folder = shutil.copytree(SOURCES["target"], tmp_path / "model")
