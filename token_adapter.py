@@ -97,9 +97,9 @@ class Cache:
 
     SPARE = 16               # slots that a graph of more tokens than are left may write; never seen
 
-    def __init__(self, config: AdapterConfig, batch: int, like: torch.Tensor):
+    def __init__(self, config: AdapterConfig, batch: int, like: torch.Tensor, spare: int = SPARE):
         """like: a weight of the adapter; the cache takes its device and dtype."""
-        heads, room = config.num_heads, 2 * config.max_seq_len + self.SPARE
+        heads, room = config.num_heads, 2 * config.max_seq_len + spare
         self.values = like.new_zeros(config.num_layers, 2, batch, heads, room, config.embed_dim // heads)
         self.slots = torch.arange(room, device=like.device)
         self.masks = like.new_zeros(batch, 1, room, room)      # row of a slot: 0 where it sees, else -inf
@@ -318,10 +318,15 @@ class TokenAdapter(nn.Module):
         cache.length += tokens.shape[1]
         return self.step_at(tokens, slots, cache)
 
-    def step_at(self, tokens, slots, cache: Cache):
-        """`step` at slots (T,) int64; independent of the host, so that a CUDA graph can hold it."""
-        x = self.embedding(tokens) + cache.positions.index_select(0, slots)
-        return self._logits(self._cached_blocks(x, cache, slots, cache.masks.index_select(2, slots)))
+    def step_at(self, tokens, slots, cache: Cache, places=None, mask=None):
+        """`step` at slots (T,) int64; independent of the host, so that a CUDA graph can hold it.
+
+        places (T,) int64: the slots whose positions the tokens have, where those are not their own;
+        mask (B, 1, T, S): as in SelfAttention.step; None: each sees all slots before its own.
+        """
+        mask = cache.masks.index_select(2, slots) if mask is None else mask
+        x = self.embedding(tokens) + cache.positions.index_select(0, slots if places is None else places)
+        return self._logits(self._cached_blocks(x, cache, slots, mask))
 
     def _cached_blocks(self, x, cache: Cache, slots, mask):
         for number, block in enumerate(self.transformer["layers"]):

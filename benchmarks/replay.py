@@ -135,8 +135,8 @@ class UntaughtTree(Untaught):
     def next_place(self, place, token: int):
         return self.drafter.next_place(place, token)
 
-    def choices(self, place, reached: float, price: float) -> list[tuple[float, int]]:
-        return self.drafter.choices(place, reached, price)
+    def choices(self, place, reached: float, price: float, upcoming) -> list[tuple[float, int]]:
+        return self.drafter.choices(place, reached, price, upcoming)
 
 
 class Ours:

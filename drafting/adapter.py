@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from drafting.baselines import LiveCopy
+from drafting.branches import LOOK_AHEAD, NOTHING_TO_SAY, Branch, BranchSteps
 from drafting.contract import NOTHING, TOP, Costs, NoDrafts, Timer, seconds_per_token
 from drafting.parts import LiveParts, SimulationParts
 from drafting.steps import TOP_K, AdapterSteps, for_proposing, on_host
+from drafting.tree import MAX_CHILDREN, Upcoming, none_upcoming
 from machine.graphs import capture
 from pairs.pairs import Pairs
 from token_adapter import NOT_SCORED, TokenAdapter
@@ -139,11 +141,12 @@ def logit_chunks(adapter: TokenAdapter, x: torch.Tensor) -> Iterator[torch.Tenso
 
 class LiveAdapter(NoDrafts):
     """Live, prefix conditionings: the adapter's own best tokens, chained on the device with one
-    wait a proposal.
+    wait a proposal; or a tree of its best tokens.
     """
 
     def __init__(self, adapter: TokenAdapter):
-        self.steps = AdapterSteps(adapter, top_k=1)
+        self.steps = AdapterSteps(adapter, top_k=MAX_CHILDREN)
+        self.branches = BranchSteps(self.steps)
 
     def begin(self, draft: list[int], question: Sequence[int] = ()) -> None:
         self.steps.begin(draft)
@@ -159,6 +162,20 @@ class LiveAdapter(NoDrafts):
                 break
             proposed.append(ids[0])
         return proposed
+
+    def place_after(self, prefix: list[int]) -> Branch:
+        return self.branches.open(prefix)
+
+    def next_place(self, place: Branch, token: int) -> Branch:
+        return self.branches.below(place, token)
+
+    def choices(self, place: Branch, reached: float, price: float,
+                upcoming: Upcoming = none_upcoming) -> list[tuple[float, int]]:
+        if place.row is None and place.can_follow:
+            others = [other for other, _ in upcoming(LOOK_AHEAD) if other.row is None and other.can_follow]
+            self.branches.read([place, *others])
+        ids, probabilities = place.row or NOTHING_TO_SAY
+        return list(zip(probabilities, ids))
 
     def measure(self, draft: list[int], question: Sequence[int], answer: list[int], timer: Timer,
                 verify_s: float = 0.0) -> Costs:

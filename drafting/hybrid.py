@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from base import log
 from drafting.adapter import Adapter, adapter_passes
+from drafting.branches import LOOK_AHEAD, Branch, BranchSteps
 from drafting.contract import NOTHING, TOP, Costs, Timer, seconds_per_token
 from drafting.memory import LiveMemory, Memory, live_counts, live_memory, simulated_memory, top_of
 from drafting.ngrams import NGrams, State
 from drafting.parts import LiveParts, SimulationParts
 from drafting.steps import AdapterSteps
-from drafting.tree import MAX_CHILDREN
+from drafting.tree import MAX_CHILDREN, Upcoming, none_upcoming
 from token_adapter import TokenAdapter
 
 # candidates for the memory's share; the run's own validation chooses
@@ -58,14 +58,31 @@ class Hybrid:
         self.memory.learn(number)
 
 
+class Place:
+    """A place in a tree: the state of the memory, the node as the adapter reads it."""
+
+    __slots__ = ("branch", "memory", "state")
+
+    def __init__(self, state: State, branch: Branch):
+        self.state, self.branch = state, branch
+        self.memory: list[tuple[float, int]] | None = None
+
+    def memory_choices(self, ngrams: NGrams) -> list[tuple[float, int]]:
+        """The memory's (probability, token), best first; looked up once."""
+        if self.memory is None:
+            self.memory = ngrams.best(self.state, MEMORY_CHOICES)
+        return self.memory
+
+
 class LiveHybrid(LiveMemory):
-    """Live: a chain like the memory's. The adapter runs where the memory is unsure enough to be
-    worth one step.
+    """Live: chains and trees like the memory's. The adapter runs where the memory is unsure enough to
+    be worth a step.
     """
 
     def __init__(self, ngrams: NGrams, adapter: TokenAdapter, share: float):
         super().__init__(ngrams)
         self.share, self.steps = share, AdapterSteps(adapter)
+        self.branches = BranchSteps(self.steps)
 
     def begin(self, draft: list[int], question: Sequence[int] = ()) -> None:
         self.steps.begin(draft)
@@ -85,30 +102,39 @@ class LiveHybrid(LiveMemory):
         sure: probability of the memory's best token: the adapter wins tokens only where the memory
         fails.
         """
-        doubt = 1 - sure
-        worth_a_step = doubt > 1 - SURE and reached * doubt >= self.costs.adapter_step_s * price
-        if not worth_a_step or not self.steps.can_follow(tokens):
+        if not self.is_worth_a_step(1 - sure, reached, price) or not self.steps.can_follow(tokens):
             return [], []
         return self.steps.after(tokens)[0]
 
-    def place_after(self, prefix: list[int]) -> Any:
-        return self.ngrams.at(prefix), prefix
+    def is_worth_a_step(self, doubt: float, reached: float, price: float) -> bool:
+        return doubt > 1 - SURE and reached * doubt >= self.costs.adapter_step_s * price
 
-    def next_place(self, place: Any, token: int) -> Any:
-        state, tokens = place
-        return self.ngrams.after(state, token), [*tokens, token]
+    def place_after(self, prefix: list[int]) -> Place:
+        return Place(self.ngrams.at(prefix), self.branches.open(prefix))
 
-    def choices(self, place: Any, reached: float, price: float) -> list[tuple[float, int]]:
-        state, tokens = place
-        memory = self.ngrams.best(state, MEMORY_CHOICES)
-        sure = memory[0][0] if memory else 0.0
-        ids, probabilities = self.second_opinion(tokens, sure, reached, price)
-        if not ids:
+    def next_place(self, place: Place, token: int) -> Place:
+        return Place(self.ngrams.after(place.state, token), self.branches.below(place.branch, token))
+
+    def choices(self, place: Place, reached: float, price: float,
+                upcoming: Upcoming = none_upcoming) -> list[tuple[float, int]]:
+        memory = place.memory_choices(self.ngrams)
+        if place.branch.row is None and self.wants_step(place, reached, price):
+            others = [other.branch for other, chance in upcoming(LOOK_AHEAD)
+                      if other.branch.row is None and self.wants_step(other, chance, price)]
+            self.branches.read([place.branch, *others])
+        if place.branch.row is None or not place.branch.row[0]:
             return memory[:MAX_CHILDREN]
         remembered = {token: probability for probability, token in memory}
-        mixture = mixed(ids, probabilities, remembered, self.share)
+        mixture = mixed(*place.branch.row, remembered, self.share)
         best = heapq.nlargest(MAX_CHILDREN, mixture, key=mixture.__getitem__)
         return [(mixture[token], token) for token in best]
+
+    def wants_step(self, place: Place, reached: float, price: float) -> bool:
+        """Whether the memory is unsure enough there for a step of the adapter."""
+        if not place.branch.can_follow:
+            return False
+        memory = place.memory_choices(self.ngrams)
+        return self.is_worth_a_step(1 - (memory[0][0] if memory else 0.0), reached, price)
 
     def measure(self, draft: list[int], question: Sequence[int], answer: list[int], timer: Timer,
                 verify_s: float = 0.0) -> Costs:

@@ -20,7 +20,7 @@ from base import UserError, log
 from drafting.contract import NOTHING, TOP, NoDrafts
 from drafting.ngrams import NGrams, State
 from drafting.parts import LiveParts, SimulationParts
-from drafting.tree import MAX_CHILDREN
+from drafting.tree import MAX_CHILDREN, Upcoming, none_upcoming
 from machine.files import check_format, check_plain, write_whole
 from pairs.formats import MAX_ANSWER
 from pairs.pairs import Pairs
@@ -120,7 +120,8 @@ class LiveMemory(NoDrafts):
     def next_place(self, place: Any, token: int) -> Any:
         return self.ngrams.after(place, token)
 
-    def choices(self, place: Any, reached: float, price: float) -> list[tuple[float, int]]:
+    def choices(self, place: Any, reached: float, price: float,
+                upcoming: Upcoming = none_upcoming) -> list[tuple[float, int]]:
         return self.ngrams.best(place, MAX_CHILDREN)
 
     def learn(self, answer: list[int]) -> None:

@@ -18,6 +18,7 @@ from machine.graphs import capture
 from token_adapter import Cache, TokenAdapter
 
 TOP_K = 24  # of the adapter's distribution, what the hybrid mixes: the rest holds no winner
+BRANCH_SLOTS = 128  # behind those of an answer, for the nodes of a tree
 
 
 def on_host(tokens: list[int], device_tensor: torch.Tensor) -> torch.Tensor:
@@ -49,18 +50,19 @@ class AdapterSteps:
     def __init__(self, adapter: TokenAdapter, top_k: int = TOP_K):
         self.adapter, self.config = for_proposing(adapter), adapter.config
         device = adapter.begin.device
-        self.cache = Cache(self.config, 1, self.adapter.begin.detach())
+        self.cache = Cache(self.config, 1, self.adapter.begin.detach(), Cache.SPARE + BRANCH_SLOTS)
         self.tokens = torch.zeros(1, self.SIZES[-1], dtype=torch.long, device=device)
         # Row of each slot: ids (int64) and probabilities (float32) of the token after it, for one
         # copy to the host.
         self.top_k = min(top_k, self.config.outputs)
         size = len(self.cache.slots), 4 * self.top_k
         self.rows = torch.zeros(size, dtype=torch.int32, device=device)
-        self.ids, self.probabilities = self._parts(self.rows)
+        self.ids, self.probabilities = self.parts(self.rows)
         self.single = SingleStep(self.adapter, self.cache)
         self.draft = torch.zeros(1, self.config.max_seq_len, dtype=torch.long, device=device)
         self.draft_length = torch.zeros(1, dtype=torch.long, device=device)
         self.first = self.config.max_seq_len if self.config.conditioning == "prefix+draft" else 0
+        self.draft_tokens = 0
         self.fed: list[int] = []  # tokens of the answer whose keys and values are in the cache
         # position -> its row, on the host
         self.known: dict[int, tuple[list[int], list[float]]] = {}
@@ -83,8 +85,9 @@ class AdapterSteps:
         draft = [token for token in draft if self.knows([token])][:self.config.max_seq_len]
         self.draft[0, :len(draft)].copy_(on_host(draft, self.draft), non_blocking=True)
         self.draft_length.fill_(len(draft))
+        self.draft_tokens = len(draft)
         if self.holds_nan:
-            self._forget_answer()
+            self.forget_answer()
         self._run("start")
         self.fed, self.known = [], {}
 
@@ -102,7 +105,7 @@ class AdapterSteps:
             self.fed = self.fed[:same]
             return [self.known[len(prefix)]]
         if self.holds_nan:
-            self._forget_answer()
+            self.forget_answer()
             same = 0
         for at in range(same, len(prefix), self.SIZES[-1]):
             self._feed(prefix[at:at + self.SIZES[-1]], at)
@@ -113,7 +116,7 @@ class AdapterSteps:
             # each step writes the next one's input: no wait for the device
             for _ in range(further):
                 self._run(1)
-        ids, probabilities = self._parts(self.rows[last:last + further + 1].cpu())
+        ids, probabilities = self.parts(self.rows[last:last + further + 1].cpu())
         self.fed = prefix + ids[:-1, 0].tolist()
         rows = [row if math.isfinite(row[1][0]) else ([], [])
                 for row in zip(ids.tolist(), probabilities.tolist())]
@@ -121,7 +124,7 @@ class AdapterSteps:
         self.known.update({len(prefix) + k: row for k, row in enumerate(rows)})
         return rows
 
-    def _forget_answer(self) -> None:
+    def forget_answer(self) -> None:
         """Clear all slots of the answer: a NaN that no position sees still counts in sums, since 0
         * NaN is NaN, and makes NaNs of what is computed in the same step."""
         self.cache.values[..., self.first + 1:, :] = 0
@@ -156,7 +159,7 @@ class AdapterSteps:
         self.slots[:size].copy_(self.cache.slots[start:start + size])
         self._run(size)
 
-    def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids (n, K) int64 and probabilities (n, K) float32 of rows (n, 4 * K) int32, as views."""
         probabilities = rows.view(torch.float32)[:, 2 * self.top_k:3 * self.top_k]
         return rows.view(torch.long)[:, :self.top_k], probabilities

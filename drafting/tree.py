@@ -10,12 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from drafting.contract import Drafter
 
 MAX_DEPTH = 24                 # tokens on one path
 MAX_CHILDREN = 6               # of one node
+
+# (count) -> (place, probability that it is reached) of the most probable nodes that wait to be chosen
+Upcoming = Callable[[int], list[tuple[Any, float]]]
+
+
+def none_upcoming(count: int) -> list[tuple[Any, float]]:
+    """Where no other place is known."""
+    return []
 
 
 @runtime_checkable
@@ -30,11 +40,13 @@ class Branching(Drafter, Protocol):
     def next_place(self, place: Any, token: int) -> Any:
         """The place after one more token."""
 
-    def choices(self, place: Any, reached: float, price: float) -> list[tuple[float, int]]:
+    def choices(self, place: Any, reached: float, price: float,
+                upcoming: Upcoming) -> list[tuple[float, int]]:
         """(probability, token) of at most MAX_CHILDREN next tokens, best first.
 
         reached: probability that the place is reached; price: tokens per second, as for
-        `Drafter.propose`.
+        `Drafter.propose`; upcoming: what else may be asked for soon, for drafters that work on
+        several places at once.
         """
 
 
@@ -134,22 +146,33 @@ def build_tree(drafter: Branching, prefix: list[int], nodes: int, depth: int = M
     tree with unlikely siblings and loses all of the gain. least: nodes that are reached with less
     probability are left out.
     """
-    tree, heap, number = Tree(), [], 0
+    tree, heap = Tree(), []                 # heap: nodes that wait to be chosen
+    numbers = itertools.count()              # of nodes of equal probability the older comes first
+    places: dict[int, Any] = {}              # of nodes that wait, by number: those made already
 
     def expand(place: Any, node: int, reached: float, level: int) -> None:
-        nonlocal number
-        for probability, token in drafter.choices(place, reached, price):
-            heapq.heappush(heap, (-reached * probability, number, node, token, place, level))
-            number += 1
+        for probability, token in drafter.choices(place, reached, price, upcoming):
+            if reached * probability < least:
+                break
+            heapq.heappush(heap, (-reached * probability, next(numbers), node, token, place, level))
+
+    def upcoming(count: int) -> list[tuple[Any, float]]:
+        return [(place_of(number, token, before), -negative)
+                for negative, number, _, token, before, _ in heapq.nsmallest(count, heap)]
+
+    def place_of(number: int, token: int, before: Any) -> Any:
+        if number not in places:
+            places[number] = drafter.next_place(before, token)
+        return places[number]
 
     expand(drafter.place_after(prefix), -1, 1.0, 1)
     while heap and len(tree.tokens) < nodes:
-        negative, _, parent, token, place, level = heapq.heappop(heap)
-        if -negative < least or not negative:
+        negative, number, parent, token, before, level = heapq.heappop(heap)
+        if not negative:
             break
         tree.tokens.append(token)
         tree.parents.append(parent)
         tree.reached.append(-negative)
         if level < depth and len(tree.tokens) < nodes:
-            expand(drafter.next_place(place, token), len(tree.tokens) - 1, -negative, level + 1)
+            expand(place_of(number, token, before), len(tree.tokens) - 1, -negative, level + 1)
     return tree

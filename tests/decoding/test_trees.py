@@ -76,7 +76,7 @@ class Guessing(NoDrafts):
     def next_place(self, place, token):
         return [*place, token]
 
-    def choices(self, place, reached, price):
+    def choices(self, place, reached, price, upcoming=None):
         tokens = [self.random.randrange(VOCABULARY + 3) for _ in range(self.random.randrange(4))]
         tokens += tokens[:1]
         if len(place) < len(self.answer) and self.random.random() < self.right:
@@ -104,7 +104,7 @@ def test_whatever_tree_is_proposed_the_answer_is_that_of_plain_decoding(nodes, r
 
 def test_a_perfect_tree_needs_the_passes_of_a_perfect_chain():
     class Perfect(Guessing):
-        def choices(self, place, reached, price):
+        def choices(self, place, reached, price, upcoming=None):
             return [(0.9, self.answer[len(place)]),
                     (0.1, 5)] if len(place) < len(self.answer) else []
 
@@ -119,7 +119,7 @@ def test_a_perfect_tree_needs_the_passes_of_a_perfect_chain():
 def test_a_tree_that_is_a_chain_is_verified_as_a_chain(quality):
     """The target's own chain verbs run: nothing changes for targets that know no trees."""
     class Single(Guessing):
-        def choices(self, place, reached, price):
+        def choices(self, place, reached, price, upcoming=None):
             token = self.answer[len(place)] if len(place) < len(self.answer) else 5
             return [(1.0, (token + QUALITY[quality](len(place))) % VOCABULARY)]
 
@@ -231,7 +231,7 @@ def test_the_builder_takes_the_most_probable_nodes_first():
         def next_place(self, place, token):
             return (*place, token)
 
-        def choices(self, place, reached, price):
+        def choices(self, place, reached, price, upcoming=None):
             return {(): [(0.6, 1), (0.3, 2)], (1, ): [(0.4, 3), (0.35, 4)],
                     (2, ): [(0.9, 5)]}.get(place, [])
 

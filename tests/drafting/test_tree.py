@@ -26,7 +26,7 @@ class Dice:
     def next_place(self, place: int, token: int) -> int:
         return token
 
-    def choices(self, place: int, reached: float, price: float) -> list[tuple[float, int]]:
+    def choices(self, place: int, reached: float, price: float, upcoming) -> list[tuple[float, int]]:
         row = self.chances[place]
         return sorted(((float(row[token]), token)
                        for token in range(len(row))), reverse=True) if place else []
