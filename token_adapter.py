@@ -90,9 +90,8 @@ class AdapterConfig:
 class Cache:
     """Keys and values of a batch: the draft, then begin-of-answer and the answer.
 
-    To take back tokens, reduce `length`. Slots are numbered by tensors and masks always span all of
-    them, so that a CUDA graph can replay a step; masks and positions of all slots are tables, of
-    which a step takes rows.
+    To take back tokens, reduce `length`. Slots are numbered by tensors and masks span all of them, so
+    that a CUDA graph can replay a step, which takes rows of the tables of masks and positions.
     """
 
     SPARE = 16               # slots that a graph of more tokens than are left may write; never seen
@@ -258,9 +257,7 @@ class TokenAdapter(nn.Module):
         return columns if self.output_ids is None else self.output_ids[columns]
 
     def labels_of(self, ids):
-        """Token ids -> columns of the logits, any shape; NOT_SCORED and ids that aren't scored ->
-        NOT_SCORED.
-        """
+        """Token ids, any shape -> columns of the logits; NOT_SCORED for ids that aren't scored."""
         if self.output_ids is None:
             return ids
         columns = torch.searchsorted(self.output_ids, ids).clamp(max=len(self.output_ids) - 1)
@@ -320,10 +317,7 @@ class TokenAdapter(nn.Module):
 
     def step_at(self, tokens, slots, cache: Cache, places=None, mask=None):
         """`step` at slots (T,) int64; independent of the host, so that a CUDA graph can hold it.
-
-        places (T,) int64: the slots whose positions the tokens have, where those are not their own;
-        mask (B, 1, T, S): as in SelfAttention.step; None: each sees all slots before its own.
-        """
+        places (T,): the slots whose positions they take, if not their own; mask: as for a block."""
         mask = cache.masks.index_select(2, slots) if mask is None else mask
         x = self.embedding(tokens) + cache.positions.index_select(0, slots if places is None else places)
         return self._logits(self._cached_blocks(x, cache, slots, mask))
