@@ -1,4 +1,6 @@
-"""The TokenAdapter: a small transformer that proposes the target's next tokens; save and load.
+"""The TokenAdapter: a small transformer that proposes the target's next tokens. Needs base.py alone.
+
+    adapter = TokenAdapter.from_pretrained("folder")          # or a hub id, "organisation/name"
 
 Three ways to condition it, through the same blocks:
 
@@ -14,27 +16,32 @@ and Wolf 2017).
 
 import dataclasses
 import functools
-import re
+import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from base import UserError
-from machine.files import check_format
-from machine.tensors import check_weights, read_tensors, some_of, write_tensors
+from base import LARGEST, UserError, first_line
 
 # What output i of the adapter proposes, written into every checkpoint: in the original suite an
 # adapter was trained by one contract and used by another, and nothing was accepted.
 CONTRACTS = {"draft": "target[i] from draft[:i+1]", "prefix": "target[i] from target[:i]",
              "prefix+draft": "target[i] from target[:i] and the whole draft"}
 ORIGINAL_CONTRACT = "target[i+1] from draft[:i+1]"
-ORIGINAL_NUM_HEADS = 8
 NOT_SCORED = -100            # a label that cross_entropy ignores by default, and equal to no column
-FORMAT = 1                     # of checkpoints; those without the number count as 0
-MAX_LAYERS = 256               # of a checkpoint
-MAX_CHECKPOINT = 3 * 2**30     # bytes: 17 times the default adapter in float32
+FORMAT = 1                   # of config.json
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+TIED = "output_proj.1.weight"       # is the embedding's in prefix conditionings, and not in the file
+MAX_CONFIG = 2**20             # bytes
+MAX_WEIGHTS = 3 * 2**30        # bytes: 17 times the default adapter in float32
+# Sizes beyond these are damage; most are the limits of the flags that set them.
+MAX_SIZES = {"vocab_size": 2**20, "feedforward_dim": 4 * LARGEST["embed_dim"],
+             **{name: LARGEST[name] for name in ("embed_dim", "num_layers", "num_heads", "max_seq_len")}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +66,10 @@ class AdapterConfig:
         if self.contract != CONTRACTS[self.conditioning] and not original:
             raise UserError(f"unknown contract {self.contract!r} for conditioning "
                             f"{self.conditioning}, wanted {CONTRACTS[self.conditioning]!r}")
-        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "feedforward_dim",
-                     "max_seq_len"):
+        for name, limit in MAX_SIZES.items():
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise UserError(f"{name} must be a whole number of 1 or more, got {value!r}")
+            if type(value) is not int or not 1 <= value <= limit:
+                raise UserError(f"{name} must be a whole number from 1 to {limit}, got {value!r:.40}")
         if type(self.draft_vocab) is not int or not 0 <= self.draft_vocab <= self.vocab_size:
             raise UserError(f"draft_vocab must be from 0 to the vocabulary size {self.vocab_size}, "
                             f"got {self.draft_vocab!r}")
@@ -139,8 +145,7 @@ class SelfAttention(nn.Module):
         """
         projected = self._project(x)
         query, (key, value) = projected[0], cached.index_copy_(3, slots, projected[1:])
-        # Not fused: for one position in float32 the fused kernel of an H200 took 39 us, 40 % of a
-        # step.
+        # Not fused: for one position in float32 an H200's fused kernel took 39 us, 40 % of a step.
         scores = torch.add(mask, query @ key.mT, alpha=query.shape[-1] ** -0.5)
         return self._merge(scores.softmax(-1) @ value)
 
@@ -159,8 +164,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(config)
         self.linear1 = nn.Linear(config.embed_dim, config.feedforward_dim)
         self.linear2 = nn.Linear(config.feedforward_dim, config.embed_dim)
-        self.norm1 = nn.LayerNorm(config.embed_dim)
-        self.norm2 = nn.LayerNorm(config.embed_dim)
+        self.norm1, self.norm2 = nn.LayerNorm(config.embed_dim), nn.LayerNorm(config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, attend):
@@ -175,9 +179,9 @@ class Block(nn.Module):
         return self.linear2(self.dropout(F.gelu(self.linear1(x))))
 
 
-class TokenAdapter(nn.Module):
-    """Sub-modules are named as in the original suite; `transformer.layers` as in
-    nn.TransformerEncoder.
+class TokenAdapter(nn.Module, PyTorchModelHubMixin, library_name="eventgpt-drafts-video-llava",
+                   tags=["speculative-decoding"]):
+    """Sub-modules are named as in the original suite, layers as in nn.TransformerEncoder.
 
     output_ids (K,) int64, ascending: the ids that are scored, when not all are (a frequency-ranked
     output as in Zhao et al. 2025, "FR-Spec"). Logits then have K columns: ids_of() and labels_of()
@@ -200,8 +204,7 @@ class TokenAdapter(nn.Module):
             self.begin = nn.Parameter(torch.empty(config.embed_dim))           # begin-of-answer
             self.as_draft = nn.Parameter(torch.empty(config.embed_dim))      # added to draft tokens
             self.embedding_dropout = nn.Dropout(config.dropout)
-            for weight in (self.begin, self.as_draft, self.embedding.weight,
-                           self.position_embedding.weight):
+            for weight in (self.begin, self.as_draft, self.embedding.weight, self.position_embedding.weight):
                 nn.init.normal_(weight, std=0.02)
             self.output_proj[1].weight = self.embedding.weight
 
@@ -328,72 +331,67 @@ class TokenAdapter(nn.Module):
             x = block(x, functools.partial(block.self_attn.step, cached=cached, slots=slots, mask=mask))
         return x
 
-    def condition(self, conditioning: str) -> None:
-        """Go on as `prefix` or `prefix+draft`: same weights, other inputs."""
-        assert self.config.sees_prefix == (conditioning != "draft"), conditioning
-        self.config = dataclasses.replace(
-            self.config, conditioning=conditioning, contract=CONTRACTS[conditioning])
-
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    # -------------------------------------------------------------------------------- files, the hub
+    def save_pretrained(self, save_directory, *, config=None, **options):
+        """Write model.safetensors, config.json (with the keys of the dict `config` too) and, where
+        there is none, README.md. options, push_to_hub: huggingface_hub.ModelHubMixin.
+        """
+        config = {**(config or {}), "format": FORMAT, **dataclasses.asdict(self.config)}
+        return super().save_pretrained(save_directory, config=config, **options)
 
-# -------------------------------------------------------------------------------------- checkpoints
-def save_adapter(adapter: TokenAdapter, path: Path, **facts) -> None:
-    """Write weights, config and plain facts (epoch, ...) into one file, whole or not at all."""
-    weights = {name: tensor.cpu() for name, tensor in adapter.state_dict().items()}
-    config = dataclasses.asdict(adapter.config)
-    write_tensors(path, {"format": FORMAT, "model_state_dict": weights, "config": config, **facts})
+    def _save_pretrained(self, save_directory: Path) -> None:
+        weights = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
+        if self.config.sees_prefix:
+            del weights[TIED]
+        save_file(weights, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **options):
+        """The adapter of a folder that save_pretrained wrote, or of a hub id; on the CPU, in eval
+        mode, float32. options: of hf_hub_download. Raises UserError for what is missing or damaged.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        name, files = str(folder), [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
+        try:
+            if not folder.is_dir():
+                files = [Path(hf_hub_download(name, file.name, **options)) for file in files]
+            for file, limit in zip(files, (MAX_CONFIG, MAX_WEIGHTS)):
+                if not file.is_file() or file.stat().st_size > limit:
+                    raise ValueError(f"wanted {file.name} there, of at most {limit:,} bytes")
+            values, state = json.loads(files[0].read_bytes()), load_file(files[1])
+            number = values.get("format") if isinstance(values, dict) else None
+            if number != FORMAT:
+                raise UserError(f"{CONFIG_FILE} has format {number!r:.40}, this version reads {FORMAT}")
+            fields = dataclasses.fields(AdapterConfig)
+            config = AdapterConfig(**{field.name: values.get(field.name) for field in fields})
+            if config.sees_prefix and "embedding.weight" in state:
+                state[TIED] = state["embedding.weight"]
+            return cls.of_weights(config, state)
+        except (UserError, TypeError, ValueError, OSError, SafetensorError, RecursionError) as error:
+            kind = "the folder of an adapter" if folder.is_dir() else "a folder, nor an adapter of the hub"
+            raise UserError(f"{name} is not {kind} ({first_line(error)}); wanted what export_adapter.py "
+                            "or save_pretrained wrote") from error
 
-def load_adapter(path: Path) -> TokenAdapter:
-    """Read a checkpoint of ours or of the original suite, on the CPU, in eval mode, float32.
-
-    Sizes come from the shapes, everything else from the checkpoint's config. A checkpoint without a
-    contract is the original suite's, which proposed target[i+1] where we propose target[i].
-    """
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
-    checkpoint = read_tensors(path, MAX_CHECKPOINT, "is not a checkpoint that can be read: {reason}")
-    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    check_format(path, checkpoint.get("format"), FORMAT)
-    state, recorded = checkpoint.get("model_state_dict"), checkpoint.get("config")
-    try:
-        if not isinstance(state, dict):
-            raise ValueError("it has no weights under 'model_state_dict'")
-        check_weights(state, integers=("output_ids",))
-        config = _config_of(state, recorded if isinstance(recorded, dict) else {})
-        with torch.device("meta"):                         # no random weights: the file has them
-            adapter = TokenAdapter(config)
-        check_weights(state, integers=("output_ids",), wanted=adapter.state_dict())
+    @classmethod
+    def of_weights(cls, config: AdapterConfig, state: dict) -> "TokenAdapter":
+        """The adapter of these weights, in eval mode, float32; a UserError unless they fit."""
+        with torch.device("meta"):                         # no random weights: the state has them
+            adapter = cls(config)
+        for name, tensor in state.items():
+            if not (tensor.dtype == torch.long if name == "output_ids" else tensor.is_floating_point()):
+                raise UserError(f"{name} must not be {tensor.dtype}")
+        try:
+            adapter.load_state_dict(state, assign=True)
+        except RuntimeError as error:                      # names and shapes, one a line
+            raise UserError(" ".join(str(error).split())[:300]) from error
         ids = state.get("output_ids", torch.zeros(1))
         if (ids.diff() <= 0).any() or ids[0] < 0 or ids[-1] >= config.vocab_size:
-            raise ValueError(f"output_ids must be ascending ids below {config.vocab_size}")
-    except (UserError, ValueError) as error:
-        raise UserError(f"{path} is not an adapter checkpoint: {error}") from error
-    adapter.load_state_dict(state, assign=True)
-    if config.sees_prefix:
-        adapter.output_proj[1].weight = adapter.embedding.weight       # assigning has untied them
-    if not all(weight.isfinite().all() for weight in adapter.float().parameters()):
-        raise UserError(f"{path} has weights that are not finite numbers: train again")
-    return adapter.eval()
-
-
-def _config_of(state: dict, recorded: dict) -> AdapterConfig:
-    num_layers = len(set(re.findall(r"^transformer\.layers\.(\d+)\.", "\n".join(state), re.MULTILINE)))
-    telling = ("embedding.weight", "position_embedding.weight", "transformer.layers.0.linear1.weight")
-    shapes = [state[name].shape for name in telling if name in state and state[name].dim() == 2]
-    if len(shapes) < len(telling):
-        raise ValueError(f"wanted two-dimensional {', '.join(telling)}, found {some_of(state)}")
-    if num_layers > MAX_LAYERS:
-        raise ValueError(f"{num_layers} layers, wanted at most {MAX_LAYERS}")
-    (vocab_size, embed_dim), (max_seq_len, _), (feedforward_dim, _) = shapes
-    for name in ("conditioning", "contract"):
-        if not isinstance(recorded.get(name, ""), str):
-            raise ValueError(f"{name} must be a text, got {recorded[name]!r}")
-    return AdapterConfig(
-        vocab_size=vocab_size, embed_dim=embed_dim, num_layers=num_layers, max_seq_len=max_seq_len,
-        feedforward_dim=feedforward_dim, num_heads=recorded.get("num_heads", ORIGINAL_NUM_HEADS),
-        dropout=recorded.get("dropout", 0.1), conditioning=recorded.get("conditioning", "draft"),
-        contract=recorded.get("contract", ORIGINAL_CONTRACT),
-        draft_vocab=state["output_ids"].numel() if "output_ids" in state else 0)
+            raise UserError(f"output_ids must be ascending ids below {config.vocab_size}")
+        if config.sees_prefix:
+            adapter.output_proj[1].weight = adapter.embedding.weight   # assigning has untied them
+        if not all(weight.isfinite().all() for weight in adapter.float().parameters()):
+            raise UserError("it has weights that are not finite numbers: train again")
+        return adapter.eval()

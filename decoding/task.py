@@ -63,8 +63,8 @@ def read_task(folder: Path, memories: Iterable[Path] = ()) -> Task:
 
     Raises UserError for whatever is missing, unfinished or damaged.
     """
+    from drafting.checkpoints import load_adapter
     from drafting.memory import load_memory
-    from token_adapter import load_adapter
 
     for name in ("best_model.pt", "results.json"):
         if not (folder / name).is_file():

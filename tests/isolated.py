@@ -163,12 +163,12 @@ class Readers:
         from clips import dataset, dsec, pictures, videos
         from clips.pixels import PixelSettings, clip_pixels
         from decoding.task import read_task
+        from drafting.checkpoints import load_adapter
         from drafting.memory import load_memory
         from machine.device import Runtime
         from pairs.formats import load_pairs
         from pairs.journal import Journal
         from reports import task_report as report
-        from token_adapter import load_adapter
         from training.checkpoints import Fingerprint, Resume
         from vlm import video_llava
 

@@ -19,12 +19,13 @@ from base import UserError
 from clips.dataset import read_dataset
 from clips.limits import MediaError
 from clips.pictures import read_event_image
+from drafting.checkpoints import load_adapter, save_adapter
 from drafting.memory import load_memory
 from machine.device import Runtime
 from pairs.formats import load_pairs
 from tests.clips.test_hostile import Runs, no_hang  # noqa: F401  (a fixture)
 from tests.conftest import ROOT
-from token_adapter import AdapterConfig, TokenAdapter, load_adapter, save_adapter
+from token_adapter import AdapterConfig, TokenAdapter
 from vlm import loading, roles
 from vlm.eventgpt import EventGPT
 from vlm.model import answer_of

@@ -14,10 +14,10 @@ import torch
 import reports.task_report as report
 import train_and_evaluate
 from base import UserError
+from drafting.checkpoints import load_adapter
 from machine.running import run
 from tests.conftest import Demo, names_of
 from tests.warm import Warm
-from token_adapter import load_adapter
 
 TIMES = {"date", "seconds", "seconds_per_answer", "step_ms", "provenance", "task", "task_folder"}
 

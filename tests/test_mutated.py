@@ -103,7 +103,7 @@ def saved(save, *what, **how) -> bytes:
 
 
 def adapter(path: Path) -> bytes:
-    from token_adapter import save_adapter
+    from drafting.checkpoints import save_adapter
 
     save_adapter(small_adapter(), path)
     return path.read_bytes()

@@ -28,10 +28,11 @@ from decoding.limits import MAX_NODES, MEASURED_SIZES
 from decoding.loop import Decoded
 from decoding.task import Task, check_model, read_task
 from decoding.verdict import judge
+from drafting.checkpoints import save_adapter
 from drafting.parts import LiveParts
 from drafting.table import LIVE_NAMES
 from machine.files import only_writer
-from token_adapter import AdapterConfig, TokenAdapter, save_adapter
+from token_adapter import AdapterConfig, TokenAdapter
 from vlm.roles import ROLES
 from vlm.video_llava import VideoLlava
 

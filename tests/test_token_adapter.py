@@ -1,25 +1,23 @@
-"""The TokenAdapter is the original architecture, and a checkpoint file is either understood or
-refused.
-"""
+"""The TokenAdapter is the original architecture; a folder that hands it on is understood or refused."""
 
+import copy
 import dataclasses
+import json
+import pickle
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from base import UserError
-from token_adapter import (
-    CONTRACTS,
-    FORMAT,
-    NOT_SCORED,
-    ORIGINAL_CONTRACT,
-    AdapterConfig,
-    TokenAdapter,
-    load_adapter,
-    save_adapter,
-)
+from drafting.checkpoints import load_adapter, save_adapter
+from token_adapter import CONTRACTS, FORMAT, MAX_SIZES, NOT_SCORED, AdapterConfig, TokenAdapter
+from training.adapters import condition
 
 TINY = AdapterConfig(vocab_size=50, conditioning="draft", embed_dim=32, num_layers=2, num_heads=4,
                      feedforward_dim=64, max_seq_len=12)
@@ -62,25 +60,6 @@ def test_an_output_depends_on_no_later_draft_token():
     before, after = adapter(draft), adapter(changed)
     assert torch.equal(before[:, :7], after[:, :7])
     assert (before[:, 7:] != after[:, 7:]).any(-1).all()
-
-
-def test_a_saved_adapter_comes_back_with_its_config_and_its_logits(tmp_path):
-    adapter = tiny_adapter()
-    save_adapter(adapter, tmp_path / "best_model.pt", epoch=3)
-    loaded = load_adapter(tmp_path / "best_model.pt")
-    assert loaded.config == TINY and loaded.config.contract == CONTRACTS["draft"]
-    assert loaded.config.first_position == 0
-    assert torch.equal(loaded(drafts()), adapter(drafts()))
-
-
-def test_a_checkpoint_of_the_original_suite_loads_and_is_marked_with_its_own_contract(tmp_path):
-    state = {name: tensor.half() for name, tensor in tiny_adapter().state_dict().items()}
-    torch.save({"model_state_dict": state, "config": {"num_heads": 4, "lr": 1e-4}}, tmp_path / "model.pt")
-    loaded = load_adapter(tmp_path / "model.pt")
-    assert loaded.config == dataclasses.replace(TINY, contract=ORIGINAL_CONTRACT)
-    assert loaded.config.first_position == 1 and loaded(drafts()).dtype == torch.float32
-    torch.save({"model_state_dict": state}, tmp_path / "bare.pt")
-    assert load_adapter(tmp_path / "bare.pt").config.num_heads == 8
 
 
 # ------------------------------------------------------------------------------ prefix conditioning
@@ -128,20 +107,9 @@ def test_a_missing_draft_is_a_draft_of_length_0_and_then_it_is_the_prefix_adapte
     adapter, prefix = tiny_adapter("prefix+draft"), prefixes()
     missing = adapter(drafts()[:, :0], None, prefix)
     assert (adapter(drafts(), torch.zeros(3, dtype=torch.long), prefix) - missing).abs().max() < 1e-5
-    adapter.condition("prefix")
+    condition(adapter, "prefix")
     assert torch.equal(adapter(drafts(), DRAFT_LENGTHS, prefix), missing)
     assert adapter.config.contract == CONTRACTS["prefix"]
-
-
-@pytest.mark.parametrize("conditioning", PREFIX)
-def test_a_saved_prefix_adapter_comes_back_tied(tmp_path, conditioning):
-    adapter = tiny_adapter(conditioning)
-    save_adapter(adapter, tmp_path / "best_model.pt")
-    loaded = load_adapter(tmp_path / "best_model.pt")
-    assert loaded.config == adapter.config and loaded.num_parameters() == adapter.num_parameters()
-    assert loaded.output_proj[1].weight is loaded.embedding.weight
-    arguments = drafts(), DRAFT_LENGTHS, prefixes()
-    assert torch.equal(loaded(*arguments), adapter(*arguments))
 
 
 OUTPUTS = torch.tensor([2, 3, 11, 30, 49])
@@ -176,106 +144,104 @@ def test_ids_and_columns_of_a_draft_vocabulary_are_each_others_inverse():
     assert torch.equal(tiny_adapter().labels_of(ids), ids)
 
 
-@pytest.mark.parametrize("ids", [[3, 2, 11], [2, 2, 3], [-1, 3], [3, 50], [2.0, 3.0]])
-def test_a_damaged_map_of_a_draft_vocabulary_is_refused(tmp_path, ids):
-    adapter = with_outputs()
-    state = {**adapter.state_dict(), "output_ids": torch.tensor(ids)}
-    torch.save({"model_state_dict": state, "config": dataclasses.asdict(adapter.config)},
-               tmp_path / "odd.pt")
-    with pytest.raises(UserError, match="output_ids must be"):
-        load_adapter(tmp_path / "odd.pt")
-
-
 def test_the_budget_of_the_original_is_kept():
     with torch.device("meta"):
         assert TokenAdapter(AdapterConfig(vocab_size=32000)).num_parameters() < 45.5e6
 
 
-# ------------------------------------------------------------------------------------------ formats
-def saved(folder: Path, state: dict | None = None, **facts) -> Path:
-    config = dataclasses.asdict(TINY)
-    torch.save(
-        {"model_state_dict": state or tiny_adapter().state_dict(), "config": config, **facts},
-        folder / "a.pt")
-    return folder / "a.pt"
+# ------------------------------------------------------------------------ folders that are handed on
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    tiny_adapter("prefix+draft").save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
 
 
-def test_a_checkpoint_of_today_and_one_from_before_the_format_number_load(tmp_path):
-    save_adapter(tiny_adapter(), tmp_path / "now.pt")
-    assert torch.load(tmp_path / "now.pt", weights_only=True)["format"] == FORMAT == 1
-    for path in (tmp_path / "now.pt", saved(tmp_path, epoch=3, validation_alpha=0.5),
-                 saved(tmp_path, format=0)):
-        assert load_adapter(path).config == TINY
+@pytest.mark.parametrize("conditioning", CONTRACTS)
+def test_an_adapter_that_is_handed_on_proposes_the_same_and_keeps_its_contract(tmp_path, conditioning):
+    adapter = tiny_adapter(conditioning)
+    adapter.save_pretrained(tmp_path / "a")
+    loaded = TokenAdapter.from_pretrained(tmp_path / "a")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "README.md", "config.json", "model.safetensors"]
+    assert loaded.config == adapter.config and not loaded.training
+    assert loaded.num_parameters() == adapter.num_parameters()
+    arguments = (drafts(),) if conditioning == "draft" else (drafts(), DRAFT_LENGTHS, prefixes())
+    assert torch.equal(loaded(*arguments), adapter(*arguments))
 
 
-@pytest.mark.parametrize("number", [FORMAT + 1, 10**30, -1, "1", 1.0])
-def test_a_checkpoint_of_an_unknown_format_is_refused(tmp_path, number):
-    with pytest.raises(UserError, match=rf"a\.pt has format {number!r}"):
-        load_adapter(saved(tmp_path, format=number))
+def test_the_config_of_a_folder_is_that_of_the_adapter_when_it_was_saved(tmp_path):
+    adapter = copy.deepcopy(pickle.loads(pickle.dumps(with_outputs())))
+    condition(adapter, "prefix")
+    adapter.save_pretrained(tmp_path, config={"memory_share": 0.25, "format": 7})
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["contract"] == CONTRACTS["prefix"] and values["format"] == FORMAT == 1
+    assert values["memory_share"] == 0.25
+    loaded = TokenAdapter.from_pretrained(tmp_path)
+    assert loaded.config == adapter.config and torch.equal(loaded.output_ids, OUTPUTS)
 
 
-@pytest.mark.parametrize("dtype", [torch.long, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_weights_that_are_no_floats_are_a_user_error(tmp_path, dtype):
-    state = {name: tensor.to(dtype) for name, tensor in tiny_adapter().state_dict().items()}
-    with pytest.raises(UserError, match=r"embedding\.weight must be torch\.float16 or"):
-        load_adapter(saved(tmp_path, state))
+def test_an_adapter_needs_its_own_file_and_base_alone(tmp_path, folder):
+    root = Path(__file__).parents[1]
+    for name in ("token_adapter.py", "base.py"):
+        shutil.copy(root / name, tmp_path)
+    code = ("from token_adapter import TokenAdapter\n"
+            "print(TokenAdapter.from_pretrained('adapter').num_parameters())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert int(done.stdout) == tiny_adapter("prefix+draft").num_parameters(), done.stderr
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
-def test_weights_that_are_not_finite_in_float32_are_a_user_error(tmp_path, value):
-    state = {name: tensor.double() for name, tensor in tiny_adapter().state_dict().items()}
-    state["transformer.layers.1.norm2.bias"][3] = value
-    with pytest.raises(UserError, match="weights that are not finite"):
-        load_adapter(saved(tmp_path, state))
+def test_a_hub_id_is_read_through_the_hub_and_what_it_can_not_give_is_one_line(folder, monkeypatch):
+    monkeypatch.setattr("token_adapter.hf_hub_download", lambda name, file, **options: str(folder / file))
+    assert TokenAdapter.from_pretrained("org/name", revision="main").config.vocab_size == 50
+    monkeypatch.undo()
+    for name in ("org/name", "no/such/folder", "a b"):
+        with pytest.raises(UserError, match=f"{name} is not a folder, nor an adapter of the hub"):
+            TokenAdapter.from_pretrained(name, local_files_only=True)
 
 
-class NotPlain:
-    """Something that only arbitrary code could load."""
+def damage_config(folder: Path, **changed) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **changed}))
 
 
-def damaged(folder: Path, damage: str) -> Path:
-    path = folder / "best_model.pt"
-    if damage == "absent":
-        return path
-    state, config = tiny_adapter().state_dict(), dataclasses.asdict(TINY)
-    checkpoint = {"model_state_dict": state, "config": config}
-    if damage == "missing key":
-        del state["transformer.layers.1.norm2.bias"]
-    elif damage == "extra key":
-        state["lora.weight"] = torch.zeros(1)
-    elif damage == "odd shape":
-        state["output_proj.1.weight"] = torch.zeros(49, 32)
-    elif damage == "no weights":
-        checkpoint = {"state_dict": state}
-    elif damage == "other model":
-        checkpoint = {"model_state_dict": {"fc.weight": torch.zeros(2, 2)}}
-    elif damage == "conditioning":
-        config["conditioning"] = "telepathy"
-    elif damage == "contract":
-        config["contract"] = "target[i+2] from draft[:i+1]"
-    elif damage == "heads":
-        config["num_heads"] = 5
-    elif damage == "code inside":
-        checkpoint["config"] = NotPlain()
-    torch.save(checkpoint, path)
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-2000])
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "text":
-        path.write_text("not a checkpoint at all")
-    return path
+def damage_weights(folder: Path, **changed) -> None:
+    state = load_file(folder / "model.safetensors")
+    state = {name: tensor for name, tensor in {**state, **changed}.items() if tensor is not None}
+    save_file(state, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize(("damage", "words"), [
-    ("absent", "no such file"), ("empty", "can be read"), ("text", "can be read"), ("cut", "can be read"),
-    ("code inside", "can be read"), ("no weights", "model_state_dict"), ("other model", "found fc.weight"),
-    ("missing key", r"missing transformer\.layers\.1\.norm2\.bias"), ("extra key", r"not known lora\.weight"),
-    ("odd shape", r"output_proj\.1\.weight has the shape \(49, 32\), wanted \(50, 32\)"),
-    ("conditioning", "telepathy"), ("contract", "unknown contract"), ("heads", "num_heads must divide"),
-])
-def test_a_damaged_checkpoint_is_a_user_error_that_says_what_is_wrong(tmp_path, damage, words):
-    path = damaged(tmp_path, damage)
-    with pytest.raises(UserError, match=words) as raised:
-        load_adapter(path)
-    assert str(path) in str(raised.value)
+HUGE = {name: limit + 1 for name, limit in MAX_SIZES.items()}
+DAMAGES = {
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "a folder": lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").mkdir()),
+    "no JSON": lambda folder: (folder / "config.json").write_bytes(b"\xff{"),
+    "a list": lambda folder: (folder / "config.json").write_text("[1]"),
+    "deep": lambda folder: (folder / "config.json").write_text("[" * 10**5),
+    "another format": lambda folder: damage_config(folder, format=2),
+    "no format": lambda folder: damage_config(folder, format=None),
+    "conditioning": lambda folder: damage_config(folder, conditioning=["prefix"]),
+    "contract": lambda folder: damage_config(folder, contract="target[i+2]"),
+    "dropout": lambda folder: damage_config(folder, dropout="0.1"),
+    "other sizes": lambda folder: damage_config(folder, vocab_size=51),
+    **{f"huge {name}": lambda folder, name=name: damage_config(folder, **{name: HUGE[name]})
+       for name in HUGE},
+    "cut": lambda folder: (folder / "model.safetensors").write_bytes(
+        (folder / "model.safetensors").read_bytes()[:-100]),
+    "empty": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    "a header of 2^63 bytes": lambda folder: (folder / "model.safetensors").write_bytes(
+        b"\xff" * 7 + b"\x7f" + b"{}"),
+    "missing": lambda folder: damage_weights(folder, begin=None),
+    "unknown": lambda folder: damage_weights(folder, lora=torch.zeros(1)),
+    "whole numbers": lambda folder: damage_weights(folder, begin=torch.zeros(32, dtype=torch.long)),
+    "complex": lambda folder: damage_weights(folder, begin=torch.zeros(32, dtype=torch.complex64)),
+    "not finite": lambda folder: damage_weights(folder, begin=torch.full((32,), torch.inf)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_one_line_that_names_it(folder, damage):
+    DAMAGES[damage](folder)
+    with pytest.raises(UserError, match="is not the folder of an adapter") as raised:
+        TokenAdapter.from_pretrained(folder)
+    assert str(folder) in str(raised.value) and len(str(raised.value).splitlines()) == 1

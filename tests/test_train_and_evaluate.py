@@ -18,6 +18,7 @@ import train_and_evaluate
 import training.loop as loop
 from base import ROOT, UserError
 from decoding.task import read_task
+from drafting.checkpoints import load_adapter
 from machine.device import choose_device
 from machine.files import only_writer
 from pairs.formats import load_pairs
@@ -25,7 +26,6 @@ from pairs.splits import ValidationSplit, load_data
 from reports import task_figures as report
 from tests.conftest import names_of, write_pairs
 from tests.vlm.test_steps import needs_gpu
-from token_adapter import load_adapter
 from train_and_evaluate import TrainConfig
 from training.checkpoints import Fingerprint, Resume
 

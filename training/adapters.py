@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from base import UserError, first_line, log
+from drafting.checkpoints import load_adapter
 from pairs.pairs import Pairs
 from pairs.splits import MAX_VOCAB_SIZE, Data, check_drafts, check_ids
-from token_adapter import MAX_CHECKPOINT, AdapterConfig, TokenAdapter, load_adapter
+from token_adapter import MAX_WEIGHTS, AdapterConfig, TokenAdapter
 
 SMALLER = "choose a smaller --embed_dim, --num_layers or --vocab_size"
 
@@ -25,9 +26,9 @@ def new_adapter(config: AdapterConfig, seed: int,
     with torch.device("meta"):
         state = TokenAdapter(config, output_ids).state_dict()
     size = sum(tensor.nbytes for tensor in state.values())
-    if size > 0.99 * MAX_CHECKPOINT:                       # the rest is for the names
+    if size > 0.99 * MAX_WEIGHTS:                       # the rest is for the names
         raise UserError(f"this adapter has {size / 2**30:.1f} GiB, wanted at most "
-                        f"{MAX_CHECKPOINT / 2**30:.0f}; {SMALLER}")
+                        f"{MAX_WEIGHTS / 2**30:.0f}; {SMALLER}")
     torch.manual_seed(seed)
     try:
         return TokenAdapter(config, output_ids)
@@ -36,6 +37,12 @@ def new_adapter(config: AdapterConfig, seed: int,
             raise
         raise UserError(f"not enough memory for this adapter ({first_line(error)[:200]}); "
                         f"{SMALLER}") from error
+
+
+def condition(adapter: TokenAdapter, conditioning: str) -> None:
+    """Go on as `prefix` or `prefix+draft`: same weights, other inputs."""
+    assert adapter.config.sees_prefix == (conditioning != "draft"), conditioning
+    adapter.config = dataclasses.replace(adapter.config, conditioning=conditioning, contract="")
 
 
 def scoring_targets_of(pairs: Pairs, config: AdapterConfig, seed: int) -> TokenAdapter:

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from base import UserError, log
+from drafting.checkpoints import save_adapter
 from machine.files import check_format, reading
 from machine.tensors import check_weights, read_tensors, write_tensors
 from pairs.splits import Data
-from token_adapter import TokenAdapter, save_adapter
+from token_adapter import TokenAdapter
 
 FORMAT = 1       # of resume.pt; one without the number counts as 0: its fingerprint has fewer parts
 ANEW = "delete it to begin this training anew"

@@ -16,10 +16,12 @@ import torch
 from acceptance.metrics import measure
 from acceptance.tensors import TokenTensors, predict
 from base import Progress, UserError, log
+from drafting.checkpoints import save_adapter
 from machine.files import reading
 from pairs.pairs import Pairs
 from pairs.splits import Data
-from token_adapter import TokenAdapter, save_adapter
+from token_adapter import TokenAdapter
+from training.adapters import condition
 from training.checkpoints import ANEW, TaskFiles, load_weights, random_state, set_random_state
 from training.loop import Diverged, Trainer, train_epoch
 
@@ -79,7 +81,7 @@ class PhaseRun:
 
     def __init__(self, adapter: TokenAdapter, phase: Phase, tokens: TokenTensors, settings: Settings):
         """The adapter is trained in place."""
-        adapter.condition(phase.name)
+        condition(adapter, phase.name)
         self.phase, self.tokens, self.learning_rate = phase, tokens, settings.learning_rate
         steps = phase.epochs * math.ceil(len(tokens.lengths) / settings.batch_size)
         self.trainer = Trainer(adapter, settings.batch_size, settings.learning_rate, steps,
@@ -170,7 +172,7 @@ def take_up(saved: dict, phases: list[Phase],
     best = {}
     for name, facts in saved["best"].items():
         model = copy.deepcopy(adapter)
-        model.condition(name)
+        condition(model, name)
         load_weights(model, facts["adapter"])
         best[name] = Best(float(facts["alpha"]), int(facts["epoch"]), int(facts["number"]), model)
     return best, history

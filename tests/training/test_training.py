@@ -19,9 +19,10 @@ import training.loop as loop
 import training.loss as loss_module
 from acceptance.tensors import TokenTensors
 from base import ROOT, UserError
+from drafting.checkpoints import load_adapter
 from pairs.splits import Data
 from tests.acceptance.builders import pairs_of
-from token_adapter import NOT_SCORED, AdapterConfig, TokenAdapter, load_adapter
+from token_adapter import NOT_SCORED, AdapterConfig, TokenAdapter
 from training.adapters import new_adapter
 from training.checkpoints import SAVING_SHARE, Checkpoint, Fingerprint
 from training.loop import Trainer, train_epoch
