@@ -48,7 +48,8 @@ NOT_OF_THE_ANSWERS = ("num_workers", "plots", "parallel", "draft_device", "outpu
 class DecodeConfig:
     """Decode a data set speculatively with a trained task; check and time it."""
 
-    task: Path = required("task folder of train_and_evaluate.py")
+    task: Path = required(
+        "task folder of train_and_evaluate.py, or folder or hub id of export_adapter.py")
     dataset_dir: Path = required("data set folder, with event_image/ and mp4/")
     draft_model: Path | None = option(
         None,

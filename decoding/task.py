@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from base import UserError, log
+from decoding import exported
 from drafting.parts import LiveParts
 from machine.files import check_format, digest_of_file, read_json
 from reports.shapes import NUMBER, TEXT, check_shape, optional
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from vlm.roles import Role
 
 MEMORY_SHARE = 0.5                 # of the memory in a hybrid, where training chose none
-MEMORY_FILE = "memory.npz"
+MEMORY_FILE = exported.MEMORY_FILE
 
 # All that decoding reads of results.json.
 RESULTS = {
@@ -38,7 +39,7 @@ class Task:
     both models.
     """
 
-    folder: Path
+    folder: Path                     # where decodings go
     parts: LiveParts
     # drafter's name in results.json -> gamma -> tau on the test pairs
     simulated: dict[str, dict[str, float]]
@@ -57,36 +58,54 @@ class Task:
         return self.adapter.config.conditioning
 
 
-def read_task(folder: Path, memories: Iterable[Path] = ()) -> Task:
-    """The finished task of this folder. memories: memory.npz of earlier decodings, whose answers
-    count as fresh ones.
+def read_task(name: Path, memories: Iterable[Path] = ()) -> Task:
+    """The finished task of this folder, or of an exported folder, or of an exported one's hub id.
 
-    Raises UserError for whatever is missing, unfinished or damaged.
+    memories: memory.npz of earlier decodings, whose answers count as fresh ones. Raises UserError
+    for whatever is missing, unfinished or damaged.
     """
-    from drafting.checkpoints import load_adapter
     from drafting.memory import load_memory
 
-    for name in ("best_model.pt", "results.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is no finished task: it has no {name}; wanted a folder that "
-                            "train_and_evaluate.py wrote")
-    results, file = read_results(folder), folder / "results.json"
-    adapter = load_adapter(folder / "best_model.pt")
+    folder = exported.files_of(name)
+    read = read_exported if exported.is_exported(folder) else read_trained
+    adapter, test, models, digest = read(folder)
     memory = folder / MEMORY_FILE
     if not memory.exists():
-        log(f"decode | {folder} has no {MEMORY_FILE}: the memory begins without training answers")
+        log(f"decode | {name} has no {MEMORY_FILE}: the memory begins without training answers")
     training_answers = load_memory(memory) if memory.exists() else []
     verified_answers = [answer for path in memories for answer in load_memory(path)]
-    test = results["metrics"]["test"]
     share = (test.get("memory_share") or {}).get("hybrid")
     parts = LiveParts(adapter, training_answers, verified_answers,
                       MEMORY_SHARE if share is None else share)
     simulated = {
-        name: {gamma: row["tau"] for gamma, row in (drafter.get("simulated") or {}).items()}
-        for name, drafter in test["drafters"].items()
+        drafter: {gamma: row["tau"] for gamma, row in (facts.get("simulated") or {}).items()}
+        for drafter, facts in test["drafters"].items()
     }
-    digest = digest_of_file(file)
-    return Task(folder, parts, simulated, recorded_models(results), digest)
+    return Task(exported.results_folder_of(name), parts, simulated, models, digest)
+
+
+def read_trained(folder: Path) -> tuple[TokenAdapter, dict, dict[str, list[dict]], str]:
+    """(adapter, figures on test pairs, facts of each model, digest) of a task folder."""
+    from drafting.checkpoints import load_adapter
+
+    for file in ("best_model.pt", "results.json"):
+        if not (folder / file).is_file():
+            raise UserError(f"{folder} is no finished task: it has no {file}; wanted a folder that "
+                            "train_and_evaluate.py wrote")
+    results = read_results(folder)
+    return (load_adapter(folder / "best_model.pt"), results["metrics"]["test"],
+            recorded_models(results), digest_of_file(folder / "results.json"))
+
+
+def read_exported(folder: Path) -> tuple[TokenAdapter, dict, dict[str, list[dict]], str]:
+    """The same of a folder that export_adapter.py wrote."""
+    from token_adapter import TokenAdapter
+
+    models = exported.read_facts(folder).get("models") or {}
+    for facts in models.values():
+        check_shape(folder / exported.CONFIG_FILE, facts, [MODEL], exported.EXPORT_AGAIN)
+    test = exported.read_metrics(folder)["metrics"]["test"]
+    return TokenAdapter.from_pretrained(folder), test, models, exported.digest_of(folder)
 
 
 def read_results(folder: Path) -> dict:
