@@ -196,7 +196,9 @@ def parse_config(cls, argv: list[str] | None = None):
             parser.add_argument(field.name, **how)
         else:
             how["default"] = None if must else field.default
-            parser.add_argument(f"--{field.name}", required=must, **how)
+            # in_ is --in: a field can't be named like a word of Python
+            flag = field.name.rstrip("_")
+            parser.add_argument(f"--{flag}", dest=field.name, required=must, **how)
     return cls(**vars(parser.parse_args(argv)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -36,6 +36,22 @@ class Pairs:
     clip: list[int | str]            # (N) clip numbers, or names, within the sequence
     files: list[dict]                # of each file: path, format, rows, used, largest_id, ...
     vocab_size: int | None = None    # of the models, where the files record it
+
+    @classmethod
+    def of(cls, drafts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]],
+           sequence: Sequence[str] = (), clip: Sequence[int | str] = ()) -> Pairs:
+        """Pairs of token ids that are at hand, in lists or arrays; drafts may be empty.
+
+        sequence: the recording of each pair, by which drives are told apart; clip: its number there.
+        """
+        assert len(drafts) == len(targets), (len(drafts), len(targets))
+        parts = []
+        for answers in (drafts, targets):
+            length = np.array([len(answer) for answer in answers], np.int32)
+            tokens = [np.asarray(answer, np.int32) for answer in answers]
+            parts += [np.concatenate([np.zeros(0, np.int32), *tokens]),
+                      np.cumsum(length, dtype=np.int64) - length, length]
+        return cls(*parts, list(sequence) or [""] * len(targets), list(clip) or [*range(len(targets))], [])
 
     def __len__(self) -> int:
         return len(self.sequence)

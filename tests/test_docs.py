@@ -12,6 +12,7 @@ import benchmarks.extract
 import benchmarks.load
 import benchmarks.prepare
 import benchmarks.train
+import convert_pairs
 import export_adapter
 import extract_tokens_train
 import make_demo
@@ -31,19 +32,21 @@ CONFIGS = [
     speculative_decode.DecodeConfig, benchmarks.adapter.Config, benchmarks.decode.Config,
     benchmarks.extract.Config, benchmarks.load.Config, benchmarks.prepare.Config,
     benchmarks.train.Config, make_demo.DemoConfig, prepare_dsec.PrepareConfig,
-    export_adapter.ExportConfig
+    export_adapter.ExportConfig, convert_pairs.ConvertConfig
 ]
 
 
-def flags_of(config) -> list[dataclasses.Field]:
-    return [field for field in dataclasses.fields(config) if not field.metadata.get("positional")]
+def flags_of(config) -> dict[str, dataclasses.Field]:
+    """Flag -> field, as base.parse_config names them."""
+    return {field.name.rstrip("_"): field for field in dataclasses.fields(config)
+            if not field.metadata.get("positional")}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__module__)
 def test_every_flag_stands_in_the_workflow_with_its_default(config):
-    for field in flags_of(config):
-        said = re.findall(rf"^\| `--{field.name}` \| (.*?) \|", GUIDE, re.M)
-        assert said, f"--{field.name} is in no table of the pages"
+    for name, field in flags_of(config).items():
+        said = re.findall(rf"^\| `--{name}` \| (.*?) \|", GUIDE, re.M)
+        assert said, f"--{name} is in no table of the pages"
         if isinstance(field.default, (int, float, str)) and not isinstance(field.default, bool):
             assert str(field.default) in [default.strip("`") for default in said], field.name
 
@@ -51,13 +54,13 @@ def test_every_flag_stands_in_the_workflow_with_its_default(config):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__module__)
 def test_the_table_of_a_program_names_no_flag_that_it_lacks(config):
     """The table is the one that holds most of the program's flags."""
-    fields = {field.name for field in flags_of(config)}
+    fields = set(flags_of(config))
     tables = [set(re.findall(r"^\| `--(\w+)` \|", block, re.M)) for block in GUIDE.split("\n\n")]
     assert max(tables, key=lambda said: (len(said & fields), -len(said))) <= fields
 
 
 def test_every_flag_in_the_pages_exists():
-    known = {field.name for config in CONFIGS for field in dataclasses.fields(config)}
+    known = {name for config in CONFIGS for name in flags_of(config)}
     # of run_full_workflow.sh, report.py and argparse
     known |= {"demo", "new", "only", "until", "help", "rebuild"}
     for page in PAGES:

@@ -123,7 +123,7 @@ def test_several_questions_auto_gamma_and_shuffled_clips_are_lossless_too(
 
 
 def test_what_one_decoding_verified_the_next_one_can_begin_with(monkeypatch, demo, task, tmp_path):
-    flags = ["--drafter", "memory", "--gamma", "8"]
+    flags = ["--drafter", "memory", "--gamma", "8", "--tree", "0"]
     first = run_main(monkeypatch, demo, task, tmp_path / "a", *flags)
     memory = ["--memory", str(tmp_path / "a" / "memory.npz")]
     again = run_main(monkeypatch, demo, task, tmp_path / "b", *flags, *memory)
