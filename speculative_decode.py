@@ -23,11 +23,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from base import UserError, as_json, check_counts, first_line, log, option, parse_config, required
+from base import UserError, as_json, check_counts, first_line, log, now, option, parse_config, required
 from decoding.journal import hidden_folder, journal_of, open_journal
 from decoding.limits import PLAIN, check_gamma, check_tree, limits_of
 from drafting.table import LIVE, LIVE_NAMES
 from machine.running import goes_on_with, run
+from machine.trackers import ABOUT, NO_TRACKER, Name, Tracker, check_tracker, tracking
+from reports.decode_figures import tracked_figures
 from vlm.roles import DRAFT, TARGET, View, content_of
 
 if TYPE_CHECKING:                  # torch is imported only after the flags are read
@@ -41,7 +43,7 @@ if TYPE_CHECKING:                  # torch is imported only after the flags are 
 
 # What the answers do not depend on: with other values of these the same journal goes on.
 NOT_OF_THE_ANSWERS = ("num_workers", "plots", "parallel", "draft_device", "output_folder",
-                      "restart", "query", "questions_file", "num_questions")
+                      "restart", "query", "questions_file", "num_questions", "tracker")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +100,10 @@ class DecodeConfig:
         None, "exactly this folder, instead of a new one in the task folder")
     restart: bool = option(False, "throw away what a stopped start of this command has decoded")
     plots: bool = option(True, "draw the pictures")
+    tracker: Name = option("none", ABOUT)
 
     def __post_init__(self):
+        check_tracker(self.tracker)
         check_gamma(self.gamma)
         check_tree(self.tree)
         if not 0 <= self.temperature < math.inf:
@@ -158,6 +162,7 @@ class Stages:
     needs_draft_model: bool
     runtime: Runtime
     draft_runtime: Runtime           # of EventGPT beside the target, with --parallel
+    tracker: Tracker = NO_TRACKER
 
 
 def main() -> None:
@@ -177,15 +182,18 @@ def main() -> None:
         beside = Runtime.choose(config.draft_device, config.dtype, config.quantization)
     clips.content = content_of(clips.samples, roles, config.view)
     settings = settings_of(config, task, clips.questions, runtime)
-    with open_journal(config.output_folder or hidden_folder(task.folder, settings), settings,
-                      clips.content, config.restart) as journal:
+    with (open_journal(config.output_folder or hidden_folder(task.folder, settings), settings,
+                       clips.content, config.restart) as journal,
+          tracking(config.tracker, config.output_folder or task.folder,
+                   f"{task.folder.resolve().name} decode {now().replace(':', '')}", settings) as tracker):
         goes_on_with([word for word in sys.argv if word != "--restart"])
         for role, revision in revisions.items():
             journal.check_revision(role, str(getattr(config, role.flag)), revision)
-        stages = Stages(task, clips, journal, DRAFT in roles, runtime, beside)
+        stages = Stages(task, clips, journal, DRAFT in roles, runtime, beside, tracker)
         parallel = decode_all(config, stages, draft_all(config, stages))
         folder = results_folder(task, journal, config.output_folder)
         results = results_of(task, clips, journal, parallel, facts_of(config, settings))
+        tracker.log({"all": tracked_figures(results)})
         write_results(folder, results, config.plots)
         journal.remove()
     goes_on_with([])
@@ -316,7 +324,7 @@ def decode_all(config: DecodeConfig, stages: Stages, drafts: dict) -> dict | Non
     with loaded(TARGET, config, stages, stages.runtime) as model:
         stages.task.adapter.to(stages.runtime.device)
         drafters = {name: LIVE[name].make_live(stages.task.parts) for name in config.drafters}
-        answering = Answering(model, drafters, clips, settings, journal)
+        answering = Answering(model, drafters, clips, settings, journal, stages.tracker.log)
         answering.run(drafts)
         if not journal.answers:
             raise clips.none_left("decoded")

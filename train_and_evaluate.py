@@ -47,9 +47,10 @@ from machine.files import (
     write_json,
 )
 from machine.running import goes_on_with, run
+from machine.trackers import ABOUT, Name, check_tracker, tracking
 from pairs.pairs import Pairs
 from pairs.splits import MAX_VOCAB_SIZE, Data, ValidationSplit, check_drafts, load_data
-from reports.task_figures import FORMAT, REMEASURE, one_line
+from reports.task_figures import FORMAT, REMEASURE, one_line, tracked_figures
 from reports.task_report import write_report
 
 if TYPE_CHECKING:          # torch is imported only after the flags are read
@@ -124,8 +125,10 @@ class TrainConfig:
     task_folder: Path | None = option(
         None, "exactly this folder, instead of a new one named after the time")
     plots: bool = option(True, "draw the curves")
+    tracker: Name = option("none", ABOUT)
 
     def __post_init__(self):
+        check_tracker(self.tracker)
         if self.resume:
             self._check_resume()
             return
@@ -282,11 +285,12 @@ def settings_of(config: TrainConfig) -> Settings:
     return Settings(**{name: getattr(config, name) for name in names})
 
 
-def train_in(task: Path, facts: dict, adapter: TokenAdapter, resume: Resume,
+def train_in(task: Path, facts: dict, adapter: TokenAdapter, resume: Resume, track: Callable,
              work: Callable[..., Trained]) -> Trained:
     """Train into this task folder, whose results.json says meanwhile that it is unfinished.
 
-    work(files): trains the adapter and keeps these files up to date.
+    track(figures, step): called after each epoch; work(files): trains the adapter and keeps these files
+    up to date.
     """
     from training.checkpoints import Checkpoint, TaskFiles
 
@@ -298,7 +302,7 @@ def train_in(task: Path, facts: dict, adapter: TokenAdapter, resume: Resume,
     goes_on_with([sys.argv[0], "--resume", str(task)])
     log(f"train | {adapter.num_parameters() / 1e6:.1f} M parameters | vocabulary "
         f"{adapter.config.vocab_size} | {facts['provenance']['device']}")
-    return work(TaskFiles(Checkpoint(task / "best_model.pt"), resume, show))
+    return work(TaskFiles(Checkpoint(task / "best_model.pt"), resume, show, track))
 
 
 def adapter_facts(adapter: TokenAdapter) -> dict:
@@ -362,11 +366,12 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
         "warnings": data.warnings,
         "provenance": {**provenance(), "folder": os.getcwd(), "device": device_name(device)},
     }
+    tracker = locks.enter_context(tracking(config.tracker, task, task.resolve().name, facts["config"]))
     if make_adapter:
         resume = Resume(task / "resume.pt", Fingerprint.of(data), adapter.num_parameters())
         if going_on:
             resume.read()
-        trained = train_in(task, facts, adapter, resume,
+        trained = train_in(task, facts, adapter, resume, tracker.log,
                            lambda files: train(settings_of(config), adapter, data, files, make_adapter))
         adapter = trained.adapter
         save_memory(remembered(data.all_train), task / "memory.npz")
@@ -383,6 +388,7 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
         "seconds": {"until_trained": trained_s, "all": time.monotonic() - start},
     }
     write_json(task / "results.json", results)
+    tracker.log({"test": tracked_figures(metrics["test"])})
     write_report(task, styles(), plots=config.plots)
     (task / "resume.pt").unlink(missing_ok=True)
     goes_on_with([])

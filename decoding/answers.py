@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from base import Progress, log
@@ -55,18 +56,30 @@ class Question:
         return self.sample.key, self.number
 
 
+def untracked(figures: dict, step: int) -> None:
+    """A run without a tracker."""
+
+
+def figures_of(row: dict | None) -> dict:
+    """The figures of an answer that an experiment tracker gets, by drafter; none where it has failed."""
+    runs = row["runs"] if row else {}
+    return {name: {"tokens": run["tokens"], "tau": run["tokens"] / len(run["accepted"]),
+                   **{key: run[key] for key in ("draft_s", "prefill_s", "verify_s")}}
+            for name, run in runs.items()}
+
+
 class Answering:
     """The target and the drafters of a run at work; rows of decode.json go into the journal."""
 
     def __init__(self, model: VisionLanguageModel, drafters: dict[str, Drafter], clips: Clips,
-                 settings: Settings, journal: DecodingJournal):
+                 settings: Settings, journal: DecodingJournal, track: Callable = untracked):
         """drafters: by name, the chosen one among them; with settings.compare also the one that
-        proposes nothing.
+        proposes nothing. track(figures, step): called after each answer.
         """
         from vlm.roles import TARGET
 
         self.role, self.model, self.clips = TARGET, model, clips
-        self.settings, self.journal = settings, journal
+        self.settings, self.journal, self.track = settings, journal, track
         pictures = TARGET.most_pictures(clips.samples, clips.view)
         self.target = open_target(model, clips.questions, pictures,
                                   settings.max_new_tokens + MAX_NODES)
@@ -91,6 +104,8 @@ class Answering:
                     if is_open and not stopping():
                         self._try(question, *drafts[question.place])
                         progress.update(len(self.journal.answers))
+                        self.track({"answer": figures_of(self.journal.answers.get(question.place))},
+                                   len(self.journal.answers))
                 if stopping():
                     return
 

@@ -121,6 +121,13 @@ def speed_ups(results: dict, name: str) -> dict[str, float | None]:
             "whole": ratio(generate and generate["all_s"], whole_s(results, name))}
 
 
+def tracked_figures(results: dict) -> dict:
+    """The totals that an experiment tracker gets."""
+    runs = results["totals"]["runs"]
+    return {"answers": results["totals"]["answers"], "tau": {name: run["tau"] for name, run in runs.items()},
+            "over": {name: speed_ups(results, name) for name in runs}}
+
+
 def accepted_share(run: dict) -> str:
     return percent(run["accepted"] / run["proposed"] if run["proposed"] else None)
 

@@ -99,6 +99,13 @@ def one_line(results: dict) -> str:
             f"{percent(adapter['top5'])} | mean run {number(adapter['mean_run'], 1)}")
 
 
+def tracked_figures(test: dict) -> dict:
+    """The figures on test pairs that an experiment tracker gets."""
+    return {name: {"alpha": drafter["alpha"],
+                   "tau": {gamma: run["tau"] for gamma, run in drafter["simulated"].items()}}
+            for name, drafter in test["drafters"].items()}
+
+
 def best_drafter(test: dict) -> str:
     """The drafter with the most tokens per pass at the gamma that the page leads with."""
     def tau(name: str) -> float:

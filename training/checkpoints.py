@@ -152,6 +152,8 @@ class TaskFiles:
     checkpoint: Checkpoint
     resume: Resume
     show: Callable[[list[dict]], None]     # called with the history whenever resume.pt was written
+    # called with an epoch's figures and its number
+    track: Callable[[dict, int], None] = lambda figures, step: None
 
 
 def load_weights(model: TokenAdapter, state: dict) -> None:

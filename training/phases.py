@@ -241,6 +241,8 @@ class Selection:
             "train_alpha": epoch.alpha, "validation_loss": loss,
             "validation_alpha": figures["alpha"], "validation_top5": figures["top5"],
             "learning_rate": epoch.learning_rate, "seconds": epoch.seconds})
+        self.files.track({key: value for key, value in self.history[-1].items() if key != "epoch"},
+                         len(self.history))
         best, checkpoint = self.best[phase.name], self.files.checkpoint
         is_best_of_all = figures["alpha"] > self.best[self.chosen()].alpha
         if figures["alpha"] > best.alpha:
