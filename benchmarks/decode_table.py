@@ -66,16 +66,23 @@ def is_ours(name: str) -> bool:
 
 
 def times_faster(runs: dict, name: str) -> dict:
-    """{peer: {"decode", "end"}} on the part that all ran; None where it can't be told."""
+    """{peer: {"decode", "end"}} on the part that all ran, beside its own chains on all answers; None
+    where it can't be told.
+    """
     theirs, ours = [peer for peer in runs if not is_ours(peer)], runs[name]["part"]
     faster: dict[str, dict] = {}
-    chain = [name.removesuffix(TREE)] if name.endswith(TREE) else []
-    for peer in [*theirs, PLAIN, *chain]:
+    for peer in [*theirs, PLAIN]:
         # more than the prefills' tokens
         decoded = runs[peer]["part"]["tokens"] > runs[peer]["part"]["answers"]
         faster[peer] = {
             "decode": ratio(runs[peer]["part"]["decode_s"], ours["decode_s"]) if decoded else None,
             "end": ratio(runs[peer]["part"]["end_s"], ours["end_s"])
+        }
+    if name.endswith(TREE):              # both ran on all answers
+        chain = runs[name.removesuffix(TREE)]
+        faster[name.removesuffix(TREE)] = {
+            "decode": ratio(chain["ms_per_token"], runs[name]["ms_per_token"]),
+            "end": ratio(chain["end_s"], runs[name]["end_s"])
         }
     faster["fastest generate"] = {
         key: smallest(faster[peer][key] for peer in theirs) for key in ("decode", "end")

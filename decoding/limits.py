@@ -30,6 +30,7 @@ class Limits:
     eos_ids: tuple[int, ...]
     gamma: int                       # of a chain
     nodes: int = 0                   # of a tree; 0: chains
+    may_choose: bool = False         # whether chains are proposed instead where they are faster
 
     def cut(self, tokens: list[int]) -> list[int]:
         """The tokens up to the first EOS, which is kept."""
@@ -50,4 +51,4 @@ def check_tree(tree: str) -> None:
 def limits_of(gamma: str, max_new_tokens: int, eos_ids: tuple[int, ...], tree: str = "0") -> Limits:
     """gamma, tree: values of --gamma and --tree."""
     return Limits(max_new_tokens, eos_ids, MAX_GAMMA if gamma == AUTO else int(gamma),
-                  MAX_NODES if tree == AUTO else int(tree))
+                  MAX_NODES if tree == AUTO else int(tree), may_choose=tree == AUTO)

@@ -77,6 +77,15 @@ class BranchSteps:
         fits = tokens < self.steps.config.max_seq_len and self.steps.knows([token])
         return Branch(token, branch, tokens, branch.can_follow and fits)
 
+    def path(self, branch: Branch) -> list[int]:
+        """All tokens up to a node of this tree: the prefix, then the path."""
+        path = []
+        node: Branch | None = branch
+        while node is not None and node.above is not None:
+            path.append(node.token)
+            node = node.above
+        return [*self.prefix, *reversed(path)]
+
     @torch.inference_mode()
     def read(self, branches: list[Branch]) -> None:
         """Set `row` of each of these nodes, all of which the adapter can follow."""

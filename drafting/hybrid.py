@@ -13,13 +13,14 @@ import numpy as np
 
 from base import log
 from drafting.adapter import Adapter, adapter_passes
-from drafting.branches import LOOK_AHEAD, Branch, BranchSteps
+from drafting.branches import LOOK_AHEAD, NOTHING_TO_SAY, Branch, BranchSteps
 from drafting.contract import NOTHING, TOP, Costs, Timer, seconds_per_token
 from drafting.memory import LiveMemory, Memory, live_counts, live_memory, simulated_memory, top_of
 from drafting.ngrams import NGrams, State
 from drafting.parts import LiveParts, SimulationParts
 from drafting.steps import AdapterSteps
 from drafting.tree import MAX_CHILDREN, Upcoming, none_upcoming
+from drafting.worth import StepWorth
 from token_adapter import TokenAdapter
 
 # candidates for the memory's share; the run's own validation chooses
@@ -73,6 +74,20 @@ class Place:
             self.memory = ngrams.best(self.state, MEMORY_CHOICES)
         return self.memory
 
+    def doubt(self, ngrams: NGrams) -> float:
+        """Probability that the memory's best token is wrong."""
+        memory = self.memory_choices(ngrams)
+        return 1 - memory[0][0] if memory else 1.0
+
+    def is_unsure(self, ngrams: NGrams) -> bool:
+        """Whether the adapter can be asked here, and the memory doubts enough for it."""
+        return self.branch.can_follow and self.doubt(ngrams) > 1 - SURE
+
+
+def best_of(distribution: dict[int, float]) -> list[int]:
+    """The most probable token; [] where there is none."""
+    return [max(distribution, key=distribution.__getitem__)] if distribution else []
+
 
 class LiveHybrid(LiveMemory):
     """Live: chains and trees like the memory's. The adapter runs where the memory is unsure enough to
@@ -83,33 +98,36 @@ class LiveHybrid(LiveMemory):
         super().__init__(ngrams)
         self.share, self.steps = share, AdapterSteps(adapter)
         self.branches = BranchSteps(self.steps)
+        self.worth, self.read_s = StepWorth(), 0.0
 
     def begin(self, draft: list[int], question: Sequence[int] = ()) -> None:
         self.steps.begin(draft)
+        self.worth.opinions.clear()
+
+    # ----------------------------------------------------------------------------------- as a chain
+    def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
+        self.worth.settle(prefix)
+        return super().propose(prefix, gamma, price)
 
     def distribution(self, tokens: list[int], state: State, reached: float,
                      price: float) -> dict[int, float]:
         memory = self.ngrams.distribution_at(state)
-        sure = max(memory.values(), default=0)
-        ids, probabilities = self.second_opinion(tokens, sure, reached, price)
-        return mixed(ids, probabilities, memory, self.share) if ids else memory
+        doubt = 1 - max(memory.values(), default=0.0)
+        if doubt <= 1 - SURE or not self.steps.can_follow(tokens):
+            return memory
+        if not self.worth.pays(reached * doubt, self.costs.adapter_step_s * price):
+            return memory
+        ids, probabilities = self.steps.after(tokens)[0]
+        if not ids:
+            return memory
+        mixture = mixed(ids, probabilities, memory, self.share)
+        known = list(tokens)
+        self.worth.add(len(known), lambda: known, reached * doubt, best_of(memory), best_of(mixture))
+        return mixture
 
-    def second_opinion(self, tokens: list[int], sure: float, reached: float,
-                       price: float) -> tuple[list[int], list[float]]:
-        """The adapter's ids and probabilities after these tokens; empty where a step isn't worth
-        its time.
-
-        sure: probability of the memory's best token: the adapter wins tokens only where the memory
-        fails.
-        """
-        if not self.is_worth_a_step(1 - sure, reached, price) or not self.steps.can_follow(tokens):
-            return [], []
-        return self.steps.after(tokens)[0]
-
-    def is_worth_a_step(self, doubt: float, reached: float, price: float) -> bool:
-        return doubt > 1 - SURE and reached * doubt >= self.costs.adapter_step_s * price
-
+    # ------------------------------------------------------------------------------------ as a tree
     def place_after(self, prefix: list[int]) -> Place:
+        self.worth.settle(prefix)
         return Place(self.ngrams.at(prefix), self.branches.open(prefix))
 
     def next_place(self, place: Place, token: int) -> Place:
@@ -118,23 +136,33 @@ class LiveHybrid(LiveMemory):
     def choices(self, place: Place, reached: float, price: float,
                 upcoming: Upcoming = none_upcoming) -> list[tuple[float, int]]:
         memory = place.memory_choices(self.ngrams)
-        if place.branch.row is None and self.wants_step(place, reached, price):
-            others = [other.branch for other, chance in upcoming(LOOK_AHEAD)
-                      if other.branch.row is None and self.wants_step(other, chance, price)]
-            self.branches.read([place.branch, *others])
-        if place.branch.row is None or not place.branch.row[0]:
+        if place.branch.row is None and place.is_unsure(self.ngrams):
+            self._read(place, reached, price, upcoming)
+        ids, probabilities = place.branch.row or NOTHING_TO_SAY
+        if not ids:
             return memory[:MAX_CHILDREN]
         remembered = {token: probability for probability, token in memory}
-        mixture = mixed(*place.branch.row, remembered, self.share)
-        best = heapq.nlargest(MAX_CHILDREN, mixture, key=mixture.__getitem__)
-        return [(mixture[token], token) for token in best]
+        mixture = mixed(ids, probabilities, remembered, self.share)
+        tokens = heapq.nlargest(MAX_CHILDREN, mixture, key=mixture.__getitem__)
+        self.worth.add(place.branch.tokens, lambda: self.branches.path(place.branch), 0.0,
+                       [token for _, token in memory[:MAX_CHILDREN]], tokens)
+        return [(mixture[token], token) for token in tokens]
 
-    def wants_step(self, place: Place, reached: float, price: float) -> bool:
-        """Whether the memory is unsure enough there for a step of the adapter."""
-        if not place.branch.can_follow:
-            return False
-        memory = place.memory_choices(self.ngrams)
-        return self.is_worth_a_step(1 - (memory[0][0] if memory else 0.0), reached, price)
+    def _read(self, place: Place, reached: float, price: float, upcoming: Upcoming) -> None:
+        """Ask the adapter about a place, and about others that may be next, where that pays."""
+        asked = [(place, reached), *((other, chance) for other, chance in upcoming(LOOK_AHEAD)
+                                     if other.branch.row is None and other.is_unsure(self.ngrams))]
+        doubt = sum(chance * other.doubt(self.ngrams) for other, chance in asked)
+        if self.worth.pays(doubt, self.read_s * price):
+            self.worth.asked += doubt
+            self.branches.read([other.branch for other, _ in asked])
+        else:
+            place.branch.row = NOTHING_TO_SAY
+
+    def learn(self, answer: list[int]) -> None:
+        self.worth.settle(answer)
+        self.worth.fade()
+        super().learn(answer)
 
     def measure(self, draft: list[int], question: Sequence[int], answer: list[int], timer: Timer,
                 verify_s: float = 0.0) -> Costs:
@@ -144,7 +172,24 @@ class LiveHybrid(LiveMemory):
         step_s = self.steps.measure_step(draft, answer, timer)
         self.costs = Costs()                                 # measured unhindered by earlier costs
         self.costs = Costs(seconds_per_token(self, draft, question, answer, timer), token_s, step_s)
+        self.read_s = self._measure_read(draft, answer, timer)
+        self.worth = StepWorth()
         return self.costs
+
+    def _measure_read(self, draft: list[int], answer: list[int], timer: Timer) -> float:
+        """Seconds of asking the adapter about some places of a tree, what is made of it included."""
+        if not self.steps.can_follow([*answer, 0]):
+            return 0.0
+
+        def read() -> None:
+            root = self.place_after(answer)
+            places = [self.next_place(root, token) for token in range(LOOK_AHEAD)]
+            self.branches.read([place.branch for place in places if place.branch.can_follow])
+            for place in places:
+                self.choices(place, 1.0, 0.0)
+
+        self.begin(draft)
+        return timer(read)
 
 
 def simulated_hybrid(parts: SimulationParts) -> Hybrid | Memory | None:

@@ -14,6 +14,7 @@ forward waits for the host, about 20 ms a token for a 7B model on an H200.
 import itertools
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,6 +32,7 @@ from vlm.tree_attention import (
     visibility,
 )
 
+INPUTS = 5                           # rows of the inputs of a pass
 # Tokens per tree pass for which a CUDA graph is captured
 TREE_SIZES = (25, 33, 49, 65)
 
@@ -51,17 +53,11 @@ class Steps(Llama):
         self.room, self.length = room, 0
         self.cache = self.new_cache(1, slots)
         self.slots = torch.arange(slots, device=self.device)
-        # Input buffers of the graphs. For each new position: its token id, its position for RoPE, its
-        # cache slot, and a bit mask of the tree nodes it may attend to; then the slot of the root.
-        # Initialised to a chain from slot 0.
-        self.ids = torch.zeros_like(self.slots)
-        self.plan = torch.zeros(4, slots, dtype=torch.long, device=self.device)
-        self.positions, self.places, self.ancestors = self.plan[:3]
-        self.root = self.plan[3, :1]
-        self.positions.copy_(self.slots)
-        self.places.copy_(self.slots)
-        chain = ancestors_of(list(range(-1, min(MAX_NODES + 1, slots) - 1)))
-        self.ancestors[:len(chain)].copy_(torch.tensor(chain))
+        # Inputs of a pass, as `_inputs` cuts them up, and the same on the host: one copy for all.
+        on_gpu = self.device.type == "cuda"
+        self.buffer = torch.zeros(INPUTS * slots, dtype=torch.long, device=self.device)
+        self.staged = torch.zeros(INPUTS * slots, dtype=torch.long, pin_memory=on_gpu)
+        self.copied = torch.cuda.Event() if on_gpu else None       # the staged inputs may be overwritten
         self.attention = TreeAttention(self.heads, self.kv_heads, self.head_dim, self.device,
                                        kernel_works(self.device, self.dtype, self.head_dim))
         # Number of tokens -> (graph, the Next it writes)
@@ -112,18 +108,19 @@ class Steps(Llama):
         positions = places
         mask = None
         if parents is not None and nodes:
-            self._set_plan(parents, before - 1, len(parents))
-            positions = torch.cat([places[:before], self.positions[1:outputs]])
+            self._set_inputs([0] * outputs, parents, before - 1, outputs)
+            _, tree_positions, _, ancestors, root = self._inputs(outputs)
+            ancestors, root = ancestors[1:], root[:1]
+            positions = torch.cat([places[:before], tree_positions[1:]])
             if not self.attention.fused:
-                mask = visibility(self.root, self.ancestors[1:outputs], self.slots, self.dtype)
+                mask = visibility(root, ancestors, self.slots, self.dtype)
 
         def attend(number: int, queries: torch.Tensor) -> torch.Tensor:
             keys, values = self.cache[number]
             mixed = causal(queries[None, :before], keys[..., :before, :], values[..., :before, :])[0]
             if not nodes:
                 return mixed
-            tree = self.attention(queries[before:], keys[0], values[0], self.root,
-                                  self.ancestors[1:outputs], mask)
+            tree = self.attention(queries[before:], keys[0], values[0], root, ancestors, mask)
             return torch.cat([mixed, tree])
 
         with self.on_device():
@@ -146,10 +143,9 @@ class Steps(Llama):
             head = Next(head.logits.clone(), head.best.clone())     # the next pass reuses the buffers
             tail = self.verify(tokens[MAX_NODES + 1:])
             return self._record(Next(*(torch.cat(parts) for parts in zip(head, tail))))
-        parents = list(range(-1, k - 1)) if parents is None else parents
+        parents = self._chain(k) if parents is None else parents
         width = next((size for size in self.sizes if k <= size <= len(self.slots) - start), k)
-        self.ids[:k].copy_(self._ids(tokens), non_blocking=True)
-        self._set_plan(parents, start, width)
+        self._set_inputs(tokens, parents, start, width)
         self.length = start + k
         if width not in self.graphs:
             with self.on_device():
@@ -167,9 +163,12 @@ class Steps(Llama):
         """
         start = self.length - len(self.last_best)
         assert path[0] == 0 and all(a < b for a, b in itertools.pairwise(path)), path
-        if path != list(range(len(path))):
-            moved = self.cache[..., [start + node for node in path], :]
-            self.cache[..., start:start + len(path), :] = moved
+        first = next((at for at, node in enumerate(path) if node != at), len(path))
+        if moved := path[first:]:
+            slots = torch.tensor(moved, pin_memory=self.device.type == "cuda") + start
+            slots = slots.to(self.device, non_blocking=True)
+            kept = self.cache.index_select(-2, slots)
+            self.cache[..., start + first:start + len(path), :] = kept
         self.rollback(start + len(path))
 
     @torch.inference_mode()
@@ -189,34 +188,59 @@ class Steps(Llama):
         """(k,) int64. A list goes through pinned memory: its copy to a GPU is asynchronous."""
         if isinstance(tokens, torch.Tensor):
             return tokens
-        size = self.vocab_size
-        # An id out of range is a device-side assert in CUDA, which kills the process's context
-        assert all(0 <= token < size for token in tokens), f"{tokens}: an id beyond {size - 1}"
         # Allocated anew each time: the pinned allocator reuses memory only after its copy is done
-        return torch.tensor(tokens, dtype=torch.long, pin_memory=self.device.type == "cuda")
+        return torch.tensor(self._known(tokens), dtype=torch.long, pin_memory=self.device.type == "cuda")
 
-    def _set_plan(self, parents: list[int], start: int, width: int) -> None:
-        """Fill the plan for a tree whose root is at slot `start`, padded to a graph of `width` tokens."""
+    def _known(self, tokens: list[int]) -> list[int]:
+        # An id out of range is a device-side assert in CUDA, which kills the process's context
+        assert min(tokens) >= 0 and max(tokens) < self.vocab_size, (
+            f"{tokens}: an id beyond {self.vocab_size - 1}")
+        return tokens
+
+    @staticmethod
+    def _chain(k: int) -> list[int]:
+        """The parents of a tree without branches."""
+        return list(range(-1, k - 1))
+
+    def _inputs(self, k: int) -> torch.Tensor:
+        """(5, k) int64: for each new position its token id, its position for RoPE, its cache slot and a
+        bit mask of the tree nodes it may attend to; and the slot of the root, k times."""
+        return self.buffer[:INPUTS * k].view(INPUTS, k)
+
+    def _set_inputs(self, tokens: torch.Tensor | list[int], parents: list[int], start: int,
+                    width: int) -> None:
+        """The inputs for a tree whose root is at slot `start`, padded to a graph of `width` tokens."""
+        k, on_device = len(parents), isinstance(tokens, torch.Tensor)
+        if self.copied is not None:
+            self.copied.synchronize()
+        staged = self.staged[:INPUTS * width]
+        ids, positions, places, ancestors, root = staged.numpy().reshape(INPUTS, width)
+        ids[:k] = 0 if on_device else self._known(tokens)
+        positions[:k] = depths_of(parents)
+        positions[:k] += start
+        ancestors[:k] = ancestors_of(parents)
         # Padding positions attend to earlier slots alone
-        padding = width - len(parents)
-        plan = [[start + depth for depth in depths_of(parents)] + [start] * padding,
-                list(range(start, start + width)),
-                ancestors_of(parents) + [0] * padding, [start] * width]
-        self.plan[:, :width].copy_(torch.tensor(plan, pin_memory=self.device.type == "cuda"),
-                                   non_blocking=True)
+        ids[k:], positions[k:], ancestors[k:] = 0, start, 0
+        places[:] = np.arange(start, start + width)
+        root[:] = start
+        self.buffer[:INPUTS * width].copy_(staged, non_blocking=True)
+        if self.copied is not None:
+            self.copied.record(torch.cuda.current_stream(self.device))
+        if on_device:
+            self._inputs(width)[0, :k].copy_(tokens)
 
     def _forward(self, k: int) -> Next:
-        """The pass over the first k entries of the buffers: what a graph captures."""
-        x = self.model.embed_tokens(self.ids[:k])
-        ancestors = self.ancestors[:k]
+        """The pass over the inputs of k positions: what a graph captures."""
+        ids, positions, places, ancestors, root = self._inputs(k)
+        x, root = self.model.embed_tokens(ids), root[:1]
         # A float mask, built once: SDPA would convert a boolean mask again in every layer
-        mask = None if self.attention.fused else visibility(self.root, ancestors, self.slots, x.dtype)
+        mask = None if self.attention.fused else visibility(root, ancestors, self.slots, x.dtype)
 
         def attend(number: int, queries: torch.Tensor) -> torch.Tensor:
             (keys,), (values,) = self.cache[number]
-            return self.attention(queries, keys, values, self.root, ancestors, mask)
+            return self.attention(queries, keys, values, root, ancestors, mask)
 
-        return self.following(self.layers(x, self.positions[:k], self.cache, self.places[:k], attend))
+        return self.following(self.layers(x, positions, self.cache, places, attend))
 
     def _record(self, following: Next) -> Next:
         """Copy `best` to the host asynchronously, for rollback()."""
@@ -238,9 +262,10 @@ class Steps(Llama):
             with torch.cuda.device(self.device):
                 pool = torch.cuda.graph_pool_handle()
                 for k in sizes:
+                    self._set_inputs([0] * k, self._chain(k), 0, k)
                     graphs[k] = capture(lambda k=k: self._forward(k), pool)
-                self.ids.copy_((self.slots + 1) % self.vocab_size)
                 for k, (graph, output) in graphs.items():
+                    self._set_inputs([(at + 1) % self.vocab_size for at in range(k)], self._chain(k), 0, k)
                     eager = self._forward(k).logits.clone()
                     self.cache.zero_()               # the graph must not read what eager wrote
                     graph.replay()
@@ -253,7 +278,6 @@ class Steps(Llama):
             if must:
                 raise
             log(f"steps | WARNING | no CUDA graphs, every step runs eagerly: {error}")
-        self.ids.zero_()
         self.cache.zero_()
 
 
