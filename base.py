@@ -52,12 +52,30 @@ def first_line(error: BaseException) -> str:
     return next(filter(str.strip, str(error).splitlines()), type(error).__name__).strip()
 
 
+_process_name = ""         # of a process beside the first of a launch, which logs trouble alone
+
+
+def name_process(name: str) -> None:
+    """Set this process' name; "" for the first of a launch, or the only one: it logs everything."""
+    global _process_name
+    _process_name = name
+
+
+def is_named() -> bool:
+    """Whether this is a process beside the first of a launch."""
+    return bool(_process_name)
+
+
 def log(message: str) -> None:
     """Print one whole, timestamped, flushed line, which text from files can't break or colour.
 
     A log that can't be written, because its disk is full or its reader is gone, does not end the
     work.
     """
+    if _process_name:
+        if not re.search(r"\b(ERROR|WARNING)\b", message):
+            return
+        message = f"{_process_name} | {message}"
     line = f"[{now()}] {plain(message)}"
     try:
         if Progress.on_terminal is None:
@@ -86,7 +104,7 @@ class Progress:
         Progress.close_bar()
         with contextlib.suppress(OSError):
             out = sys.stdout                   # None where the shell closed it
-            if out and out.isatty() and min(os.get_terminal_size(out.fileno())) > 1:
+            if out and out.isatty() and not _process_name and min(os.get_terminal_size(out.fileno())) > 1:
                 self.open_bar()
 
     def update(self, done: int, facts: str = "") -> None:

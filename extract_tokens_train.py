@@ -9,20 +9,40 @@ output as soon as it is there, so the same command goes on where a stopped run w
 itself is written whole at the end. A clip whose picture or video can't be read, or whose answer
 would come from logits that are no numbers, goes to the list `failed` with the reason and stops
 nothing; the same command, given again, tries it once more.
+
+Several processes share the clips: torchrun --nproc_per_node 8 extract_tokens_train.py ...; see
+docs/clusters.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
+import json
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from base import UserError, as_json, check_counts, log, option, parse_config, required
+from extraction.together import (
+    discard_together,
+    is_one_disk,
+    log_merge_command,
+    merged_ledgers,
+    open_together,
+    written_by,
+)
 from machine.files import check_plain, make_folder, only_writer
+from machine.ranks import this_process
 from machine.running import goes_on_with, run
-from pairs.journal import Journal, Setting
+from machine.team import Team, Work, launch_command
+from pairs.journal import Setting
+from pairs.journals import Journals, finish_removal, open_journals
 from vlm.roles import ROLES, Role, View, content_of
+
+if TYPE_CHECKING:
+    from extraction.ledger import Survey
+
+# Flags that the processes of one launch may differ in.
+EACH_ITS_OWN = ("device", "num_workers", "batch_size", "wait")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +85,8 @@ class ExtractConfig:
     wait: bool = option(False,
                         "wait when another process is writing this output, instead of ending")
     restart: bool = option(False, "throw away an older journal and output of this name")
+    merge: list[Path] | None = option(
+        None, "make the output from these journals, which processes left on disks of their own")
 
     def __post_init__(self):
         if not self.query.strip():
@@ -113,56 +135,109 @@ def values_of(settings: dict[str, Setting]) -> dict:
     return {name: setting.value for name, setting in settings.items()}
 
 
-def main():
-    config = parse_config(ExtractConfig)
-
+def survey_of(config: ExtractConfig) -> Survey:
     from clips.dataset import read_dataset
     from clips.questions import read_questions
     from extraction.ledger import Survey
-    from extraction.output import find_earlier, may_succeed_now, write_output
 
     questions = read_questions(config.query, config.questions_file, config.num_questions)
     view = View(config.num_frames, config.event_images)
-    make_folder(config.output_file.absolute().parent)
-    with only_writer(config.output_file, config.wait):
-        samples = read_dataset(config.dataset_dir, config.allow_links or ())
-        samples = samples[:config.max_samples if config.max_samples > 0 else None]
-        survey = Survey(samples, questions, view, content_of(samples, ROLES.values(), view))
-        earlier = None
-        if not config.restart:
-            earlier = find_earlier(config.output_file, values_of(config.settings(questions)), survey)
-        if earlier and not may_succeed_now(earlier, survey):
-            log(f"RESULT | {config.output_file} | finished before: {earlier.pairs} pairs, "
-                f"{len(earlier.failed)} failed")
-            return
-        goes_on_with([word for word in sys.argv if word != "--restart"])
+    samples = read_dataset(config.dataset_dir, config.allow_links or ())
+    samples = samples[:config.max_samples if config.max_samples > 0 else None]
+    return Survey(samples, questions, view, content_of(samples, ROLES.values(), view))
 
-        import torch  # from here on, because a finished output needs none
 
-        from extraction.model_pass import Models, Pace, answer_all
-        from machine.device import Runtime
-        from machine.workers import cores
-
-        torch.manual_seed(config.seed)
-        runtime = Runtime.choose(config.device, config.dtype, config.quantization)
-        settings = config.settings(questions, dtype=str(runtime.dtype).removeprefix("torch."),
-                                   quantization=runtime.quantization)
-        pace = Pace(config.max_new_tokens, config.num_workers or cores(), config.batch_size,
-                    config.parity_check)
-        models = Models({role.role: config.name_of(role) for role in ROLES.values()}, runtime)
-        if earlier:
-            earlier.check_again(values_of(settings), survey)
-        models.check(survey, config.max_new_tokens)
-        if config.restart:
-            Journal.discard(config.output_file)
-        answers = earlier.entries(survey) if earlier else ()
-        with Journal(config.output_file, settings, survey.content, answers) as journal:
-            ledgers = answer_all(survey, models, journal, pace)
-            head = {"dataset_dir": str(config.dataset_dir), "settings": values_of(settings)}
-            write_output(config.output_file, head, survey, ledgers)
-            journal.remove()
+def main():
+    config = parse_config(ExtractConfig)
+    with Team.meet(this_process(together=True)) as team:
+        team.agree({f"--{name}": json.dumps(value) for name, value in as_json(config).items()
+                    if name not in EACH_ITS_OWN})
+        make_folder(config.output_file.absolute().parent)
+        with only_writer(written_by(config.output_file, team.ranks.rank), config.wait):
+            if config.merge and team.ranks.world == 1:
+                merge(config)
+            elif config.merge:
+                raise UserError(f"--merge is the work of one process, here are {team.ranks.world}")
+            else:
+                extract(config, team)
         goes_on_with([])
 
 
+def extract(config: ExtractConfig, team: Work) -> None:
+    """Answer what is missing, as one of the team's processes; the first writes the output."""
+    from extraction.content import fingerprint
+    from extraction.output import find_earlier, may_succeed_now, write_output
+
+    survey, output_file = survey_of(config), config.output_file
+    team.agree({"data set folder": fingerprint(survey.content)})
+    earlier, is_first = None, team.ranks.rank == 0
+    if is_first and not config.restart:
+        finish_removal(output_file)
+        earlier = find_earlier(output_file, values_of(config.settings(survey.questions)), survey)
+    if earlier and not may_succeed_now(earlier, survey):
+        log(f"RESULT | {output_file} | finished before: {earlier.pairs} pairs, "
+            f"{len(earlier.failed)} failed")
+        team.from_first("state", lambda: "finished")
+        return
+    if team.from_first("state", lambda: "open") == "finished":
+        return
+    goes_on_with([word for word in launch_command() if word != "--restart"])
+
+    import torch  # from here on, because a finished output needs none
+
+    from extraction.model_pass import Models, Pace, answer_all
+    from machine.device import Runtime, gpu_of
+    from machine.workers import cores
+
+    torch.manual_seed(config.seed)
+    device = team.ranks.device(config.device, torch.cuda.device_count())
+    runtime = Runtime.choose(device, config.dtype, config.quantization)
+    settings = config.settings(survey.questions, dtype=str(runtime.dtype).removeprefix("torch."),
+                               quantization=runtime.quantization)
+    team.agree({name: json.dumps(setting.value) for name, setting in settings.items()})
+    team.differ("the GPU", gpu_of(runtime.device))
+    workers = config.num_workers or max(1, cores() // team.ranks.local_world)
+    pace = Pace(config.max_new_tokens, workers, config.batch_size, config.parity_check)
+    models = Models({role.role: config.name_of(role) for role in ROLES.values()}, runtime)
+    if earlier:
+        earlier.check_again(values_of(settings), survey)
+    models.check(survey, config.max_new_tokens)
+    if config.restart:
+        discard_together(output_file, team)
+    answers = earlier.entries(survey) if earlier else ()
+    with open_together(team, lambda: Journals(output_file, settings, survey.content, answers,
+                                              team.ranks.rank)) as journals:
+        one_disk = is_one_disk(team, journals)
+        ledgers = answer_all(survey, models, journals, pace, team)
+        if is_first:
+            team.outlast()
+        if is_first and one_disk:
+            journals.refresh()
+            write_output(output_file, head_of(config, values_of(settings)), survey, ledgers)
+            journals.remove()
+        elif is_first:
+            log_merge_command(output_file, survey, ledgers)
+
+
+def merge(config: ExtractConfig) -> None:
+    """Make the output from the journals of all processes, wherever they were written."""
+    from extraction.output import write_output
+
+    survey = survey_of(config)
+    if config.output_file.exists() and not config.restart:
+        raise UserError(f"{config.output_file} exists; choose another --output_file, or --restart "
+                        "to replace it")
+    merged = open_journals(config.merge or [], config.settings(survey.questions), survey.content)
+    ledgers = merged_ledgers(survey, merged)
+    settings = merged.parts[0].file.head["settings"]
+    write_output(config.output_file, head_of(config, settings), survey, ledgers)
+    merged.close()
+
+
+def head_of(config: ExtractConfig, settings: dict) -> dict:
+    """What the output records of the run itself."""
+    return {"dataset_dir": str(config.dataset_dir), "settings": settings}
+
+
 if __name__ == "__main__":
-    run(main)
+    run(main, together=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from base import UserError, first_line, log
@@ -66,7 +66,7 @@ class Answering:
         # for their answers.
         self.in_flight: collections.deque[tuple[list[Sample], Callable]] = collections.deque()
 
-    def run(self, samples: list[Sample]) -> None:
+    def run(self, samples: Iterable[Sample]) -> None:
         """Answer all questions about these samples.
 
         After a signal, only batches already begun are answered.
@@ -82,7 +82,7 @@ class Answering:
                 raise
 
     # ------------------------------------------------------------------------------------- reading
-    def _batches(self, samples: list[Sample], stopping: Callable[[], bool]) -> Iterator[list[Clip]]:
+    def _batches(self, samples: Iterable[Sample], stopping: Callable[[], bool]) -> Iterator[list[Clip]]:
         """Clips to answer at once: `size`, or fewer where the next clip has another shape."""
         clips: list[Clip] = []
         for sample, pixels in self._pixels_of(samples, BATCHES_AHEAD * self.size):
@@ -98,7 +98,7 @@ class Answering:
         if clips and not stopping():
             yield clips
 
-    def _pixels_of(self, samples: list[Sample], ahead: int) -> Iterator[tuple]:
+    def _pixels_of(self, samples: Iterable[Sample], ahead: int) -> Iterator[tuple]:
         """(sample, its prepared pixels or the MediaError), with `ahead` samples read in advance."""
         from clips.dataset import read_ahead
 

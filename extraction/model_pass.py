@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +16,12 @@ from extraction.answering import Answering, Job
 from extraction.ledger import Ledger, Survey
 from machine.device import Runtime
 from machine.files import read_within
-from pairs.journal import Journal
+from machine.team import Work
+from pairs.journals import Journals, Merged
 from vlm.contract import VisionLanguageModel, same_weights
 from vlm.roles import ROLES, Role
+
+BATCHES_OF_SHARE = 8               # of one process in a team, at least, in which it takes its share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +36,12 @@ class Models:
         for role in ROLES.values():
             role.check(self.names[role.role], survey.questions, survey.view, max_new_tokens)
 
-    def check_weights(self, journal: Journal) -> None:
+    def check_weights(self, journals: Merged) -> None:
         """A UserError unless the models that have answered so far have the same weights now."""
         for role in ROLES.values():
             name = self.names[role.role]
-            if journal.has_any(role.name):
-                check_weights(journal, role, name, role.revision(name))
+            if any(part.has_any(role.name) for part in journals.parts):
+                check_weights(journals, role, name, role.revision(name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,53 +54,72 @@ class Pace:
     parity_check: int = 0            # clips whose answers are compared with those given one by one
 
 
-def answer_all(survey: Survey, models: Models, journal: Journal,
-               pace: Pace) -> dict[Literal["draft", "target"], Ledger]:
-    """Let each model in turn answer what the journal lacks. Role -> what its model has answered.
+def answer_all(survey: Survey, models: Models, journal: Journals, pace: Pace,
+               team: Work) -> dict[Literal["draft", "target"], Ledger]:
+    """Let each model in turn answer what the journals lack. Role -> what its model has answered.
 
-    The target is asked about those clips alone that the draft has answered.
+    The target is asked about those clips alone that the draft has answered. team: the processes
+    that share the clips; all are through with the one model before one begins with the other.
     """
     models.check_weights(journal)
     ledgers, samples = {}, survey.samples
     for role in ROLES.values():
-        ledgers[role.role] = ledger = Ledger(role, survey, samples, journal)
-        if ledger.unanswered() or (pace.parity_check and "parity" not in ledger.facts):
-            run_model(ledger, models, pace)
+        ledgers[role.role] = ledger = Ledger(role, survey, samples, journal, team)
+        dealt = deal(ledger)
+        first = next(dealt, None)                    # a process without work loads no model
+        compares = pace.parity_check and "parity" not in ledger.facts and team.ranks.rank == 0
+        if first or compares:
+            run_model(ledger, models, pace, itertools.chain([first] if first else [], dealt))
+        ledger.gather()
         samples = answered_by(ledger)
     return ledgers
 
 
-def run_model(ledger: Ledger, models: Models, pace: Pace) -> None:
-    """Load the model of a ledger and let it answer what is missing."""
+def deal(ledger: Ledger) -> Iterator[Sample]:
+    """Samples of the ledger without answers, those that fall to this process: block by block, as it
+    asks.
+    """
+    role, view = ledger.role, ledger.survey.view
+    # Clips of as many pictures side by side: they can share a batch.
+    todo = sorted(ledger.unanswered(), key=lambda sample: role.most_pictures([sample], view))
+    return itertools.chain.from_iterable(ledger.team.blocks(role.name, todo))
+
+
+def run_model(ledger: Ledger, models: Models, pace: Pace, dealt: Iterator[Sample]) -> None:
+    """Load the model of a ledger and let it answer about the samples that are dealt to it."""
     role, name = ledger.role, models.names[ledger.role.role]
     log(f"extract | {role.name} | loading {name}")
     model = role.load(name, models.runtime)
     facts = {"model": role.name, **model.facts(name), "prompt": role.prompt("{query}")}
     check_weights(ledger.journal, role, name, facts["revision"])
-    answer(ledger, model, facts, pace)
+    answer(ledger, model, facts, pace, dealt)
 
 
-def answer(ledger: Ledger, model: VisionLanguageModel, facts: dict, pace: Pace) -> None:
-    """Let a loaded model answer what is missing, compare some answers, record facts, unload it."""
+def answer(ledger: Ledger, model: VisionLanguageModel, facts: dict, pace: Pace,
+           dealt: Iterator[Sample]) -> None:
+    """Let a loaded model answer what is dealt, compare some answers, record facts, unload it."""
     from vlm.batches import clips_that_fit
 
     role, view, questions = ledger.role, ledger.survey.view, ledger.survey.questions
-    # Clips of as many pictures side by side: they can share a batch.
-    todo = sorted(ledger.unanswered(), key=lambda sample: role.most_pictures([sample], view))
+    todo, world = ledger.unanswered(), ledger.team.ranks.world
     size = pace.batch_size or clips_that_fit(
         model, questions, pace.max_new_tokens, role.most_pictures(todo, view))
-    at_once = max(1, min(size, len(todo)))
+    # A process holds some batches that wait or are at work: in a team they are no more than half of
+    # its share, so that one that starts early leaves work to the others.
+    share = len(todo) if world == 1 else len(todo) // (BATCHES_OF_SHARE * world)
+    at_once = max(1, min(size, share))
     facts["batch_size"] = size
     ledger.record(facts)
     log(f"extract | {role.name} | {at_once} clips at a time, {pace.num_workers} threads reading ahead")
     read = functools.partial(role.pictures, view=view)
     job = Job(role.name, read, questions, pace.max_new_tokens, pace.num_workers)
     answering = Answering(model, job, at_once, ledger)
-    answering.run(todo)
+    answering.run(dealt)
     final = dict(facts)
     if answering.size < at_once:                             # memory was short
         final["batch_size"] = answering.size
-    if compared := ledger.answered()[:pace.parity_check]:
+    readable = [sample for sample in ledger.answered() if sample.key not in ledger.elsewhere]
+    if compared := readable[:pace.parity_check * (ledger.team.ranks.rank == 0)]:
         final["parity"] = answering.parity(compared, ledger.tokens_of)
     if final != facts:
         ledger.record(final)
@@ -116,17 +140,18 @@ def answered_by(ledger: Ledger) -> list[Sample]:
 
 
 # ----------------------------------------------------------------------------------------- weights
-def check_weights(journal: Journal, role: Role, name: str, revision: str) -> None:
+def check_weights(journals: Merged, role: Role, name: str, revision: str) -> None:
     """A UserError unless these weights of a folder or hub id are those that answered so far."""
-    recorded = journal.models.get(role.name, {}).get("revision")
-    if not journal.has_any(role.name) or same_weights(recorded, revision):
-        return
-    if recorded not in (None, earlier_revision(Path(name))):
-        raise UserError(f"{journal.path} has answers of other weights of {name} ({recorded} there, "
-                        f"{revision} now); choose another --output_file, or start afresh with "
-                        "--restart")
-    log(f"extract | {role.name} | WARNING | {journal.path} does not tell the content of the "
-        f"weights that gave its answers ({recorded}): they are taken for those of {name} now")
+    for journal in journals.parts:
+        recorded = journal.models.get(role.name, {}).get("revision")
+        if not journal.has_any(role.name) or same_weights(recorded, revision):
+            continue
+        if recorded not in (None, earlier_revision(Path(name))):
+            raise UserError(f"{journal.path} has answers of other weights of {name} ({recorded} "
+                            f"there, {revision} now); choose another --output_file, or start afresh with "
+                            "--restart")
+        log(f"extract | {role.name} | WARNING | {journal.path} does not tell the content of the "
+            f"weights that gave its answers ({recorded}): they are taken for those of {name} now")
 
 
 def earlier_revision(folder: Path) -> str | None:

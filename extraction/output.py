@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from base import UserError, log, now, provenance
 from extraction.content import as_of, fingerprint, key_of
 from extraction.ledger import Ledger, Survey
-from pairs.journal import Journal, differences, is_entry
+from pairs.journal import differences, is_entry
+from pairs.journals import journals_of
 from pairs.rows import JsonRows, write_rows
 from vlm.roles import BY_NAME, DRAFT, ROLES, TARGET, Role, View
 
@@ -93,7 +94,7 @@ def find_earlier(path: Path, settings: dict, survey: Survey) -> Earlier | None:
     again. A UserError for an output that is not whole, or was made of other clips or with other
     settings.
     """
-    if not path.exists() or Journal.path_of(path).exists():
+    if not path.exists() or journals_of(path):
         return None
     rows = JsonRows(path)
     try:

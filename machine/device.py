@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from typing import Literal
 
 import torch
@@ -35,6 +36,13 @@ def choose_device(name: str = "auto") -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
     return device
+
+
+def gpu_of(device: torch.device) -> str:
+    """What tells this GPU from all others, on whichever host; empty for a CPU."""
+    if device.type != "cuda":
+        return ""
+    return f"{os.uname().nodename} {torch.cuda.get_device_properties(device).uuid}"
 
 
 def device_name(device: torch.device) -> str:

@@ -144,8 +144,12 @@ class JournalFile:
             os.truncate(self.path, self.counts.end)
         # Without a buffer: what a full disk refuses must not be tried again, later, by close().
         self.writer = self.opened.enter_context(open(self.path, "ab", buffering=0))  # noqa: SIM115
-        self.reader = self.opened.enter_context(open(self.path, "rb"))  # noqa: SIM115
+        self.open_reader()
         return anew
+
+    def open_reader(self) -> None:
+        """Open the file for `read` alone, after all `lines` were read."""
+        self.reader = self.opened.enter_context(open(self.path, "rb"))  # noqa: SIM115
 
     def _write_anew(self, head: dict, values: Iterable[dict]) -> None:
         """Replace the file by one with this first line, its good lines and these values."""

@@ -16,7 +16,8 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from base import ROOT, UNSEEN, Progress, UserError, log, missing_package
+from base import ROOT, UNSEEN, Progress, UserError, is_named, log, missing_package
+from machine.ranks import this_process
 
 # Errors of the machine, not of one file's content, and what the user can do about each.
 MACHINE_TROUBLE = {
@@ -154,8 +155,11 @@ def then_resume() -> str:
 
 
 # ---------------------------------------------------------------------------------------------- run
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], together: bool = False) -> None:
     """Call main(). A UserError becomes one ERROR line and exit 2; a bug keeps its traceback.
+
+    together: whether the program shares its work among the processes that a launcher started; a
+    program that can't is not started as several.
 
     A missing package, a file that can't be read or written, and trouble of the machine are the
     user's to correct. A stop signal leaves through `finally` blocks, which remove temporary files
@@ -166,6 +170,7 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")      # not every terminal has every letter
     sys.unraisablehook = raise_again
     try:
+        this_process(together)
         with Stop().installed():
             try:
                 main()
@@ -208,6 +213,8 @@ def place_of(error: OSError) -> str:
 def end(line: str, code: int, wait: bool = True) -> typing.NoReturn:
     """Print the last log line, if any, and exit. wait: as Python does, for threads at work."""
     if line:
+        if code == 2 and is_named():
+            time.sleep(SAME_STOP_S)      # if the first process has met the same, its line will do
         log(line)
     if not wait and any(not thread.daemon for thread in threading.enumerate()[1:]):
         if "multiprocessing" in sys.modules:

@@ -1,8 +1,10 @@
 """What an extraction has answered so far, on the disk beside its output: the same command goes on there.
 
-    .<output>.journal.jsonl   first line: the settings, and for each clip a digest of its files;
-                              then the facts of a model or an answer a line
-    .<output>.lock            locked while a process writes; its text says which one and since when
+    .<output>.journal.jsonl         first line: the settings, and for each clip a digest of its
+                                    files; then the facts of a model, an answer, or a clip that
+                                    failed, a line
+    .<output>.journal.rank1.jsonl   the same of the second of several processes, and so on
+    .<output>.lock                  locked while a process writes; its text says which one
 
 Rows are found by model, clip and question. Imports no torch.
 """
@@ -17,12 +19,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from base import UserError, log
-from machine.files import check_plain
 from machine.journal import START_AFRESH, JournalFile
 
 # Model -> clip's key -> digest of the files it sees
 Content = dict[str, dict[str, str]]
 FACTS = {"model": str, "vocab_size": int}        # a line with facts of a loaded model
+FAILED = {"model": str, "key": str, "failed": dict}       # a clip that this model could not answer
 ANSWER = {"model": str, "key": str, "question_idx": int, "tokens": list, "text": str,
           "finished": bool}
 
@@ -41,66 +43,43 @@ def differences(there: dict, wanted: dict) -> str:
                      for name in wanted if there.get(name) != wanted[name])
 
 
-class Journal:
-    """Answers in the order in which they came; in memory is only where each one's line begins.
+class Recorded:
+    """The answers in one journal file, as they were written; in memory is only where each one's line begins.
 
     So a million answers fit.
     """
 
-    def __init__(self, output_file: Path, settings: dict[str, Setting],
-                 content: Content | None = None, entries: Iterable[dict] = ()):
-        """Open the journal of this output, or begin it with `entries`: facts and answers of an earlier run.
-
-        content: of the clips now; a clip that was answered when its files were others is not gone
-        on with. Raises UserError, and changes nothing, when the answers there were made with other
-        settings or files.
-        """
-        self.path = self.path_of(output_file)
+    def __init__(self, path: Path):
+        """Read all of it. A last line that is being written, or was never finished, is left out."""
+        self.path = path
         # (model, question number) -> {sample key: offset of the line}; flat keys would take twice
         # the memory
         self.places: dict[tuple[str, int], dict[str, int]] = collections.defaultdict(dict)
         self.models: dict[str, dict] = {}        # model -> name, revision, vocab_size, prompt, ...
-        self.file = JournalFile(self.path, is_entry)
+        self.failed: dict[str, dict[str, dict]] = {}     # model -> {sample key: row of `failed`}
+        self.file = JournalFile(path, is_entry)
         self._read()
-        content = content or {}
-        before = self._check(settings, content)
-        clips = {model: {**before.get(model, {}), **content[model]} for model in content}
-        head = {"settings": {name: setting.value for name, setting in settings.items()},
-                "clips": clips or before}
-        if self.file.begin(head, entries):
-            self._read()
-        if self.places:
-            log(f"extract | {self.path} | going on: {len(self)} answers are there already")
-
-    @staticmethod
-    def path_of(output_file: Path) -> Path:
-        return output_file.with_name(f".{output_file.name}.journal.jsonl")
-
-    @classmethod
-    def discard(cls, output_file: Path) -> None:
-        """Remove the journal of this output, if there is one."""
-        path = cls.path_of(output_file)
-        check_plain(path, follow=False)
-        path.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return sum(map(len, self.places.values()))
 
-    # ------------------------------------------------------------------------------------ going on
     def _read(self) -> None:
         """Note where each answer is; a later one to the same question counts."""
         self.places.clear()
         self.models.clear()
+        self.failed.clear()
         for offset, entry in self.file.lines():
             self._take(entry, offset)
 
     def _take(self, entry: dict, offset: int) -> None:
         if "vocab_size" in entry:
             self.models[entry["model"]] = entry
+        elif "failed" in entry:
+            self.failed.setdefault(entry["model"], {})[entry["key"]] = entry["failed"]
         else:
             self.places[entry["model"], entry["question_idx"]][sys.intern(entry["key"])] = offset
 
-    def _check(self, settings: dict[str, Setting], content: Content) -> Content:
+    def check(self, settings: dict[str, Setting], content: Content) -> Content:
         """The digests in the first line; a UserError when an answer depends on what differs now."""
         head = self.file.head
         if not head:
@@ -132,13 +111,6 @@ class Journal:
         first = next(iter(changed))
         return f"the files of {len(changed)} answered clips have changed, the first: {first}"
 
-    # ------------------------------------------------------------------------------------- answers
-    def append(self, entries: list[dict]) -> None:
-        """Put entries on the disk, then note where they are."""
-        for entry, offset in zip(entries, self.file.append(entries)):
-            self._take(entry, offset)
-        self.file.check_place()
-
     def has_any(self, model: str) -> bool:
         """Whether this model has answered anything."""
         return any(answering == model for answering, _ in self.places)
@@ -157,18 +129,50 @@ class Journal:
                             "changed: give the same command again")
         return entry
 
-    def remove(self) -> None:
-        """The output is whole: the journal has done its work."""
-        self.path.unlink(missing_ok=True)
+    def close(self) -> None:
+        self.file.close()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self.file.close()
-        if kind is not None and len(self):
-            log(f"extract | {len(self)} answers are kept in {self.path}; the same command goes on "
-                "from there")
+        self.close()
+
+
+class Journal(Recorded):
+    """A journal that is written: answers in the order in which they came."""
+
+    def __init__(self, output_file: Path, settings: dict[str, Setting],
+                 content: Content | None = None, entries: Iterable[dict] = (), rank: int = 0):
+        """Open the journal of this output, or begin it with `entries`: facts and answers of an earlier run.
+
+        content: of the clips now; a clip that was answered when its files were others is not gone
+        on with. rank: of the process that writes it. Raises UserError, and changes nothing, when the
+        answers there were made with other settings or files.
+        """
+        super().__init__(self.path_of(output_file, rank))
+        content = content or {}
+        before = self.check(settings, content)
+        clips = {model: {**before.get(model, {}), **content[model]} for model in content}
+        head = {"settings": {name: setting.value for name, setting in settings.items()},
+                "clips": clips or before}
+        if self.file.begin(head, entries):
+            self._read()
+        if self.places:
+            log(f"extract | {self.path} | going on: {len(self)} answers are there already")
+
+    @staticmethod
+    def path_of(output_file: Path, rank: int = 0) -> Path:
+        """Where the process of this rank writes its journal; the only one has rank 0."""
+        part = f".rank{rank}" if rank else ""
+        return output_file.with_name(f".{output_file.name}.journal{part}.jsonl")
+
+    # ------------------------------------------------------------------------------------- answers
+    def append(self, entries: list[dict]) -> None:
+        """Put entries on the disk, then note where they are."""
+        for entry, offset in zip(entries, self.file.append(entries)):
+            self._take(entry, offset)
+        self.file.check_place()
 
 
 def is_content(value: object) -> bool:
@@ -177,7 +181,7 @@ def is_content(value: object) -> bool:
 
 def is_entry(value: dict) -> bool:
     """Whether a line holds the facts of a model or an answer."""
-    kinds = FACTS if "vocab_size" in value else ANSWER
+    kinds = FACTS if "vocab_size" in value else FAILED if "failed" in value else ANSWER
     if not all(isinstance(value.get(name), kind) for name, kind in kinds.items()):
         return False
     return all(type(token) is int for token in value.get("tokens", ()))

@@ -59,10 +59,19 @@ def test_the_table_of_a_program_names_no_flag_that_it_lacks(config):
     assert max(tables, key=lambda said: (len(said & fields), -len(said))) <= fields
 
 
+# Of torchrun, accelerate launch, sbatch, srun and tools of hosts
+LAUNCHERS_FLAGS = {
+    "nproc_per_node", "nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "standalone",
+    "cpu", "num_processes", "multi_gpu", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task",
+    "signal", "requeue", "open-mode", "time", "kill-on-bad-exit", "job-name", "output", "master_addr",
+    "master_port"}
+
+
 def test_every_flag_in_the_pages_exists():
     known = {name for config in CONFIGS for name in flags_of(config)}
     # of run_full_workflow.sh, report.py and argparse
     known |= {"demo", "new", "only", "until", "help", "rebuild"}
+    known |= LAUNCHERS_FLAGS
     for page in PAGES:
         said = re.findall(r"(?<![\w-])--(?:no-)?([a-z][\w-]+)(?!\S*\.py)", page)
         assert set(said) <= known

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 SERVER = """
-import gc, json, os, sys
+import gc, json, os, sys, time
 import machine.running
 import torch
 import extract_tokens_train, machine.running, matplotlib.pyplot, speculative_decode, train_and_evaluate
@@ -34,9 +34,13 @@ for line in sys.stdin:
     elif (answer := os.fork()) == 0:
         log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(log, 1), os.dup2(log, 2)
+        os.environ.update(asked["environment"])
+        os.chdir(asked["folder"])
+        clock = time.time
+        time.time = lambda: clock() + asked["ahead_s"]
         sys.argv = asked["argv"]
         try:
-            machine.running.run(sys.modules[sys.argv[0].removesuffix(".py")].main)
+            machine.running.run(sys.modules[sys.argv[0].removesuffix(".py")].main, together=True)
             code = 0
         except SystemExit as end:
             code = end.code
@@ -48,7 +52,7 @@ for line in sys.stdin:
 
 class Warm:
     def __init__(self):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=environment,
                                        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.server.stdout.readline() == "ready\n"
@@ -58,9 +62,14 @@ class Warm:
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
-    def start(self, flags: list, log: Path, program: str = "extract_tokens_train.py") -> int:
-        """Start a run with these flags, its output appended to the log. Returns its process number."""
-        return self._ask(argv=[program, *map(str, flags)], log=str(log))
+    def start(self, flags: list, log: Path, program: str = "extract_tokens_train.py", *,
+              environment: dict | None = None, folder: Path = ROOT, ahead_s: float = 0) -> int:
+        """Start a run with these flags, its output appended to the log. Returns its process number.
+
+        ahead_s: how far its clock is ahead.
+        """
+        return self._ask(argv=[program, *map(str, flags)], log=str(log), environment=environment or {},
+                         folder=str(folder), ahead_s=ahead_s)
 
     def wait(self, process: int) -> int:
         """Its exit code, or less than 0 when a signal ended it."""

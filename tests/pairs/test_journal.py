@@ -10,6 +10,7 @@ import pytest
 from base import UserError
 from machine.journal import line_of, value_of
 from pairs.journal import Journal, Setting
+from pairs.journals import discard
 
 NAMES = ("dataset_dir", "max_new_tokens", "questions", "quantization", "dtype")
 BOTH, TARGET = ("eventgpt", "videollava"), ("videollava",)
@@ -234,11 +235,11 @@ def test_answers_that_break_off_leave_no_journal_behind(tmp_path):
 
 def test_a_discarded_journal_is_gone_and_a_link_is_not_followed(five, tmp_path):
     path, _ = five
-    Journal.discard(tmp_path / "out.json")
-    Journal.discard(tmp_path / "out.json")
+    discard(tmp_path / "out.json")
+    discard(tmp_path / "out.json")
     assert not path.exists()
     path.symlink_to(tmp_path / "else")
     with pytest.raises(UserError, match="is a link"):
-        Journal.discard(tmp_path / "out.json")
+        discard(tmp_path / "out.json")
     with pytest.raises(UserError, match="is a link"):
         Journal(tmp_path / "out.json", ALIKE)
