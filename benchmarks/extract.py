@@ -60,6 +60,7 @@ class Config:
     files: int = option(
         48, "made-up videos and pictures in the sizes of the real ones, read repeatedly; 0: none")
     num_workers: int | None = option(None, "threads that read them; default: one for each core")
+    num_processes: int = option(1, "above 1: time so many processes against one instead, by torchrun")
     output: Path = option(Path("benchmark_extract.json"), "where all numbers go")
     compare: Path | None = option(None,
                                   "an earlier output: print old, new and ratio of each figure")
@@ -70,7 +71,8 @@ class Config:
         optional = ("clips", "batch_size", "num_workers")
         given = [name for name in optional if getattr(self, name) is not None]
         check_counts(self,
-                     ("plain_clips", "plain_batch_size", "questions", "max_new_tokens", *given))
+                     ("plain_clips", "plain_batch_size", "questions", "max_new_tokens",
+                      "num_processes", *given))
         if self.files < 0:
             raise UserError(f"--files must be 0 (none) or more, got {self.files}")
         if self.model not in ("both", *BY_NAME):
@@ -261,12 +263,11 @@ def measure_model(bench: Bench, config: Config, folder: Path) -> dict:
     from clips.dataset import Sample
     from vlm.batches import clips_that_fit
     from vlm.loading import weights_mib
-    from vlm.peers import QUERY
+    from vlm.peers import QUERY, several_questions
 
     model, role = bench.model, bench.role
     held, pictures = memory(model.runtime.device)["held"], role.most_pictures([], View())
-    several = [f"{QUERY} {'And why? ' * (number % 3)}".strip() for number in range(config.questions)]
-    asked = {"ours": [QUERY], "ours, several questions": several}
+    asked = {"ours": [QUERY], "ours, several questions": several_questions(config.questions)}
     sizes = {name: config.batch_size or clips_that_fit(model, questions, config.max_new_tokens, pictures)
              for name, questions in asked.items()}
     clips = config.clips or 3 * sizes["ours"]
@@ -317,26 +318,27 @@ def files_of(folder: Path, clips: int) -> list[Sample]:
 
 
 def measure(config: Config) -> dict:
+    from benchmarks.together import KINDS, together
     from machine.device import Runtime, device_name
-    from vlm.eventgpt import EventGPT
     from vlm.peers import random_model
-    from vlm.video_llava import VideoLlava
 
     runtime = Runtime.choose(config.device, config.dtype, config.quantization)
-    kinds = {DRAFT.name: EventGPT, TARGET.name: VideoLlava}
-    models = {}
+    names = BY_NAME if config.model == "both" else (config.model,)
+    models: dict[str, dict] = {}
+    facts = {"size": config.size, "device": device_name(runtime.device), "dtype": config.dtype,
+             "quantization": config.quantization}
+    if config.num_processes > 1:
+        return {**facts, "what": NOTES[:1], "models": {}, **together(config, names)}
     with tempfile.TemporaryDirectory() as folder:
         if config.files:
             log(f"benchmark | making {config.files} videos and event pictures in the real sizes")
             make_files(Path(folder), config.files)
-        for name in BY_NAME if config.model == "both" else (config.model,):
-            model = random_model(kinds[name], config.size, runtime)
+        for name in names:
+            model = random_model(KINDS[name](), config.size, runtime)
             bench = Bench(BY_NAME[name], model, config.max_new_tokens, config.num_workers or cores())
             models[name] = measure_model(bench, config, Path(folder))
             model.unload()
-    results = {"size": config.size, "device": device_name(runtime.device), "dtype": config.dtype,
-               "quantization": config.quantization, "what": NOTES, "models": models}
-    return {**results, "wanted": wanted(models) if config.size == "7b" else []}
+    return {**facts, "what": NOTES, "models": models, "wanted": wanted(models) if config.size == "7b" else []}
 
 
 def wanted(models: dict) -> list[dict]:
@@ -357,8 +359,12 @@ def wanted(models: dict) -> list[dict]:
 
 
 def show(results: dict) -> None:
+    from benchmarks.together import show_together
+
     for line in results["what"]:
         log(f"benchmark | {line}")
+    for name, figures in results.get("together", {}).items():
+        show_together(name, figures)
     for name, figures in results["models"].items():
         log(f"table | {name} | weights {figures['weights_gib']:.2f} GiB")
         for way, part in figures.items():
@@ -385,6 +391,9 @@ def row_of(title: str, part: dict, plain: float) -> str:
 
 
 def one_line(results: dict) -> str:
+    if together := results.get("together"):
+        return ", ".join(f"{name}: {figures['processes']} processes {figures['times_one']:.2f} times one"
+                         for name, figures in together.items())
     rates = {name: (figures["ours"]["answers_per_s"], figures["one at a time"]["samples_per_s"])
              for name, figures in results["models"].items()}
     return ", ".join(f"{name} {ours:.2f} samples/s, {ours / plain:.1f} times one at a time"

@@ -73,6 +73,11 @@ class Tokenizer:
         return ""
 
 
+def several_questions(count: int) -> list[str]:
+    """So many questions of different lengths."""
+    return [f"{QUERY} {'And why? ' * (number % 3)}".strip() for number in range(count)]
+
+
 def random_model(kind: type[LoadedModel], size: Literal["7b", "small"], runtime: Runtime,
                  words: int = WORDS_7B) -> VisionLanguageModel:
     """VideoLlava (without its image tower) or EventGPT of that size, created on its device.
