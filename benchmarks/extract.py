@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from base import UserError, check_counts, log, option
+from benchmarks.made_up import AllTokens, Prepared, random_pixels
 from machine.workers import cores
 from vlm.roles import BY_NAME, DRAFT, TARGET, Role, View
 
 if TYPE_CHECKING:                  # torch is imported after the flags are read
     import numpy as np
-    import torch
 
     from clips.dataset import Sample
-    from vlm.contract import Answer, VisionLanguageModel
+    from vlm.contract import VisionLanguageModel
 
 VIDEO_SIZE, EVENT_SIZE = (1080, 1440), (480, 640)      # of the real data, height and width
 EVENTS = 550_000                   # in a picture: a fifth of 200 ms of a DSEC recording
@@ -104,31 +104,7 @@ def make_files(folder: Path, count: int) -> None:
                   render_events(x, y, random.integers(0, 2, EVENTS), EVENT_SIZE))
 
 
-def random_pixels(model: VisionLanguageModel, pictures: int, clips: int) -> list[torch.Tensor]:
-    """Prepared pixels of `clips` clips; a few different ones, in turn."""
-    import numpy as np
-
-    side, random = model.pixels.crop, np.random.default_rng(0)
-    few = [model.prepare(list(random.integers(0, 255, (pictures, side, side, 3), dtype=np.uint8)))
-           for _ in range(8)]
-    return [few[number % len(few)] for number in range(clips)]
-
-
 # ---------------------------------------------------------------------------------------- the ways
-@dataclasses.dataclass
-class AllTokens:
-    """Results (extraction.answering) that only look whether every answer took all its tokens."""
-
-    max_new_tokens: int
-
-    def keep(self, answered: list[tuple[Sample, list[Answer]]]) -> None:
-        lengths = {len(answer.tokens) for _, answers in answered for answer in answers}
-        assert lengths <= {self.max_new_tokens}, lengths
-
-    def lose(self, sample: Sample, reason: str) -> None:
-        raise AssertionError(f"clip {sample.key} failed: {reason}")
-
-
 @dataclasses.dataclass(frozen=True)
 class Bench:
     """One model, and the ways in which it can answer about clips, each timed."""
@@ -294,19 +270,6 @@ def measure_model(bench: Bench, config: Config, folder: Path) -> dict:
         share = figures[name]["answers_per_s"] / figures[name]["limit"]["answers_per_s"]
         figures[name]["share_of_limit"] = share
     return figures
-
-
-class Prepared:
-    """A model whose pictures are prepared pixels already."""
-
-    def __init__(self, model: VisionLanguageModel):
-        self._model = model
-
-    def prepare(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels
-
-    def __getattr__(self, name: str):
-        return getattr(self._model, name)
 
 
 def files_of(folder: Path, clips: int) -> list[Sample]:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from base import ROOT, UserError, log
 from machine.ranks import this_process
@@ -28,8 +28,8 @@ from vlm.roles import BY_NAME, DRAFT, TARGET, Role, View
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from benchmarks.extract import Config
     from extraction.ledger import Ledger
+    from pairs.journals import Journals
     from vlm.contract import VisionLanguageModel
 
 CLIPS = 1536                       # minutes at 7B size, so that the last batch weighs little
@@ -55,9 +55,9 @@ class Shared:
     """What all processes do together."""
 
     model: str                       # its name in files
-    size: str
+    size: Literal["7b", "small"]
     dtype: str
-    quantization: str
+    quantization: Literal["4bit", "none"]
     device: str
     clips: int
     questions: int
@@ -66,9 +66,10 @@ class Shared:
     folder: str                      # for journals, output and seconds
 
 
-def together(config: Config, names: Iterable[str]) -> dict:
+def together(config: Any, names: Iterable[str]) -> dict:
     """What benchmark.py adds for --num_processes: figures of each model, and what they should reach.
 
+    config: of benchmarks/extract.py.
     Answers of one and of several are equal in float32; batches of other sizes round otherwise.
     """
     models = {name: measure_together(Shared(
@@ -137,10 +138,13 @@ def model_of(load: Shared, role: Role, team: Work) -> VisionLanguageModel:
 
 
 def work(load: Shared, role: Role, model: VisionLanguageModel, team: Work) -> None:
-    from benchmarks.extract import AllTokens, Prepared, random_pixels
+    from benchmarks.made_up import AllTokens, Prepared, random_pixels
     from clips.dataset import Sample
     from extraction.answering import Answering, Job
-    from extraction.ledger import Survey
+    from extraction.ledger import Ledger, Survey
+    from extraction.model_pass import Pace, answer, deal
+    from extraction.together import open_together
+    from pairs.journals import Journals
     from vlm.batches import clips_that_fit
     from vlm.peers import several_questions
 
@@ -157,38 +161,33 @@ def work(load: Shared, role: Role, model: VisionLanguageModel, team: Work) -> No
     survey = Survey(samples, questions, View(), {role.name: {}})
     team.gather("warm", b"")
     start = time.perf_counter()
-    ledger, answering_s = answered(survey, timed_role, model, load, size, team)
+    with open_together(team, lambda: Journals(Path(load.folder) / "out.json", {}, survey.content, (),
+                                              team.ranks.rank)) as journals:
+        ledger = Ledger(timed_role, survey, samples, journals, team)
+        facts = {"model": role.name, "vocab_size": model.vocab_size, "revision": "random weights"}
+        before = time.perf_counter()
+        answer(ledger, model, facts, Pace(load.max_new_tokens, 2, size), deal(ledger))
+        answering_s = time.perf_counter() - before
+        ledger.gather()
+        tokens = merged_by_first(ledger, journals, load, team)
+    seconds = time.perf_counter() - start
     if team.ranks.rank:
         return
-    team.outlast()
-    tokens = merged(ledger, Path(load.folder) / "out.json")
-    seconds = time.perf_counter() - start
     answers = len(samples) * len(questions)
     (Path(load.folder) / "figures.json").write_text(json.dumps({
         "seconds": seconds, "answers_per_s": answers / seconds, "batch_size": size,
         "bookkeeping_s": seconds - answering_s, "tokens": tokens}))
 
 
-def answered(survey, role: Role, model: VisionLanguageModel, load: Shared, size: int,
-             team: Work) -> tuple[Ledger, float]:
-    """(the ledger when all processes are through, seconds in which this one answered)."""
-    from extraction.ledger import Ledger
-    from extraction.model_pass import Pace, answer, deal
-    from extraction.together import open_together
-    from pairs.journals import Journals
-
-    journals = open_together(team, lambda: Journals(
-        Path(load.folder) / "out.json", {}, survey.content, (), team.ranks.rank))
-    ledger = Ledger(role, survey, survey.samples, journals, team)
-    facts = {"model": role.name, "vocab_size": model.vocab_size, "revision": "random weights"}
-    before = time.perf_counter()
-    answer(ledger, model, facts, Pace(load.max_new_tokens, 2, size), deal(ledger))
-    answering_s = time.perf_counter() - before
-    ledger.gather()
-    return ledger, answering_s
+def merged_by_first(ledger: Ledger, journals: Journals, load: Shared, team: Work) -> list[list[int]]:
+    """The first process waits until all have left, then merges; -> the tokens of all rows."""
+    if team.ranks.rank:
+        return []
+    team.outlast()
+    return merged(ledger, journals, Path(load.folder) / "out.json")
 
 
-def merged(ledger: Ledger, output: Path) -> list[list[int]]:
+def merged(ledger: Ledger, journals: Journals, output: Path) -> list[list[int]]:
     """Write the rows of all answers as extraction does; -> the tokens of each."""
     from pairs.rows import write_rows
 
@@ -201,9 +200,9 @@ def merged(ledger: Ledger, output: Path) -> list[list[int]]:
                 tokens.append(answer["tokens"])
                 yield {"sample_idx": sample.index, "question_idx": number, **answer}
 
-    ledger.journal.refresh()
+    journals.refresh()
     write_rows(output, {}, rows(), [])
-    ledger.journal.remove()
+    journals.remove()
     os.sync()
     return tokens
 
