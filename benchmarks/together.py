@@ -113,7 +113,8 @@ def show_together(name: str, figures: dict) -> None:
     log(f"table | {name} | 1 process: {one['answers_per_s']:.2f} answers/s | "
         f"{figures['processes']} processes: {several['answers_per_s']:.2f}/s | "
         f"{figures['times_one']:.3f} times | bookkeeping and merge {one['bookkeeping_s']:.2f} s, "
-        f"{several['bookkeeping_s']:.2f} s: {figures['bookkeeping_overhead']:.2%} more of the whole | "
+        f"{several['bookkeeping_s']:.2f} s: {figures['bookkeeping_overhead']:.2%} more of the whole, "
+        f"waited {several['waited_s']:.2f} s for the last batch | "
         f"{figures['equal_rows']} of {figures['clips'] * figures['questions']} rows equal")
 
 
@@ -168,7 +169,9 @@ def work(load: Shared, role: Role, model: VisionLanguageModel, team: Work) -> No
         before = time.perf_counter()
         answer(ledger, model, facts, Pace(load.max_new_tokens, 2, size), deal(ledger))
         answering_s = time.perf_counter() - before
+        through = time.perf_counter()
         ledger.gather()
+        waited_s = time.perf_counter() - through         # for the others' last batches
         tokens = merged_by_first(ledger, journals, load, team)
     seconds = time.perf_counter() - start
     if team.ranks.rank:
@@ -176,7 +179,7 @@ def work(load: Shared, role: Role, model: VisionLanguageModel, team: Work) -> No
     answers = len(samples) * len(questions)
     (Path(load.folder) / "figures.json").write_text(json.dumps({
         "seconds": seconds, "answers_per_s": answers / seconds, "batch_size": size,
-        "bookkeeping_s": seconds - answering_s, "tokens": tokens}))
+        "waited_s": waited_s, "bookkeeping_s": seconds - answering_s - waited_s, "tokens": tokens}))
 
 
 def merged_by_first(ledger: Ledger, journals: Journals, load: Shared, team: Work) -> list[list[int]]:
