@@ -69,7 +69,7 @@ class DecodeConfig:
         "auto", "nodes of the tree proposed for each pass, where the drafter has second choices; "
         "0: chains; auto: up to 64, those that are worth their cost")
     compare: bool = option(
-        False, "decode plainly too, by transformers and by our loop, and with every drafter")
+        False, "decode plainly too, by our loop and (greedily) by transformers, and with every drafter")
     parallel: bool = option(
         False, "measure both models at work at once too (both in memory), on the first clips")
     draft_device: str = option(
@@ -111,12 +111,8 @@ class DecodeConfig:
         if 0 < self.temperature < 0.01:
             raise UserError(
                 f"--temperature must be 0 (greedy) or from 0.01, got {self.temperature}")
-        if self.temperature and (self.compare or self.parallel):
-            flag = "compare" if self.compare else "parallel"
-            raise UserError(
-                f"--{flag} needs greedy answers: sampled ones differ by chance; leave out "
-                "--temperature"
-            )
+        if self.temperature and self.parallel:
+            raise UserError("--parallel measures greedy decoding; leave out --temperature")
         if self.draft_device != "auto" and not self.parallel:
             raise UserError("--draft_device belongs to --parallel: without it both run on --device")
         if not self.query.strip():

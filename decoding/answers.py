@@ -16,8 +16,8 @@ from decoding.decoder import Asked, Decoder, open_target
 from decoding.journal import DecodingJournal
 from decoding.limits import AUTO, MAX_NODES, MEASURED_SIZES, PLAIN, limits_of
 from decoding.loop import Decoded
-from decoding.rules import rule_of
-from decoding.verdict import judge
+from decoding.rules import Sampling, rule_of
+from decoding.verdict import as_they_are, judge
 from drafting.contract import Drafter, NoDrafts
 from machine.running import finishing
 from machine.timing import timed
@@ -144,7 +144,7 @@ class Answering:
 
         costs = self.measure_model(question)
         # transformers' first call is slow and not to be timed
-        if self.settings.compare:
+        if self.settings.compare and not self.settings.temperature:
             self.model.answer([question.pixels], [question.text], 2)
         tokens = Decoder(self.target, NoDrafts()).answer(asked, self.limits).tokens
         noise = NOISE_OVER_ROUNDING * rounding(self.target, self.model, asked.prompt, tokens)
@@ -212,14 +212,17 @@ class Answering:
         if settings.compare:
             plain = runs[PLAIN].tokens
             for name, run in runs.items():
-                row["runs"][name] |= self._judge(run.tokens, plain, asked)
-            row["generate"] = self.generate(question, asked, plain)
+                row["runs"][name] |= self._judge(run.tokens, plain, asked, rule_seed)
+            if not settings.temperature:         # its random numbers are others
+                row["generate"] = self.generate(question, asked, plain)
         return row, {name: run.tokens for name, run in runs.items() if run.tokens != tokens}
 
-    def _judge(self, ours: list[int], plain: list[int], asked: Asked) -> dict:
+    def _judge(self, ours: list[int], plain: list[int], asked: Asked, rule_seed: str = "") -> dict:
         noise = self.journal.noise
         assert noise is not None, "the noise is measured before the first answer"
-        return judge(ours, plain, self.target, asked.prompt, noise)
+        rule = rule_of(self.settings.temperature, self.settings.seed, rule_seed)
+        scores = rule.scores if isinstance(rule, Sampling) else as_they_are
+        return judge(ours, plain, self.target, asked.prompt, noise, scores)
 
     def generate(self, question: Question, asked: Asked, plain: list[int]) -> dict:
         """transformers' own answer, timed; our plain answer is held against it."""

@@ -47,21 +47,30 @@ class Sampling:
         self.noise = {
             position: row for position, row in self.noise.items() if position >= len(answer)
         }
-        logits = following.logits.double().cpu()
-        noise = torch.stack(
-            [self._noise_at(len(answer) + depth, logits.shape[-1]) for depth in depths])
+        logits = following.logits.double()
+        noise = torch.stack([self._noise_at(len(answer) + depth, logits) for depth in depths])
         is_number = logits.amax(-1).isfinite()           # the largest of logits with a NaN is NaN
         drawn = (logits / self.temperature + noise).argmax(-1).where(is_number, NO_TOKEN).tolist()
         self.is_begun = bool(answer) or NO_TOKEN not in drawn    # else the pass may be asked again
         return drawn
 
-    def _noise_at(self, position: int, vocab_size: int) -> torch.Tensor:
-        """Made in the order of the positions, so that it doesn't depend on how many are asked for
-        at once.
+    def scores(self, logits: torch.Tensor, first: int) -> torch.Tensor:
+        """Logits (n, V) of the positions from `first` on -> (n, V) float64, whose largest is the draw,
+        in the unit of logits. For a rule that has drawn nothing yet.
+        """
+        logits = logits.double()
+        noise = [self._noise_at(first + row, logits) for row in range(len(logits))]
+        return logits + self.temperature * torch.stack(noise)
+
+    def _noise_at(self, position: int, like: torch.Tensor) -> torch.Tensor:
+        """Gumbel noise (V,), on the device of the logits `like` (n, V).
+
+        Made in the order of the positions, so that it doesn't depend on how many are asked for at
+        once; drawn on the host, so that a seed means the same on every device.
         """
         while self.positions <= position:
-            uniform = torch.rand(vocab_size, dtype=torch.float64, generator=self.generator)
-            self.noise[self.positions] = -torch.log(-torch.log(uniform))
+            uniform = torch.rand(like.shape[-1], dtype=torch.float64, generator=self.generator)
+            self.noise[self.positions] = -torch.log(-torch.log(uniform.to(like.device)))
             self.positions += 1
         return self.noise[position]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,17 @@ from decoding.contracts import Target
 from drafting.contract import matching
 
 
-def judge(ours: list[int], plain: list[int], target: Target, prompt: Any, noise: float) -> dict:
+def as_they_are(logits: torch.Tensor, first: int) -> torch.Tensor:
+    """The scores of greedy decoding."""
+    return logits
+
+
+def judge(ours: list[int], plain: list[int], target: Target, prompt: Any, noise: float,
+          scores: Callable[[torch.Tensor, int], torch.Tensor] = as_they_are) -> dict:
     """The verdict; unless exact also position, gap and tokens of the first difference.
+
+    scores(logits (n, V), first position): what the largest of is chosen; of sampling, logits with the
+    noise of its seed (rules.py:Sampling.scores).
 
     A tie: rounding explains the whole difference. At the first difference both tokens lie within
     the noise below the target's largest logit, and so does each of ours from there on, given ours
@@ -28,7 +38,7 @@ def judge(ours: list[int], plain: list[int], target: Target, prompt: Any, noise:
         return {"verdict": "WRONG", **difference}
     target.ask(prompt)
     # row k decides our token at + k
-    logits = target.prefill(ours[:-1]).logits[at:].float()
+    logits = scores(target.prefill(ours[:-1]).logits[at:].float(), at)
     chosen = logits.gather(1, torch.tensor(ours[at:], device=logits.device)[:, None])[:, 0]
     below_best = [
         *(logits.max(-1).values - chosen).tolist(),

@@ -59,21 +59,28 @@ def lead(results: dict) -> list[str]:
     else:
         text += "Nothing was proposed. "
     if verdicts and name != "none":
-        text += exactness(verdicts)
+        text += exactness(verdicts, plain_way(results))
     lines = [text.strip(), *speed_sentence(results)]
     if verdicts:
         lines += comparison(results)
     elif results["config"].get("temperature"):
-        lines.append("The answers were sampled at temperature "
-                     f"{escape(results['config']['temperature'])}: they differ by chance and can't "
-                     "be compared word for word. Greedy answers can: leave out --temperature and "
-                     "run again with --compare.")
+        lines.append(f"The answers were sampled at temperature {escape(results['config']['temperature'])}. "
+                     "Whether they equal those of sampling without drafts, and how much time was saved, "
+                     "was not measured: run again with --compare.")
     else:
         lines.append("Whether the answers equal plain decoding, and how much time was saved, was "
                      f"not measured: run again with --compare. Known is that {sums['answers']} "
                      f"answers took {whole_s(results, name):.2f} s draft free, {decode_s(run):.2f} "
                      "s of it decoding.")
     return [part for line in [*lines, *lead_warnings(results)] for part in (line, "")]
+
+
+def plain_way(results: dict) -> str:
+    """What answers are compared with, in words."""
+    temperature = results["config"].get("temperature")
+    if not temperature:
+        return "plain decoding"
+    return f"sampling without drafts from the same seeds (temperature {escape(temperature)})"
 
 
 def trees_of(results: dict) -> str:

@@ -144,6 +144,17 @@ def test_a_temperature_samples_and_the_same_seed_samples_alike(monkeypatch, demo
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_sampled_answers_are_those_of_sampling_without_drafts_and_sooner(monkeypatch, demo, task, tmp_path):
+    found = run_main(monkeypatch, demo, task, tmp_path / "out", "--temperature", "0.7", "--compare",
+                     "--max_samples", "3")
+    sums = found["totals"]
+    assert sums["verdicts"] == {"exact": 3 * len(LIVE_NAMES)} and sums["generate"] is None
+    assert sums["runs"]["none"]["tau"] == 1.0 < sums["runs"]["memory"]["tau"]
+    page = (tmp_path / "out" / "DECODE.md").read_text()
+    assert "word for word those of sampling without drafts from the same seeds" in page
+    assert "the speed of our own loop without drafts" in page
+
+
 def test_a_wrong_answer_ends_with_exit_3_and_the_report_says_where(monkeypatch, demo, task,
                                                                    tmp_path):
     right = decoding.rules.greedy
@@ -538,14 +549,13 @@ def test_a_data_set_without_media_is_one_clear_error(monkeypatch, demo, task, tm
 @pytest.mark.parametrize(
     ("flags", "words"), [(["--gamma", "0"], "--gamma must be auto or from 1 to 16, got 0"),
                          (["--gamma", "17"], "--gamma"), (["--temperature", "-1"], "--temperature"),
-                         (["--temperature", "1", "--compare"], "--compare needs greedy"),
                          (["--max_new_tokens", "0"], "--max_new_tokens"),
                          (["--max_samples", "0"], "--max_samples"),
                          (["--query", " "], "--query is empty"),
                          (["--draft_model", "nowhere"], "no such folder: nowhere"),
                          (["--drafter", "oracle"], "--drafter"),
                          (["--temperature", "1e-9"], "from 0.01"),
-                         (["--temperature", "1", "--parallel"], "--parallel needs greedy"),
+                         (["--temperature", "1", "--parallel"], "--parallel measures greedy"),
                          (["--draft_device", "cpu"], "--draft_device belongs to --parallel"),
                          (["--draft_device", "cuda:99", "--parallel"], "CUDA devices"),
                          (["--output_folder", "README.md"], "can't write to"),

@@ -7,6 +7,7 @@ from decoding.contracts import NO_TOKEN
 from decoding.limits import Limits
 from decoding.loop import decode
 from decoding.rules import Sampling, greedy, rule_of
+from decoding.verdict import judge
 from drafting.contract import NoDrafts
 from tests.decoding.test_decoding import EOS, PROMPTS, QUALITY, Automaton, Following, Knowing
 
@@ -51,3 +52,22 @@ def test_several_ids_end_an_answer():
     decoded = decode(target, Knowing(plain, QUALITY["always"]), Limits(12, ends, 8))
     first = min(plain.index(end) for end in ends)
     assert decoded.tokens == plain[:first + 1]
+
+
+def test_a_sampled_answer_is_judged_by_the_draws_of_its_seed():
+    """The same answer is exact; one that leaves it where the scores tie is a tie, elsewhere WRONG."""
+    target = Automaton(5, 5)
+    prompt, limits = PROMPTS[0], Limits(12, (EOS,), 1)
+    target.ask(prompt)
+    plain = decode(target, NoDrafts(), limits, rule=Sampling(1.3, 7)).tokens
+    target.ask(prompt)
+    scores = Sampling(1.3, 7).scores(target.prefill(plain[:-1]).logits, 0)
+    assert scores.argmax(-1).tolist() == plain
+    second = scores[3].topk(2).indices[1].item()
+    other = [*plain[:3], second]
+    verdicts = [judge(other, plain, target, prompt, noise, Sampling(1.3, 7).scores)
+                for noise in (1e-9, 1e9)]
+    assert [verdict["verdict"] for verdict in verdicts] == ["WRONG", "tie"]
+    gap = float(scores[3, plain[3]] - scores[3, second])
+    assert verdicts[0]["gap"] == pytest.approx(gap) and verdicts[0]["position"] == 3
+    assert judge(plain, plain, target, prompt, 0.0, Sampling(1.3, 7).scores) == {"verdict": "exact"}

@@ -256,7 +256,9 @@ def test_without_compare_the_whole_page_claims_nothing_that_was_not_measured(tmp
 
 def test_sampled_answers_are_said_to_be_beyond_comparing(tmp_path):
     text = lead(tmp_path, compare=False, config={"temperature": 0.7})
-    assert "sampled at temperature 0.7" in text and "leave out --temperature" in text
+    assert "sampled at temperature 0.7" in text and "run again with --compare" in text
+    text = lead(tmp_path, config={"temperature": 0.7})
+    assert "of sampling without drafts from the same seeds (temperature 0.7)" in text
 
 
 def test_the_drafters_stand_side_by_side(tmp_path):
