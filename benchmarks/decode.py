@@ -9,12 +9,13 @@ every drafter.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from base import check_counts, log, option, required
+from base import UserError, check_counts, log, option, required
 from benchmarks.decode_table import TREE, one_line, show, summarise, wanted
 from decoding.limits import check_gamma, check_tree
 from decoding.task import Task, read_task
@@ -46,6 +47,8 @@ WHAT = (
     "Decode: all after the prefill, with the drafter's time, its first proposals and its learning "
     "(transformers: the whole call less a call for one token). End to end: vision, prefill and "
     "decode.")
+SAMPLED = ("Sampled: our loop, with drafts and without, draws every token at the temperature; the recorded "
+           "answers stay greedy ones, so that acceptance is higher than that of sampled answers.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,9 @@ class Config:
     tree: str = option(
         "auto", "nodes of the trees of drafters with second choices, 0 to 64; auto: while they are "
         "worth their cost")
+    temperature: float = option(
+        0.0, "above 0: our loop draws each token at this temperature before it takes the recorded one: "
+        "what sampling costs")
     peer_answers: int = option(
         20, "the first so many, for transformers and for ours that learn from none; -1: all")
     output: Path = option(Path("benchmark_decode.json"), "where all numbers go")
@@ -77,6 +83,8 @@ class Config:
     def __post_init__(self):
         check_gamma(self.gamma)
         check_tree(self.tree)
+        if self.temperature and not 0.01 <= self.temperature < math.inf:
+            raise UserError(f"--temperature must be 0 or from 0.01, got {self.temperature}")
         check_counts(self, (), ("max_answers", "peer_answers"))
 
 
@@ -151,8 +159,9 @@ def measure(config: Config) -> dict:
     part = len(pairs) if config.peer_answers == -1 else min(config.peer_answers, len(pairs))
     results = {
         "size": config.size, "device": device_name(runtime.device), "dtype": config.dtype,
-        "quantization": config.quantization, "gamma": config.gamma, "tree": config.tree, "what": [
-            *WHAT,
+        "quantization": config.quantization, "gamma": config.gamma, "tree": config.tree,
+        "temperature": config.temperature, "what": [
+            *WHAT, *([SAMPLED] if config.temperature else []),
             f"Part: transformers' modes and {', '.join(ON_A_PART)} ran on the first {part} of "
             f"{len(pairs)} answers, one contiguous part, the same for all; whoever is compared "
             "with them is timed on that part."
@@ -171,6 +180,7 @@ def measure(config: Config) -> dict:
         drafters |= {f"{name}{TREE}": LIVE[name].make_live(task.parts)
                      for name, drafter in drafters.items() if isinstance(drafter, Branching)}
     ours = Ours(model, pixels, drafters, config.gamma, config.tree, max(map(len, answers)))
+    ours.temperature = config.temperature
     ours.warm_up(recorded)
     proposing = ours.proposing_ms(*recorded[0])
     our_runs = ours.run(recorded, ON_A_PART, part)

@@ -22,11 +22,12 @@ from decoding.contracts import NO_TOKEN
 from decoding.costs import ModelCosts, Pace, measure_costs
 from decoding.decoder import Asked, Decoder, open_target
 from decoding.limits import AUTO, MAX_NODES, MEASURED_SIZES, limits_of
+from decoding.rules import rule_of
 from drafting.contract import Drafter, NoDrafts
 from drafting.tree import Branching
 from machine.timing import median_s, timed
 from vlm import peers
-from vlm.peers import QUERY, QUESTION
+from vlm.peers import QUERY, QUESTION, SEED
 
 if TYPE_CHECKING:
     from vlm.contract import VisionLanguageModel
@@ -101,12 +102,14 @@ def run_mode(name: str, mode: dict, model: VisionLanguageModel, pixels: torch.Te
 
 
 # ---------------------------------------------------------------------------------------- our way
-def replay(recorded: list[int]):
-    """A rule for decode(): it waits for the target's choice as `greedy` does, then takes the
-    recorded tokens.
+def replay(recorded: list[int], temperature: float = 0.0):
+    """A rule for decode(): it waits for the target's choice, greedy or drawn at a temperature, then
+    takes the recorded tokens.
     """
+    choose = rule_of(temperature, SEED, str(recorded))
+
     def rule(answer: list[int], depths: list[int], following) -> list[int]:
-        following.best.tolist()
+        choose(answer, depths, following)
         true = [*recorded[len(answer):], *[NO_TOKEN] * len(depths)]
         return [true[depth] for depth in depths]
 
@@ -146,7 +149,7 @@ class Ours:
                  drafters: dict[str, Drafter], gamma: str, tree: str, longest: int):
         """tree: of the drafters whose name ends in TREE; longest: tokens of the longest answer."""
         self.model, self.pixels, self.device = model, pixels, model.runtime.device
-        self.gamma, self.tree = gamma, tree
+        self.gamma, self.tree, self.temperature = gamma, tree, 0.0
         self.question = [token % model.tokenizer.words for token in QUESTION]
         self.memory_before = memory(self.device)["held"]
         self.target = open_target(model, [QUERY], len(pixels), longest + MAX_NODES)
@@ -190,7 +193,8 @@ class Ours:
         asked = Asked(embeds, draft, self.question)
         tree = self.tree if name.endswith(TREE) else "0"
         limits = limits_of(self.gamma, len(answer), eos_ids=(), tree=tree)
-        decoded, seconds = timed(lambda: decoder.answer(asked, limits, replay(answer)), self.device)
+        decoded, seconds = timed(lambda: decoder.answer(asked, limits, replay(answer, self.temperature)),
+                                 self.device)
         assert decoded.tokens == answer, f"{name} gave {decoded.tokens} for {answer}"
         return {
             "tokens": len(answer), "passes": len(decoded.accepted),

@@ -28,8 +28,8 @@ def files_of(name: Path) -> Path:
     if name.is_dir():
         return name
     if name.exists() or not is_id(str(name)):
-        raise UserError(f"no such task folder: {name}; wanted one of train_and_evaluate.py or "
-                        "export_adapter.py, or an id on the hub, ORG/NAME")
+        raise UserError(f"{name} is no finished task: there is no such folder; wanted one of "
+                        "train_and_evaluate.py or export_adapter.py, or an id on the hub, ORG/NAME")
     folder = cached(str(name))
     return folder or download(str(name))
 
@@ -93,5 +93,5 @@ def download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=sorted(sizes)))
     except Exception as error:             # of the network, of the hub's answers, of rights
         raise UserError(
-            f"no such task folder: {name}; as an adapter of the hub it can't be read either "
+            f"{name} is no finished task: there is no such folder, and no adapter of the hub can be read "
             f"({type(error).__name__}: {first_line(error)}); give the folder of a copy") from error

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,7 +153,7 @@ def test_warming_up_teaches_nothing(trained, monkeypatch):
 def test_the_output_holds_everything(measured, trained):
     results, _ = measured
     assert set(results) == {
-        "kind", "date", "size", "device", "dtype", "quantization", "gamma", "tree", "what",
+        "kind", "date", "size", "device", "dtype", "quantization", "gamma", "tree", "temperature", "what",
         "config", "answers", "peer_answers", "prompt_positions", "limits", "memory_mib", "runs",
         "costs_ms", "wanted", "seconds", "provenance"
     }
@@ -186,11 +187,21 @@ def test_ratios_are_of_the_same_answers(measured):
     assert runs["none"]["times_faster_than"]["none"]["decode"] == 1
 
 
+def test_a_replayed_pass_waits_for_the_draw_and_takes_the_recorded_token():
+    following = SimpleNamespace(logits=torch.zeros(3, 8), best=torch.zeros(3, dtype=torch.long))
+    assert replay.replay([5, 6, 7], 0.7)([5], [0, 1, 1], following) == [6, 7, 7]
+    following.logits = None                            # what sampling can't do without
+    assert replay.replay([5, 6, 7])([5], [0, 1, 1], following) == [6, 7, 7]
+    with pytest.raises(AttributeError):
+        replay.replay([5, 6, 7], 0.7)([5], [0], following)
+
+
 def test_gamma_auto_runs_and_an_earlier_output_is_compared(trained, measured, tmp_path, capsys):
     # written over while it is compared with
     output = tmp_path / "again.json"
     output.write_text(measured[1].read_text())
-    benchmark.measure("decode", settings(trained, max_answers=3, output=output, compare=output))
+    benchmark.measure("decode", settings(trained, max_answers=3, output=output, compare=output,
+                                          temperature=0.7))
     printed = capsys.readouterr().out
     assert "WARNING | another gamma: 3 -> auto" in printed and "compare | runs.hybrid.tau | " in printed
     assert json.loads(

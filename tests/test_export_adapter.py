@@ -110,7 +110,7 @@ def test_a_hub_id_is_taken_from_the_cache_and_decodes_beside_the_scripts(monkeyp
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     place, commit = tmp_path / "hub" / "models--org--name", "a" * 40
-    with pytest.raises(UserError, match=r"no such task folder: org/name.*HF_HUB_OFFLINE forbids"):
+    with pytest.raises(UserError, match=r"org/name is no finished task: .*HF_HUB_OFFLINE forbids"):
         read_task(Path("org/name"))
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text(commit)
