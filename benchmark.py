@@ -20,6 +20,9 @@ import sys
 import time
 from pathlib import Path
 
+if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
+    sys.path.insert(0, str(Path(__file__).parent))
+
 from base import UserError, as_json, log, now, parse_config, provenance, required
 from machine.files import make_folder, read_json, write_json
 from machine.running import run

@@ -49,7 +49,7 @@ if [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
     [[ -x "${PYTHON}" ]] || PYTHON=python
   fi
   check_version "${PYTHON}" "activate a newer environment than ${active}, or none"
-  env -u PYTHONSAFEPATH "${PYTHON}" base.py "${requirements}" || exit 2
+  "${PYTHON}" base.py "${requirements}" || exit 2
 else
   system_python="${PYTHON:-python3}"
   check_version "${system_python}" "install it, or set PYTHON=/path/to/python3"
@@ -57,5 +57,4 @@ else
   marker="${venv}/${requirements}.installed"
   is_installed || make_venv
 fi
-unset PYTHONSAFEPATH                           # with it no program finds the modules beside it
 export PYTHON PYTHONUNBUFFERED=1               # third-party prints reach a log file at once too

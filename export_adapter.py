@@ -14,8 +14,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
+    sys.path.insert(0, str(Path(__file__).parent))
 
 from base import UserError, log, option, parse_config, plain, required
 from machine.files import host, make_folder, sync_folder, write_json, write_text

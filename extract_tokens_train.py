@@ -21,6 +21,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
+    sys.path.insert(0, str(Path(__file__).parent))
+
 from base import UserError, as_json, check_counts, log, option, parse_config, required
 from extraction.together import (
     discard_together,

@@ -13,7 +13,11 @@ Everything is seeded: the same pictures and, on the same kind of CPU, the same w
 """
 
 import dataclasses
+import sys
 from pathlib import Path
+
+if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
+    sys.path.insert(0, str(Path(__file__).parent))
 
 from base import ROOT, check_counts, option, parse_config
 from machine.files import make_folder, only_writer

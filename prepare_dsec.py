@@ -16,8 +16,12 @@ what is missing. A folder that lacks something is called whole only with --allow
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Literal
+
+if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
+    sys.path.insert(0, str(Path(__file__).parent))
 
 from base import UserError, as_json, check_counts, option, parse_config, required
 from clips import dsec

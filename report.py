@@ -9,6 +9,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
+if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
+    sys.path.insert(0, str(Path(__file__).parent))
+
 from base import log, option, parse_config, required
 from drafting.table import styles
 from machine.running import run

@@ -23,6 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
+    sys.path.insert(0, str(Path(__file__).parent))
+
 from base import UserError, as_json, check_counts, first_line, log, now, option, parse_config, required
 from decoding.journal import hidden_folder, journal_of, open_journal
 from decoding.limits import PLAIN, check_gamma, check_tree, limits_of

@@ -23,6 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
+    sys.path.insert(0, str(Path(__file__).parent))
+
 from base import (
     ROOT,
     UserError,

@@ -21,6 +21,7 @@ from decoding.verdict import as_they_are, judge
 from drafting.contract import Drafter, NoDrafts
 from machine.running import finishing
 from machine.timing import timed
+from vlm.contract import FirstAnswers
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +89,7 @@ class Answering:
         self.drafters = drafters
         self.decoders: dict[str, Decoder] = {}       # none until all costs and the noise are known
         self.costs: ModelCosts | None = None
+        self.first_answers = FirstAnswers(TARGET.name, usable=bool(journal.answers))
 
     def run(self, drafts: dict[tuple[str, int], tuple[list[int], float]]) -> None:
         """Decode every question that has a draft and no answer. After a signal the answer in hand
@@ -124,7 +126,9 @@ class Answering:
             row, others = self.answer(question, asked, vision_s)
         except NotNumbers as error:
             self.clips.fail(self.role, question.sample, str(error), question.number)
+            self.first_answers.failed(str(error))
             return
+        self.first_answers.usable = True
         row["eventgpt_s"] = draft_s
         self.journal.add({
             "answer": row, "key": question.sample.key, "question_idx": question.number,

@@ -16,6 +16,7 @@ from decoding.loop import Decoded
 from drafting.contract import NoDrafts
 from machine.running import finishing
 from machine.timing import timed
+from vlm.contract import FirstAnswers
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,7 @@ class Drafting:
         pictures = DRAFT.most_pictures(self.todo, clips.view)
         self.target = open_target(model, clips.questions, pictures, limits.max_new_tokens)
         self.decoder = Decoder(self.target, NoDrafts())
+        self.first_answers = FirstAnswers(DRAFT.name, usable=bool(journal.drafts))
 
     def run(self) -> None:
         """Answer every question that has no draft. After a signal only the answer in hand is
@@ -79,7 +81,9 @@ class Drafting:
             decoded, seconds = timed(answer, self.model.runtime.device)
         except NotNumbers as error:
             self.clips.fail(self.role, sample, str(error), number)
+            self.first_answers.failed(str(error))
             return
+        self.first_answers.usable = True
         self.journal.add({
             "draft": decoded.tokens, "seconds": seconds, "key": sample.key, "question_idx": number
         })

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 from base import UserError, first_line, log
 from machine.files import is_machine_trouble
 from machine.running import finishing
+from vlm.contract import FirstAnswers
 
 if TYPE_CHECKING:                  # torch is imported when the first batch is answered
     import numpy as np
@@ -65,6 +66,7 @@ class Answering:
         # Batches that the device has been given, oldest first: samples, and a function that waits
         # for their answers.
         self.in_flight: collections.deque[tuple[list[Sample], Callable]] = collections.deque()
+        self.first_answers = FirstAnswers(job.name, usable=False)
 
     def run(self, samples: Iterable[Sample]) -> None:
         """Answer all questions about these samples.
@@ -165,8 +167,10 @@ class Answering:
             answered, failed = apart(samples, wait())
             self.results.keep(answered)
             self.in_flight.popleft()
+            self.first_answers.usable |= bool(answered)
             for sample, reason in failed:
                 self.results.lose(sample, reason)
+                self.first_answers.failed(reason)
 
     def _hand_over_meanwhile(self) -> None:
         """Hand over while the next batch begins.

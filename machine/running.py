@@ -40,6 +40,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, si
 # Signals within so many seconds are one stop: a closing terminal sends HUP to all, its shell then
 # TERM.
 SAME_STOP_S = 2.0
+WORKER_GRACE_S = 2.0               # for a worker process to remove its temporary files
 # Set in the environment of the workflow's steps: the workflow itself prints the command that
 # resumes it.
 IN_WORKFLOW = "RUN_BY_WORKFLOW"
@@ -218,7 +219,15 @@ def end(line: str, code: int, wait: bool = True) -> typing.NoReturn:
         log(line)
     if not wait and any(not thread.daemon for thread in threading.enumerate()[1:]):
         if "multiprocessing" in sys.modules:
-            for process in sys.modules["multiprocessing"].active_children():
-                process.terminate()
+            end_workers(sys.modules["multiprocessing"].active_children())
         os._exit(code)
     sys.exit(code)
+
+
+def end_workers(workers: list) -> None:
+    """Terminate worker processes. A new one loses the signal if it comes inside its fork: kill it then."""
+    for process in workers:
+        process.terminate()
+    for process in workers:
+        process.join(WORKER_GRACE_S)
+        process.kill()

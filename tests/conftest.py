@@ -4,6 +4,7 @@ runs once.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -104,7 +105,22 @@ def wait_until_gone(group: int) -> None:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Demo:
-    folder = tmp_path_factory.mktemp("demo")
+    """Made once, by the first of the pytest processes that needs it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent                    # that of all workers
+    folder = base / "demo"
+    logs = folder / "logs.json"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not logs.exists():
+            logs.write_text(json.dumps(run_demo_twice(folder)))
+    return Demo(folder / "data", folder / "tokens", folder / "task", *json.loads(logs.read_text()))
+
+
+def run_demo_twice(folder: Path) -> tuple[str, str]:
+    """The outputs of a demo workflow and of its second start."""
     shorter = {"DEMO_FLAGS": "--train_clips 24 --test_clips 20",
                "EXTRACT_FLAGS": "--max_new_tokens 80 --batch_size 16 --num_workers 2",
                "TRAIN_FLAGS": "--embed_dim 32 --num_layers 1 --num_heads 2 --num_epochs 2 "
@@ -113,7 +129,7 @@ def demo(tmp_path_factory) -> Demo:
     first, second = (run_workflow(folder, "--demo", **shorter) for _ in range(2))
     assert first.returncode == 0, first.stdout + first.stderr
     assert second.returncode == 0, second.stdout + second.stderr
-    return Demo(folder / "data", folder / "tokens", folder / "task", first.stdout, second.stdout)
+    return first.stdout, second.stdout
 
 
 @pytest.fixture(scope="session")

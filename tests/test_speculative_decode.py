@@ -20,6 +20,7 @@ import decoding.answers
 import decoding.parallel
 import decoding.rules
 import speculative_decode
+import vlm.contract
 import vlm.roles
 from base import UserError
 from decoding.clips import in_order
@@ -268,6 +269,17 @@ def test_when_no_answer_has_numbers_one_error_names_the_dtype(monkeypatch, demo,
     if not flags:
         run_main(monkeypatch, demo, unnamed_task, tmp_path / "out", flag, str(folder),
                  "--max_samples", "1", "--restart")
+
+
+@pytest.mark.parametrize("model", ["video_llava", "eventgpt"])
+def test_a_model_without_numbers_from_the_start_is_not_tried_on_all_clips(monkeypatch, demo, unnamed_task,
+                                                                          tmp_path, capsys, model):
+    monkeypatch.setattr(vlm.contract, "FAILURES_AT_START", 2)
+    folder = overflowing(tmp_path / model, demo.models / model)
+    flag = {"video_llava": "--target_model", "eventgpt": "--draft_model"}[model]
+    with pytest.raises(UserError, match=r"none of the first 2 could be answered.* in float16 are no numbers"):
+        run_main(monkeypatch, demo, unnamed_task, tmp_path / "out", flag, str(folder), "--dtype", "float16")
+    assert capsys.readouterr().out.count("failed: the model's logits") == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

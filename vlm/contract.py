@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from base import UserError
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
     from clips.pixels import PixelSettings
     from machine.device import Runtime
+
+
+FAILURES_AT_START = 8       # answers without numbers, and no other answer yet, after which a run ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,21 @@ class NotNumbers(Exception):
                   "bfloat16": "try --dtype float32, or check the weights and the pictures"}
         super().__init__(f"the model's logits in {name} are no numbers (NaN or infinite); "
                          f"{remedy.get(name, 'check the weights and the pictures')}")
+
+
+class FirstAnswers:
+    """Ends a run whose model gives no numbers from its first answer on, before all clips are tried."""
+
+    def __init__(self, name: str, usable: bool):
+        """name: of the model; usable: whether it gave an answer in an earlier start of this run."""
+        self.name, self.usable, self.failures = name, usable, 0
+
+    def failed(self, reason: str) -> None:
+        """Count a NotNumbers with this reason. A UserError if there were only those so far."""
+        self.failures += 1
+        if not self.usable and self.failures >= FAILURES_AT_START:
+            raise UserError(f"{self.name}: none of the first {self.failures} could be answered, so the "
+                            f"others are not tried; the reason of the last: {reason}")
 
 
 def same_weights(recorded: str | None, revision: str) -> bool | None:

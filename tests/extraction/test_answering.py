@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vlm.batches
+import vlm.contract
 from base import UserError
 from clips.dataset import Sample
 from clips.limits import MachineTrouble, MediaError
@@ -57,7 +58,7 @@ class Engine:
 
         def wait():
             self.raise_planned("done", number)
-            spoilt = [5] if "nan" in Engine.plan else []
+            spoilt = Engine.plan.get("nan", [])
             return [
                 NotNumbers("float16") if name in spoilt else [Answer([name], "", True)]
                 for name in names
@@ -199,15 +200,29 @@ def test_a_file_that_is_broken_fails_its_clip_alone(answer):
 
 # ---------------------------------------------------------------------------- logits that are none
 def test_a_clip_without_numbers_fails_alone_and_says_the_dtype(answer):
-    results, _, error = answer({"nan": True})
+    results, _, error = answer({"nan": [5]})
     assert error is None and sorted(results.answers) == [0, 1, 2, 3, 4, 6]
     assert list(results.lost) == [5] and "float16" in results.lost[5]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_clip_without_numbers_fails_once_when_its_batch_is_handed_over_twice(answer, when):
-    results, _, error = answer({"nan": True}, Results(**{when: {3: SHORT}}))
+    results, _, error = answer({"nan": [5]}, Results(**{when: {3: SHORT}}))
     assert error is None and list(results.lost) == [5] and len(results.answers) == 6
+
+
+def test_a_model_that_gives_no_numbers_from_the_start_is_not_tried_on_all_clips(answer, monkeypatch):
+    monkeypatch.setattr(vlm.contract, "FAILURES_AT_START", 3)
+    results, _, error = answer({"nan": [*range(7)]})
+    assert isinstance(error, UserError) and "draft: none of the first 3 could be answered" in str(error)
+    assert "logits in float16 are no numbers" in str(error)
+    assert not results.answers and 3 <= len(results.lost) < 7 and len(Engine.sizes) < 4
+
+
+def test_a_model_that_has_answered_one_clip_is_tried_on_all(answer, monkeypatch):
+    monkeypatch.setattr(vlm.contract, "FAILURES_AT_START", 3)
+    results, _, error = answer({"nan": [0, 1, 3, 4, 5, 6]})
+    assert error is None and sorted(results.answers) == [2] and len(results.lost) == 6
 
 
 # ------------------------------------------------------------------------------------------ parity
