@@ -10,7 +10,11 @@ reason; where none does, the ERROR line says which keys hold token ids.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
+
+if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
+    sys.path.insert(0, str(Path(__file__).parent))
 
 from base import UserError, log, option, parse_config, required
 from machine.files import make_folder

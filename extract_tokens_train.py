@@ -17,6 +17,7 @@ docs/clusters.md.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal

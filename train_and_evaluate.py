@@ -27,28 +27,11 @@ if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
     sys.path.insert(0, str(Path(__file__).parent))
 
 from base import (
-    ROOT,
-    UserError,
-    as_json,
-    check_counts,
-    duration_of,
-    from_json,
-    log,
-    now,
-    option,
-    parse_config,
-    provenance,
-)
+    ROOT, UserError, as_json, check_counts, duration_of, from_json, log, now, option, parse_config,
+    provenance)
 from drafting.table import styles
 from machine.files import (
-    check_format,
-    make_folder,
-    new_task_folder,
-    only_writer,
-    read_json,
-    reading,
-    write_json,
-)
+    check_format, make_folder, new_task_folder, only_writer, read_json, reading, write_json)
 from machine.running import goes_on_with, run
 from machine.trackers import ABOUT, Name, check_tracker, tracking
 from pairs.pairs import Pairs
