@@ -17,8 +17,8 @@ docs/clusters.md.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 

@@ -4,10 +4,9 @@
     python train_and_evaluate.py --resume task/1s_20260128_020530
     python train_and_evaluate.py --checkpoint task/1s_20260128_020530/best_model.pt --test_benchmark test.json
 
-Reads pairs in any of the three formats of pairs/formats.py. Writes into a new folder
-task/{task_name}_{time}: best_model.pt (when validation improves, a large one some seconds later),
-results.json, the curves as PNG, and RESULTS.md last: a folder that has it is whole. Validation is
-cut from training, by whole drives; the test file decides nothing.
+Reads pairs in any format of pairs/formats.py. Writes a new folder task/{task_name}_{time}: best_model.pt
+(when validation improves), results.json, the curves as PNG, and RESULTS.md last: a folder that has it is
+whole. Validation is cut from training, by whole drives; the test file decides nothing.
 """
 
 from __future__ import annotations
@@ -27,11 +26,28 @@ if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
     sys.path.insert(0, str(Path(__file__).parent))
 
 from base import (
-    ROOT, UserError, as_json, check_counts, duration_of, from_json, log, now, option, parse_config,
-    provenance)
+    ROOT,
+    UserError,
+    as_json,
+    check_counts,
+    duration_of,
+    from_json,
+    log,
+    now,
+    option,
+    parse_config,
+    provenance,
+)
 from drafting.table import styles
 from machine.files import (
-    check_format, make_folder, new_task_folder, only_writer, read_json, reading, write_json)
+    check_format,
+    make_folder,
+    new_task_folder,
+    only_writer,
+    read_json,
+    reading,
+    write_json,
+)
 from machine.running import goes_on_with, run
 from machine.trackers import ABOUT, Name, check_tracker, tracking
 from pairs.pairs import Pairs
