@@ -4,9 +4,9 @@
     python train_and_evaluate.py --resume task/1s_20260128_020530
     python train_and_evaluate.py --checkpoint task/1s_20260128_020530/best_model.pt --test_benchmark test.json
 
-Reads pairs in any format of pairs/formats.py. Writes a new folder task/{task_name}_{time}: best_model.pt
-(when validation improves), results.json, the curves as PNG, and RESULTS.md last: a folder that has it is
-whole. Validation is cut from training, by whole drives; the test file decides nothing.
+Reads pairs (pairs/formats.py). Writes a new folder task/{task_name}_{time}: best_model.pt, results.json,
+the curves as PNG, and RESULTS.md last: a folder that has it is whole. Validation is cut from training,
+by whole drives; the test file decides nothing.
 """
 
 from __future__ import annotations
@@ -283,8 +283,7 @@ def adapter_maker(config: TrainConfig, data: Data,
 def settings_of(config: TrainConfig) -> Settings:
     from training.phases import Settings
 
-    names = [field.name for field in dataclasses.fields(Settings)]
-    return Settings(**{name: getattr(config, name) for name in names})
+    return Settings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)})
 
 
 def train_in(task: Path, facts: dict, adapter: TokenAdapter, resume: Resume, track: Callable,
