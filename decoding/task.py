@@ -78,7 +78,7 @@ def read_task(name: Path, memories: Iterable[Path] = ()) -> Task:
     parts = LiveParts(adapter, training_answers, verified_answers,
                       MEMORY_SHARE if share is None else share)
     simulated = {
-        drafter: {gamma: row["tau"] for gamma, row in (facts.get("simulated") or {}).items()}
+        drafter: {gamma: row.get("tau") for gamma, row in (facts.get("simulated") or {}).items()}
         for drafter, facts in test["drafters"].items()
     }
     return Task(exported.results_folder_of(name), parts, simulated, models, digest)

@@ -217,6 +217,9 @@ class Readers:
             "config": self.model / "config.json", "safetensors": self.model / "model.safetensors",
             "preprocessor": self.model / "preprocessor_config.json", "tokenizer": self.model /
             "tokenizer.json", "results": self.folder / "task" / "results.json",
+            "exported_config": self.folder / "exported" / "config.json",
+            "exported_metrics": self.folder / "exported" / "metrics.json",
+            "exported_weights": self.folder / "exported" / "model.safetensors",
             "questions": self.folder / "questions.txt", "decode": self.folder / "task" /
             "decode.json", "journal": self.folder / ".out.json.journal.jsonl"
         }.get(kind, self.folder / f"file.{kind}")
@@ -265,6 +268,12 @@ class Readers:
         assert all(line.isprintable() and ("<" not in line or line.startswith("    "))
                    for line in lines)
         self.read_task(path.parent)
+
+    def exported_config(self, path: Path) -> None:
+        task = self.read_task(path.parent)
+        assert task.adapter.num_parameters() < 10**6 and isinstance(task.models, dict)
+
+    exported_metrics = exported_weights = exported_config
 
     def resume(self, path: Path) -> None:
         import torch

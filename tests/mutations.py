@@ -228,5 +228,6 @@ STRATEGIES = {
     "pairs": json_of, "index": json_of, "journal": lambda whole: json_of(whole, lines=True),
     "png": png_of, "mp4": mp4_of, "npy": lambda whole: pickle_of(whole, NPY_HEADER), "pt": zip_of,
     "npz": zip_of, "results": json_of, "resume": zip_of, "config": json_of, "preprocessor": json_of,
-    "safetensors": safetensors_of
+    "safetensors": safetensors_of, "exported_config": json_of, "exported_metrics": json_of,
+    "exported_weights": safetensors_of
 }

@@ -18,6 +18,7 @@ import pytest
 from clips.pictures import write_png
 from clips.videos import write_video
 from machine.journal import checksum_of, line_of
+from reports.adapter_card import metrics_of
 from tests.conftest import ROOT
 from tests.isolated import Isolated, small_adapter
 
@@ -28,7 +29,8 @@ STRATEGIES = pytest.importorskip("tests.mutations").STRATEGIES
 # reading a picture.
 LONG = {
     "pairs": 1500, "index": 1300, "journal": 900, "png": 1800, "mp4": 1500, "npy": 1200, "pt": 700,
-    "npz": 300, "results": 300, "resume": 200, "config": 150, "safetensors": 100, "preprocessor": 50
+    "npz": 300, "results": 300, "resume": 200, "config": 150, "safetensors": 100, "preprocessor": 50,
+    "exported_config": 240, "exported_metrics": 240, "exported_weights": 240
 }
 QUICK = 30                     # times fewer in the tests of every day
 
@@ -56,6 +58,10 @@ def whole(world, demo) -> dict[str, bytes]:
     import torch
 
     results = next(demo.tasks.glob("1s_2*/results.json")).read_bytes()
+    exported = world / "inside" / "exported"
+    models = {"videollava": [{"name": "x", "revision": "content 0", "vocab_size": 16}]}
+    small_adapter().save_pretrained(exported, config={"models": models, "memory": False})
+    (exported / "metrics.json").write_text(json.dumps(metrics_of(json.loads(results), [])))
     adapter(world / "inside" / "task" / "best_model.pt")
     place, model = world / "inside" / "set", world / "inside" / "model"
     rows = [{
@@ -92,7 +98,10 @@ def whole(world, demo) -> dict[str, bytes]:
                     lambda file, found: torch.save(found, file),
                     state()), "config": (model / "config.json").read_bytes(),
         "safetensors": (model / "model.safetensors").read_bytes(),
-        "preprocessor": (model / "preprocessor_config.json").read_bytes()
+        "preprocessor": (model / "preprocessor_config.json").read_bytes(),
+        "exported_config": (exported / "config.json").read_bytes(),
+        "exported_metrics": (exported / "metrics.json").read_bytes(),
+        "exported_weights": (exported / "model.safetensors").read_bytes()
     }
 
 
