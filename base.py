@@ -216,6 +216,8 @@ def parse_config(cls, argv: list[str] | None = None):
             how["default"] = None if must else field.default
             # in_ is --in: a field can't be named like a word of Python
             flag = field.name.rstrip("_")
+            if flag != field.name:
+                how["metavar"] = flag.upper()
             parser.add_argument(f"--{flag}", dest=field.name, required=must, **how)
     return cls(**vars(parser.parse_args(argv)))
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,26 @@ def test_a_hub_id_is_read_through_the_hub_and_what_it_can_not_give_is_one_line(f
     for name in ("org/name", "no/such/folder", "a b"):
         with pytest.raises(UserError, match=f"{name} is not a folder, nor an adapter of the hub"):
             TokenAdapter.from_pretrained(name, local_files_only=True)
+
+
+def test_an_upload_holds_the_three_files_and_nothing_else(monkeypatch):
+    seen = []
+
+    class Hub:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **how):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id, folder_path, **how):
+            seen.extend([repo_id, *sorted(path.name for path in folder_path.iterdir())])
+            assert TokenAdapter.from_pretrained(folder_path).config.conditioning == "prefix"
+            return "url"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    assert tiny_adapter("prefix").push_to_hub("org/name") == "url"
+    assert seen == ["org/name", "README.md", "config.json", "model.safetensors"]
 
 
 def damage_config(folder: Path, **changed) -> None:
