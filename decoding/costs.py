@@ -115,34 +115,3 @@ class Pace:
     def add(self, decoded: Decoded) -> None:
         self.seconds += decoded.seconds_after_prefill
         self.tokens += decoded.tokens_after_prefill
-
-
-class ChainOrTree:
-    """With --tree auto: whether this drafter's trees or chains bring more tokens a second here.
-
-    What a tree costs hangs on host, drafter and target; so both are tried, and what is faster is
-    used. Prefills are left out, as in Pace.
-    """
-
-    TRIALS = 2                       # answers of each before the first choice
-    AGAIN = 32                       # every so many answers the other kind is tried again,
-    NEAR = 0.75                      # if it has reached this share of the faster one's tokens a second
-    FADING = 0.9                     # of earlier answers of a kind, for each new answer
-
-    def __init__(self) -> None:
-        self.tokens, self.seconds, self.answers = [0.0, 0.0], [0.0, 0.0], [0, 0]
-
-    def takes_tree(self) -> bool:
-        if min(self.answers) < self.TRIALS:
-            return self.answers[True] <= self.answers[False]
-        chain, tree = (tokens / seconds if seconds else 0.0
-                       for tokens, seconds in zip(self.tokens, self.seconds))
-        tries_again = sum(self.answers) % self.AGAIN == 0
-        if tries_again and min(chain, tree) >= self.NEAR * max(chain, tree):
-            return tree < chain
-        return tree >= chain
-
-    def add(self, is_tree: bool, decoded: Decoded) -> None:
-        self.tokens[is_tree] = self.FADING * self.tokens[is_tree] + decoded.tokens_after_prefill
-        self.seconds[is_tree] = self.FADING * self.seconds[is_tree] + decoded.seconds_after_prefill
-        self.answers[is_tree] += 1

@@ -10,12 +10,11 @@ import torch
 
 from base import log
 from decoding.contracts import Target
-from decoding.costs import ChainOrTree, ModelCosts, Pace
+from decoding.costs import ModelCosts, Pace
 from decoding.limits import Limits
 from decoding.loop import Decoded, decode, free_of_cost
 from decoding.rules import Rule, greedy
 from drafting.contract import Costs, Drafter
-from drafting.tree import Branching
 from machine.timing import median_s
 
 if TYPE_CHECKING:
@@ -39,8 +38,6 @@ class Decoder:
     target: Target
     drafter: Drafter
     pace: Pace | None = None         # None: proposals are not weighed against their costs
-    # with --tree auto
-    shape: ChainOrTree = dataclasses.field(default_factory=ChainOrTree)
 
     def measure(self, asked: Asked, answer: list[int], costs: ModelCosts,
                 device: torch.device) -> Costs:
@@ -54,8 +51,8 @@ class Decoder:
 
     def answer(self, asked: Asked, limits: Limits, rule: Rule = greedy) -> Decoded:
         """Decode one answer; the drafter has learnt it then."""
-        if chooses := limits.may_choose and isinstance(self.drafter, Branching):
-            limits = dataclasses.replace(limits, nodes=limits.nodes * self.shape.takes_tree())
+        if limits.may_choose and self.drafter.prefers_chains:
+            limits = dataclasses.replace(limits, nodes=0)
         start = time.perf_counter()
         self.drafter.begin(asked.draft, asked.question)
         begin_s = time.perf_counter() - start
@@ -65,8 +62,6 @@ class Decoder:
         decoded.add_opening_s(begin_s)
         if self.pace:
             self.pace.add(decoded)
-        if chooses:
-            self.shape.add(limits.nodes > 0, decoded)
         return decoded
 
     def recall(self, decoded: Decoded) -> None:

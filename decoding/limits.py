@@ -30,7 +30,7 @@ class Limits:
     eos_ids: tuple[int, ...]
     gamma: int                       # of a chain
     nodes: int = 0                   # of a tree; 0: chains
-    may_choose: bool = False         # whether chains are proposed instead where they are faster
+    may_choose: bool = False         # whether a drafter that prefers chains proposes chains instead
 
     def cut(self, tokens: list[int]) -> list[int]:
         """The tokens up to the first EOS, which is kept."""

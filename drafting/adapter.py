@@ -142,7 +142,12 @@ def logit_chunks(adapter: TokenAdapter, x: torch.Tensor) -> Iterator[torch.Tenso
 class LiveAdapter(NoDrafts):
     """Live, prefix conditionings: the adapter's own best tokens, chained on the device with one
     wait a proposal; or a tree of its best tokens.
+
+    A tree waits for the device at each step: on an H100 it brought 6.3 tokens a pass instead of 5.0,
+    for three times the time.
     """
+
+    prefers_chains = True
 
     def __init__(self, adapter: TokenAdapter):
         self.steps = AdapterSteps(adapter, top_k=MAX_CHILDREN)

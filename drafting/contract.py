@@ -46,6 +46,8 @@ class Drafter(Protocol):
     """
 
     costs: Costs
+    # With --tree auto it proposes chains, even where it has second choices.
+    prefers_chains: bool
 
     def begin(self, draft: list[int], question: Sequence[int] = ()) -> None:
         """Start an answer. draft: EventGPT's tokens for the same clip and question ([] for a
@@ -91,6 +93,7 @@ class NoDrafts:
     """The live drafter that proposes nothing; the base class of the others."""
 
     costs = Costs()
+    prefers_chains = False
 
     def begin(self, draft: list[int], question: Sequence[int] = ()) -> None:
         pass

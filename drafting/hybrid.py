@@ -15,7 +15,15 @@ from base import log
 from drafting.adapter import Adapter, adapter_passes
 from drafting.branches import LOOK_AHEAD, NOTHING_TO_SAY, Branch, BranchSteps
 from drafting.contract import NOTHING, TOP, Costs, Timer, seconds_per_token
-from drafting.memory import LiveMemory, Memory, live_counts, live_memory, simulated_memory, top_of
+from drafting.memory import (
+    LiveMemory,
+    Memory,
+    live_counts,
+    live_memory,
+    simulated_memory,
+    top_of,
+    with_tempered_best,
+)
 from drafting.ngrams import NGrams, State
 from drafting.parts import LiveParts, SimulationParts
 from drafting.steps import AdapterSteps
@@ -140,13 +148,13 @@ class LiveHybrid(LiveMemory):
             self._read(place, reached, price, upcoming)
         ids, probabilities = place.branch.row or NOTHING_TO_SAY
         if not ids:
-            return memory[:MAX_CHILDREN]
+            return with_tempered_best(memory[:MAX_CHILDREN])
         remembered = {token: probability for probability, token in memory}
         mixture = mixed(ids, probabilities, remembered, self.share)
         tokens = heapq.nlargest(MAX_CHILDREN, mixture, key=mixture.__getitem__)
         self.worth.add(place.branch.tokens, lambda: self.branches.path(place.branch), 0.0,
                        [token for _, token in memory[:MAX_CHILDREN]], tokens)
-        return [(mixture[token], token) for token in tokens]
+        return with_tempered_best([(mixture[token], token) for token in tokens])
 
     def _read(self, place: Place, reached: float, price: float, upcoming: Upcoming) -> None:
         """Ask the adapter about a place, and about others that may be next, where that pays."""

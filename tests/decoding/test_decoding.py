@@ -336,7 +336,7 @@ def test_proposals_end_where_they_are_no_longer_likely_enough():
     for answer in [[5, 6, 7, 8]] * 3 + [[5, 6, 9, 9]] * 2:
         memory.learn(answer)
     memory.costs = Costs(token_s=0.001)
-    sure, unsure = memory.propose([], 4), memory.propose([], 4, price=700.0)
+    sure, unsure = memory.propose([], 4), memory.propose([], 4, price=500.0)
     assert sure == [5, 6, 7, 8] and unsure == [5, 6]
     adapter = LiveAdapter(tiny("prefix"))
     adapter.begin([])

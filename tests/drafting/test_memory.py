@@ -10,7 +10,7 @@ import pytest
 
 from base import UserError
 from drafting import memory as memory_module
-from drafting.memory import load_memory, save_memory
+from drafting.memory import load_memory, save_memory, tempered, with_tempered_best
 
 
 def write(path, answers: int, tokens: int, token: int = 0) -> None:
@@ -68,3 +68,13 @@ def test_of_too_many_answers_the_last_are_remembered(tmp_path, monkeypatch):
     assert load_memory(tmp_path / "m.npz") == [[4, 5, 6], []]
     save_memory([], tmp_path / "m.npz")
     assert load_memory(tmp_path / "m.npz") == []
+
+
+def test_a_tempered_probability_is_smaller_and_keeps_the_order_of_choices():
+    probabilities = [0.01, 0.3, 0.5, 0.7, 0.95, 0.999, 1.0]
+    smaller = [tempered(probability) for probability in probabilities]
+    assert smaller == sorted(smaller) and all(q <= p for q, p in zip(smaller, probabilities))
+    assert smaller[-1] < 1 and tempered(0.95) < 0.8
+    choices = [(0.55, 5), (0.44, 6), (0.01, 7)]
+    assert sorted(with_tempered_best(choices), reverse=True) == with_tempered_best(choices)
+    assert with_tempered_best([]) == []
