@@ -100,6 +100,21 @@ def finishing(task: str) -> Iterator[Callable[[], bool]]:
         raise Stopped(128 + stop.number)
 
 
+@contextlib.contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Inside the block a stop signal ends the process at once, as by default.
+
+    For foreign code that waits without a look at Python's signal handlers, where nothing is open.
+    """
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS
+              if isinstance(signal.getsignal(number), Stop)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def raise_again(unraisable) -> None:
     """sys.unraisablehook: raise a stop again a moment after Python dropped it inside a __del__."""
     stopped = unraisable.exc_value

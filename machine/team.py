@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from base import ROOT, UserError, first_line
 from machine.ranks import TORCHRUN, Ranks, meeting_place
-from machine.running import Stopped
+from machine.running import Stopped, stopped_at_once
 
 if TYPE_CHECKING:                  # torch is imported where there are several processes
     from torch.distributed import Store
@@ -281,7 +281,8 @@ def open_store(ranks: Ranks) -> Store:
             TORCHRUN, map(str, (ranks.rank, ranks.world, ranks.local_rank, ranks.local_world))))})
     timeout = datetime.timedelta(seconds=MEETING_S)
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        with stopped_at_once():
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     except (RuntimeError, ValueError) as error:
         place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise UserError(f"{ranks.name} of {ranks.world} can't meet the others at {place}: "
