@@ -29,8 +29,11 @@ if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
 from base import UserError, as_json, check_counts, first_line, log, now, option, parse_config, required
 from decoding.journal import hidden_folder, journal_of, open_journal
 from decoding.limits import PLAIN, check_gamma, check_tree, limits_of
+from decoding.together import check_alone
 from drafting.table import LIVE, LIVE_NAMES
+from machine.ranks import this_process
 from machine.running import goes_on_with, run
+from machine.team import Team, Work, launch_command
 from machine.trackers import ABOUT, NO_TRACKER, Name, Tracker, check_tracker, tracking
 from reports.decode_figures import tracked_figures
 from vlm.roles import DRAFT, TARGET, View, content_of
@@ -98,6 +101,8 @@ class DecodeConfig:
     num_frames: int = option(8, "video frames shown to the target")
     event_images: Literal["first", "all"] = option("first", "event pictures shown to the draft")
     num_workers: int = option(4, "threads that read pictures and videos ahead of the model")
+    fresh_sequences: bool = option(
+        False, "each sequence begins with what training left, as always with several processes")
     seed: int = option(42, "for --temperature and --shuffle")
     output_folder: Path | None = option(
         None, "exactly this folder, instead of a new one in the task folder")
@@ -156,7 +161,7 @@ class Stages:
     """What all stages of a decoding share."""
 
     task: Task
-    clips: Clips
+    clips: Clips                     # that this process decodes
     journal: DecodingJournal
     needs_draft_model: bool
     runtime: Runtime
@@ -166,39 +171,61 @@ class Stages:
 
 def main() -> None:
     config = parse_config(DecodeConfig)
+    with Team.meet(this_process(together=True)) as team:
+        check_alone(team, {"parallel": config.parallel, "shuffle": config.shuffle})
+        fresh = config.fresh_sequences or team.ranks.world > 1
+        results = decode(dataclasses.replace(config, fresh_sequences=fresh), team)
+    goes_on_with([])
+    if results and results["totals"]["verdicts"].get("WRONG"):
+        log("ERROR | an answer differs from plain decoding by more than rounding: see DECODE.md")
+        sys.exit(3)
+
+
+def decode(config: DecodeConfig, team: Work) -> dict | None:
+    """Decode, as one of the team's processes. The content of decode.json; None but in the first."""
+    import torch
 
     from decoding.results import results_folder, results_of, write_results
     from decoding.task import read_task
-    from machine.device import Runtime
+    from decoding.together import agree, check_one_disk, clips_of, gather, other_journals, remove_journals
+    from machine.device import Runtime, gpu_of
 
     task = read_task(config.task, config.memory or [])
     roles = [DRAFT, TARGET] if needs_draft_model(config, task) else [TARGET]
     clips = open_clips(config)
     revisions = {role: check_unloaded(role, config, task, clips.questions) for role in roles}
-    runtime = Runtime.choose(config.device, config.dtype, config.quantization)
+    device = team.ranks.device(config.device, torch.cuda.device_count())
+    runtime = Runtime.choose(device, config.dtype, config.quantization)
     beside = runtime
     if config.draft_device != "auto":
         beside = Runtime.choose(config.draft_device, config.dtype, config.quantization)
     clips.content = content_of(clips.samples, roles, config.view)
-    settings = settings_of(config, task, clips.questions, runtime)
-    with (open_journal(config.output_folder or hidden_folder(task.folder, settings), settings,
-                       clips.content, config.restart) as journal,
-          tracking(config.tracker, config.output_folder or task.folder,
+    settings, rank = settings_of(config, task, clips.questions, runtime), team.ranks.rank
+    agree(team, settings, clips.content)
+    team.differ("the GPU", gpu_of(runtime.device))
+    folder = config.output_folder or hidden_folder(task.folder, settings)
+    with (open_journal(folder, settings, clips.content, config.restart, rank) as journal,
+          tracking("none" if rank else config.tracker, config.output_folder or task.folder,
                    f"{task.folder.resolve().name} decode {now().replace(':', '')}", settings) as tracker):
-        goes_on_with([word for word in sys.argv if word != "--restart"])
+        goes_on_with([word for word in launch_command() if word != "--restart"])
+        check_one_disk(team, folder)
+        journal.take_up(other_journals(folder, rank))
         for role, revision in revisions.items():
             journal.check_revision(role, str(getattr(config, role.flag)), revision)
-        stages = Stages(task, clips, journal, DRAFT in roles, runtime, beside, tracker)
-        parallel = decode_all(config, stages, draft_all(config, stages))
-        folder = results_folder(task, journal, config.output_folder)
+        mine = clips_of(clips, team)
+        stages = Stages(task, mine, journal, DRAFT in roles, runtime, beside, tracker)
+        parallel = decode_all(config, stages, draft_all(config, stages)) if mine.samples else None
+        gather(team, clips, mine, journal, folder)
+        if rank:
+            return None
+        if not journal.answers:
+            raise clips.none_left("decoded" if journal.drafts or DRAFT not in roles else "read")
+        results_in = results_folder(task, journal, config.output_folder)
         results = results_of(task, clips, journal, parallel, facts_of(config, settings))
         tracker.log({"all": tracked_figures(results)})
-        write_results(folder, results, config.plots)
-        journal.remove()
-    goes_on_with([])
-    if results["totals"]["verdicts"].get("WRONG"):
-        log("ERROR | an answer differs from plain decoding by more than rounding: see DECODE.md")
-        sys.exit(3)
+        write_results(results_in, results, config.plots)
+        remove_journals(journal, folder)
+        return results
 
 
 # ----------------------------------------------------------------------------------------- inputs
@@ -306,9 +333,8 @@ def draft_all(config: DecodeConfig, stages: Stages) -> dict:
         with loaded(DRAFT, config, stages, stages.runtime) as model:
             Drafting(model, clips, limits_of("1", config.max_new_tokens, model.eos_ids),
                      journal).run()
-    if not journal.drafts:
-        raise clips.none_left("read")
-    return journal.drafts
+    keys = {sample.key for sample in clips.samples}
+    return {place: draft for place, draft in journal.drafts.items() if place[0] in keys}
 
 
 def decode_all(config: DecodeConfig, stages: Stages, drafts: dict) -> dict | None:
@@ -316,18 +342,18 @@ def decode_all(config: DecodeConfig, stages: Stages, drafts: dict) -> dict | Non
     from decoding.answers import Answering, Settings
 
     clips, journal = stages.clips, stages.journal
-    if journal.answers.keys() >= drafts.keys() and not config.parallel:
+    if not drafts or (journal.answers.keys() >= drafts.keys() and not config.parallel):
         return None
     settings = Settings(config.drafter, config.gamma, config.tree, config.compare,
-                        config.max_new_tokens, config.temperature, config.seed)
+                        config.max_new_tokens, config.temperature, config.seed,
+                        config.fresh_sequences)
     with loaded(TARGET, config, stages, stages.runtime) as model:
         stages.task.adapter.to(stages.runtime.device)
         drafters = {name: LIVE[name].make_live(stages.task.parts) for name in config.drafters}
         answering = Answering(model, drafters, clips, settings, journal, stages.tracker.log)
         answering.run(drafts)
-        if not journal.answers:
-            raise clips.none_left("decoded")
-        return measure_parallel(config, stages, answering) if config.parallel else None
+        can_measure = config.parallel and journal.answers
+        return measure_parallel(config, stages, answering) if can_measure else None
 
 
 def measure_parallel(config: DecodeConfig, stages: Stages, answering: Answering) -> dict | None:
@@ -370,4 +396,4 @@ def measure_parallel(config: DecodeConfig, stages: Stages, answering: Answering)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, together=True)

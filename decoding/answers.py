@@ -41,6 +41,7 @@ class Settings:
     max_new_tokens: int
     temperature: float
     seed: int
+    fresh_sequences: bool = False    # each sequence begins with what training left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Answering:
         self.decoders: dict[str, Decoder] = {}       # none until all costs and the noise are known
         self.costs: ModelCosts | None = None
         self.first_answers = FirstAnswers(TARGET.name, usable=bool(journal.answers))
+        self.sequence: str | None = None             # with fresh sequences: the one at work
 
     def run(self, drafts: dict[tuple[str, int], tuple[list[int], float]]) -> None:
         """Decode every question that has a draft and no answer. After a signal the answer in hand
@@ -104,6 +106,7 @@ class Answering:
                     question = Question(sample, number, text, pixels)
                     is_open = question.place in drafts and question.place not in self.journal.answers
                     if is_open and not stopping():
+                        self._enter(sample.sequence)
                         self._try(question, *drafts[question.place])
                         progress.update(len(self.journal.answers))
                         self.track({"answer": figures_of(self.journal.answers.get(question.place))},
@@ -166,7 +169,10 @@ class Answering:
             f"proposal of {self.settings.drafter} "
             f"{costs_ms['proposal'][self.settings.drafter]:.2f} ms | tied: logits "
             f"within {self.journal.noise:.2g}")
-        self.recall()
+        if self.settings.fresh_sequences:
+            self._enter(question.sample.sequence)
+        else:
+            self.recall()
 
     def measure_model(self, question: Question) -> ModelCosts:
         if self.costs is None:
@@ -185,9 +191,24 @@ class Answering:
         decoder.measure(asked, answer, self.costs, self.model.runtime.device)
         return decoder
 
-    def recall(self) -> None:
-        """Let the drafters learn what earlier starts of this run decoded, in the same order."""
-        for place, row in self.journal.answers.items():
+    def _enter(self, sequence: str) -> None:
+        """With fresh sequences: forget the one before, at the first answer of the next."""
+        if self.settings.fresh_sequences and self.decoders and sequence != self.sequence:
+            for decoder in self.decoders.values():
+                decoder.drafter.forget()
+            self.sequence = sequence
+            self.recall(sequence)
+
+    def recall(self, sequence: str | None = None) -> None:
+        """Let the drafters learn what earlier starts decoded, in the same order; of this sequence."""
+        answers = self.journal.answers
+        places = list(answers)
+        if sequence is not None:                     # several processes may have given them
+            places = [(sample.key, number) for sample in self.clips.samples
+                      if sample.sequence == sequence for number in range(len(self.clips.questions))]
+        for place in places:
+            if (row := answers.get(place)) is None:
+                continue
             for name, decoder in self.decoders.items():
                 tokens = self.journal.other_tokens[place].get(name, row["tokens"])
                 decoder.recall(decoded_of(row["runs"][name], tokens))

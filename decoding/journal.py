@@ -61,21 +61,26 @@ def hidden_folder(task: Path, settings: dict) -> Path:
     return task / f"{HIDDEN}{digest}"
 
 
-def journal_of(folder: Path) -> Path:
-    """The journal in this folder: an output folder, or a hidden one that holds nothing else."""
-    return folder / (JOURNAL if folder.name.startswith(HIDDEN) else f".{JOURNAL}")
+def journal_of(folder: Path, rank: int = 0) -> Path:
+    """The journal in this folder: an output folder, or a hidden one that holds nothing else.
+
+    rank: of the process that writes it, where several decode together.
+    """
+    name = f"journal.rank{rank}.jsonl" if rank else JOURNAL
+    return folder / (name if folder.name.startswith(HIDDEN) else f".{name}")
 
 
 @contextlib.contextmanager
-def open_journal(folder: Path, settings: dict, content: dict,
-                 restart: bool) -> Iterator[DecodingJournal]:
-    """The journal in this folder, which no other process writes meanwhile. One that holds nothing
-    is not kept.
+def open_journal(folder: Path, settings: dict, content: dict, restart: bool,
+                 rank: int = 0) -> Iterator[DecodingJournal]:
+    """The journal of this rank in this folder, which no other process writes meanwhile. One that
+    holds nothing is not kept.
 
     restart: throw away what an earlier start left.
     """
-    with only_writer(make_folder(folder)):
-        path = journal_of(folder)
+    make_folder(folder)
+    with only_writer(folder / f"rank{rank}" if rank else folder):
+        path = journal_of(folder, rank)
         if restart:
             path.unlink(missing_ok=True)
         try:
@@ -86,7 +91,7 @@ def open_journal(folder: Path, settings: dict, content: dict,
                     if not journal.drafts and not journal.answers:
                         journal.remove()
         finally:
-            if folder.name.startswith(HIDDEN) and not path.exists():
+            if not rank and folder.name.startswith(HIDDEN) and not path.exists():
                 (folder / ".lock").unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
                     folder.rmdir()
@@ -105,6 +110,7 @@ class DecodingJournal:
         files.
         """
         self.path, self.file = path, JournalFile(path, is_entry)
+        self.settings = settings
         self._read()
         self._check(settings, content)
         before = (self.file.head or {}).get("clips", {})
@@ -147,6 +153,21 @@ class DecodingJournal:
             self.other_tokens[place] = entry["other_tokens"]
         else:
             self.folder = entry["folder"]
+
+    def take_up(self, paths: list[Path]) -> None:
+        """Take up what the journals of other processes hold of this decoding; they are only read."""
+        for path in paths:
+            file = JournalFile(path, is_entry)
+            entries = [entry for _, entry in file.lines()]
+            if file.head and (differs := differences(file.head.get("settings", {}), self.settings)):
+                raise UserError(f"{path} is the journal of another decoding ({differs}); give that "
+                                f"command again, choose another --output_folder, or {START_AFRESH}")
+            for entry in entries:
+                kind = next(iter(entry))
+                known = kind == "model" and entry["model"] in self.facts
+                known |= kind in ("draft_costs_ms", "costs_ms") and getattr(self, kind) is not None
+                if kind not in ("start", "folder") and not known:
+                    self._take(entry)
 
     # ------------------------------------------------------------------------------------ going on
     def _check(self, settings: dict, content: dict[str, dict[str, str]]) -> None:

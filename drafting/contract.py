@@ -65,6 +65,9 @@ class Drafter(Protocol):
     def learn(self, answer: list[int]) -> None:
         """The answer is verified, EOS included: use it for later answers."""
 
+    def forget(self) -> None:
+        """Take back what was learnt since this was called first; call it before the first `learn`."""
+
     def measure(self, draft: list[int], question: Sequence[int], answer: list[int], timer: Timer,
                 verify_s: float = 0.0) -> Costs:
         """Measure the drafter's costs on the beginning of an answer, set `costs` and return them.
@@ -102,6 +105,9 @@ class NoDrafts:
         return []
 
     def learn(self, answer: list[int]) -> None:
+        pass
+
+    def forget(self) -> None:
         pass
 
     def measure(self, draft: list[int], question: Sequence[int], answer: list[int], timer: Timer,

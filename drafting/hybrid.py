@@ -112,6 +112,10 @@ class LiveHybrid(LiveMemory):
         self.steps.begin(draft)
         self.worth.opinions.clear()
 
+    def forget(self) -> None:
+        super().forget()
+        self.worth = StepWorth()
+
     # ----------------------------------------------------------------------------------- as a chain
     def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
         self.worth.settle(prefix)

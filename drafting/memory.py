@@ -108,6 +108,7 @@ class LiveMemory(NoDrafts):
 
     def __init__(self, ngrams: NGrams):
         self.ngrams = ngrams
+        self.known: NGrams | None = None             # what `forget` goes back to
 
     def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
         tokens, reached = list(prefix), 1.0  # probability that every token before is right
@@ -143,6 +144,10 @@ class LiveMemory(NoDrafts):
 
     def learn(self, answer: list[int]) -> None:
         self.ngrams.add(answer)
+
+    def forget(self) -> None:
+        self.known = self.known or self.ngrams
+        self.ngrams = NGrams(before=self.known)
 
 
 # ---------------------------------------------------------------------------------------- factories

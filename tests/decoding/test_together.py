@@ -1,0 +1,79 @@
+"""Several processes decode together: whole sequences each, the figures of one process for each."""
+
+import collections
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from clips.dataset import Sample
+from decoding.together import share_of
+from drafting.memory import LiveMemory, load_memory
+from drafting.ngrams import NGrams
+from tests.launch import Launch
+from tests.test_killed_decoding import flags_of, task, without_times  # noqa: F401
+
+PROGRAM = "speculative_decode.py"
+
+
+def read(folder: Path) -> tuple:
+    """What must be the same however many processes decoded. The noise, and so a tie, is measured."""
+    results = json.loads((folder / "decode.json").read_text())
+    same = {key: results[key] for key in ("answers", "failed", "target", "models", "drafter")}
+    assert (folder / "DECODE.md").stat().st_size > 1000
+    return without_times(same), load_memory(folder / "memory.npz")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_sequence_goes_whole_to_one_process(world):
+    lengths = {"a": 9, "b": 1, "c": 5, "d": 4}
+    samples = [Sample(number, str(number), sequence, number)
+               for sequence, length in lengths.items() for number in range(length)]
+    shares = [share_of(samples, rank, world) for rank in range(world)]
+    assert sorted(sample.key for share in shares for sample in share) == sorted(
+        sample.key for sample in samples)
+    sequences = collections.Counter(name for share in shares for name in {clip.sequence for clip in share})
+    assert set(sequences.values()) == {1}
+    assert max(map(len, shares)) == {1: 19, 2: 10, 3: 9, 8: 9}[world]
+
+
+def test_a_memory_forgets_what_it_learnt_and_keeps_what_it_began_with():
+    memory, other = (LiveMemory(NGrams([[5, 6, 7]])) for _ in range(2))
+    memory.forget()
+    before = memory.propose([5], 2)
+    for _ in range(9):
+        memory.learn([5, 8, 9])
+    assert memory.propose([5], 2) == [8, 9] != before
+    memory.forget()
+    assert memory.propose([5], 2) == before == other.propose([5], 2) == [6, 7]
+
+
+def test_two_processes_decode_what_one_decodes_and_one_goes_on_after_a_kill(
+        demo, warm, task, tmp_path):  # noqa: F811
+    alone, log = tmp_path / "alone", tmp_path / "log"
+    assert warm.wait(warm.start(flags_of(demo, task, "--output_folder", alone, "--fresh_sequences"),
+                                log, PROGRAM)) == 0
+    several = tmp_path / "several"
+    flags = flags_of(demo, task, "--output_folder", several)
+    launch = Launch(warm, 2, log, PROGRAM).start(*flags)
+    second = several / ".journal.rank1.jsonl"
+    while not second.exists() or b'"answer":' not in second.read_bytes():
+        assert all(os.path.exists(f"/proc/{process}") for process in launch.processes.values())
+        time.sleep(0.005)
+    launch.kill(0)
+    launch.wait()
+    assert not (several / "DECODE.md").exists()
+    kept = second.read_bytes()
+    assert Launch(warm, 2, log, PROGRAM).start(*flags).wait() == [0, 0], log.read_text()
+    assert read(several) == read(alone) and kept
+    assert {path.name for path in several.glob(".*")} == {".lock"}
+    # Processes without a sequence of their own; and flags that belong to one
+    few = tmp_path / "few"
+    flags = flags_of(demo, task, "--output_folder", few, "--max_samples", 1)
+    assert Launch(warm, 2, log, PROGRAM).start(*flags).wait() == [0, 0], log.read_text()
+    assert read(few)[0]["answers"] == read(alone)[0]["answers"][:1]
+    flags = flags_of(demo, task, "--output_folder", tmp_path / "none", "--shuffle")
+    assert any(Launch(warm, 2, log, PROGRAM).start(*flags).wait())
+    assert "--shuffle belongs to one process" in log.read_text()
