@@ -361,7 +361,6 @@ def measure_parallel(config: DecodeConfig, stages: Stages, answering: Answering)
     memory is short.
     """
     from decoding.answers import Question
-    from decoding.decoder import open_target
     from decoding.parallel import PARALLEL_CLIPS, Parallel, Side
     from vlm.loading import free_memory, short_of_memory
 
@@ -372,7 +371,7 @@ def measure_parallel(config: DecodeConfig, stages: Stages, answering: Answering)
     try:
         with loaded(DRAFT, config, stages, stages.draft_runtime) as model:
             pictures = [DRAFT.pictures(sample, view) for sample in samples]
-            target = open_target(model, [question], max(map(len, pictures)), config.max_new_tokens)
+            target = model.open_target([question], max(map(len, pictures)), config.max_new_tokens)
             limits = limits_of("1", config.max_new_tokens, model.eos_ids)
             draft = Side(model, target, list(map(model.prepare, pictures)), limits)
             pixels = [answering.model.prepare(TARGET.pictures(sample, view)) for sample in samples]

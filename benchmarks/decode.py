@@ -119,8 +119,8 @@ def simulated_hits(pairs: Pairs, task: Task) -> dict:
 
 
 def prompt_positions(model: VisionLanguageModel, query: str) -> int:
-    before, after = model.prompt_parts(query)
-    return len(before) + model.visual_tokens(FRAMES) + len(after)
+    shared, [after] = model.layout([query], FRAMES)
+    return shared + len(after)
 
 
 def limits(model: VisionLanguageModel) -> dict:

@@ -181,9 +181,7 @@ class Bench:
     # -------------------------------------------------------------------------------------- limits
     def limit(self, questions: list[str], pictures: int, size: int) -> dict:
         """The least seconds of one clip's answers, of `size` clips at a time, on this device."""
-        from vlm.batches import prompt_of
-
-        prompt, after = prompt_of(self.model, questions, pictures)
+        prompt, after = self.model.layout(questions, pictures)
         words = statistics.mean(map(len, after)) + self.max_new_tokens - 1
         return limit_of(self.model, Load(len(questions), prompt, words, size, self.max_new_tokens))
 

@@ -20,7 +20,7 @@ from benchmarks.decode_table import TREE
 from benchmarks.limits import memory
 from decoding.contracts import NO_TOKEN
 from decoding.costs import ModelCosts, Pace, measure_costs
-from decoding.decoder import Asked, Decoder, open_target
+from decoding.decoder import Asked, Decoder
 from decoding.limits import AUTO, MAX_NODES, MEASURED_SIZES, limits_of
 from decoding.rules import rule_of
 from drafting.contract import Drafter, NoDrafts
@@ -152,7 +152,7 @@ class Ours:
         self.gamma, self.tree, self.temperature = gamma, tree, 0.0
         self.question = [token % model.tokenizer.words for token in QUESTION]
         self.memory_before = memory(self.device)["held"]
-        self.target = open_target(model, [QUERY], len(pixels), longest + MAX_NODES)
+        self.target = model.open_target([QUERY], len(pixels), longest + MAX_NODES)
         self.costs: ModelCosts = measure_costs(model, self.target, pixels, QUERY,
                                                MEASURED_SIZES)
         self.decoders = {name: Decoder(self.target, drafter) for name, drafter in drafters.items()}

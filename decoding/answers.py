@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from base import Progress, log
 from decoding.clips import Clips
 from decoding.costs import NOISE_OVER_ROUNDING, ModelCosts, Pace, measure_costs, rounding
-from decoding.decoder import Asked, Decoder, open_target
+from decoding.decoder import Asked, Decoder
 from decoding.journal import DecodingJournal
 from decoding.limits import AUTO, MAX_NODES, MEASURED_SIZES, PLAIN, limits_of
 from decoding.loop import Decoded
@@ -83,10 +83,12 @@ class Answering:
         self.role, self.model, self.clips = TARGET, model, clips
         self.settings, self.journal, self.track = settings, journal, track
         pictures = TARGET.most_pictures(clips.samples, clips.view)
-        self.target = open_target(model, clips.questions, pictures,
+        self.target = model.open_target(clips.questions, pictures,
                                   settings.max_new_tokens + MAX_NODES)
-        self.limits = limits_of(settings.gamma, settings.max_new_tokens, model.eos_ids,
-                                settings.tree)
+        tree = settings.tree if self.target.takes_trees else "0"
+        if tree != settings.tree:
+            log("decode | this model verifies chains alone: --tree plays no part")
+        self.limits = limits_of(settings.gamma, settings.max_new_tokens, model.eos_ids, tree)
         self.drafters = drafters
         self.decoders: dict[str, Decoder] = {}       # none until all costs and the noise are known
         self.costs: ModelCosts | None = None
@@ -140,7 +142,7 @@ class Answering:
 
     def ask(self, question: Question, draft: list[int]) -> Asked:
         words = self.model.tokenizer(question.text, add_special_tokens=False).input_ids
-        return Asked(self.model.prompt_embeds(question.pixels, question.text), draft, words)
+        return Asked(self.model.encode(question.pixels, question.text), draft, words)
 
     # --------------------------------------------------------------------------------------- costs
     def get_ready(self, question: Question, asked: Asked) -> None:
@@ -154,7 +156,7 @@ class Answering:
         if self.settings.compare and not self.settings.temperature:
             self.model.answer([question.pixels], [question.text], 2)
         tokens = Decoder(self.target, NoDrafts()).answer(asked, self.limits).tokens
-        noise = NOISE_OVER_ROUNDING * rounding(self.target, self.model, asked.prompt, tokens)
+        noise = NOISE_OVER_ROUNDING * rounding(self.target, asked.prompt, tokens)
         if not math.isfinite(noise):
             raise NotNumbers(self.model.runtime.dtype)
         costs_ms = {**costs.milliseconds(), "proposal": {}}

@@ -39,11 +39,10 @@ class Target(Protocol):
     """
 
     vocab_size: int
+    takes_trees: bool          # False: it is given chains alone
 
     def ask(self, prompt: Any) -> None:
-        """Set the prompt of the next answer. prompt: as the model's prompt_embeds gives it, (1, L,
-        H).
-        """
+        """Set the prompt of the next answer. prompt: as the model's encode gives it."""
 
     def prefill(self, proposed: list[int], parents: list[int] | None = None) -> Following:
         """Read the prompt and the proposals -> what follows the prompt and each proposal: n =
@@ -68,6 +67,9 @@ class Target(Protocol):
 
         Values of forgotten positions must not reach later answers, NaN included.
         """
+
+    def reference(self, tokens: list[int]) -> torch.Tensor:
+        """Logits (n, V) after each of these tokens behind the prompt, by transformers in one pass."""
 
     def not_numbers(self) -> Exception:
         """The error for an answer that needs a token where the logits are not finite; it names the

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,6 @@ from machine.timing import REPEATS, median_s
 
 if TYPE_CHECKING:
     from vlm.contract import VisionLanguageModel
-    from vlm.steps import Prompted
 
 ROUNDING_TOKENS = 17               # compared between the ways to compute their logits
 # Each of the two logits of a tie may be off either way: twice the rounding, and a margin of 2.
@@ -52,8 +51,8 @@ def milliseconds(seconds: dict) -> dict:
 def measure_costs(model: VisionLanguageModel, target: Target, pixels: torch.Tensor, question: str,
                   sizes: Iterable[int]) -> ModelCosts:
     """Time vision, prefill and one pass over k tokens for each k in sizes, 1 included."""
-    device, embeds = model.runtime.device, model.prompt_embeds(pixels, question)
-    target.ask(embeds)
+    device = model.runtime.device
+    target.ask(model.encode(pixels, question))
     target.prefill([])
 
     def verify(k: int) -> None:
@@ -64,13 +63,12 @@ def measure_costs(model: VisionLanguageModel, target: Target, pixels: torch.Tens
     for _ in range(3 * REPEATS):
         verify(1)
     passes = {k: median_s(lambda k=k: verify(k), device) for k in sizes}  # type: ignore[misc]
-    return ModelCosts(vision=median_s(lambda: model.prompt_embeds(pixels, question), device),
+    return ModelCosts(vision=median_s(lambda: model.encode(pixels, question), device),
                       prefill=median_s(lambda: target.prefill([]).best.tolist(), device),
                       verify=passes)
 
 
-def rounding(target: Prompted, model: VisionLanguageModel, embeds: torch.Tensor,
-             tokens: list[int]) -> float:
+def rounding(target: Target, prompt: Any, tokens: list[int]) -> float:
     """The largest difference of a logit between four ways to compute it; NaN where one of them
     gives NaN.
 
@@ -78,20 +76,16 @@ def rounding(target: Prompted, model: VisionLanguageModel, embeds: torch.Tensor,
     is the noise of the number format on this device; it decides what counts as a tie.
     """
     tokens = tokens[:ROUNDING_TOKENS]
-    target.ask(embeds)
+    target.ask(prompt)
     target.prefill([])
     # Copies: a graph writes its next logits over these.
     singly = torch.cat([target.verify([token]).logits.float().clone() for token in tokens])
     target.keep(0)
     others = [
         target.verify(tokens).logits.float().clone(),
-        target.prefill(tokens).logits[1:].float()
+        target.prefill(tokens).logits[1:].float(),
+        target.reference(tokens).float(),
     ]
-    decoder, head = model.decoder
-    with torch.inference_mode():
-        whole = torch.cat([embeds, target.steps.embed(tokens)], 1)
-        others.append(
-            head(decoder(inputs_embeds=whole).last_hidden_state[0, -len(tokens):]).float())
     differences = torch.stack([(singly - other).abs().amax() for other in others])
     return float(differences.amax())                 # unlike Python's max, it keeps a NaN
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from base import log
 from decoding.contracts import Target
 from decoding.costs import ModelCosts, Pace
 from decoding.limits import Limits
@@ -17,16 +16,12 @@ from decoding.rules import Rule, greedy
 from drafting.contract import Costs, Drafter
 from machine.timing import median_s
 
-if TYPE_CHECKING:
-    from vlm.contract import VisionLanguageModel
-    from vlm.steps import Prompted
-
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """One question about one clip."""
 
-    prompt: Any                      # for the target: (1, L, H) embeddings
+    prompt: Any                      # for the target, as the model's encode gives it
     draft: list[int]                 # EventGPT's answer; [] where no drafter of the run reads it
     question: list[int]              # its tokens alone
 
@@ -69,18 +64,3 @@ class Decoder:
         self.drafter.learn(decoded.tokens)
         if self.pace:
             self.pace.add(decoded)
-
-
-def open_target(model: VisionLanguageModel, questions: list[str], pictures: int,
-                more_tokens: int) -> Prompted:
-    """The model's decoder on a static cache, with room for the longest prompt and `more_tokens`
-    behind it.
-    """
-    from vlm.steps import Prompted, Steps
-
-    parts = [model.prompt_parts(question) for question in questions]
-    longest = model.visual_tokens(pictures) + max(
-        len(before) + len(after) for before, after in parts)
-    steps = Steps(*model.decoder, room=min(longest, model.max_prompt) + more_tokens)
-    log(f"decode | keys and values: {steps.bytes / 2**20:,.0f} MiB for {steps.room} positions")
-    return Prompted(steps)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from base import Progress
 from decoding.clips import Clips
 from decoding.costs import measure_costs
-from decoding.decoder import Asked, Decoder, open_target
+from decoding.decoder import Asked, Decoder
 from decoding.journal import DecodingJournal
 from decoding.limits import Limits
 from decoding.loop import Decoded
@@ -44,7 +44,7 @@ class Drafting:
         self.limits, self.journal = limits, journal
         self.todo = missing_drafts(clips, journal)
         pictures = DRAFT.most_pictures(self.todo, clips.view)
-        self.target = open_target(model, clips.questions, pictures, limits.max_new_tokens)
+        self.target = model.open_target(clips.questions, pictures, limits.max_new_tokens)
         self.decoder = Decoder(self.target, NoDrafts())
         self.first_answers = FirstAnswers(DRAFT.name, usable=bool(journal.drafts))
 
@@ -74,7 +74,7 @@ class Drafting:
         from vlm.contract import NotNumbers
 
         def answer() -> Decoded:
-            return self.decoder.answer(Asked(self.model.prompt_embeds(pixels, question), [], []),
+            return self.decoder.answer(Asked(self.model.encode(pixels, question), [], []),
                                        self.limits)
 
         try:

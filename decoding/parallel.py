@@ -7,7 +7,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,8 +33,8 @@ class Side:
     pixels: list[torch.Tensor]       # (n, 3, S, S) of each clip
     limits: Limits
 
-    def embeds(self, number: int, question: str) -> torch.Tensor:
-        return self.model.prompt_embeds(self.pixels[number], question)
+    def prompt(self, number: int, question: str) -> Any:
+        return self.model.encode(self.pixels[number], question)
 
 
 class Parallel:
@@ -62,11 +62,11 @@ class Parallel:
         """The draft model's answer for a clip, on a stream of its own."""
         with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             decoder = Decoder(self.draft.target, NoDrafts())
-            return decoder.answer(Asked(self.draft.embeds(number, self.question), [], []),
+            return decoder.answer(Asked(self.draft.prompt(number, self.question), [], []),
                                   self.draft.limits).tokens
 
     def asked(self, number: int, draft: list[int]) -> Asked:
-        return Asked(self.target.embeds(number, self.question), draft, self.words)
+        return Asked(self.target.prompt(number, self.question), draft, self.words)
 
     def with_drafts(self, decoder: Decoder) -> None:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:

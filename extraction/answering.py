@@ -15,7 +15,7 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from base import UserError, first_line, log
 from machine.files import is_machine_trouble
@@ -27,7 +27,6 @@ if TYPE_CHECKING:                  # torch is imported when the first batch is a
     import torch
 
     from clips.dataset import Sample
-    from vlm.batches import Batches
     from vlm.contract import Answer, NotNumbers, VisionLanguageModel
 
     Clip = tuple[Sample, torch.Tensor]           # a sample and its prepared pixels (n, 3, S, S)
@@ -62,7 +61,8 @@ class Answering:
 
     def __init__(self, model: VisionLanguageModel, job: Job, size: int, results: Results):
         self.model, self.job, self.size, self.results = model, job, size, results
-        self.engine: Batches | None = None           # made for the first clips and kept
+        self.engine: Any = None                      # made for the first clips and kept
+        self.shape: object = None                    # of the clips that it was made for
         # Batches that the device has been given, oldest first: samples, and a function that waits
         # for their answers.
         self.in_flight: collections.deque[tuple[list[Sample], Callable]] = collections.deque()
@@ -135,17 +135,16 @@ class Answering:
 
     def _try(self, batch: list[Clip]) -> str | None:
         """Start answering a batch. Where memory is short: free it, and return the device's words."""
-        from vlm.batches import Batches
         from vlm.errors import short_of_memory
         from vlm.loading import free_memory
 
         samples, pixels = [sample for sample, _ in batch], [pixels for _, pixels in batch]
-        pictures = len(pixels[0])
         try:
-            if self.engine is None or self.engine.pictures != pictures:
+            if self.engine is None or self.shape != pixels[0].shape:
                 self.engine = None                    # the old caches make room for the new ones
-                self.engine = Batches(self.model, self.job.questions, self.job.max_new_tokens,
-                                      pictures, self.size)
+                self.engine = self.model.open_batches(
+                    self.job.questions, self.job.max_new_tokens, pixels[0], self.size)
+                self.shape = pixels[0].shape
             self.in_flight.append((samples, self.engine.answer(pixels, self._hand_over_meanwhile)))
             return None
         except (RuntimeError, MemoryError) as error:  # on a CPU a plain RuntimeError

@@ -90,7 +90,7 @@ def run_model(ledger: Ledger, models: Models, pace: Pace, dealt: Iterator[Sample
     role, name = ledger.role, models.names[ledger.role.role]
     log(f"extract | {role.name} | loading {name}")
     model = role.load(name, models.runtime)
-    facts = {"model": role.name, **model.facts(name), "prompt": role.prompt("{query}")}
+    facts = {"model": role.name, **model.facts(name), "prompt": model.prompt_text("{query}")}
     check_weights(ledger.journal, role, name, facts["revision"])
     answer(ledger, model, facts, pace, dealt)
 
@@ -98,12 +98,10 @@ def run_model(ledger: Ledger, models: Models, pace: Pace, dealt: Iterator[Sample
 def answer(ledger: Ledger, model: VisionLanguageModel, facts: dict, pace: Pace,
            dealt: Iterator[Sample]) -> None:
     """Let a loaded model answer what is dealt, compare some answers, record facts, unload it."""
-    from vlm.batches import clips_that_fit
-
     role, view, questions = ledger.role, ledger.survey.view, ledger.survey.questions
     todo, world = ledger.unanswered(), ledger.team.ranks.world
-    size = pace.batch_size or clips_that_fit(
-        model, questions, pace.max_new_tokens, role.most_pictures(todo, view))
+    size = pace.batch_size or model.clips_that_fit(
+        questions, pace.max_new_tokens, role.most_pictures(todo, view))
     # A process holds some batches that wait or are at work: in a team they are no more than half of
     # its share, so that one that starts early leaves work to the others.
     share = len(todo) if world == 1 else len(todo) // (BATCHES_OF_SHARE * world)

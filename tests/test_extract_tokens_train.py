@@ -414,8 +414,11 @@ def test_without_a_draft_model_the_error_says_where_the_weights_are(tmp_path):
         extract_tokens_train.ExtractConfig(tmp_path, tmp_path / "out.json")
 
 
-def test_models_may_not_be_swapped(extract, demo):
-    with pytest.raises(UserError, match="not an EventGPT checkpoint"):
-        extract("--draft_model", demo.models / "video_llava")
-    with pytest.raises(UserError, match=r"can't load the config|wanted video_llava"):
-        extract("--target_model", demo.models / "eventgpt", "--restart", None)
+def test_an_event_model_is_no_target_and_a_text_model_nothing(extract, demo, tmp_path):
+    with pytest.raises(UserError, match="EventGPT, which reads event pictures and no video"):
+        extract("--target_model", demo.models / "eventgpt")
+    text = shutil.copytree(demo.models / "video_llava", tmp_path / "text")
+    (text / "config.json").write_text('{"model_type": "llama", "vocab_size": 100}')
+    for flag in ("--draft_model", "--target_model"):
+        with pytest.raises(UserError, match="llama model, which reads no pictures"):
+            extract(flag, text, "--restart", None)

@@ -28,7 +28,7 @@ from tests.conftest import ROOT
 from token_adapter import AdapterConfig, TokenAdapter
 from vlm import loading, roles
 from vlm.eventgpt import EventGPT
-from vlm.model import answer_of
+from vlm.greedy import answer_of
 from vlm.video_llava import VideoLlava
 
 CPU = Runtime.choose("cpu")

@@ -13,6 +13,7 @@ host checks whether all answers have ended; it never waits for the step it has j
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -21,9 +22,9 @@ from machine.graphs import capture
 from vlm.attention import causal, shared_and_own
 from vlm.contract import Answer, NotNumbers, VisionLanguageModel
 from vlm.errors import short_of_memory
+from vlm.greedy import answer_of, cut_at_end
 from vlm.llama import NO_NUMBER, SAME, Llama, Next, apart, position_bytes
 from vlm.loading import check_positions, free_gib
-from vlm.model import answer_of, cut_at_end
 
 READ_TOKENS = 16_384  # prompt positions that pass the layers at once: enough to fill a GPU
 ASKED, ROWS = 16, 256  # questions per clip, and rows in all, side by side: more gain little
@@ -36,11 +37,15 @@ class Batches(Llama):
     """Up to `clips` clips at a time, the same questions about each."""
 
     def __init__(self, vlm: VisionLanguageModel, questions: list[str], max_new_tokens: int,
-                 pictures: int, clips: int, graphs: bool | None = None):
-        """pictures: per clip; graphs: None = on a CUDA device where the layers allow it."""
-        self.vlm, self.clips, self.pictures = vlm, clips, pictures
+                 pictures: int, clips: int, graphs: bool | None = None, clip: Any = None):
+        """pictures: per clip; graphs: None = on a CUDA device where the layers allow it.
+
+        clip: one of them as prepare() gives it, where prompts differ in length with equally many
+        pictures.
+        """
+        self.vlm, self.clips = vlm, clips
         self.max_new_tokens = max_new_tokens
-        self.shared, self.after = prompt_of(vlm, questions, pictures)
+        self.shared, self.after = vlm.layout(questions, pictures, clip)
         longest = max(map(len, self.after))
         room = self.shared + longest + max_new_tokens
         check_positions(self.shared + longest, max_new_tokens, vlm.max_positions)
@@ -106,10 +111,11 @@ class Batches(Llama):
         size = max(1, READ_TOKENS // self.shared)
         positions = self.slots[:self.shared]
         for first in range(0, len(pixels), size):
-            part = torch.stack(pixels[first:first + size])
-            if self.device.type == "cuda":
-                part = part.pin_memory()
-            embeds = self.vlm.shared_embeds(part.to(self.device, non_blocking=True)).to(self.dtype)
+            part = pixels[first:first + size]
+            embeds, axes = self.vlm.shared_prompts(part)
+            embeds = embeds.to(self.dtype)
+            if axes is not None:                 # the same for all clips of one shape
+                self.set_positions(axes)
             rows = slice(first, first + len(part))
 
             def attend(number: int, queries: torch.Tensor, rows=rows) -> torch.Tensor:
@@ -257,19 +263,6 @@ def asked_at_once(questions: int) -> int:
     return math.ceil(questions / math.ceil(questions / ASKED))
 
 
-def prompt_of(
-    vlm: VisionLanguageModel, questions: list[str], pictures: int
-) -> tuple[int, list[list[int]]]:
-    """(positions of the prompt up to the end of the pictures, ids of the rest for each question)."""
-    parts = [vlm.prompt_parts(question) for question in questions]
-    first = parts[0][0]
-    assert all(before == first for before, _ in parts), (
-        "the ids before the pictures depend on the question"
-    )
-    before = len(first) + vlm.visual_tokens(pictures)
-    return before, [after[:max(1, vlm.max_prompt - before)] for _, after in parts]
-
-
 def clips_that_fit(
     vlm: VisionLanguageModel, questions: list[str], max_new_tokens: int, pictures: int
 ) -> int:
@@ -278,7 +271,7 @@ def clips_that_fit(
     asked = asked_at_once(len(questions))
     if device.type != "cuda":
         return CPU_CLIPS
-    shared, after = prompt_of(vlm, questions, pictures)
+    shared, after = vlm.layout(questions, pictures)
     longest = max(map(len, after))
     # While prompts or questions are read: hidden states, and the output of the widest layer.
     passing = (12 * config.hidden_size + 4 * config.intermediate_size) * dtype.itemsize

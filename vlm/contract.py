@@ -1,14 +1,16 @@
 """What a vision-language model must offer, and what it hands over. Imports no torch.
 
-vlm/eventgpt.py and vlm/video_llava.py satisfy the Protocol through vlm/model.py, which holds what
-both do alike. Sizes in the docstrings: B clips or rows, n pictures, S pixels a side, L positions of
-a prompt, H hidden size, P positions up to the end of the pictures, V vocabulary size.
+vlm/eventgpt.py, vlm/video_llava.py and vlm/any_model.py satisfy the Protocol through vlm/model.py,
+which holds what they do alike. Sizes in the docstrings: B clips or rows, n pictures, S pixels a
+side, L positions of a prompt, H hidden size, P positions up to the end of the pictures, V
+vocabulary size.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from clips.pixels import PixelSettings
     from machine.device import Runtime
 
 
@@ -35,6 +36,19 @@ class Answer:
     tokens: list[int]
     text: str
     finished: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One question about one clip, ready to be read: what Target.ask takes."""
+
+    length: int                    # positions
+    embeds: torch.Tensor | None = None  # (1, L, H), for our own layers
+    # (axes, P) int64 of its first P positions, for RoPE with several axes: the last is text, and
+    # text goes on from there; None: 0, 1, 2, ...
+    positions: torch.Tensor | None = None
+    # all tensors of transformers' forward, for a model that our layers do not run
+    inputs: dict[str, torch.Tensor] | None = None
 
 
 class NotNumbers(Exception):
@@ -95,7 +109,7 @@ class VisionLanguageModel(Protocol):
 
     model: nn.Module               # transformers' module; gone after unload()
     tokenizer: Any                 # of transformers
-    pixels: PixelSettings          # how pictures become input
+    pixels: Any                    # how pictures become input: PixelSettings or Processing
     runtime: Runtime               # device, dtype, quantisation, as loaded
     revision: str  # a hub's commit of 40 hex digits, or "content <digest>" of a folder
 
@@ -126,34 +140,44 @@ class VisionLanguageModel(Protocol):
         the weights.
         """
 
-    def prepare(self, pictures: list[np.ndarray]) -> torch.Tensor:
-        """RGB pictures (H, W, 3) uint8 of a clip, oldest first -> (n, 3, S, S) in the model's
-        dtype, on the CPU.
+    def prepare(self, pictures: list[np.ndarray]) -> Any:
+        """RGB pictures (H, W, 3) uint8 of a clip, oldest first -> what the model sees of it, on the
+        CPU: (n, 3, S, S) in the model's dtype, or ClipInputs.
 
-        Thread-safe. Raises MediaError for pictures that can't be shown to the model.
+        Thread-safe. Clips with the same `shape` can share a batch. Raises MediaError for pictures
+        that can't be shown to the model.
         """
 
-    def prompt_parts(self, query: str) -> tuple[list[int], list[int]]:
-        """The prompt's ids before and after the pictures' positions. The first part is the same for
-        all queries.
+    def prompt_text(self, query: str) -> str:
+        """The prompt as text, with a mark where the pictures go."""
+
+    def layout(self, questions: list[str], pictures: int,
+               clip: Any = None) -> tuple[int, list[list[int]]]:
+        """(positions of the prompt up to the end of the pictures, the ids behind by question).
+
+        pictures: how many; clip: as prepare() gives it, where the size of the pictures matters.
         """
 
-    def visual_tokens(self, pictures: int) -> int:
-        """Positions that so many pictures take."""
+    def encode(self, pixels: Any, query: str) -> Any:
+        """One clip's prompt, for ask() of the target that open_target gives."""
 
-    def visual_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels (B, n, 3, S, S) on the model's device -> (B, visual_tokens(n), H)."""
-
-    def shared_embeds(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels (B, n, 3, S, S) on the model's device -> (B, P, H): the prompts up to the end of
-        the pictures.
+    def shared_prompts(self, clips: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Clips as prepare() gives them -> (embeddings (B, P, H) up to the end of the pictures,
+        positions (axes, P + 1) for RoPE, those of the first text included and the same in all rows;
+        None: 0, 1, 2, ...).
         """
 
-    def prompt_embeds(self, pixels: torch.Tensor, query: str) -> torch.Tensor:
-        """pixels (n, 3, S, S) of one clip as prepare() gives them -> (1, L, H): input of the decoder."""
+    def open_target(self, questions: list[str], pictures: int, more_tokens: int) -> Any:
+        """A decoding.contracts.Target with room for the longest prompt and so many tokens behind."""
+
+    def open_batches(self, questions: list[str], max_new_tokens: int, clip: Any, clips: int) -> Any:
+        """What answers these questions about up to `clips` clips like this: vlm.batches.Batches."""
+
+    def clips_that_fit(self, questions: list[str], max_new_tokens: int, pictures: int) -> int:
+        """How many clips at a time the free memory has room for."""
 
     def answer(
-        self, pixels: list[torch.Tensor], queries: list[str], max_new_tokens: int
+        self, pixels: list[Any], queries: list[str], max_new_tokens: int
     ) -> list[Answer]:
         """transformers' own greedy answers, one per row; rows may differ in query, not in the
         number of pictures.

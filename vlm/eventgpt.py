@@ -30,8 +30,9 @@ from vlm.checkpoints import Checkpoint, open_checkpoint, read_model_config, too_
 from vlm.contract import Answer
 from vlm.errors import in_words
 from vlm.fits import why_not
+from vlm.greedy import generate_greedily
 from vlm.loading import check_prompts, load_checked, weights_mib
-from vlm.model import LoadedModel, generate_greedily
+from vlm.model import PixelModel
 from vlm.roles import View, most_event_pictures
 from vlm.tokenizers import (
     check_ids,
@@ -282,7 +283,7 @@ def picture_tokens(config: EventGPTConfig, pictures: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------- the model
-class EventGPT(LoadedModel):
+class EventGPT(PixelModel):
     """The draft model, ready to answer (VideoLlava has the same verbs)."""
 
     @staticmethod
@@ -320,6 +321,9 @@ class EventGPT(LoadedModel):
             inputs_embeds=embeds,
             attention_mask=mask,
         )
+
+    def prompt_text(self, query: str) -> str:
+        return prompt(query)
 
     def prompt_parts(self, query: str) -> tuple[list[int], list[int]]:
         return split(self.tokenizer, query)

@@ -1,5 +1,8 @@
 """LLaMA's layers over packed positions; the caller (steps.py, batches.py) passes cache and attention.
 
+Also those that differ from LLaMA's by biases of queries, keys and values (Qwen2, Qwen2.5), by norms
+of queries and keys (Qwen3), or by positions with several axes (Qwen-VL); vlm/fits.py says which.
+
 Our own forward over transformers' modules: positions and places in the cache are explicit tensors,
 so that a CUDA graph can hold a step, and the operations between the matrix products are fused
 (kernels.py). Where q/k/v and gate/up are plain layers they are fused; the model's modules
@@ -33,9 +36,21 @@ class Next(NamedTuple):
     best: torch.Tensor          # (n,) int64: their argmax; -1 where the largest is NaN or infinite
 
 
+class Fused(NamedTuple):
+    """Plain linear layers in one."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def head_dim_of(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def position_bytes(config, dtype: torch.dtype) -> int:
     """Bytes of one cache position: keys and values of all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    heads = config.num_key_value_heads * head_dim_of(config)
+    return 2 * config.num_hidden_layers * heads * dtype.itemsize
 
 
 class Llama:
@@ -51,14 +66,11 @@ class Llama:
         self.depth = config.num_hidden_layers
         self.vocab_size = language_model.embed_tokens.num_embeddings
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
+        self.head_dim = head_dim_of(config)
         if reason := why_not(config, language_model):
             raise UserError(f"this language model can't run here: {reason}")
-        # The model's own RoPE (with its scaling). (2, room, d): cos, and sin with rotate_half's sign in it.
-        positions = torch.arange(room, device=self.device)
-        cos, sin = language_model.rotary_emb(weight[:1, None], position_ids=positions[None])
-        minus, plus = sin.chunk(2, -1)
-        self.rope = torch.cat([cos, torch.cat([-minus, plus], -1)]).contiguous()
+        # Row p belongs to slot p: its position is p itself unless set_positions says otherwise.
+        self.rope = self._rope_of(torch.arange(room, device=self.device)[None])
         adopt(language_model, self.dtype)            # 4-bit layers, where that is faster
         self.qkv, self.gate_up = [], []
         # Layer by layer: the weights that are replaced are freed before the next layer is fused
@@ -70,6 +82,25 @@ class Llama:
         # LLM.int8 searches outliers on the host, which a graph can't capture.
         self.may_be_captured = self.device.type == "cuda" and "Linear8bitLt" not in kinds
         self.is_silu = config.hidden_act == "silu"
+        self.has_head_norms = hasattr(language_model.layers[0].self_attn, "q_norm")
+
+    def _rope_of(self, positions: torch.Tensor) -> torch.Tensor:
+        """positions (axes, n) int64 -> (2, n, d): cos, and sin with rotate_half's sign in it.
+
+        By the model's own RoPE, with its scaling.
+        """
+        positions = positions if len(positions) == 1 else positions[:, None]
+        like = self.model.embed_tokens.weight[:1, None]
+        cos, sin = self.model.rotary_emb(like, position_ids=positions)
+        minus, plus = sin.chunk(2, -1)
+        return torch.cat([cos, torch.cat([-minus, plus], -1)]).contiguous()
+
+    @torch.inference_mode()
+    def set_positions(self, positions: torch.Tensor) -> None:
+        """Set the positions (axes, P) of the next prompt's first P slots; the last is text, and text
+        follows. In place, for graphs that have been captured.
+        """
+        self.rope.copy_(self._rope_of(with_text(positions, self.rope.shape[1])))
 
     def on_device(self) -> contextlib.AbstractContextManager:
         """Make the model's device current: Triton and CUDA events use the current device."""
@@ -97,6 +128,8 @@ class Llama:
             attention, mlp = layer.self_attn, layer.mlp
             qkv = together(h, self.qkv[number], attention.q_proj, attention.k_proj,
                            attention.v_proj).view(len(x), -1, self.head_dim)
+            if self.has_head_norms:
+                self._norm_heads(qkv, attention)
             queries = rotate_and_store(qkv, self.rope, positions, cache[number], places)
             if number + 1 == self.depth and not follow:
                 return x
@@ -109,6 +142,13 @@ class Llama:
                 x, h = add_and_norm(x, out, self.model.layers[number + 1].input_layernorm)
         return x + out
 
+    def _norm_heads(self, qkv: torch.Tensor, attention: nn.Module) -> None:
+        """Norm each head's query and key in place: qkv (n, heads + 2 kv_heads, d)."""
+        last = self.heads + self.kv_heads
+        for heads, norm in ((slice(0, self.heads), attention.q_norm),
+                            (slice(self.heads, last), attention.k_norm)):
+            qkv[:, heads] = normed(qkv[:, heads], norm)
+
     def following(self, x: torch.Tensor) -> Next:
         """x (n, D) as `layers` gives it -> the next token after each position."""
         logits = self.lm_head(normed(x, self.model.norm))
@@ -116,29 +156,39 @@ class Llama:
         return Next(logits, best.where(largest.isfinite(), NO_NUMBER))
 
 
+def with_text(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """positions (axes, P) -> (axes, length): text goes on from the last position of each axis."""
+    more = torch.arange(1, length - positions.shape[1] + 1, device=positions.device)
+    return torch.cat([positions, positions[:, -1:] + more], 1)
+
+
 def normed(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     """LLaMA's RMS norm in one kernel; transformers' rounds once more in between (seen in 16 bits)."""
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def together(x: torch.Tensor, weight: torch.Tensor | NF4Linear | None,
+def together(x: torch.Tensor, fused: Fused | NF4Linear | None,
              *modules: nn.Module) -> torch.Tensor:
     """The concatenated outputs of linear layers: one product if they are fused, else one each."""
-    if isinstance(weight, NF4Linear):
-        return weight(x)
-    return F.linear(x, weight) if weight is not None else torch.cat([module(x) for module in modules], -1)
+    if isinstance(fused, NF4Linear):
+        return fused(x)
+    if fused is not None:
+        return F.linear(x, *fused)
+    return torch.cat([module(x) for module in modules], -1)
 
 
 @torch.no_grad()         # not inference_mode: the modules must not be left with inference tensors
-def fuse(modules: list[nn.Module]) -> torch.Tensor | NF4Linear | None:
+def fuse(modules: list[nn.Module]) -> Fused | NF4Linear | None:
     """The weights of plain linear layers in one matrix, of which they become views.
 
-    None if a layer is of another kind or has a bias.
+    None if a layer is of another kind, or if only some have a bias.
     """
     if type(modules[0]) is NF4Linear:
         return modules[0].fused
-    if any(type(module) is not nn.Linear or module.bias is not None for module in modules):
+    biases = [module.bias for module in modules if module.bias is not None]
+    if any(type(module) is not nn.Linear for module in modules) or 0 < len(biases) < len(modules):
         return None                                  # bitsandbytes' layers are subclasses of nn.Linear
+    bias = torch.cat(biases) if biases else None
     weights = [module.weight for module in modules]
     rows = 0
     for weight in weights:                           # fused before, for another decoder of the same model?
@@ -147,11 +197,12 @@ def fuse(modules: list[nn.Module]) -> torch.Tensor | NF4Linear | None:
             break
         rows += len(weight)
     else:
-        return weights[0].as_strided((rows, weights[0].shape[1]), weights[0].stride(), 0)
+        shape = rows, weights[0].shape[1]
+        return Fused(weights[0].as_strided(shape, weights[0].stride(), 0), bias)
     fused = torch.cat(weights)
     for module, part in zip(modules, fused.split([module.out_features for module in modules])):
         module.weight.data = part
-    return fused
+    return Fused(fused, bias)
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -3,10 +3,11 @@
 import copy
 import gc
 import logging
+import re
 from pathlib import Path
 
 import torch
-from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from base import UserError, log
@@ -23,20 +24,30 @@ BLOCK_4BIT = 64                                  # weights that share a scale
 BITS = {"4bit": 4.127, "8bit": 8}  # a weight of a quantised layer, with its share of the scales
 # bitsandbytes' and ours
 QUANTISED = {"Linear4bit": "4bit", "NF4Linear": "4bit", "Linear8bitLt": "8bit"}
+# Names of what is quantised, in the models that have files of their own.
+QUANTISED_BLOCKS = re.compile(r".*language_model.*\.layers\.")
 ATTENTION = "sdpa"  # never the config's: it may name a kernel to fetch from the hub
 
 
 # ------------------------------------------------------------------------------------------ loading
-def load_checked(model_class, checkpoint: Checkpoint, config, runtime: Runtime, keep: list[str],
-                 key_mapping: dict[str, str] | None = None):
+def load_checked(model_class, checkpoint: Checkpoint, config, runtime: Runtime,
+                 keep: list[str] | None = None, key_mapping: dict[str, str] | None = None):
     """from_pretrained, streamed shard by shard, that raises a UserError unless every weight was
     found and fits.
 
     keep: full names of the sub-modules that stay unquantised; transformers 5 matches them from the
     start of the name and silently quantises what no entry matches, so the quantised layers are
-    counted afterwards. key_mapping: patterns of the weights' names in the files -> ours.
+    counted afterwards. None: all but the linear layers of the decoder, and weights of the files that
+    the model has no place for are a warning. key_mapping: patterns of the weights' names in the
+    files -> ours.
     """
-    quantization = None
+    quantization, blocks, is_strict = None, QUANTISED_BLOCKS, keep is not None
+    meta = on_meta(model_class, checkpoint.name, config)
+    parts = [module for module in meta.modules() if isinstance(module, PreTrainedModel)]
+    runs_eager = any(part.config._attn_implementation == "eager" for part in parts)
+    attention = "eager" if runs_eager else ATTENTION     # Gemma 2, say, has no other
+    if keep is None:
+        keep, blocks = outside_decoder(meta)
     if runtime.quantization != "none":
         quantization = BitsAndBytesConfig(
             load_in_4bit=runtime.quantization == "4bit",
@@ -45,7 +56,7 @@ def load_checked(model_class, checkpoint: Checkpoint, config, runtime: Runtime, 
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=runtime.dtype,
             llm_int8_skip_modules=keep)
-    name, needed_gib = checkpoint.name, check_room(model_class, checkpoint, config, runtime)
+    name, needed_gib = checkpoint.name, check_room(meta, checkpoint, runtime, blocks)
     try:
         model, info = model_class.from_pretrained(
             checkpoint.folder,
@@ -57,7 +68,7 @@ def load_checked(model_class, checkpoint: Checkpoint, config, runtime: Runtime, 
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
             local_files_only=True,
-            attn_implementation=ATTENTION,
+            attn_implementation=attention,
             generation_config=GenerationConfig(),  # else generate() would follow the folder's
             **({"key_mapping": key_mapping} if key_mapping else {}),
         )
@@ -66,17 +77,20 @@ def load_checked(model_class, checkpoint: Checkpoint, config, runtime: Runtime, 
         if short_of_memory(error):
             raise no_room(name, runtime, needed_gib, f"; {in_words(error)}") from error
         raise UserError(f"can't load the model {name}: {in_words(error)}") from error
-    trouble = [
-        f"{kind.replace('_keys', '')}: {', '.join(sorted(str(key) for key in info[kind])[:12])}"
+    trouble = {
+        kind: f"{kind.replace('_keys', '')}: {', '.join(sorted(str(key) for key in info[kind])[:12])}"
         f" ({len(info[kind])} in all)"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
         if info[kind]
-    ]
+    }
+    if "unexpected_keys" in trouble and not is_strict:
+        log(f"load | WARNING | {name} | weights without a place in {model_class.__name__}, "
+            + trouble.pop("unexpected_keys"))
     if trouble:
         raise UserError(
-            f"the weights of {name} don't fit {model_class.__name__}: {'; '.join(trouble)}"
+            f"the weights of {name} don't fit {model_class.__name__}: {'; '.join(trouble.values())}"
         )
-    check_quantised(model, runtime, keep)
+    check_quantised(model, runtime, keep, blocks)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit" and module.in_features % BLOCK_4BIT:
             # its packed form there can't hold part of a block
@@ -84,7 +98,26 @@ def load_checked(model_class, checkpoint: Checkpoint, config, runtime: Runtime, 
     return model.eval().requires_grad_(False)
 
 
-def check_quantised(model: torch.nn.Module, runtime: Runtime, keep: list[str]) -> None:
+def on_meta(model_class, name: str, config) -> torch.nn.Module:
+    """The model without memory for its weights; a UserError if the config describes none."""
+    try:
+        with torch.device("meta"):
+            return model_class(copy.deepcopy(config))
+    except Exception as error:        # a damaged config breaks in transformers in many ways
+        raise UserError(f"can't make the model that {name} describes: {in_words(error)}") from error
+
+
+def outside_decoder(model: torch.nn.Module) -> tuple[list[str], re.Pattern]:
+    """(the linear layers outside of the decoder by name, a pattern of the names within it)."""
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    return ([name for name in names if not name.startswith(f"{prefix}.")],
+            re.compile(re.escape(prefix) + r"\."))
+
+
+def check_quantised(model: torch.nn.Module, runtime: Runtime, keep: list[str],
+                    of_blocks: re.Pattern = QUANTISED_BLOCKS) -> None:
     """Every linear layer of the language model's blocks is quantised, no kept one is; our mistake
     if not.
     """
@@ -96,7 +129,7 @@ def check_quantised(model: torch.nn.Module, runtime: Runtime, keep: list[str]) -
         for name in quantised
         if any(name == part or name.startswith(f"{part}.") for part in keep)
     ]
-    blocks = [name for name in linear if "language_model" in name and ".layers." in name]
+    blocks = [name for name in linear if of_blocks.match(name)]
     wanted = len(blocks) if runtime.quantization != "none" else 0
     assert not kept and len(quantised) == wanted, (
         f"{len(quantised)} layers quantised, wanted {wanted}; kept: {kept}"
@@ -117,16 +150,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 # ------------------------------------------------------------------------------------------- memory
-def check_room(model_class, checkpoint: Checkpoint, config, runtime: Runtime) -> float:
+def check_room(model: torch.nn.Module, checkpoint: Checkpoint, runtime: Runtime,
+               blocks: re.Pattern) -> float:
     """GiB that the weights will take; a UserError when there is no room, or when a folder can't
     hold that many.
+
+    model: on the meta device; blocks: names of what is quantised.
     """
-    name = checkpoint.name
-    try:
-        with torch.device("meta"):                                      # shapes alone
-            weights = dict(model_class(copy.deepcopy(config)).named_parameters())
-    except Exception as error:        # a damaged config breaks in transformers in many ways
-        raise UserError(f"can't make the model that {name} describes: {in_words(error)}") from error
+    name, weights = checkpoint.name, dict(model.named_parameters())
     files = checkpoint.weights
     count, size = (
         sum(weight.numel() for weight in weights.values()),

@@ -1,25 +1,22 @@
-"""What both models do alike once they are loaded: pixels, prompts, transformers' own greedy
-answers, facts, unloading.
+"""What models do alike once they are loaded: prompts, facts, unloading, what decodes them.
 
-Subclasses (EventGPT, VideoLlava) add what vlm/contract.py asks for beside: prompt_parts,
-visual_tokens, visual_features, decoder, max_positions, max_prompt and answer.
+Subclasses add the rest of vlm/contract.py: EventGPT and VideoLlava by PixelModel, AnyModel directly.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from clips.pixels import PixelSettings, clip_pixels
+from base import log
+from clips.pixels import clip_pixels
 from machine.device import Runtime
-from vlm.contract import Answer, NotNumbers, VisionLanguageModel
+from vlm.contract import VisionLanguageModel
 from vlm.loading import dtype_name, free_memory, quantization_of
-from vlm.tokenizers import guarded
 
 
 @dataclasses.dataclass
@@ -28,7 +25,7 @@ class LoadedModel(VisionLanguageModel):
 
     model: nn.Module
     tokenizer: Any
-    pixels: PixelSettings
+    pixels: Any
     runtime: Runtime
     revision: str
     more_eos: tuple[int, ...] = ()         # ids of generation_config.json that end an answer too
@@ -43,24 +40,16 @@ class LoadedModel(VisionLanguageModel):
 
     def facts(self, name: str | Path) -> dict:
         language_model, _ = self.decoder
+        bos_id = self.tokenizer.bos_token_id
         return {"name": str(name), "revision": self.revision, "vocab_size": self.vocab_size,
-                "bos_id": self.tokenizer.bos_token_id,
+                **({} if bos_id is None else {"bos_id": bos_id}),
                 "quantization": quantization_of(language_model),
                 "dtype": dtype_name(language_model.embed_tokens.weight.dtype)}
 
-    def prepare(self, pictures: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(clip_pixels(pictures, self.pixels)).to(self.runtime.dtype)
+    def clips_that_fit(self, questions: list[str], max_new_tokens: int, pictures: int) -> int:
+        from vlm.batches import clips_that_fit
 
-    @torch.inference_mode()
-    def shared_embeds(self, pixels: torch.Tensor) -> torch.Tensor:
-        before, _ = self.prompt_parts("")
-        words = self._embed(before).expand(len(pixels), -1, -1)
-        return torch.cat([words, self.visual_features(pixels)], 1)
-
-    @torch.inference_mode()
-    def prompt_embeds(self, pixels: torch.Tensor, query: str) -> torch.Tensor:
-        clip = self.shared_embeds(pixels[None].to(self.runtime.device, non_blocking=True))
-        return torch.cat([clip, self._embed(self.prompt_parts(query)[1])], 1)[:, :self.max_prompt]
+        return clips_that_fit(self, questions, max_new_tokens, pictures)
 
     def _embed(self, ids: list[int]) -> torch.Tensor:
         return self.model.get_input_embeddings()(
@@ -72,73 +61,71 @@ class LoadedModel(VisionLanguageModel):
         free_memory()
 
 
-# ---------------------------------------------------------------------------------------- answering
-class Checked(LogitsProcessor):
-    """Notes in which steps of generate() a row's logits are no numbers; the tokens taken there mean
-    nothing.
-
-    Without it the largest of NaN logits is token 0. Nothing here waits for the device or changes a
-    logit.
+class PixelModel(LoadedModel):
+    """A model whose pictures are squares of one size, and whose prompts have the pictures in one
+    place. pixels: its PixelSettings.
     """
 
-    def __init__(self):
-        self.steps: list[torch.Tensor] = []              # (B,) bool of each step
+    def prompt_parts(self, query: str) -> tuple[list[int], list[int]]:
+        """The prompt's ids before and after the pictures' positions. The first part is the same for
+        all queries.
+        """
+        raise NotImplementedError
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.steps.append(~scores.amax(-1).isfinite())   # the largest of a row with a NaN is NaN
-        return scores
+    def visual_tokens(self, pictures: int) -> int:
+        """Positions that so many pictures take."""
+        raise NotImplementedError
 
-    def rows(self, lengths: list[int]) -> list[int]:
-        """Rows of which a token came from such a step; lengths: tokens of each answer."""
-        steps = torch.stack(self.steps, 1).tolist() if self.steps else [[]] * len(lengths)
-        return [
-            number for number, (bad, length) in enumerate(zip(steps, lengths)) if any(bad[:length])
-        ]
+    def visual_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (B, n, 3, S, S) on the model's device -> (B, visual_tokens(n), H)."""
+        raise NotImplementedError
 
+    def prepare(self, pictures: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(clip_pixels(pictures, self.pixels)).to(self.runtime.dtype)
 
-def generate_greedily(
-    model, tokenizer, eos_ids: Iterable[int], max_new_tokens: int, **inputs
-) -> list[Answer]:
-    """transformers' greedy generate on a left-padded batch -> one Answer per row; NotNumbers names
-    the rows with none.
+    @torch.inference_mode()
+    def shared_embeds(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (B, n, 3, S, S) on the model's device -> (B, P, H): the prompts up to the end of
+        the pictures.
+        """
+        before, _ = self.prompt_parts("")
+        words = self._embed(before).expand(len(pixels), -1, -1)
+        return torch.cat([words, self.visual_features(pixels)], 1)
 
-    The checkpoint's own generation_config plays no part (sampling settings, a length limit).
-    inputs: input_ids (B, L) or inputs_embeds (B, L, H), attention_mask (B, L), and what else the
-    model takes.
-    """
-    eos_ids = list(eos_ids)
-    pad = tokenizer.pad_token_id
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos_ids,
-        use_cache=True,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=eos_ids[0] if pad is None else pad,
-    )
-    checked = Checked()
-    with torch.inference_mode():
-        ids = model.generate(
-            **inputs, generation_config=settings, logits_processor=LogitsProcessorList([checked])
+    @torch.inference_mode()
+    def prompt_embeds(self, pixels: torch.Tensor, query: str) -> torch.Tensor:
+        """pixels (n, 3, S, S) of one clip as prepare() gives them -> (1, L, H): the decoder's input."""
+        clip = self.shared_embeds(pixels[None].to(self.runtime.device, non_blocking=True))
+        return torch.cat([clip, self._embed(self.prompt_parts(query)[1])], 1)[:, :self.max_prompt]
+
+    def encode(self, pixels: Any, query: str) -> Any:
+        return self.prompt_embeds(pixels, query)
+
+    def layout(self, questions: list[str], pictures: int,
+               clip: Any = None) -> tuple[int, list[list[int]]]:
+        parts = [self.prompt_parts(question) for question in questions]
+        first = parts[0][0]
+        assert all(before == first for before, _ in parts), (
+            "the ids before the pictures depend on the question"
         )
-    if "input_ids" in inputs:  # then the prompt stands in front; else it does not
-        ids = ids[:, inputs["input_ids"].shape[1]:]
-    tokens = [cut_at_end(row, eos_ids) for row in ids.tolist()]
-    if bad := checked.rows(list(map(len, tokens))):
-        raise NotNumbers(model.dtype, tuple(bad))
-    return [answer_of(row, eos_ids, tokenizer) for row in tokens]
+        before = len(first) + self.visual_tokens(pictures)
+        return before, [after[:max(1, self.max_prompt - before)] for _, after in parts]
 
+    def shared_prompts(self, clips: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        pixels = torch.stack(list(clips))
+        if self.runtime.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        return self.shared_embeds(pixels.to(self.runtime.device, non_blocking=True)), None
 
-def cut_at_end(row: list[int], eos_ids: Iterable[int]) -> list[int]:
-    """The row up to its first EOS, which is kept."""
-    end = next((at for at, token in enumerate(row) if token in eos_ids), len(row))
-    return row[:end + 1]
+    def open_target(self, questions: list[str], pictures: int, more_tokens: int) -> Any:
+        from vlm.steps import Prompted, Steps
 
+        shared, after = self.layout(questions, pictures)
+        steps = Steps(*self.decoder, room=shared + max(map(len, after)) + more_tokens)
+        log(f"decode | keys and values: {steps.bytes / 2**20:,.0f} MiB for {steps.room} positions")
+        return Prompted(steps)
 
-def answer_of(tokens: list[int], eos_ids: Iterable[int], tokenizer) -> Answer:
-    """tokens: as cut_at_end gives them."""
-    text = guarded(
-        "the tokenizer can't decode an answer",
-        lambda: tokenizer.decode(tokens, skip_special_tokens=True),
-    )
-    return Answer(tokens, text.strip(), bool(tokens) and tokens[-1] in eos_ids)
+    def open_batches(self, questions: list[str], max_new_tokens: int, clip: Any, clips: int) -> Any:
+        from vlm.batches import Batches
+
+        return Batches(self, questions, max_new_tokens, len(clip), clips)

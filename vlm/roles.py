@@ -6,9 +6,10 @@ target.
     model = DRAFT.load(folder, runtime)                  # a vlm.contract.VisionLanguageModel
     pixels = model.prepare(DRAFT.pictures(sample, view))
 
-To put another model into a role, write its file in vlm/ (load, check, prompt and a class that
-satisfies vlm/contract.py) and change its entry here. Imports no torch: a model's own file is
-imported when it is needed.
+Which file of vlm/ plays a role is decided by the model's config.json: EventGPT and Video-LLaVA have
+files of their own, all others go through vlm/any_model.py. A model with a fast path of its own is a
+file in vlm/ (load, check, revision and a class that satisfies vlm/contract.py) and an entry in OWN.
+Imports no torch: a model's own file is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from base import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,12 +59,12 @@ class Role:
     row: str  # begins the keys of a pair row: egpt_tokens, egpt_text, egpt_finished
     title: str                            # the model's name in sentences and reports
     flag: str                             # --flag that names the folder (or hub id)
-    module: str  # holds load(name, runtime), check(...), revision(name), prompt(query)
+    module: str  # of the model that the role was made for; see module_of
     sees: Pictures
 
-    @property
-    def _module(self) -> types.ModuleType:
-        return importlib.import_module(self.module)
+    def _module(self, name: str | Path) -> types.ModuleType:
+        """Holds load(name, runtime), check(...) and revision(name) of this model."""
+        return importlib.import_module(module_of(name) or self.module)
 
     def key(self, field: Literal["tokens", "text", "finished"]) -> str:
         """The key of a pair row that holds this field of the model's answer."""
@@ -71,7 +74,7 @@ class Role:
         """The model of this folder or hub id, ready to answer; raises UserError (see
         vlm/contract.py).
         """
-        return self._module.load(name, runtime)
+        return self._module(name).load(name, runtime)
 
     def check(
         self, name: str | Path, questions: list[str], view: View, max_new_tokens: int
@@ -83,19 +86,20 @@ class Role:
         already, special marks in a question, a prompt and answer longer than the model's positions.
         Takes about a second.
         """
-        self._module.check(name, questions, view, max_new_tokens)
+        module = self._module(name)
+        if module.__name__ == ANY:
+            module.check(name, questions, self.most_pictures([], view), max_new_tokens)
+            return
+        if self.role == "target" and module.__name__ == OWN["eventgpt"]:
+            raise UserError(f"--{self.flag} {name} is an EventGPT, which reads event pictures and no "
+                            "video: wanted a model that reads videos or several pictures")
+        module.check(name, questions, view, max_new_tokens)
 
     def revision(self, name: str | Path) -> str:
         """What tells these weights from others, as the loaded model records it; see
         vlm.contract.same_weights.
         """
-        return self._module.revision(name)
-
-    def prompt(self, query: str) -> str:
-        """The prompt as text, with a mark where the pictures go; a UserError if the query holds
-        such a mark.
-        """
-        return self._module.prompt(query)
+        return self._module(name).revision(name)
 
     def pictures(self, sample: Sample, view: View) -> list[np.ndarray]:
         """What the model sees of a sample: RGB pictures (H, W, 3) uint8, oldest first; raises
@@ -147,6 +151,26 @@ EVENTS = Pictures(_event_pictures, _event_files, most_event_pictures)
 VIDEO = Pictures(
     _video_frames, lambda sample, view: [sample.video], lambda samples, view: view.num_frames
 )
+
+# ------------------------------------------------------------------------- which file runs a model
+OWN = {"video_llava": "vlm.video_llava", "eventgpt": "vlm.eventgpt"}
+ANY = "vlm.any_model"
+EVENTGPT_KEYS = {"mm_visual_tower", "event_feature_adaptor"}     # of its config.json
+
+
+def module_of(name: str | Path) -> str | None:
+    """The module that runs the model of this folder or hub id, by its config.json; None without."""
+    from vlm.checkpoints import open_checkpoint, read_model_config
+
+    if not Path(name).is_dir():
+        config = open_checkpoint(name).config
+    elif not (Path(name) / "config.json").is_file():
+        return None
+    else:
+        config = read_model_config(Path(name))
+    kind = "eventgpt" if config.keys() >= EVENTGPT_KEYS else config.get("model_type")
+    return OWN.get(str(kind), ANY)
+
 
 # ---------------------------------------------------------------------------------------- the table
 DRAFT = Role("draft", "eventgpt", "egpt", "EventGPT", "draft_model", "vlm.eventgpt", EVENTS)

@@ -284,6 +284,8 @@ class Steps(Llama):
 class Prompted:
     """The Target protocol of decoding on Steps, for one prompt at a time."""
 
+    takes_trees = True
+
     def __init__(self, steps: Steps):
         self.steps, self.vocab_size = steps, steps.vocab_size
 
@@ -316,6 +318,13 @@ class Prompted:
         raising this for a pass with proposals, call keep() and verify again without them.
         """
         return NotNumbers(self.steps.dtype)
+
+    @torch.inference_mode()
+    def reference(self, tokens: list[int]) -> torch.Tensor:
+        """Logits (n, V) after each of n tokens behind the prompt, by transformers' own layers."""
+        whole = torch.cat([self.embeds, self.steps.embed(tokens)], 1)
+        hidden = self.steps.model(inputs_embeds=whole, use_cache=False).last_hidden_state
+        return self.steps.lm_head(hidden[0, -len(tokens):])
 
     def keep(self, tokens: int) -> None:
         """Discard all but the prompt and `tokens` tokens of the answer. Read `best` first."""

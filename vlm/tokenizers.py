@@ -60,11 +60,14 @@ def silent_panics() -> Iterator[None]:
 
 
 # -------------------------------------------------------------------------------------- does it fit
-def check_tokenizer(tokenizer, name: str | Path, vocab_size: int) -> None:
-    """A UserError unless it has BOS and EOS, encodes words into ids that the model knows, and
-    decodes all ids.
+def check_tokenizer(tokenizer, name: str | Path, vocab_size: int, needs_bos: bool = True) -> None:
+    """A UserError unless it has BOS (Qwen's has none) and EOS, encodes words into ids that the
+    model knows, and decodes all ids.
     """
-    for kind, token in (("BOS", tokenizer.bos_token_id), ("EOS", tokenizer.eos_token_id)):
+    needed = [("EOS", tokenizer.eos_token_id)]
+    if needs_bos:
+        needed.insert(0, ("BOS", tokenizer.bos_token_id))
+    for kind, token in needed:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise UserError(
                 f"the tokenizer of {name} has no {kind} that the model knows ({token!r}, wanted an "

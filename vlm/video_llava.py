@@ -21,8 +21,9 @@ from vlm.checkpoints import Checkpoint, open_checkpoint
 from vlm.contract import Answer
 from vlm.errors import in_words
 from vlm.fits import why_not
+from vlm.greedy import generate_greedily
 from vlm.loading import check_positions, check_prompts, free_memory, load_checked, weights_mib
-from vlm.model import LoadedModel, generate_greedily
+from vlm.model import PixelModel
 from vlm.roles import View
 from vlm.tokenizers import (
     check_ids,
@@ -139,7 +140,7 @@ def split(tokenizer, query: str, video_id: int) -> tuple[list[int], list[int]]:
 
 
 # ---------------------------------------------------------------------------------------- the model
-class VideoLlava(LoadedModel):
+class VideoLlava(PixelModel):
     """The target model, ready to answer (EventGPT has the same verbs)."""
 
     @staticmethod
@@ -181,6 +182,9 @@ class VideoLlava(LoadedModel):
                 device, self.runtime.dtype, non_blocking=True
             ),
         )
+
+    def prompt_text(self, query: str) -> str:
+        return prompt(query)
 
     def prompt_parts(self, query: str) -> tuple[list[int], list[int]]:
         return split(self.tokenizer, query, self.model.config.video_token_index)

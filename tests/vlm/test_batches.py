@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from tests.vlm.test_eventgpt import FIXTURES
 from tests.vlm.test_steps import needs_gpu
 from vlm import batches as module
-from vlm.batches import Batches, asked_at_once, clips_that_fit, prompt_of
+from vlm.batches import Batches, asked_at_once, clips_that_fit
 from vlm.eventgpt import EventGPT
 from vlm.video_llava import VideoLlava
 
@@ -111,8 +111,8 @@ def test_as_many_clips_as_fit(case, monkeypatch):
     assert clips_that_fit(model, QUESTIONS, 24, len(pixels[0])) == module.CPU_CLIPS
 
     class OnGpu:
-        decoder, tokenizer, max_prompt = model.decoder, model.tokenizer, model.max_prompt
-        prompt_parts, visual_tokens = model.prompt_parts, model.visual_tokens
+        decoder = model.decoder
+        layout = model.layout
         runtime = Runtime(torch.device("cuda", 0), torch.float32, "none")
 
     for name in ("memory_reserved", "memory_allocated"):
@@ -128,7 +128,7 @@ def test_as_many_clips_as_fit(case, monkeypatch):
 
 def test_questions_must_leave_the_front_of_the_prompt_alone(case):
     model, pixels, _ = case
-    before, after = prompt_of(model, QUESTIONS, len(pixels[0]))
+    before, after = model.layout(QUESTIONS, len(pixels[0]))
     embeds = model.prompt_embeds(pixels[0], QUESTIONS[1])
     assert before + len(after[1]) == embeds.shape[1]
 

@@ -3,7 +3,6 @@ tiny models.
 """
 
 import contextlib
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +18,8 @@ from tests.decoding.test_decoding import QUALITY, Knowing
 from tests.vlm.test_eventgpt import FIXTURES
 from vlm import steps as steps_module
 from vlm.eventgpt import EventGPT
+from vlm.greedy import generate_greedily
 from vlm.llama import Next
-from vlm.model import generate_greedily
 from vlm.steps import TREE_SIZES, Prompted, Steps
 from vlm.video_llava import VideoLlava
 
@@ -125,11 +124,9 @@ def test_fused_weights_leave_transformers_forward_as_it_was(llama):
     attention, mlp = llama.model.layers[1].self_attn, llama.model.layers[1].mlp
     for fused, modules in ((steps.qkv[1], (attention.q_proj, attention.k_proj, attention.v_proj)),
                            (steps.gate_up[1], (mlp.gate_proj, mlp.up_proj))):
-        if attention.q_proj.bias is not None:
-            assert fused is None
-        else:                                           # nothing is stored twice
-            assert {module.weight.untyped_storage().data_ptr()
-                    for module in modules} == {fused.data_ptr()}
+        assert (fused.bias is None) == (modules[0].bias is None)
+        assert {module.weight.untyped_storage().data_ptr()          # no weight is stored twice
+                for module in modules} == {fused.weight.data_ptr()}
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -298,14 +295,13 @@ def test_graphs_get_their_inputs_and_leave_nothing_behind(fake_cuda):
 def test_the_noise_is_the_same_with_graphs_that_write_over_their_last_output(fake_cuda):
     fake_cuda(wrong=0.0)
     model = tiny_llama()
-    parts = SimpleNamespace(decoder=(model.model, model.lm_head))
     noises = []
     for graphs in (False, True):
         steps = steps_of(model)
         if graphs:
             steps.warm_up([6, 1])
         embeds = steps.embed(PROMPT)
-        noises.append(rounding(Prompted(steps), parts, embeds, [3, 5, 8, 13, 21, 34]))
+        noises.append(rounding(Prompted(steps), embeds, [3, 5, 8, 13, 21, 34]))
     assert 0 < noises[0] < 1e-4 and noises[1] == pytest.approx(noises[0], abs=1e-5)
 
 
