@@ -58,6 +58,8 @@ class Conversion:
                     self.pairs += 1
             except Unusable as reason:
                 self.dropped[str(reason)] += 1
+            except RecursionError:
+                self.dropped["nested too deeply"] += 1
         if not self.pairs:
             raise self._nothing()
 
@@ -151,7 +153,10 @@ def values_at(value: Any, keys: list[str]) -> Iterator[Any]:
 def answers_at(row: Any, key: str) -> list[list[int]]:
     """The token lists of a row under this key. Raises Unusable where there are none."""
     values = values_at(row, key.split("."))
-    return [answer for value in values for answer in answers_of(value, key)]
+    answers = [answer for value in values for answer in answers_of(value, key)]
+    if not answers:
+        raise Unusable(f"{key:.60} is an empty list")
+    return answers
 
 
 def answers_of(value: Any, key: str, depth: int = 0) -> list[list[int]]:

@@ -47,12 +47,13 @@ def test_a_list_of_answers_gives_as_many_pairs_each_with_its_own_place(tmp_path,
 
 def test_rows_that_give_no_pair_are_counted_by_reason_and_never_shift_others(tmp_path):
     rows = [{"d": [1], "t": [2, 3]}, {"d": [1], "t": [2, "3"]}, {"d": [[1], [2]], "t": [[3]]}, {"d": [1]},
-            {"d": [{"i": 1}, {}], "t": [2]}, {"d": [1], "t": [True]}, {"d": [1], "t": [-1]}, 7]
+            {"d": [{"i": 1}, {}], "t": [2]}, {"d": [1], "t": [True]}, {"d": [1], "t": [-1]}, 7,
+            {"d": [1], "t": json.loads("[" * 900 + "]" * 900)}]
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(rows))
     conversion = Conversion(path, Keys("t", "d"))
     assert [pair["vl_tokens"] for pair in conversion] == [[2, 3]]
-    assert conversion.dropped == {"t holds no token ids": 3, "2 drafts and 1 targets": 1, "no t": 2,
+    assert conversion.dropped == {"t holds no token ids": 4, "2 drafts and 1 targets": 1, "no t": 2,
                                   "d holds no token ids": 1}
 
 
