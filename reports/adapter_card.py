@@ -146,7 +146,7 @@ def contract_section(metrics: dict, answers: int | None) -> list[str]:
 
 
 def models_section(models: dict[str, list[dict]]) -> list[str]:
-    rows = [[role, *(escape(facts.get(key, "not recorded")) for key in
+    rows = [[escape(role), *(escape(facts.get(key, "not recorded")) for key in
                      ("name", "revision", "vocab_size", "tokenizer"))]
             for role, of_role in models.items() for facts in of_role]
     if not rows:

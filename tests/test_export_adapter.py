@@ -14,6 +14,7 @@ import export_adapter
 from base import ROOT, UserError
 from decoding import exported
 from decoding.task import read_task
+from reports.adapter_card import card
 from reports.blocks import number, percent
 from tests.test_speculative_decode import run_main
 
@@ -143,6 +144,17 @@ def test_a_damaged_exported_folder_is_one_line(folder, damage, words):
     with pytest.raises(UserError, match=words) as raised:
         read_task(folder)
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_names_from_files_stay_text_in_the_card(folder):
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["files"]["train"][0]["name"] = metrics["trained_on"] = "<script>a</script>\n| [x](y)"
+    facts = {"name": "<script>", "revision": "a\u202eb|c", "vocab_size": "<b>"}
+    text = card("a\n<script>' name", metrics, {"videollava": [facts], "<i>": [facts]}, 3)
+    for line in text.splitlines():
+        assert "<" not in line or line.startswith("    "), line
+        assert line.isprintable()
+    assert "\nbase_model" not in text
 
 
 def test_the_name_of_a_hub_stays_and_the_folders_of_this_machine_do_not():
