@@ -4,7 +4,8 @@
         --output_file train_tokens_full.json --draft_model models/EventGPT-7b
 
 EventGPT answers for every clip first and is unloaded, then Video-LLaVA answers for those that
-succeeded: only one model is in memory at a time. Each answer is appended to a journal beside the
+succeeded: only one model is in memory at a time. With --draft_model none Video-LLaVA answers alone,
+and the pairs have empty drafts. Each answer is appended to a journal beside the
 output as soon as it is there, so the same command goes on where a stopped run was; the output
 itself is written whole at the end. A clip whose picture or video can't be read, or whose answer
 would come from logits that are no numbers, goes to the list `failed` with the reason and stops
@@ -26,6 +27,7 @@ if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
     sys.path.insert(0, str(Path(__file__).parent))
 
 from base import UserError, as_json, check_counts, log, option, parse_config, required
+from clips.places import check_pattern
 from extraction.together import (
     discard_together,
     is_one_disk,
@@ -40,10 +42,11 @@ from machine.running import goes_on_with, run
 from machine.team import Team, Work, launch_command
 from pairs.journal import Setting
 from pairs.journals import Journals, finish_removal, open_journals
-from vlm.roles import ROLES, Role, View, content_of
+from vlm.roles import DRAFT, NO_MODEL, ROLES, TARGET, Role, View, content_of
 
 if TYPE_CHECKING:
     from extraction.ledger import Survey
+    from vlm.vocabulary import Translation
 
 # Flags that the processes of one launch may differ in.
 EACH_ITS_OWN = ("device", "num_workers", "batch_size", "wait")
@@ -51,12 +54,16 @@ EACH_ITS_OWN = ("device", "num_workers", "batch_size", "wait")
 
 @dataclasses.dataclass(frozen=True)
 class ExtractConfig:
-    """Write both models' answer tokens for the clips of a data set folder into a JSON file of pairs."""
+    """Write both models' answer tokens for the clips of a data set into a JSON file of pairs."""
 
-    dataset_dir: Path = required("data set folder, with event_image/ and mp4/", answers="both")
+    dataset_dir: Path = required(
+        "data set folder, with event_image/ and mp4/, or a folder of videos", answers="both")
     output_file: Path = required("the JSON file to write")
     allow_links: list[Path] | None = option(
         None, "folders outside dataset_dir that links in it may lead to; default: none")
+    sequence_pattern: str | None = option(
+        None, "regular expression whose group finds a clip's sequence in its path; default: the "
+        "folder of the clip", answers="both")
     max_samples: int = option(-1, "use only the first so many clips; -1: all")
     max_new_tokens: int = option(50, "longest answer, in tokens", answers="both")
     query: str = option(
@@ -65,7 +72,8 @@ class ExtractConfig:
         None,
         "ask the questions of this file instead: JSON, JSON Lines, CSV, or one question a line")
     num_questions: int = option(-1, "use only the first so many questions of the file; -1: all")
-    draft_model: Path | None = option(None, "folder of the EventGPT checkpoint", answers="draft")
+    draft_model: str | None = option(
+        None, "folder of the EventGPT checkpoint; none: the target answers alone", answers="draft")
     target_model: str = option(
         "LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA", answers="target")
     quantization: Literal["auto", "4bit", "8bit", "none"] = option(
@@ -81,6 +89,9 @@ class ExtractConfig:
     num_frames: int = option(8, "video frames shown to the target", answers="target")
     event_images: Literal["first", "all"] = option(
         "first", "event pictures shown to the draft", answers="draft")
+    draft_sees: Literal["events", "frames"] = option(
+        "events", "what the draft model is shown: event pictures, or the target's video frames",
+        answers="draft")
     num_workers: int | None = option(
         None, "threads that read pictures and videos ahead; default: one for each core")
     parity_check: int = option(
@@ -103,15 +114,28 @@ class ExtractConfig:
                      ("max_samples", "num_questions"))
         if self.parity_check < 0:
             raise UserError(f"--parity_check must be 0 (none) or more, got {self.parity_check}")
-        if self.draft_model is None or not self.draft_model.is_dir():
-            folder = self.draft_model
-            got = f"no such folder: {folder}" if folder else "no --draft_model given"
+        check_pattern(self.sequence_pattern)
+        name = self.draft_model
+        if name != NO_MODEL and not (name and Path(name).is_dir()):
+            got = f"no such folder: {name}" if name else "no --draft_model given"
             raise UserError(f"{got}; wanted the folder of the EventGPT checkpoint, which is linked "
-                            "from https://github.com/XduSyL/EventGPT")
+                            f"from https://github.com/XduSyL/EventGPT, or {NO_MODEL}")
+
+    @property
+    def roles(self) -> list[Role]:
+        """The roles that answer."""
+        return [TARGET] if self.draft_model == NO_MODEL else list(ROLES.values())
 
     def name_of(self, role: Role) -> str:
         """The folder or hub id of this role's model."""
         return str(getattr(self, role.flag))
+
+    def translation(self) -> Translation | None:
+        """Drafts in the target's tokens, where both models answer and their tokenizers differ."""
+        from vlm.vocabulary import translation_between
+
+        names = [self.name_of(role) for role in self.roles]
+        return translation_between(*names) if len(names) == 2 else None
 
     def settings(self, questions: list[str], **resolved: str) -> dict[str, Setting]:
         """The settings that answers depend on.
@@ -119,13 +143,14 @@ class ExtractConfig:
         resolved: what "auto" means on this machine; a field left to "auto" is left out without it.
         """
         values = {**as_json(self), "dataset_dir": str(self.dataset_dir.resolve()), **resolved}
-        for role in ROLES.values():
+        for role in self.roles:
             if Path(self.name_of(role)).is_dir():                     # and no hub id
                 values[role.flag] = str(Path(self.name_of(role)).resolve())
         settings = {"questions": Setting(questions, models_of("both"))}
         for field in dataclasses.fields(self):
             name, answers = field.name, field.metadata["answers"]
-            if answers and values[name] != "auto":
+            is_used = answers in ("both", *(role.role for role in self.roles)) or name == DRAFT.flag
+            if answers and is_used and values[name] != "auto":
                 settings[name] = Setting(values[name], models_of(answers))
         return settings
 
@@ -145,10 +170,10 @@ def survey_of(config: ExtractConfig) -> Survey:
     from extraction.ledger import Survey
 
     questions = read_questions(config.query, config.questions_file, config.num_questions)
-    view = View(config.num_frames, config.event_images)
-    samples = read_dataset(config.dataset_dir, config.allow_links or ())
+    view = View(config.num_frames, config.event_images, config.draft_sees)
+    samples = read_dataset(config.dataset_dir, config.allow_links or (), config.sequence_pattern)
     samples = samples[:config.max_samples if config.max_samples > 0 else None]
-    return Survey(samples, questions, view, content_of(samples, ROLES.values(), view))
+    return Survey(samples, questions, view, content_of(samples, config.roles, view))
 
 
 def main():
@@ -202,7 +227,7 @@ def extract(config: ExtractConfig, team: Work) -> None:
     team.differ("the GPU", gpu_of(runtime.device))
     workers = config.num_workers or max(1, cores() // team.ranks.local_world)
     pace = Pace(config.max_new_tokens, workers, config.batch_size, config.parity_check)
-    models = Models({role.role: config.name_of(role) for role in ROLES.values()}, runtime)
+    models = Models({role.role: config.name_of(role) for role in config.roles}, runtime)
     if earlier:
         earlier.check_again(values_of(settings), survey)
     models.check(survey, config.max_new_tokens)
@@ -217,7 +242,8 @@ def extract(config: ExtractConfig, team: Work) -> None:
             team.outlast()
         if is_first and one_disk:
             journals.refresh()
-            write_output(output_file, head_of(config, values_of(settings)), survey, ledgers)
+            head = head_of(config, values_of(settings))
+            write_output(output_file, head, survey, ledgers, config.translation())
             journals.remove()
         elif is_first:
             log_merge_command(output_file, survey, ledgers)
@@ -234,7 +260,8 @@ def merge(config: ExtractConfig) -> None:
     merged = open_journals(config.merge or [], config.settings(survey.questions), survey.content)
     ledgers = merged_ledgers(survey, merged)
     settings = merged.parts[0].file.head["settings"]
-    write_output(config.output_file, head_of(config, settings), survey, ledgers)
+    write_output(config.output_file, head_of(config, settings), survey, ledgers,
+                 config.translation())
     merged.close()
 
 

@@ -44,9 +44,10 @@ def summary_row(results: dict) -> list[str]:
     train = results["metrics"].get("train") or {"pairs": 0}
     test = results["metrics"]["test"]
     adapter, constant, best = test["adapter"], test["constant_string"], best_drafter(test)
+    copied = test["direct_copy"]
     drafter = test["drafters"][best]
     return [results["task"], results["adapter"]["conditioning"],
-            f"{train['pairs']}/{test['pairs']}", percent(test["direct_copy"]["alpha"]),
+            f"{train['pairs']}/{test['pairs']}", percent(copied["alpha"] if copied else None),
             percent(constant["alpha"] if constant else None), percent(adapter["alpha"]),
             percent(adapter["top5"]), best, percent(drafter["alpha"]),
             number(drafter["simulated"][LEAD_GAMMA]["tau"])]

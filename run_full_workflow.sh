@@ -4,6 +4,7 @@
 #   ./run_full_workflow.sh --demo                        a small made-up world, 2 CPU cores, minutes
 #   EVENTGPT=models/EventGPT-7b ./run_full_workflow.sh   the real models, from a terminal
 #   DSEC_ROOT=/data/DSEC EVENTGPT=... ./run_full_workflow.sh     makes missing data sets from raw DSEC
+#   TRAIN_DATA=a TEST_DATA=b EVENTGPT=none ./run_full_workflow.sh   two folders of videos, no draft model
 #   nohup ./run_full_workflow.sh > workflow.log 2>&1 &   for hours; watch it with: tail -f workflow.log
 #   kill %1  (or kill PID)                               stops it; the RESUME line is how to go on
 #   ./run_full_workflow.sh --new                         trains into new task folders (keeps the tokens)
@@ -13,6 +14,7 @@
 # Leaves TOKENS_DIR/{train_tokens_full,test_tokens_1s,train_tokens_500ms,test_tokens_500ms}.json and the
 # task folders TASK_DIR/{1s_draft,1s,500ms_draft,500ms}_{date}_{time} with best_model.pt, results.json,
 # RESULTS.md and pictures; in 1s and 500ms decode_{date}_{time} with decode.json, DECODE.md and pictures.
+# With TRAIN_DATA and TEST_DATA: {train,test}_tokens_own.json, and one task, own (and own_draft).
 not_sourced="ERROR | run this script, don't source it"
 case "${ZSH_EVAL_CONTEXT:-}" in *:file*) echo "${not_sourced}" >&2; return 2 ;; esac
 if [ -z "${BASH_VERSION:-}" ] || shopt -qo posix; then exec bash "$0" "$@"; fi       # sh, dash, zsh
@@ -41,7 +43,7 @@ while (( $# )); do
     "--new "*) new=1; shift; continue ;;                     # no part of the command that resumes
     "--only 1s"|"--only 500ms") only="$2"; arguments+=("$1"); shift ;;
     "--until extract"|"--until train") until="$2"; arguments+=("$1"); shift ;;
-    "-h "*|"--help "*) sed -n '2,15s/^# \{0,1\}//p' "${suite}/run_full_workflow.sh"; exit 0 ;;
+    "-h "*|"--help "*) sed -n '2,16s/^# \{0,1\}//p' "${suite}/run_full_workflow.sh"; exit 0 ;;
     *) case "$1" in --only|--until) wrong="$1 ${2:-}" ;; *) wrong="$1" ;; esac
        echo "ERROR | unknown argument ${wrong}: wanted --demo, --new, --only 1s|500ms," \
          "--until extract|train or --help" >&2
@@ -54,13 +56,14 @@ done
 source "${suite}/machine/steps.sh"
 RESUME="cd $(quoted "${PWD}") &&"
 flags=(PREPARE_FLAGS EXTRACT_FLAGS TRAIN_FLAGS DRAFT_FLAGS DECODE_FLAGS DEMO_FLAGS)
-for name in DATA_ROOT DSEC_ROOT TOKENS_DIR TASK_DIR EVENTGPT VIDEO_LLAVA TEST_1S PYTHON VENV \
-            LOCK_WAIT_S "${flags[@]}"; do
+for name in DATA_ROOT DSEC_ROOT TRAIN_DATA TEST_DATA SEQUENCE_PATTERN TOKENS_DIR TASK_DIR EVENTGPT \
+            VIDEO_LLAVA TEST_1S PYTHON VENV LOCK_WAIT_S "${flags[@]}"; do
   value="${!name:-}"
   if [[ -n "${value}" ]]; then RESUME+=" ${name}=$(quoted "${value}")"; fi
   # A relative path starts in the folder where the script was called.
   case "${name}" in
-    *_FLAGS|LOCK_WAIT_S) continue ;;
+    *_FLAGS|LOCK_WAIT_S|SEQUENCE_PATTERN) continue ;;
+    EVENTGPT) [[ "${value}" != none ]] || continue ;;
     VIDEO_LLAVA) [[ -d "${value}" ]] || continue ;;
     PYTHON) [[ "${value}" == */* ]] || continue ;;
   esac
@@ -74,9 +77,12 @@ cd "${suite}"
 if [[ -n "${demo}" ]]; then source demo/settings.sh; fi
 DATA_ROOT="${DATA_ROOT:-data}"
 DSEC_ROOT="${DSEC_ROOT:-}"            # raw DSEC recordings, to make the data sets that DATA_ROOT lacks
+TRAIN_DATA="${TRAIN_DATA:-}"          # with TEST_DATA: data set folders of your own, instead of DSEC's;
+TEST_DATA="${TEST_DATA:-}"            # a folder of videos is one
+SEQUENCE_PATTERN="${SEQUENCE_PATTERN:-}"    # finds the sequence in a clip's path, e.g. '^(.*)_[0-9]+$'
 TOKENS_DIR="${TOKENS_DIR:-tokens}"
 TASK_DIR="${TASK_DIR:-task}"
-EVENTGPT="${EVENTGPT:-}"              # folder of the EventGPT checkpoint
+EVENTGPT="${EVENTGPT:-}"              # folder of the EventGPT checkpoint; none: the target alone
 VIDEO_LLAVA="${VIDEO_LLAVA:-LanguageBind/Video-LLaVA-7B-hf}"    # folder or hub id
 TEST_1S="${TEST_1S:-}"                # a pair file to test the 1s adapter on, instead of extracting one
 LOCK_WAIT_S="${LOCK_WAIT_S:-120}"     # how long to wait for another workflow in the same TASK_DIR
@@ -90,12 +96,19 @@ DEMO_FLAGS="${DEMO_FLAGS:-}"          # of make_demo.py, e.g. "--train_clips 48"
 STATE="${TASK_DIR}/.workflow"         # the task folders that this workflow chose
 
 check_settings() {
-  [[ -n "${EVENTGPT}" ]] || die "EVENTGPT is not set: name the folder of its checkpoint, or try --demo"
+  [[ -n "${EVENTGPT}" ]] || die "EVENTGPT is not set: name its checkpoint's folder, or none, or try --demo"
+  [[ -z "${TRAIN_DATA}${TEST_DATA}" || ( -d "${TRAIN_DATA}" && -d "${TEST_DATA}" ) ]] \
+    || die "TRAIN_DATA=${TRAIN_DATA} TEST_DATA=${TEST_DATA}: wanted two folders of clips"
+  [[ -z "${TRAIN_DATA}" || -z "${DSEC_ROOT}${TEST_1S}${only}${demo}" ]] \
+    || die "TRAIN_DATA stands in place of DSEC's data sets: leave out DSEC_ROOT, TEST_1S, --only and --demo"
   [[ -z "${TEST_1S}" || -f "${TEST_1S}" ]] || die "TEST_1S=${TEST_1S}: no such file"
   [[ "${LOCK_WAIT_S}" =~ ^[0-9]+$ ]] || die "LOCK_WAIT_S=${LOCK_WAIT_S}: wanted whole seconds"
   [[ -z "${DSEC_ROOT}" || -d "${DSEC_ROOT}" ]] || die "DSEC_ROOT=${DSEC_ROOT}: no such folder"
-  [[ -d "${EVENTGPT}" ]] || die "EVENTGPT=${EVENTGPT}: no such folder"
+  [[ "${EVENTGPT}" == none || -d "${EVENTGPT}" ]] || die "EVENTGPT=${EVENTGPT}: no such folder"
   for name in "${flags[@]}"; do split "${name}"; done
+  models=(--draft_model "${EVENTGPT}" --target_model "${VIDEO_LLAVA}")
+  pattern=()
+  if [[ -n "${SEQUENCE_PATTERN}" ]]; then pattern=(--sequence_pattern "${SEQUENCE_PATTERN}"); fi
 }
 
 # run NAME RESULT SETTING PROGRAM FLAGS... : a step of a program, with the further flags of SETTING
@@ -116,13 +129,14 @@ prepare() {
 # extract NAME DATASET OUTPUT : waits by itself when another process is extracting to the same output
 extract() {
   run "extract $1" "$3" EXTRACT_FLAGS extract_tokens_train.py --dataset_dir "$2" \
-    --output_file "$3" --draft_model "${EVENTGPT}" --target_model "${VIDEO_LLAVA}" --wait
+    --output_file "$3" "${models[@]}" ${pattern[@]+"${pattern[@]}"} --wait
 }
 
-# train DURATION TRAIN TEST : draft conditioning for comparison, then the default; adds to `tasks`
+# train NAME TRAIN TEST : draft conditioning for comparison, then the default; adds to `tasks`
 train() {
   local name folder command
   for name in "$1_draft" "$1"; do
+    if [[ "${EVENTGPT} ${name}" == "none "*_draft ]]; then continue; fi      # there are no drafts
     folder="$(chosen "${name}" "${name}")"
     command=(--train_benchmark "$2" --test_benchmark "$3" --task_name "${name}" --task_folder "${folder}")
     split TRAIN_FLAGS
@@ -137,7 +151,7 @@ train() {
   done
 }
 
-# decode DURATION DATASET : with the task of this name, into a dated folder inside the task's
+# decode NAME DATASET : with the task of this name, into a dated folder inside the task's
 decode() {
   local task folder
   if [[ ! -d "$2" ]]; then           # a workflow with TEST_1S needs none
@@ -147,22 +161,26 @@ decode() {
   task="$(chosen "$1" "$1")"
   folder="$(chosen "decode $1" "$(basename "${task}")/decode")"
   run "decode $1" "${folder}/DECODE.md" DECODE_FLAGS speculative_decode.py --task "${task}" \
-    --dataset_dir "$2" --draft_model "${EVENTGPT}" --target_model "${VIDEO_LLAVA}" \
-    --output_folder "${folder}" --compare
+    --dataset_dir "$2" "${models[@]}" ${pattern[@]+"${pattern[@]}"} --output_folder "${folder}" --compare
 }
 
-# phase NUMBER DURATION TRAIN_TOKENS TEST_TOKENS
+# phase NAME TRAIN_DATASET TEST_DATASET TRAIN_TOKENS TEST_TOKENS
 phase() {
+  extract "train $1" "$2" "$4"
+  extract "test $1" "$3" "$5"
+  if [[ "${until}" == extract ]]; then return; fi
+  train "$1" "$4" "$5"
+  if [[ "${until}" == train ]]; then return; fi
+  decode "$1" "$3"
+}
+
+# dsec_phase NUMBER DURATION TRAIN_TOKENS TEST_TOKENS
+dsec_phase() {
   if [[ -n "${only}" && "${only}" != "$2" ]]; then return; fi
   log "PHASE $1 | the $2 data set"
   prepare train "$2" "${train_root}_$2"
   prepare test "$2" "${test_root}_$2"
-  extract "train $2" "${train_root}_$2" "$3"
-  extract "test $2" "${test_root}_$2" "$4"
-  if [[ "${until}" == extract ]]; then return; fi
-  train "$2" "$3" "$4"
-  if [[ "${until}" == train ]]; then return; fi
-  decode "$2" "${test_root}_$2"
+  phase "$2" "${train_root}_$2" "${test_root}_$2" "$3" "$4"
 }
 
 main() {
@@ -181,8 +199,13 @@ main() {
     run "demo data" "${test_root}_500ms/EventGPT_Instruction_Subset.json" DEMO_FLAGS make_demo.py \
       --output_dir "${DATA_ROOT}" --wait
   fi
-  phase 1 1s "${TOKENS_DIR}/train_tokens_full.json" "${TEST_1S:-${TOKENS_DIR}/test_tokens_1s.json}"
-  phase 2 500ms "${TOKENS_DIR}/train_tokens_500ms.json" "${TOKENS_DIR}/test_tokens_500ms.json"
+  if [[ -n "${TRAIN_DATA}" ]]; then
+    phase own "${TRAIN_DATA}" "${TEST_DATA}" "${TOKENS_DIR}/train_tokens_own.json" \
+      "${TOKENS_DIR}/test_tokens_own.json"
+  else
+    dsec_phase 1 1s "${TOKENS_DIR}/train_tokens_full.json" "${TEST_1S:-${TOKENS_DIR}/test_tokens_1s.json}"
+    dsec_phase 2 500ms "${TOKENS_DIR}/train_tokens_500ms.json" "${TOKENS_DIR}/test_tokens_500ms.json"
+  fi
   if [[ "${until}" == extract ]]; then log "RESULT | tokens in ${TOKENS_DIR}"; return; fi
   log "SUMMARY"
   "${PYTHON}" report.py "${tasks[@]}"

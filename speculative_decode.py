@@ -3,10 +3,10 @@
     python speculative_decode.py --task task/1s_20260128_020530 --compare \\
         --draft_model models/EventGPT-7b --dataset_dir data/my_egpt_dsec_test/my_egpt_dsec_seq_1s
 
-EventGPT answers for every clip first and is unloaded. Then Video-LLaVA answers, clip by clip in the
-order they were driven: a drafter proposes tokens, one pass verifies them, and the result is the
-answer of greedy decoding. With --compare each answer is also decoded plainly, by transformers and
-by our own loop, and by every other drafter.
+EventGPT answers for every clip first, where its answers are read, and is unloaded. Then Video-LLaVA
+answers, clip by clip in the order they were driven: a drafter proposes tokens, one pass verifies
+them, and the result is the answer of greedy decoding. With --compare each answer is also decoded
+plainly, by transformers and by our own loop, and by every other drafter.
 
 Writes decode.json, DECODE.md and pictures into a new folder decode_{time} inside the task folder. A
 journal holds every answer as soon as it is there: after a stop or a crash the same command goes on.
@@ -27,8 +27,9 @@ if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
     sys.path.insert(0, str(Path(__file__).parent))
 
 from base import UserError, as_json, check_counts, first_line, log, now, option, parse_config, required
+from clips.places import check_pattern
 from decoding.journal import hidden_folder, journal_of, open_journal
-from decoding.limits import PLAIN, check_gamma, check_tree, limits_of
+from decoding.limits import PLAIN, WANTED_DRAFT_MODEL, check_gamma, check_tree, limits_of
 from decoding.together import check_alone
 from drafting.table import LIVE, LIVE_NAMES
 from machine.ranks import this_process
@@ -36,7 +37,7 @@ from machine.running import goes_on_with, run
 from machine.team import Team, Work, launch_command
 from machine.trackers import ABOUT, NO_TRACKER, Name, Tracker, check_tracker, tracking
 from reports.decode_figures import tracked_figures
-from vlm.roles import DRAFT, TARGET, View, content_of
+from vlm.roles import DRAFT, NO_MODEL, TARGET, View, content_of
 
 if TYPE_CHECKING:                  # torch is imported only after the flags are read
     from decoding.answers import Answering
@@ -58,11 +59,15 @@ class DecodeConfig:
 
     task: Path = required(
         "task folder of train_and_evaluate.py, or folder or hub id of export_adapter.py")
-    dataset_dir: Path = required("data set folder, with event_image/ and mp4/")
-    draft_model: Path | None = option(
+    dataset_dir: Path = required(
+        "data set folder, with event_image/ and mp4/, or a folder of videos")
+    sequence_pattern: str | None = option(
+        None, "regular expression whose group finds a clip's sequence in its path; default: the "
+        "folder of the clip")
+    draft_model: str | None = option(
         None,
-        "folder of the EventGPT checkpoint; needed where a drafter of this run reads EventGPT's "
-        "answers"
+        "folder of the EventGPT checkpoint; needed where the drafter reads EventGPT's answers; "
+        "none: no draft model, and no drafter that reads its answers"
     )
     target_model: str = option("LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA")
     drafter: Literal[LIVE_NAMES] = option(  # type: ignore[valid-type]
@@ -100,6 +105,8 @@ class DecodeConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     num_frames: int = option(8, "video frames shown to the target")
     event_images: Literal["first", "all"] = option("first", "event pictures shown to the draft")
+    draft_sees: Literal["events", "frames"] = option(
+        "events", "what the draft model is shown: event pictures, or the target's video frames")
     num_workers: int = option(4, "threads that read pictures and videos ahead of the model")
     fresh_sequences: bool = option(
         False, "each sequence begins with what training left, as always with several processes")
@@ -131,18 +138,21 @@ class DecodeConfig:
             raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}")
         if self.output_folder:
             check_output_folder(self.output_folder)
-        if self.draft_model and not self.draft_model.is_dir():
-            raise UserError(
-                f"no such folder: {self.draft_model}; wanted the folder of the EventGPT checkpoint")
+        check_pattern(self.sequence_pattern)
+        if self.has_draft_model and not Path(str(self.draft_model)).is_dir():
+            raise UserError(f"no such folder: {self.draft_model}; wanted the folder of the "
+                            f"EventGPT checkpoint, or {NO_MODEL}")
+        if self.parallel and not self.has_draft_model:
+            raise UserError("--draft_model is missing: --parallel measures EventGPT's answers; "
+                            + WANTED_DRAFT_MODEL)
 
     @property
-    def drafters(self) -> tuple[str, ...]:
-        """The names of the drafters that run."""
-        return LIVE_NAMES if self.compare else (self.drafter,)
+    def has_draft_model(self) -> bool:
+        return self.draft_model not in (None, NO_MODEL)
 
     @property
     def view(self) -> View:
-        return View(self.num_frames, self.event_images)
+        return View(self.num_frames, self.event_images, self.draft_sees)
 
 
 def check_output_folder(folder: Path) -> None:
@@ -163,7 +173,7 @@ class Stages:
     task: Task
     clips: Clips                     # that this process decodes
     journal: DecodingJournal
-    needs_draft_model: bool
+    drafters: tuple[str, ...]        # the names of those that run
     runtime: Runtime
     draft_runtime: Runtime           # of EventGPT beside the target, with --parallel
     tracker: Tracker = NO_TRACKER
@@ -185,15 +195,18 @@ def decode(config: DecodeConfig, team: Work) -> dict | None:
     """Decode, as one of the team's processes. The content of decode.json; None but in the first."""
     import torch
 
+    from decoding.drafts import drafters_of
     from decoding.results import results_folder, results_of, write_results
-    from decoding.task import read_task
+    from decoding.task import check_tokenizers, read_task
     from decoding.together import agree, check_one_disk, clips_of, gather, other_journals, remove_journals
     from machine.device import Runtime, gpu_of
 
     task = read_task(config.task, config.memory or [])
-    roles = [DRAFT, TARGET] if needs_draft_model(config, task) else [TARGET]
+    drafters = drafters_of(config.drafter, config.compare, task.conditioning, config.has_draft_model)
+    roles = [DRAFT, TARGET] if config.has_draft_model else [TARGET]
     clips = open_clips(config)
     revisions = {role: check_unloaded(role, config, task, clips.questions) for role in roles}
+    check_tokenizers(task, {role.role: str(getattr(config, role.flag)) for role in roles})
     device = team.ranks.device(config.device, torch.cuda.device_count())
     runtime = Runtime.choose(device, config.dtype, config.quantization)
     beside = runtime
@@ -213,7 +226,7 @@ def decode(config: DecodeConfig, team: Work) -> dict | None:
         for role, revision in revisions.items():
             journal.check_revision(role, str(getattr(config, role.flag)), revision)
         mine = clips_of(clips, team)
-        stages = Stages(task, mine, journal, DRAFT in roles, runtime, beside, tracker)
+        stages = Stages(task, mine, journal, drafters, runtime, beside, tracker)
         parallel = decode_all(config, stages, draft_all(config, stages)) if mine.samples else None
         gather(team, clips, mine, journal, folder)
         if rank:
@@ -229,22 +242,6 @@ def decode(config: DecodeConfig, team: Work) -> dict | None:
 
 
 # ----------------------------------------------------------------------------------------- inputs
-def needs_draft_model(config: DecodeConfig, task: Task) -> bool:
-    """Whether EventGPT answers too. Raises UserError where a drafter reads its answers and no
-    --draft_model is given.
-    """
-    readers = [name for name in config.drafters if LIVE[name].reads_draft(task.conditioning)]
-    if config.draft_model is None and (readers or config.parallel):
-        reason = f"the drafters {', '.join(readers)} read" if readers else "--parallel measures"
-        raise UserError(
-            f"--draft_model is missing: {reason} EventGPT's answers; wanted the folder of the "
-            "EventGPT checkpoint, which is linked from https://github.com/XduSyL/EventGPT")
-    if config.draft_model and not readers and not config.parallel:
-        log(f"decode | {config.drafter} reads nothing of EventGPT's answers: EventGPT runs only to "
-            "be timed; leave out --draft_model to save that")
-    return config.draft_model is not None
-
-
 def check_unloaded(role: Role, config: DecodeConfig, task: Task, questions: list[str]) -> str:
     """Check all of a role's model that can be known before it is loaded; its revision."""
     from decoding.task import check_model
@@ -265,7 +262,7 @@ def open_clips(config: DecodeConfig) -> Clips:
     from decoding.clips import Clips, failure, in_order
 
     questions = read_questions(config.query, config.questions_file, config.num_questions)
-    samples = read_dataset(config.dataset_dir, config.allow_links or ())
+    samples = read_dataset(config.dataset_dir, config.allow_links or (), config.sequence_pattern)
     samples = samples[:config.max_samples if config.max_samples > 0 else None]
     usable = in_order([sample for sample in samples if not sample.trouble],
                       config.seed if config.shuffle else None)
@@ -290,7 +287,7 @@ def settings_of(config: DecodeConfig, task: Task, questions: list[str], runtime:
     return {**values, "task": f"{task.folder.resolve().name} {task.digest}", "questions": questions,
             "dataset_dir": resolved(config.dataset_dir), "memory": memories,
             "target_model": resolved(config.target_model),
-            "draft_model": resolved(config.draft_model) if config.draft_model else None,
+            "draft_model": resolved(str(config.draft_model)) if config.has_draft_model else None,
             "dtype": str(runtime.dtype).removeprefix("torch."),
             "quantization": runtime.quantization, "device": device_name(runtime.device)}
 
@@ -326,7 +323,7 @@ def draft_all(config: DecodeConfig, stages: Stages) -> dict:
     from decoding.drafts import Drafting, missing_drafts
 
     clips, journal = stages.clips, stages.journal
-    if not stages.needs_draft_model:
+    if not config.has_draft_model:
         return {(sample.key, number): ([], 0.0) for sample in clips.samples
                 for number in range(len(clips.questions))}
     if missing_drafts(clips, journal):
@@ -349,7 +346,7 @@ def decode_all(config: DecodeConfig, stages: Stages, drafts: dict) -> dict | Non
                         config.fresh_sequences)
     with loaded(TARGET, config, stages, stages.runtime) as model:
         stages.task.adapter.to(stages.runtime.device)
-        drafters = {name: LIVE[name].make_live(stages.task.parts) for name in config.drafters}
+        drafters = {name: LIVE[name].make_live(stages.task.parts) for name in stages.drafters}
         answering = Answering(model, drafters, clips, settings, journal, stages.tracker.log)
         answering.run(drafts)
         can_measure = config.parallel and journal.answers

@@ -8,10 +8,9 @@ Three ways to condition it, through the same blocks:
     prefix         output i sees target[:i], the tokens verified so far
     prefix+draft   output i sees target[:i] and the whole draft before it
 
-The blocks are our own, because nn.TransformerEncoder has no key/value cache. They use its parameter
-names, so that checkpoints of the original suite load. Vaswani et al. 2017, "Attention Is All You
-Need", with GELU; prefix conditioning adds pre-norm (Xiong et al. 2020) and tied embeddings (Press
-and Wolf 2017).
+The blocks are our own, because nn.TransformerEncoder has no key/value cache; with its parameter
+names, so that checkpoints of the original suite load. Vaswani et al. 2017, with GELU; prefix
+conditioning adds pre-norm (Xiong et al. 2020) and tied embeddings (Press and Wolf 2017).
 """
 
 import dataclasses
@@ -56,6 +55,9 @@ class AdapterConfig:
     dropout: float = 0.1
     contract: str = ""               # "": the one that belongs to the conditioning
     draft_vocab: int = 0             # number of ids that are scored; 0: all of the vocabulary
+    draft_embeddings: int = 0        # ids of the draft's own tokenizer; 0: draft and target share one
+    draft_tokenizer: str = ""        # digests of the vocabularies (vlm/vocabulary.py); "": unknown
+    target_tokenizer: str = ""
 
     def __post_init__(self):
         if self.conditioning not in CONTRACTS:
@@ -70,9 +72,10 @@ class AdapterConfig:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
                 raise UserError(f"{name} must be a whole number from 1 to {limit}, got {value!r:.40}")
-        if type(self.draft_vocab) is not int or not 0 <= self.draft_vocab <= self.vocab_size:
-            raise UserError(f"draft_vocab must be from 0 to the vocabulary size {self.vocab_size}, "
-                            f"got {self.draft_vocab!r}")
+        for name, limit in (("draft_vocab", self.vocab_size), ("draft_embeddings", MAX_SIZES["vocab_size"])):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= limit:
+                raise UserError(f"{name} must be from 0 to the vocabulary size {limit}, got {value!r:.40}")
         if self.embed_dim % self.num_heads:
             raise UserError(f"num_heads must divide embed_dim, got {self.num_heads} and {self.embed_dim}")
         if not isinstance(self.dropout, float) or not 0 <= self.dropout < 1:
@@ -96,8 +99,8 @@ class AdapterConfig:
 class Cache:
     """Keys and values of a batch: the draft, then begin-of-answer and the answer.
 
-    To take back tokens, reduce `length`. Slots are numbered by tensors and masks span all of them, so
-    that a CUDA graph can replay a step, which takes rows of the tables of masks and positions.
+    To take back tokens, reduce `length`. Slots are numbered by tensors and masks span all of them: a
+    CUDA graph can replay a step, which takes rows of the tables of masks and positions.
     """
 
     SPARE = 16               # slots that a graph of more tokens than are left may write; never seen
@@ -125,9 +128,8 @@ class SelfAttention(nn.Module):
     def forward(self, x, visible=None, sizes=None):
         """A whole pass: x (B, T, D) -> (B, T, D).
 
-        visible (B, 1, T, T) bool: what each position sees; None: itself and those before it.
-        sizes: the T positions are texts of these lengths that don't see each other, causal but for
-        the first one, which `visible` is for; None: one text.
+        visible (B, 1, T, T) bool: what each position sees; None: itself and those before it. sizes:
+        lengths of texts that don't see each other, of which `visible` is for the first; None: one.
         """
         projected = self._project(x)
         texts = projected.split(sizes or x.shape[1], 3)
@@ -139,9 +141,8 @@ class SelfAttention(nn.Module):
     def step(self, x, cached, slots, mask):
         """A pass over the next positions: x (B, T, D) -> (B, T, D).
 
-        cached (2, B, heads, S, D / heads): keys and values of all S slots; those of the T positions
-        are written at slots (T,) int64. mask (B, 1, T, S): added to the scores, 0 where seen, else
-        -inf.
+        cached (2, B, heads, S, D / heads): keys and values of all slots, those of x to be written at
+        slots (T,) int64. mask (B, 1, T, S): added to the scores, 0 where seen, else -inf.
         """
         projected = self._project(x)
         query, (key, value) = projected[0], cached.index_copy_(3, slots, projected[1:])
@@ -183,9 +184,8 @@ class TokenAdapter(nn.Module, PyTorchModelHubMixin, library_name="eventgpt-draft
                    tags=["speculative-decoding"]):
     """Sub-modules are named as in the original suite, layers as in nn.TransformerEncoder.
 
-    output_ids (K,) int64, ascending: the ids that are scored, when not all are (a frequency-ranked
-    output as in Zhao et al. 2025, "FR-Spec"). Logits then have K columns: ids_of() and labels_of()
-    translate.
+    output_ids (K,) int64, ascending: the ids that are scored, when not all are (as in Zhao et al.
+    2025, "FR-Spec"). Logits then have K columns: ids_of() and labels_of() translate.
     """
 
     def __init__(self, config: AdapterConfig, output_ids: torch.Tensor | None = None):
@@ -194,7 +194,8 @@ class TokenAdapter(nn.Module, PyTorchModelHubMixin, library_name="eventgpt-draft
         if output_ids is None and config.draft_vocab:
             output_ids = torch.empty(config.draft_vocab, dtype=torch.long)   # a checkpoint fills it
         self.register_buffer("output_ids", output_ids)
-        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        drafts = 0 if config.sees_prefix else config.draft_embeddings     # all that `draft` embeds
+        self.embedding = nn.Embedding(drafts or config.vocab_size, config.embed_dim)
         self.position_embedding = nn.Embedding(config.max_seq_len, config.embed_dim)
         blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.transformer = nn.ModuleDict({"layers": blocks})
@@ -204,7 +205,10 @@ class TokenAdapter(nn.Module, PyTorchModelHubMixin, library_name="eventgpt-draft
             self.begin = nn.Parameter(torch.empty(config.embed_dim))           # begin-of-answer
             self.as_draft = nn.Parameter(torch.empty(config.embed_dim))      # added to draft tokens
             self.embedding_dropout = nn.Dropout(config.dropout)
-            for weight in (self.begin, self.as_draft, self.embedding.weight, self.position_embedding.weight):
+            own = config.draft_embeddings
+            self.draft_embedding = nn.Embedding(own, config.embed_dim) if own else None
+            tables = [self.embedding, self.position_embedding, *[self.draft_embedding] * bool(own)]
+            for weight in (self.begin, self.as_draft, *(table.weight for table in tables)):
                 nn.init.normal_(weight, std=0.02)
             self.output_proj[1].weight = self.embedding.weight
 
@@ -222,18 +226,18 @@ class TokenAdapter(nn.Module, PyTorchModelHubMixin, library_name="eventgpt-draft
     def hidden(self, draft, draft_lengths=None, prefix=None, text=None):
         """The states x (B, T, D) from which `output` makes the logits of `forward`.
 
-        text (B, S) int64, only in training: drafts as answers of their own, since EventGPT's
-        sentences are further text about the same streets. S more positions follow, of which output
-        i proposes text[:, i] from text[:, :i].
+        text (B, S) int64, only in training: drafts as answers of their own, further text about the
+        same streets. S more positions follow: output i proposes text[:, i] from text[:, :i].
         """
         assert draft.shape[1] <= self.config.max_seq_len, (draft.shape, self.config.max_seq_len)
         if not self.config.sees_prefix:
             return self._blocks(self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]])
         before = draft.shape[1] if self.config.conditioning == "prefix+draft" else 0
-        parts = [draft[:, :before], prefix, *([] if text is None else [text[:, :-1]])]
+        own = self.draft_embedding if before else None
+        parts = [draft[:, :0 if own else before], prefix, *([] if text is None else [text[:, :-1]])]
         # Looked up together, because each lookup's gradient is a table of the whole vocabulary.
         parts = self.embedding(torch.cat(parts, 1)).split([part.shape[1] for part in parts], 1)
-        x = [self._embed_draft(parts[0])] if before else []
+        x = [self._embed_draft(own(draft) if own else parts[0])] if before else []
         x += [self._embed_answer(parts[1])]
         x += [self._embed_answer(part) + self.as_draft for part in parts[2:]]
         first = before + prefix.shape[1] + 1
@@ -298,7 +302,7 @@ class TokenAdapter(nn.Module, PyTorchModelHubMixin, library_name="eventgpt-draft
         # a draft sees all of itself
         visible = cache.slots <= cache.slots[:, None].clamp(min=before - 1)
         if before:
-            x = torch.cat([self._embed_draft(self.embedding(draft)), x], dim=1)
+            x = torch.cat([self._embed_draft((self.draft_embedding or self.embedding)(draft)), x], dim=1)
             inside = (cache.slots >= before) | (cache.slots < draft_lengths[:, None])
             visible = inside[:, None] & visible | (cache.slots == cache.slots[:, None])
         cache.masks.copy_(torch.where(visible.expand(len(draft), -1, -1), 0.0, -torch.inf)[:, None])
@@ -319,7 +323,7 @@ class TokenAdapter(nn.Module, PyTorchModelHubMixin, library_name="eventgpt-draft
         return self.step_at(tokens, slots, cache)
 
     def step_at(self, tokens, slots, cache: Cache, places=None, mask=None):
-        """`step` at slots (T,) int64; independent of the host, so that a CUDA graph can hold it.
+        """`step` at slots (T,) int64, for a CUDA graph: independent of the host.
         places (T,): the slots whose positions they take, if not their own; mask: as for a block."""
         mask = cache.masks.index_select(2, slots) if mask is None else mask
         x = self.embedding(tokens) + cache.positions.index_select(0, slots if places is None else places)
@@ -351,8 +355,7 @@ class TokenAdapter(nn.Module, PyTorchModelHubMixin, library_name="eventgpt-draft
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **options):
         """The adapter of a folder that save_pretrained wrote, or of a hub id; on the CPU, in eval
-        mode, float32. options: of hf_hub_download. Raises UserError for what is missing or damaged.
-        """
+        mode, float32. options: of hf_hub_download. Raises UserError for a missing or damaged one."""
         folder = Path(pretrained_model_name_or_path)
         name, files = str(folder), [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
         try:
@@ -365,8 +368,8 @@ class TokenAdapter(nn.Module, PyTorchModelHubMixin, library_name="eventgpt-draft
             number = values.get("format") if isinstance(values, dict) else None
             if number != FORMAT:
                 raise UserError(f"{CONFIG_FILE} has format {number!r:.40}, this version reads {FORMAT}")
-            fields = dataclasses.fields(AdapterConfig)
-            config = AdapterConfig(**{field.name: values.get(field.name) for field in fields})
+            config = AdapterConfig(**{field.name: values.get(field.name, field.default)
+                                      for field in dataclasses.fields(AdapterConfig)})
             if config.sees_prefix and "embedding.weight" in state:
                 state[TIED] = state["embedding.weight"]
             return cls.of_weights(config, state)

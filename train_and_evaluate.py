@@ -51,7 +51,7 @@ from machine.files import (
 from machine.running import goes_on_with, run
 from machine.trackers import ABOUT, Name, check_tracker, tracking
 from pairs.pairs import Pairs
-from pairs.splits import MAX_VOCAB_SIZE, Data, ValidationSplit, check_drafts, load_data
+from pairs.splits import MAX_VOCAB_SIZE, Data, ValidationSplit, conditioning_for, load_data
 from reports.task_figures import FORMAT, REMEASURE, one_line, tracked_figures
 from reports.task_report import write_report
 
@@ -81,8 +81,8 @@ class TrainConfig:
                                    "name of the task; default: taken from file and folder names")
     conditioning: Literal["auto", "prefix+draft", "prefix", "draft"] = option(
         "auto",
-        "what a proposal may see: verified tokens and the draft (auto, without a checkpoint), "
-        "or one of them")
+        "what a proposal may see: verified tokens and the draft (auto, where there are drafts), or "
+        "one of them")
     num_epochs: int = option(
         50, "passes over the training pairs; for prefix+draft half as many follow with drafts")
     batch_size: int = option(32, "pairs in each training step")
@@ -162,8 +162,6 @@ class TrainConfig:
             raise UserError(f"--resume goes on with the settings of {self.resume}: leave out --{given[0]}")
 
     def _fill_in_defaults(self) -> None:
-        if self.conditioning == "auto" and self.checkpoint is None:
-            object.__setattr__(self, "conditioning", "prefix+draft")
         for name, of_draft, otherwise in (("learning_rate", 1e-4, 1e-3), ("dropout", 0.1, 0.3)):
             if getattr(self, name) is None:
                 default = of_draft if self.conditioning == "draft" else otherwise
@@ -262,15 +260,13 @@ def adapter_maker(config: TrainConfig, data: Data,
                   device: torch.device) -> Callable[[Pairs], TokenAdapter]:
     """A function that makes an adapter to train on given pairs, the same each time."""
     from token_adapter import AdapterConfig
-    from training.adapters import new_adapter, scoring_targets_of, vocab_size_for
+    from training.adapters import new_adapter, of_tokenizers, scoring_targets_of, vocab_size_for
 
     sizes = AdapterConfig(
         vocab_size=vocab_size_for(data, config.vocab_size), embed_dim=config.embed_dim,
         num_layers=config.num_layers, num_heads=config.num_heads, feedforward_dim=4 * config.embed_dim,
         max_seq_len=config.max_seq_len, conditioning=config.conditioning, dropout=config.dropout)
-    if config.conditioning == "draft":
-        check_drafts(data.test)
-        check_drafts(data.train)
+    sizes = of_tokenizers(sizes, data)
 
     def make(pairs: Pairs) -> TokenAdapter:
         if config.draft_vocab:
@@ -350,6 +346,9 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
 
     start, trained, make_adapter = time.monotonic(), None, None
     device, data = choose_device(config.device), open_data(config)
+    if not config.checkpoint:
+        config = dataclasses.replace(config, conditioning=conditioning_for(config.conditioning, data),
+                                     draft_text=config.draft_text * data.drafts_are_text)
     if config.checkpoint:
         adapter = open_checkpoint(config.checkpoint, data, config.conditioning).to(device)
     else:

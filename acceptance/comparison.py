@@ -40,8 +40,8 @@ def measure_adapter(adapter: TokenAdapter, pairs: Pairs, training: Pairs | None,
 def compare(top1: np.ndarray, top5: np.ndarray, pairs: Pairs, training: Pairs | None) -> dict:
     """The adapter's hits (N, T) on these pairs, and both baselines.
 
-    Every target position counts for all three. Past T, where the adapter proposes nothing, its
-    positions are misses.
+    Every target position counts for all three; pairs without drafts have no copy of them. Past T,
+    where the adapter proposes nothing, its positions are misses.
     """
     lengths = pairs.lengths("target")
     width = int(lengths.max())
@@ -54,12 +54,13 @@ def compare(top1: np.ndarray, top5: np.ndarray, pairs: Pairs, training: Pairs | 
         if commonest is not None:
             right = commonest[:longest] == target[:, :, None]
             constant.add(lengths[rows], right[:, :, 0], right.any(-1))
-    adapter, copy = measure(top1, lengths, top5), copied.metrics(with_top5=False)
+    adapter = measure(top1, lengths, top5)
+    copy = copied.metrics(with_top5=False) if pairs.has_drafts else None
     return {
         "pairs": len(pairs),
         "positions": int(lengths.sum()),
         "positions_past_max_seq_len": int(np.maximum(lengths - top1.shape[1], 0).sum()),
-        "improvement": adapter["alpha"] - copy["alpha"],
+        "improvement": adapter["alpha"] - copy["alpha"] if copy else None,
         "adapter": adapter,
         "direct_copy": copy,
         "constant_string": None if commonest is None else constant.metrics(),

@@ -153,8 +153,8 @@ def work(load: Shared, role: Role, model: VisionLanguageModel, team: Work) -> No
     samples = [Sample(number, str(number), "street_00_a", number) for number in range(load.clips)]
     pixels = random_pixels(model, role.most_pictures([], View()), len(samples))
     model = Prepared(model)
-    timed_role = dataclasses.replace(role, sees=dataclasses.replace(
-        role.sees, read=lambda sample, view: pixels[sample.index]))
+    timed_role = dataclasses.replace(role, sees=lambda view: dataclasses.replace(
+        role.sees(view), read=lambda sample, view: pixels[sample.index]))
     size = load.batch_size or clips_that_fit(
         model, questions, load.max_new_tokens, role.most_pictures([], View()))
     job = Job(role.name, lambda sample: pixels[sample.index], questions, load.max_new_tokens, 2)

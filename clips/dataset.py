@@ -5,6 +5,8 @@
     event_npy/<sequence>/<clip>.npy         raw events, used where a clip has no pictures
     mp4/<sequence>/<clip>.mp4               the video
 
+A folder with none of these is a folder of videos: each video in it and below it is a clip.
+
 Every path that an index file names must stay inside the folder (places.py).
 
 A file that is missing, damaged or not listed is the fault of one clip: MediaError. A file that was
@@ -30,11 +32,13 @@ from clips.event_files import read_events
 from clips.events import event_frames
 from clips.limits import MediaError, is_file, machine_trouble, still_there
 from clips.pictures import read_event_image
-from clips.places import MAX_DIGITS, Places, natural_key
+from clips.places import MAX_DIGITS, Places, Sequences, natural_key
 from clips.videos import read_video
 from machine.files import is_machine_trouble, read_json
 
 INDEX_FILE = "EventGPT_Instruction_Subset.json"
+# Of files that FFmpeg is allowed to open (videos.CONTAINERS).
+VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".h264", ".hevc")
 Read = TypeVar("Read")
 
 
@@ -58,10 +62,12 @@ class Sample:
 
 
 # ---------------------------------------------------------------------------------------- the index
-def read_dataset(folder: Path, allow_links: Iterable[Path] = ()) -> list[Sample]:
+def read_dataset(folder: Path, allow_links: Iterable[Path] = (),
+                 sequence_pattern: str | None = None) -> list[Sample]:
     """The clips of a data set folder in the order of its index file, or of their paths where there is none.
 
     allow_links: folders outside the data set folder that links in it may lead to.
+    sequence_pattern: as for places.Sequences.
     """
     if not folder.is_dir():
         raise UserError(f"no such data set folder: {folder}")
@@ -72,21 +78,21 @@ def read_dataset(folder: Path, allow_links: Iterable[Path] = ()) -> list[Sample]
         if not isinstance(rows, list) or not rows:
             raise UserError(f"{index}: wanted a list of clips, found "
                             f"{f'{len(rows)} of them' if isinstance(rows, list) else type(rows).__name__}")
+        source = index.name
+    elif rows := rows_by_path(places):
+        source = "the paths in event_image/ and mp4/"
     else:
-        rows = rows_by_path(places)
-        if not rows:
-            raise UserError(f"{folder} holds no data set: found neither {INDEX_FILE} nor pictures "
-                            "in event_image/ nor videos in mp4/")
-    source = index.name if index else "the paths in event_image/ and mp4/"
+        rows, source = rows_of_videos(places, folder), "a folder of videos"
     log(f"data | {folder} | {len(rows)} clips from {source}")
-    samples, keys = [], set()
+    samples, keys, sequences = [], set(), Sequences(sequence_pattern)
     for number, row in enumerate(rows):
-        sample = read_row(places, number, row)
+        sample = read_row(places, number, row, sequences)
         if sample.key in keys and not sample.trouble:
             place = index.name if index else folder
             sample = dataclasses.replace(sample, trouble=f"{place} lists the clip twice")
         keys.add(sample.key)
         samples.append(sample)
+    sequences.check(folder)
     return samples
 
 
@@ -121,7 +127,28 @@ def rows_by_path(places: Places) -> list[dict]:
             for clip in sorted(clips, key=natural_key)]
 
 
-def read_row(places: Places, number: int, row) -> Sample:
+def rows_of_videos(places: Places, folder: Path) -> list[dict]:
+    """Rows of a folder of videos, in natural order of their paths.
+
+    Two videos that differ in their endings alone keep these in their clips' names.
+    """
+    files = list(places.walk())
+    names = ["/".join(parts) for parts in files if parts[-1].lower().endswith(VIDEO_ENDINGS)]
+    sets = [parts for parts in files if parts[-1] == INDEX_FILE or "event_image" in parts[:-1]]
+    if sets:
+        raise UserError(f"{folder} is no data set but holds some ({'/'.join(sets[0])}): name one of "
+                        "them")
+    if not names:
+        raise UserError(f"{folder} holds no data set: found neither {INDEX_FILE} nor pictures in "
+                        "event_image/ nor videos in mp4/, and no video "
+                        f"({' '.join(VIDEO_ENDINGS)})")
+    stems = [os.path.splitext(name)[0] for name in names]
+    several = {stem for stem, count in collections.Counter(stems).items() if count > 1}
+    return [{"video_data": name if stem in several else stem, "video_file": name}
+            for name, stem in zip(names, stems)]
+
+
+def read_row(places: Places, number: int, row, sequences: Sequences) -> Sample:
     """One row of the index file -> Sample. The forms met in the wild differ in which fields they have."""
     row = row if isinstance(row, dict) else {}
     fields = ("event_data", "video_data", "mp4_data")
@@ -139,7 +166,7 @@ def read_row(places: Places, number: int, row) -> Sample:
     if not stems:
         trouble = "the row names no event_data, video_data or event_image"
         return Sample(number, sample_id, "", "", trouble=trouble)
-    sequence, _, name = stems[0].rpartition("/")
+    sequence, name = sequences.of(stems[0])
     clip = int(name) if name.isascii() and name.isdigit() and len(name) <= MAX_DIGITS else name
 
     try:
@@ -148,6 +175,8 @@ def read_row(places: Places, number: int, row) -> Sample:
             candidates = [places.inside("event_image", f"{stems[0]}_{k}.png") for k in range(10)]
             images = [path for path in candidates if places.has(path)]
         videos = [places.inside("mp4", f"{stem}.mp4") for stem in dict.fromkeys(stems)]
+        if isinstance(row.get("video_file"), str):
+            videos = [places.inside(row["video_file"])]
         events = places.inside("event_npy", names["event_data"]) if "event_data" in names else None
         video = next(filter(places.has, videos), videos[0])
         files = [*images, video, *([events] if events else [])]
@@ -187,7 +216,9 @@ def draft_pictures(sample: Sample, which: Literal["first", "all"]) -> list[np.nd
         paths = sample.event_images[:1] if which == "first" else sample.event_images
         return [_read_file(sample, path, read_event_image) for path in paths]
     if sample.events is None or not (sample.events in sample.present or is_file(sample.events)):
-        raise MediaError("no event picture listed or found in event_image/, and no raw events in event_npy/")
+        raise MediaError("no event picture listed or found in event_image/, and no raw events in "
+                         "event_npy/; clips without events need --draft_sees frames, or "
+                         "--draft_model none")
     pictures = event_frames(_read_file(sample, sample.events, read_events))
     return pictures[:1] if which == "first" else pictures
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from base import UserError
+from base import UserError, log
 from machine.files import is_machine_trouble
 
 MAX_DIGITS = 18            # of a number in a name; a longer run of digits is compared as text
@@ -20,6 +20,59 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     parts = re.split(r"([0-9]+)", name)
     return [(1, int(part), part) if number % 2 and len(part) <= MAX_DIGITS else (0, 0, part)
             for number, part in enumerate(parts)]
+
+
+def check_pattern(pattern: str | None) -> None:
+    """A UserError unless this is a value of --sequence_pattern: a regular expression of one group."""
+    try:
+        groups = re.compile(pattern).groups if pattern is not None else 1
+    except re.error as error:
+        raise UserError(
+            f"--sequence_pattern {pattern!r} is no regular expression: {error}") from error
+    if groups != 1:
+        raise UserError(f"--sequence_pattern {pattern!r} has {groups} groups in parentheses, wanted "
+                        "one, around the part of a clip's path that names its sequence")
+
+
+class Sequences:
+    """Which sequence a clip belongs to: its folder, or what a pattern's group finds in its path."""
+
+    def __init__(self, pattern: str | None = None):
+        self.pattern = pattern and re.compile(pattern)
+        self.clips = self.named = 0                  # clips in all, and those with a sequence
+        self.missed: list[str] = []                  # clips that the pattern does not match
+
+    def of(self, path: str) -> tuple[str, str]:
+        """(sequence, name of the clip within it). path: of a clip, without its ending:
+        "thun_00_a/000017".
+
+        The name is what follows the sequence's folder; where the pattern takes the sequence from
+        elsewhere, the whole path.
+        """
+        self.clips += 1
+        match = self.pattern.search(path) if self.pattern else None
+        if match and match[1]:
+            sequence, name = match[1], path.removeprefix(f"{match[1]}/")
+        else:
+            sequence, _, name = path.rpartition("/")
+            if self.pattern:
+                self.missed.append(path)
+        self.named += bool(sequence)
+        return sequence, name
+
+    def check(self, folder: Path) -> None:
+        """Warn where clips don't tell their sequences; a UserError for a pattern that finds none."""
+        wanted = self.pattern and f"--sequence_pattern {self.pattern.pattern!r}"
+        if self.missed and len(self.missed) == self.clips:
+            raise UserError(f"{wanted} finds nothing in the {self.clips} clips of {folder}, of which "
+                            f"the first is {self.missed[0]!r}; wanted one that matches their paths")
+        if self.missed:
+            log(f"data | WARNING | {wanted} finds nothing in {len(self.missed)} of {self.clips} clips, "
+                f"of which the first is {self.missed[0]!r}: their folders are their sequences")
+        if self.clips and not self.named:
+            log(f"data | WARNING | {folder} | nothing tells which clips are of one drive, so that "
+                "training and validation may share drives: --sequence_pattern finds the sequence in "
+                "a file's name")
 
 
 class Places:

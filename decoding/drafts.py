@@ -6,14 +6,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from base import Progress
+from base import Progress, UserError, log
 from decoding.clips import Clips
 from decoding.costs import measure_costs
 from decoding.decoder import Asked, Decoder
 from decoding.journal import DecodingJournal
-from decoding.limits import Limits
+from decoding.limits import WANTED_DRAFT_MODEL, Limits
 from decoding.loop import Decoded
 from drafting.contract import NoDrafts
+from drafting.table import LIVE, LIVE_NAMES
 from machine.running import finishing
 from machine.timing import timed
 from vlm.contract import FirstAnswers
@@ -31,6 +32,31 @@ def missing_drafts(clips: Clips, journal: DecodingJournal) -> list[Sample]:
         sample for sample in clips.samples
         if any((sample.key, number) not in journal.drafts for number in range(len(clips.questions)))
     ]
+
+
+def drafters_of(chosen: str, compare: bool, conditioning: str | None,
+                has_draft_model: bool) -> tuple[str, ...]:
+    """The names of the drafters of a run. Without a draft model none that reads its answers.
+
+    compare: all of them, not only the chosen one; conditioning: of the adapter. Raises UserError if
+    the chosen one reads drafts and there is no draft model.
+    """
+    names = LIVE_NAMES if compare else (chosen, )
+    readers = [name for name in names if LIVE[name].reads_draft(conditioning)]
+    if has_draft_model:
+        if not readers:
+            log(f"decode | {chosen} reads nothing of the draft model's answers, which are timed alone: "
+                "--draft_model none saves that")
+        return names
+    if chosen in readers:
+        others = [name for name in LIVE if not LIVE[name].reads_draft(conditioning)]
+        raise UserError(f"--draft_model is missing: --drafter {chosen} reads EventGPT's answers (the "
+                        f"adapter's conditioning is {conditioning}); {WANTED_DRAFT_MODEL}, or one of "
+                        f"the drafters that read none: {', '.join(others)}")
+    if readers:
+        log("decode | no draft model: --compare leaves out the drafters that read its answers, "
+            + ", ".join(readers))
+    return tuple(name for name in names if name not in readers)
 
 
 class Drafting:

@@ -9,6 +9,8 @@ from base import UserError
 AUTO = "auto"                      # --gamma: as many as are worth their cost
 # The drafter that proposes nothing; all others are compared with it
 PLAIN = "none"
+WANTED_DRAFT_MODEL = ("wanted the folder of the draft model; EventGPT's is linked from "
+                      "https://github.com/XduSyL/EventGPT")
 # With --gamma auto: verifying 17 tokens costs little more than one
 MAX_GAMMA = 16
 MAX_NODES = 64                     # of a tree, verified in one pass with the last token

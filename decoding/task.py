@@ -13,6 +13,7 @@ from base import UserError, log
 from decoding import exported
 from drafting.parts import LiveParts
 from machine.files import check_format, digest_of_file, read_json
+from pairs.tokenizers import Tokenizers
 from reports.shapes import NUMBER, TEXT, check_shape, optional
 from reports.task_figures import FORMAT, REMEASURE
 from vlm.contract import same_weights
@@ -137,6 +138,28 @@ def recorded_models(results: dict) -> dict[str, list[dict]]:
             if facts not in models.setdefault(name, []):
                 models[name].append(facts)
     return models
+
+
+def check_tokenizers(task: Task, names: dict[str, str]) -> None:
+    """A UserError unless the adapter was trained on pairs of these models' tokenizers, as far as its
+    files tell. Where draft and target have different ones, the task's drafters get a translation.
+
+    names: role -> folder or hub id of the models of this run.
+    """
+    from drafting.checkpoints import tokenizers_of
+    from vlm.vocabulary import Translation, digest_of, is_same, tokenizer_of
+
+    tokenizers = {role: tokenizer_of(name) for role, name in names.items()}
+    digests = {role: digest_of(tokenizer) for role, tokenizer in tokenizers.items()}
+    are_same = is_same(*tokenizers.values()) if len(tokenizers) == 2 else None
+    config = task.adapter.config
+    found = Tokenizers(digests.get("draft", ""), digests["target"], are_same)
+    tokenizers_of(config).check(found, f"the adapter of {task.folder}", "the models of this run",
+                                with_drafts=config.conditioning != "prefix")
+    if are_same is False:
+        log("decode | draft and target have tokenizers of their own: copy proposes the draft's text in "
+            "the target's tokens")
+        task.parts.translate = Translation(tokenizers["draft"], tokenizers["target"])
 
 
 def check_model(task: Task, role: Role, name: str, facts: dict) -> None:

@@ -208,7 +208,8 @@ class LiveDraftAdapter(LiveCopy):
     @torch.inference_mode()
     def begin(self, draft: list[int], question: Sequence[int] = ()) -> None:
         width, config = self.draft.shape[1], self.adapter.config
-        known = [token if 0 <= token < config.vocab_size else 0 for token in draft]
+        ids = config.draft_embeddings or config.vocab_size
+        known = [token if 0 <= token < ids else 0 for token in draft]
         self.draft[0].copy_(on_host([*known, *[0] * width][:width], self.draft), non_blocking=True)
         if self.graph:
             self.graph.replay()

@@ -7,7 +7,7 @@ constant string how much of an acceptance rate is template.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -18,9 +18,12 @@ from pairs.pairs import Pairs
 
 # --------------------------------------------------------------------------------------------- copy
 def direct_copy(pairs: Pairs, width: int) -> np.ndarray:
-    """(N, width) int32: the draft's own tokens as proposals; NOTHING past its end."""
-    inside = np.arange(width) < pairs.lengths("draft")[:, None]
-    return np.where(inside, pairs.padded("draft", width), NOTHING)
+    """(N, width) int32: the draft's own tokens as proposals; NOTHING past its end.
+
+    Of drafts of another tokenizer their text in the target's tokens.
+    """
+    inside = np.arange(width) < pairs.lengths("copy")[:, None]
+    return np.where(inside, pairs.padded("copy", width), NOTHING)
 
 
 class Copy:
@@ -31,7 +34,7 @@ class Copy:
 
     def predict(self, number: int) -> np.ndarray:
         proposals = np.full((self.lengths[number], TOP), NOTHING, np.int32)
-        draft = self.pairs.answer("draft", number)[:len(proposals)]
+        draft = self.pairs.answer("copy", number)[:len(proposals)]
         proposals[:len(draft), 0] = draft
         return proposals
 
@@ -42,11 +45,13 @@ class Copy:
 class LiveCopy(NoDrafts):
     """Live: proposals by position, all known when the answer begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, translate: Callable[[list[int]], list[int]] | None = None) -> None:
+        """translate: a draft -> the same text in the target's tokens; None: of one tokenizer."""
         self.table: list[int] = []
+        self.translate = translate
 
     def begin(self, draft: list[int], question: Sequence[int] = ()) -> None:
-        self.table = draft
+        self.table = self.translate(draft) if self.translate else draft
 
     def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
         ahead = self.table[len(prefix):len(prefix) + gamma]
@@ -108,8 +113,8 @@ class LiveLookup(NoDrafts):
 
 
 # ---------------------------------------------------------------------------------------- factories
-def simulated_copy(parts: SimulationParts) -> Copy:
-    return Copy(parts.pairs)
+def simulated_copy(parts: SimulationParts) -> Copy | None:
+    return Copy(parts.pairs) if parts.pairs.has_drafts else None
 
 
 def simulated_constant(parts: SimulationParts) -> Fixed | None:
@@ -124,7 +129,7 @@ def live_none(parts: LiveParts) -> NoDrafts:
 
 
 def live_copy(parts: LiveParts) -> LiveCopy:
-    return LiveCopy()
+    return LiveCopy(parts.translate)
 
 
 def live_lookup(parts: LiveParts) -> LiveLookup:

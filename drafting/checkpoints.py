@@ -14,7 +14,8 @@ import torch
 from base import UserError
 from machine.files import check_format
 from machine.tensors import check_weights, read_tensors, some_of, write_tensors
-from token_adapter import MAX_SIZES, MAX_WEIGHTS, ORIGINAL_CONTRACT, AdapterConfig, TokenAdapter
+from pairs.tokenizers import Tokenizers
+from token_adapter import MAX_SIZES, MAX_WEIGHTS, ORIGINAL_CONTRACT, TIED, AdapterConfig, TokenAdapter
 
 FORMAT = 1                     # of checkpoints; those without the number count as 0
 ORIGINAL_NUM_HEADS = 8
@@ -52,6 +53,13 @@ def load_adapter(path: Path) -> TokenAdapter:
         raise UserError(f"{path} is not an adapter checkpoint: {error}") from error
 
 
+def tokenizers_of(config: AdapterConfig) -> Tokenizers:
+    """The tokenizers of an adapter, as far as its checkpoint tells."""
+    is_known = config.draft_embeddings or config.draft_tokenizer
+    are_same = not config.draft_embeddings if is_known else None
+    return Tokenizers(config.draft_tokenizer, config.target_tokenizer, are_same)
+
+
 def config_of(state: dict, recorded: dict) -> AdapterConfig:
     """The config of an adapter with these weights. recorded: what the checkpoint says of it."""
     num_layers = len(set(re.findall(r"^transformer\.layers\.(\d+)\.", "\n".join(state), re.MULTILINE)))
@@ -62,6 +70,9 @@ def config_of(state: dict, recorded: dict) -> AdapterConfig:
     if num_layers > MAX_SIZES["num_layers"]:
         raise ValueError(f"{num_layers} layers, wanted at most {MAX_SIZES['num_layers']}")
     (vocab_size, embed_dim), (max_seq_len, _), (feedforward_dim, _) = shapes
+    # In draft conditioning `embedding` is the drafts' table
+    if recorded.get("draft_embeddings") and TIED in state:
+        vocab_size = len(state[TIED])
     for name in ("conditioning", "contract"):
         if not isinstance(recorded.get(name, ""), str):
             raise ValueError(f"{name} must be a text, got {recorded[name]!r}")
@@ -70,4 +81,7 @@ def config_of(state: dict, recorded: dict) -> AdapterConfig:
         feedforward_dim=feedforward_dim, num_heads=recorded.get("num_heads", ORIGINAL_NUM_HEADS),
         dropout=recorded.get("dropout", 0.1), conditioning=recorded.get("conditioning", "draft"),
         contract=recorded.get("contract", ORIGINAL_CONTRACT),
-        draft_vocab=state["output_ids"].numel() if "output_ids" in state else 0)
+        draft_vocab=state["output_ids"].numel() if "output_ids" in state else 0,
+        draft_embeddings=recorded.get("draft_embeddings", 0),
+        draft_tokenizer=recorded.get("draft_tokenizer", ""),
+        target_tokenizer=recorded.get("target_tokenizer", ""))

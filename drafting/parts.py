@@ -33,6 +33,8 @@ class LiveParts(Shared):
     # of earlier decodings, which count as much as fresh ones
     verified_answers: Sequence[list[int]] = ()
     memory_share: float = 0.5                      # of the memory in the hybrid
+    # a draft -> its text in the target's tokens; None: both models share a tokenizer
+    translate: Callable[[list[int]], list[int]] | None = None
 
 
 @dataclasses.dataclass

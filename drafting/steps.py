@@ -82,7 +82,8 @@ class AdapterSteps:
     def begin(self, draft: list[int]) -> None:
         # Leave out ids beyond the adapter's vocabulary (its pairs recorded none): it never saw
         # them.
-        draft = [token for token in draft if self.knows([token])][:self.config.max_seq_len]
+        ids = self.config.draft_embeddings or self.config.vocab_size
+        draft = [token for token in draft if 0 <= token < ids][:self.config.max_seq_len]
         self.draft[0, :len(draft)].copy_(on_host(draft, self.draft), non_blocking=True)
         self.draft_length.fill_(len(draft))
         self.draft_tokens = len(draft)

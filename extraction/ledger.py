@@ -11,6 +11,7 @@ from extraction.content import digests_of
 from machine.team import Alone, Work
 from pairs.journal import Content
 from pairs.journals import Journals, Merged
+from vlm.roles import ROLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +28,13 @@ class Survey:
     samples: list[Sample]
     questions: list[str]
     view: View
-    content: Content                 # digests of the clips' files at the start of the run
+    # Digests of the clips' files at the start of the run, of each model that answers.
+    content: Content
+
+    @property
+    def roles(self) -> list[Role]:
+        """The roles that answer: without a draft model the target alone."""
+        return [role for role in ROLES.values() if role.name in self.content]
 
 
 class Ledger:

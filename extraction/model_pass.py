@@ -19,7 +19,7 @@ from machine.files import read_within
 from machine.team import Work
 from pairs.journals import Journals, Merged
 from vlm.contract import VisionLanguageModel, same_weights
-from vlm.roles import ROLES, Role
+from vlm.roles import BY_NAME, Role
 
 BATCHES_OF_SHARE = 8               # of one process in a team, at least, in which it takes its share
 
@@ -28,17 +28,18 @@ BATCHES_OF_SHARE = 8               # of one process in a team, at least, in whic
 class Models:
     """Where each role's model is, and how it runs."""
 
-    names: dict[Literal["draft", "target"], str]         # role -> folder or hub id
+    names: dict[Literal["draft", "target"], str]   # role that answers -> folder or hub id
     runtime: Runtime
 
     def check(self, survey: Survey, max_new_tokens: int) -> None:
         """A UserError for all that would end either pass and can be known without loading weights."""
-        for role in ROLES.values():
+        for role in survey.roles:
             role.check(self.names[role.role], survey.questions, survey.view, max_new_tokens)
 
     def check_weights(self, journals: Merged) -> None:
         """A UserError unless the models that have answered so far have the same weights now."""
-        for role in ROLES.values():
+        answering = [role for role in BY_NAME.values() if role.role in self.names]
+        for role in answering:
             name = self.names[role.role]
             if any(part.has_any(role.name) for part in journals.parts):
                 check_weights(journals, role, name, role.revision(name))
@@ -63,7 +64,7 @@ def answer_all(survey: Survey, models: Models, journal: Journals, pace: Pace,
     """
     models.check_weights(journal)
     ledgers, samples = {}, survey.samples
-    for role in ROLES.values():
+    for role in survey.roles:
         ledgers[role.role] = ledger = Ledger(role, survey, samples, journal, team)
         dealt = deal(ledger)
         first = next(dealt, None)                    # a process without work loads no model

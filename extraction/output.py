@@ -18,14 +18,17 @@ from extraction.ledger import Ledger, Survey
 from pairs.journal import differences, is_entry
 from pairs.journals import journals_of
 from pairs.rows import JsonRows, write_rows
+from pairs.tokenizers import COPY
 from vlm.roles import BY_NAME, DRAFT, ROLES, TARGET, Role, View
 
 if TYPE_CHECKING:                                # clips.dataset imports numpy
     from clips.dataset import Sample
+    from vlm.vocabulary import Translation
 
 REPLACE = "choose another --output_file, or --restart to replace it"
 # Of an answer, in a row and in the journal.
 FIELDS: tuple[Literal["tokens", "text", "finished"], ...] = ("tokens", "text", "finished")
+NO_ANSWER = {"tokens": [], "text": "", "finished": False}      # of a draft model that was not asked
 
 
 # ------------------------------------------------------------------------------- an earlier output
@@ -73,7 +76,7 @@ class Earlier:
         yield from (facts for facts in self.models.values() if is_entry(facts))
         keys = {sample.key for sample in survey.samples}
         for row in JsonRows(self.path):
-            yield from (self._entry(row, role, keys) for role in ROLES.values())
+            yield from (self._entry(row, role, keys) for role in survey.roles)
 
     def _entry(self, row: dict, role: Role, keys: set[str]) -> dict:
         """The line of a journal with the answer of a role's model in this row."""
@@ -112,22 +115,22 @@ def find_earlier(path: Path, settings: dict, survey: Survey) -> Earlier | None:
 
 def is_failed(value: object, survey: Survey) -> bool:
     """Whether this is a list of failed clips, as an output holds it."""
-    return isinstance(value, list) and all(is_failure(row, len(survey.samples)) for row in value)
+    return isinstance(value, list) and all(is_failure(row, survey) for row in value)
 
 
-def is_failure(row: object, samples: int) -> bool:
+def is_failure(row: object, survey: Survey) -> bool:
     if not isinstance(row, dict) or not row.keys() >= {"sample_id", "sequence", "clip"}:
         return False
     content, number = row.get("content"), row.get("sample_idx")
-    return type(number) is int and number in range(samples) and (
-        content is None or (isinstance(content, dict) and content.keys() == BY_NAME.keys()))
+    return type(number) is int and number in range(len(survey.samples)) and (
+        content is None or (isinstance(content, dict) and content.keys() == survey.content.keys()))
 
 
 def may_succeed_now(earlier: Earlier, survey: Survey) -> bool:
     """Whether it is worth loading the models again: the files of a clip that failed can be read."""
     by_key = {sample.key: sample for sample in survey.samples if not sample.trouble}
     for row in earlier.failed:
-        sample, role = by_key.get(key_of(row)), BY_NAME.get(str(row.get("model")), DRAFT)
+        sample, role = by_key.get(key_of(row)), BY_NAME.get(str(row.get("model")), survey.roles[0])
         if sample and is_readable(sample, role, survey.view):
             return True
     return False
@@ -144,31 +147,49 @@ def is_readable(sample: Sample, role: Role, view: View) -> bool:
 
 
 # ----------------------------------------------------------------------------------------- writing
+def vocab_size_of(models: dict[str, dict], translation: Translation | None) -> int:
+    """Every token id is below it; ids of drafts only where both models share a tokenizer."""
+    sizes = {name: facts["vocab_size"] for name, facts in models.items()}
+    return sizes[TARGET.name] if translation else max(sizes.values())
+
+
+def translated(draft: dict, translation: Translation | None) -> dict:
+    """The key of a row with the draft's text in the target's tokens, where the tokenizers differ."""
+    return {COPY: translation.of_text(draft["text"], draft["finished"])} if translation else {}
+
+
 def write_output(path: Path, head: dict, survey: Survey,
-                 ledgers: dict[Literal["draft", "target"], Ledger]) -> None:
+                 ledgers: dict[Literal["draft", "target"], Ledger],
+                 translation: Translation | None = None) -> None:
     """Write the output file, whole: a head, one row a line in `results`, then `failed`.
 
     head: what the program records of the run: dataset_dir, settings.
     ledgers: role -> what its model has answered.
+    translation: of the drafts, where both models have tokenizers of their own.
     """
     samples, questions = survey.samples, survey.questions
     pairs = ledgers[TARGET.role].answered()
     failed = [row for ledger in ledgers.values() for row in ledger.failed]
-    success = {f"{role.name}_success": len(ledgers[role.role].answered()) * len(questions)
-               for role in ROLES.values()}
-    models = {role.name: ledgers[role.role].facts for role in ROLES.values()}
+    success = {f"{role.name}_success": 0 for role in ROLES.values()}
+    success |= {f"{role.name}_success": len(ledgers[role.role].answered()) * len(questions)
+                for role in survey.roles}
+    models = {role.name: ledgers[role.role].facts for role in survey.roles}
     head = {"timestamp": now(), **head, "dataset_content": fingerprint(survey.content),
             "total_samples": len(samples), "num_questions": len(questions), "questions": questions,
-            **success, "vocab_size": max(facts["vocab_size"] for facts in models.values()),
-            "models": models, **provenance()}
+            **success, "vocab_size": vocab_size_of(models, translation), "models": models,
+            **({"same_tokenizer": translation is None} if len(models) > 1 else {}), **provenance()}
 
     def rows() -> Iterator[dict]:
         for sample in pairs:
             for number, question in enumerate(questions):
-                answers = {role: ledgers[role.role].answer(sample, number) for role in ROLES.values()}
+                answers = {role: NO_ANSWER for role in ROLES.values()}
+                for role in survey.roles:
+                    answers[role] = ledgers[role.role].answer(sample, number)
                 yield {"sample_idx": sample.index, "question_idx": number, "sample_id": sample.id,
                        "sequence": sample.sequence, "clip": sample.clip, "query": question,
-                       **{role.key(field): answers[role][field] for role in answers for field in FIELDS}}
+                       **{role.key(field): answer[field]
+                          for role, answer in answers.items() for field in FIELDS},
+                       **translated(answers[DRAFT], translation)}
 
     write_rows(path, head, rows(), failed)
     log(f"RESULT | {path} | {len(pairs) * len(questions)} pairs of {len(samples)} clips x "

@@ -15,7 +15,6 @@ from base import UserError, log
 from extraction.ledger import Ledger, Survey
 from machine.team import Work
 from pairs.journals import Journals, Merged, discard, journals_of
-from vlm.roles import ROLES
 
 Ledgers = dict[Literal["draft", "target"], Ledger]
 
@@ -65,7 +64,7 @@ def merged_ledgers(survey: Survey, merged: Merged) -> Ledgers:
     """What these journals hold of all models; a UserError where they lack a clip."""
     ledgers: Ledgers = {}
     samples = survey.samples
-    for role in ROLES.values():
+    for role in survey.roles:
         ledgers[role.role] = ledger = Ledger(role, survey, samples, merged)
         failed = merged.failed(role.name)
         missing = ledger.unanswered()

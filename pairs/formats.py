@@ -23,11 +23,13 @@ import numpy as np
 from base import UserError, log
 from pairs.pairs import Pairs, digest
 from pairs.rows import JsonRows
+from pairs.tokenizers import COPY, UNKNOWN, Tokenizers
 
+DRAFT_MODEL, TARGET_MODEL = "eventgpt", "videollava"          # their names in files
 FORMATS = ("extraction", "benchmark", "inference")
 # Facts that a file may state of all its rows, and of each model.
-RECORDED = {"vocab_size": int, "dataset_dir": str, "dataset_name": str}
-MODEL_FACTS = {"name": str, "revision": str, "vocab_size": int, "bos_id": int}
+RECORDED = {"vocab_size": int, "dataset_dir": str, "dataset_name": str, "same_tokenizer": bool}
+MODEL_FACTS = {"name": str, "revision": str, "vocab_size": int, "bos_id": int, "tokenizer": str}
 MAX_ANSWER = 2**15             # tokens; the models' contexts have 4096 positions
 MAX_DIGITS = 18                # of a clip number; a longer one is taken as a name
 LLAMA_BOS = 1                  # of LLaMA's tokenizer; in Qwen's vocabulary 1 is a quotation mark
@@ -44,6 +46,7 @@ class Row(NamedTuple):
     target: list[int]
     sequence: str
     clip: int | str
+    copy: list[int]        # the draft in the target's tokens; [] where both have one tokenizer
 
 
 # ------------------------------------------------------------------------------------------ one row
@@ -130,6 +133,7 @@ class _File:
         self.path, self.bos_id, self.rows = path, bos_id, JsonRows(path)
         # of the draft and the target model
         self.bos_ids: tuple[int | None, int | None] = (bos_id, bos_id)
+        self.has_copies = False      # draft and target have tokenizers of their own
         self.identity = 0            # a checksum of what identifies each usable row: clip, question
         self.report = {"path": str(path), "format": None, "rows": 0, "used": 0, "largest_id": -1,
                        "dropped": collections.Counter(), "flagged": dict.fromkeys(FLAGS, 0)}
@@ -142,10 +146,12 @@ class _File:
         for row in self.rows:
             report["rows"] += 1
             row = row if isinstance(row, dict) else {}
+            if report["rows"] == 1:
+                self.has_copies = self.rows.beside.get("same_tokenizer") is False
             if report["rows"] == 1 and self.bos_id is None:
                 models = _model_facts(self.rows.beside)
                 self.bos_ids = tuple(models.get(name, {}).get("bos_id")
-                                     for name in ("eventgpt", "videollava"))
+                                     for name in (DRAFT_MODEL, TARGET_MODEL))
             if report["format"] is None:
                 report["format"] = _format_of(row)
                 if report["format"] is None:
@@ -154,7 +160,8 @@ class _File:
                     continue
                 report["dropped"].update(early[report["format"]])
             answers = _answers(row, report["format"])
-            reason = self._why_dropped(answers)
+            copy = row.get(COPY) if self.has_copies else []
+            reason = self._why_dropped(answers) or _why_unusable(copy, None, None)
             key = None if reason else _row_key(row)
             if key is not None and key in seen:
                 reason = "duplicate row"
@@ -165,7 +172,7 @@ class _File:
             self._flag(draft=answers[0], target=answers[2])
             identity = repr((key, row.get("query"))).encode(errors="surrogatepass")
             self.identity = zlib.crc32(identity, self.identity)
-            yield Row(answers[0], answers[2], *_place_of(row))
+            yield Row(answers[0], answers[2], *_place_of(row), copy)
         self._check_rows()
         self._record()
 
@@ -207,7 +214,9 @@ class _File:
         beside = self.rows.beside
         self.report["identity"] = self.identity
         self.report.update(_of_kinds(RECORDED, beside))
-        self.report["models"] = _model_facts(beside)
+        self.report["models"] = models = _model_facts(beside)
+        if models and DRAFT_MODEL not in models:       # extracted with --draft_model none
+            self.report["flagged"][NO_DRAFT] = 0
 
 
 def _model_facts(beside: dict) -> dict[str, dict]:
@@ -252,20 +261,37 @@ def load_pairs(paths: list[Path], bos_id: int | None = None) -> Pairs:
     the file records for its models. Where it records none, rows that start with LLaMA's BOS are
     kept and flagged. Raises UserError for a file without any usable row.
     """
-    draft, target = _Answers(), _Answers()
-    sequence, clip, files = [], [], []
+    draft, target, copy = _Answers(), _Answers(), _Answers()
+    sequence, clip, files, tokenizers = [], [], [], UNKNOWN
     for path in paths:
-        file, first = _File(path, bos_id), (len(draft.flat), len(target.flat))
+        file, first = _File(path, bos_id), (len(draft.flat), len(target.flat), len(copy.flat))
         for row in file:
             draft.append(row.draft)
             target.append(row.target)
+            copy.append(row.copy)
             sequence.append(row.sequence)
             clip.append(row.clip)
             file.report["used"] += 1
-        file.report["largest_id"] = max(draft.largest(first[0]), target.largest(first[1]))
-        files.append(_finished(file.report))
+        report = _finished(file.report)
+        own = tokenizers_of(report)
+        if files:
+            tokenizers.check(own, files[-1]["path"], str(path))
+        tokenizers = tokenizers.joined(own)
+        largest = [answers.largest(start) for answers, start in zip((draft, target, copy), first)]
+        report["largest_draft_id"] = largest[0]
+        report["largest_id"] = max(largest[file.has_copies:])
+        files.append(report)
     sizes = [report["vocab_size"] for report in files if "vocab_size" in report]
-    return Pairs(*draft.arrays(), *target.arrays(), sequence, clip, files, max(sizes, default=None))
+    copies = copy.arrays() if tokenizers.are_same is False else ()
+    return Pairs(*draft.arrays(), *target.arrays(), sequence, clip, files, max(sizes, default=None),
+                 tokenizers, *copies)
+
+
+def tokenizers_of(report: dict) -> Tokenizers:
+    """What a file's report tells of the tokenizers of its pairs."""
+    digests = [report["models"].get(name, {}).get("tokenizer", "")
+               for name in (DRAFT_MODEL, TARGET_MODEL)]
+    return Tokenizers(*digests, report.get("same_tokenizer"))
 
 
 def _finished(report: dict) -> dict:

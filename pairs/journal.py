@@ -37,8 +37,13 @@ class Setting:
     models: tuple[str, ...]          # the models whose answers depend on it
 
 
+# What files of earlier versions, which do not name these settings, were made with.
+EARLIER_SETTINGS = {"draft_sees": "events"}
+
+
 def differences(there: dict, wanted: dict) -> str:
     """Each name whose value there is not the wanted one, with both values."""
+    there = {**EARLIER_SETTINGS, **there}
     return "; ".join(f"{name}: {json.dumps(there.get(name))} there, {json.dumps(wanted[name])} now"
                      for name in wanted if there.get(name) != wanted[name])
 

@@ -10,8 +10,9 @@ from typing import Literal
 import numpy as np
 
 from base import drive_of
+from pairs.tokenizers import UNKNOWN, Tokenizers
 
-Which = Literal["draft", "target"]
+Which = Literal["draft", "target", "copy"]
 BLOCK = 2**13    # pairs that are worked on at a time where an array over all of them would be large
 
 
@@ -36,6 +37,12 @@ class Pairs:
     clip: list[int | str]            # (N) clip numbers, or names, within the sequence
     files: list[dict]                # of each file: path, format, rows, used, largest_id, ...
     vocab_size: int | None = None    # of the models, where the files record it
+    tokenizers: Tokenizers = UNKNOWN
+    # The drafts in the target's tokens, where both models have tokenizers of their own: what copying
+    # proposes. None: the drafts themselves.
+    copy: np.ndarray | None = None
+    copy_start: np.ndarray | None = None
+    copy_length: np.ndarray | None = None
 
     @classmethod
     def of(cls, drafts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]],
@@ -56,9 +63,14 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.sequence)
 
+    @property
+    def has_drafts(self) -> bool:
+        """Whether any draft holds a token: pairs of the target alone have empty drafts."""
+        return bool(self.draft_length.any())
+
     def lengths(self, which: Which) -> np.ndarray:
         """(N,) int64 number of tokens in each answer."""
-        return getattr(self, f"{which}_length").astype(np.int64)
+        return self._flat(which)[2].astype(np.int64)
 
     def padded(self, which: Which, width: int) -> np.ndarray:
         """(N, width) int32: the answers cut at `width`, padded with 0; lengths tell the ends.
@@ -95,8 +107,9 @@ class Pairs:
     def select(self, rows: np.ndarray) -> Pairs:
         """The pairs at these row numbers, in that order. No token is copied."""
         rows = np.asarray(rows, np.int64)
-        parts = {name: getattr(self, name)[rows]
-                 for name in ("draft_start", "draft_length", "target_start", "target_length")}
+        parts = {f"{which}_{name}": getattr(self, f"{which}_{name}")[rows]
+                 for which in ("draft", "target", *["copy"] * (self.copy is not None))
+                 for name in ("start", "length")}
         return dataclasses.replace(self, **parts, sequence=[self.sequence[i] for i in rows],
                                    clip=[self.clip[i] for i in rows])
 
@@ -110,8 +123,9 @@ class Pairs:
         return [(file["largest_id"], file["path"]) for file in self.files]
 
     def _flat(self, which: Which) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        start, length = getattr(self, f"{which}_start"), getattr(self, f"{which}_length")
-        return getattr(self, which), start, length
+        if which == "copy" and self.copy is None:
+            which = "draft"
+        return tuple(getattr(self, name) for name in (which, f"{which}_start", f"{which}_length"))
 
 
 def numbered(names: list[str]) -> tuple[list[str], np.ndarray]:

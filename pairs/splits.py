@@ -15,6 +15,7 @@ import numpy as np
 from base import UserError, drive_of, log
 from pairs.formats import load_pairs
 from pairs.pairs import Pairs, digest, numbered, numbered_drives
+from pairs.tokenizers import Tokenizers
 
 MAX_VOCAB_SIZE = 2**20         # four times the largest vocabulary in use: an id beyond it is damage
 # Of target answers of LONG_ANSWER or more tokens, 3 % recur word for word in another drive of the
@@ -42,6 +43,24 @@ class Data:
     vocab_size: int | None           # as recorded in the files
     largest_ids: list                # (largest id, path) of each file
 
+    @property
+    def tokenizers(self) -> Tokenizers:
+        """Those of all files."""
+        known = self.test.tokenizers
+        return self.all_train.tokenizers.joined(known) if self.all_train else known
+
+    @property
+    def drafts_are_text(self) -> bool:
+        """Whether the drafts of training are text in the target's tokens."""
+        known = self.all_train.tokenizers if self.all_train else self.tokenizers
+        return bool(self.all_train and self.all_train.has_drafts) and known.are_same is not False
+
+    @property
+    def largest_draft_ids(self) -> list[tuple[int, str]]:
+        """(largest id of a draft, path) of each file."""
+        files = [*self.files["train"], *self.files["test"]]
+        return [(file["largest_draft_id"], file["path"]) for file in files]
+
 
 def load_data(train_paths: list[Path] | None, test_paths: list[Path],
               split: ValidationSplit | None = None, max_train_samples: int = -1,
@@ -54,6 +73,8 @@ def load_data(train_paths: list[Path] | None, test_paths: list[Path],
     """
     train = load_pairs(train_paths, bos_id) if train_paths else None
     test = load_pairs(test_paths, bos_id)
+    if train:
+        train.tokenizers.check(test.tokenizers, train.files[0]["path"], test.files[0]["path"])
     both = [pairs for pairs in (train, test) if pairs]
     files = {"train": train.files if train else [], "test": test.files}
     warnings = overlap_warnings(train, test) if train else []
@@ -207,8 +228,27 @@ def check_ids(largest_ids: list[tuple[int, str]], size: int, advice: str) -> Non
                         f"size {size}; {advice}")
 
 
-def check_drafts(pairs: Pairs) -> None:
-    """A UserError if no pair has a draft, which is all that draft conditioning sees."""
-    if not pairs.draft_length.any():
-        raise UserError(f"{pairs.files[0]['path']} holds no draft token at all, and draft "
-                        "conditioning sees nothing else; wanted drafts, or --conditioning prefix")
+def check_drafts(pairs: Pairs, conditioning: str) -> None:
+    """A UserError if no pair has a draft and the conditioning reads it."""
+    if conditioning != "prefix" and not pairs.has_drafts:
+        raise UserError(f"{pairs.files[0]['path']} holds no draft token at all, which "
+                        f"{conditioning} conditioning reads; wanted pairs with drafts, or "
+                        "--conditioning prefix")
+
+
+def conditioning_for(wanted: str, data: Data) -> str:
+    """The conditioning to train in: as wanted; auto: prefix+draft, or prefix where no pair has drafts.
+
+    Raises UserError where the one that is wanted reads drafts and there are none.
+    """
+    both = [pairs for pairs in (data.all_train, data.test) if pairs]
+    if wanted == "auto":
+        without = next((pairs for pairs in both if not pairs.has_drafts), None)
+        if without is None:
+            return "prefix+draft"
+        log(f"train | {without.files[0]['path']} holds no drafts: --conditioning prefix, which reads "
+            "none")
+        return "prefix"
+    for pairs in both:
+        check_drafts(pairs, wanted)
+    return wanted

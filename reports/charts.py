@@ -138,7 +138,8 @@ def draw_accuracy(axes, history: list[dict], best_epoch: int, validation: dict) 
         axes.plot(epochs, [100 * epoch[key] for epoch in history], style, color=color, label=label)
     for name, color, label in (("constant_string", ORANGE, "validation, constant string"),
                                ("direct_copy", GREY, "validation, copied draft")):
-        axes.axhline(100 * validation[name]["alpha"], color=color, linewidth=1.5, label=label)
+        if validation[name]:
+            axes.axhline(100 * validation[name]["alpha"], color=color, linewidth=1.5, label=label)
     axes.axvline(best_epoch, color=GREY, linewidth=0.8, linestyle=":", label="kept epoch")
     axes.set(title="Acceptance", ylabel="target tokens predicted right (%)", ylim=(0, None))
     over_epochs(axes)

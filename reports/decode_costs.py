@@ -1,7 +1,7 @@
 """The sections of DECODE.md about time: accountings, stages, costs and break-even."""
 
 from reports.blocks import escape, number, ratio, table, times
-from reports.decode_figures import STAGES, pass_ms, stages, whole_s
+from reports.decode_figures import STAGES, has_draft_model, pass_ms, stages, whole_s
 
 # The name of a drafter in results.json where it differs from the one in decode.json.
 SIMULATED_NAMES = {"copy": "copy of the draft"}
@@ -22,6 +22,13 @@ def accounting_section(results: dict) -> list[str]:
             times(ratio(plain_s, seconds))
         ]
 
+    header = ["EventGPT's time", "answers", "total s", "s per answer", "over generate",
+              "over our loop without drafts"]
+    if not has_draft_model(results):
+        return [f"## End to end: {escape(name)}", "",
+                *table(header, [row("no draft model ran", sums["answers"], whole, all_s, plain)]),
+                "Vision, prefill, drafting and verifying are counted. Each ratio is over the same "
+                "answers.", ""]
     parallel, where = ["draft in parallel", *["not measured: run with --parallel"] * 5], ""
     if together:
         # Only the first clips and the first question were timed: generate's time is that of the
@@ -41,8 +48,7 @@ def accounting_section(results: dict) -> list[str]:
         f" {escape(name)} reads nothing of EventGPT's answer: it needs no draft, and draft free is "
         "its true account.")
     return [f"## Three accountings: {escape(name)}, end to end", "",
-            *table(["EventGPT's time", "answers", "total s", "s per answer", "over generate",
-                    "over our loop without drafts"], rows),
+            *table(header, rows),
             "Draft free: EventGPT has answered anyway, for its own sake, and its answer is "
             "available; vision, prefill, drafting and verifying are counted. Draft in parallel: "
             f"EventGPT drafts for the next clip while the target decodes this one{where}; one "

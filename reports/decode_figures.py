@@ -14,6 +14,7 @@ from reports.shapes import FIGURE, NUMBER, TEXT, check_shape, optional
 FORMAT = 1                     # of decode.json; 0: without a number, before formats were counted
 REDO = "decode again"          # what a user can do about a damaged decode.json
 VERDICTS = ("exact", "tie", "WRONG")
+DRAFT_MODEL = "eventgpt"       # its name among the models
 
 RUN = {
     "tokens": int, "passes": int, "tau": FIGURE, "proposed": int, "accepted": int,
@@ -185,6 +186,11 @@ def accepted_lengths(results: dict) -> dict[int, int]:
     return {length: passes.get(str(length), 0) for length in range(max(map(int, passes)) + 1)}
 
 
+def has_draft_model(results: dict) -> bool:
+    """Whether a draft model ran; files of earlier versions, which name no models, are taken to say so."""
+    return DRAFT_MODEL in results.get("models", (DRAFT_MODEL, ))
+
+
 def stages(results: dict) -> dict[str, dict[str, float]]:
     """Total seconds by way of decoding and by stage; generate's vision and prefill can't be told
     apart.
@@ -201,6 +207,8 @@ def stages(results: dict) -> dict[str, dict[str, float]]:
             run = sums["runs"][run_name]
             ways[way] = {"vision and prompt": sums["vision_s"], "prefill": run["prefill_s"],
                          "drafting": run["draft_s"], "decoding, verifying": run["verify_s"]}
+    if not has_draft_model(results):
+        return ways
     return ways | {
         f"{name}, draft charged": {"EventGPT": sums["eventgpt_s"], **ways[f"{name}, draft free"]}
     }

@@ -18,8 +18,8 @@ MEASURES = {"alpha": FIGURE, "top5": FIGURE, "first_token": FIGURE, "mean_run": 
             "expected_tokens": {str: FIGURE},
             "per_position": {"count": [int], "alpha": [FIGURE]}}
 SET = {"pairs": int, "positions": int, "positions_past_max_seq_len": int,
-       "improvement": FIGURE, "loss": FIGURE, "adapter": MEASURES, "direct_copy": MEASURES,
-       "constant_string": optional(MEASURES)}
+       "improvement": FIGURE, "loss": FIGURE, "adapter": MEASURES,
+       "direct_copy": optional(MEASURES), "constant_string": optional(MEASURES)}
 INTERVAL = {"value": FIGURE, "low": FIGURE, "high": FIGURE, "by": str,
             "left_out": optional([FIGURE])}
 SIMULATED = {"tau": FIGURE, "tau_mean": FIGURE, "accepted_lengths": [int],
@@ -91,11 +91,11 @@ def unknown_names(metrics) -> Iterator[str]:
 def one_line(results: dict) -> str:
     """The answer for a log line: the adapter's acceptance and, named as such, the baselines'."""
     test = results["metrics"]["test"]
-    adapter, constant = test["adapter"], test["constant_string"]
-    baselines = f"copying the draft {percent(test['direct_copy']['alpha'])}"
-    if constant:
-        baselines += f", constant string {percent(constant['alpha'])}"
-    return (f"adapter accepted {percent(adapter['alpha'])} (baselines: {baselines}) | top-5 "
+    adapter = test["adapter"]
+    baselines = {"copying the draft": test["direct_copy"],
+                 "constant string": test["constant_string"]}
+    shown = ", ".join(f"{name} {percent(row['alpha'])}" for name, row in baselines.items() if row)
+    return (f"adapter accepted {percent(adapter['alpha'])} (baselines: {shown or 'none'}) | top-5 "
             f"{percent(adapter['top5'])} | mean run {number(adapter['mean_run'], 1)}")
 
 
@@ -147,6 +147,8 @@ def draft_worth(results: dict) -> str:
             return ("nothing that validation could see. An adapter that also reads the draft was "
                     "trained and was not better on the validation drives; the selected adapter "
                     "reads verified tokens alone.")
+        if results["metrics"]["test"]["direct_copy"] is None:
+            return "nothing: these pairs have no drafts."
         return "not measured: this adapter was trained to read verified tokens alone."
     controls = {"prefix": "the same adapter trained without drafts",
                 "adapter, drafts shuffled": "itself when shown another clip's draft"}

@@ -38,8 +38,9 @@ def lead(results: dict) -> list[str]:
     drafter = test["drafters"][best]
     gamma, longest = max(drafter["simulated"].items(), key=lambda item: item[1]["tau"] or 0.0)
     text = (f"**The adapter predicts {percent(adapter['alpha'])} of the target's tokens on "
-            f"{test['pairs']} test pairs ({test['positions']} positions); copying the draft gets "
-            f"{percent(copied['alpha'])} right.** ")
+            f"{test['pairs']} test pairs ({test['positions']} positions)"
+            + (f"; copying the draft gets {percent(copied['alpha'])} right" if copied else "")
+            + ".** ")
     if constant and (adapter["alpha"] or 0) <= (constant["alpha"] or 0):
         text += (f"**It does not beat a constant string of the commonest training tokens "
                  f"({percent(constant['alpha'])})**. ")
@@ -157,10 +158,12 @@ def metric_section(metrics: dict) -> list[str]:
         row("target positions", lambda m: m["positions"]),
         row("adapter, top-1 (alpha)", lambda m: f"**{percent(m['adapter']['alpha'])}**"),
         row("adapter, top-5", lambda m: percent(m["adapter"]["top5"])),
-        row("baseline: copying the draft, top-1", lambda m: percent(m["direct_copy"]["alpha"])),
+        row("baseline: copying the draft, top-1",
+            lambda m: percent(m["direct_copy"]["alpha"]) if m["direct_copy"] else "-"),
         row("baseline: constant string, top-1", constant(lambda c: percent(c["alpha"]))),
         row("baseline: constant string, top-5", constant(lambda c: percent(c["top5"]))),
-        row("improvement over copying", lambda m: f"{points(m['improvement'])} points"),
+        row("improvement over copying",
+            lambda m: f"{points(m['improvement'])} points" if m["direct_copy"] else "-"),
         row("first token right", lambda m: percent(m["adapter"]["first_token"])),
         row("mean run from the start", lambda m: number(m["adapter"]["mean_run"], 2, " tokens")),
         row("mean run, constant string", constant(lambda c: number(c["mean_run"], 2, " tokens"))),

@@ -330,7 +330,7 @@ def test_a_drafter_that_reads_no_draft_needs_no_draft_model_and_no_event_picture
         monkeypatch, demo, task, tmp_path, drafter):
     data = tmp_path / "data"
     shutil.copytree(demo.test_1s, data, ignore=shutil.ignore_patterns("event_image", "event_npy"))
-    flags = ["--drafter", drafter, "--gamma", "3", "--max_samples", "2"]
+    flags = ["--drafter", drafter, "--gamma", "3", "--tree", "0", "--max_samples", "2"]
     with_draft = run_main(monkeypatch, demo, task, tmp_path / "with", *flags)
     without = run_main(monkeypatch,
                        demo,
@@ -349,8 +349,8 @@ def test_a_drafter_that_reads_no_draft_needs_no_draft_model_and_no_event_picture
 
 
 @pytest.mark.parametrize(("flags", "reason"),
-                         [(["--drafter", "copy"], "the drafters copy read"),
-                          (["--compare"], "read EventGPT's answers"),
+                         [(["--drafter", "copy"], "--drafter copy reads EventGPT's answers"),
+                          (["--drafter", "copy", "--compare"], "read none: .*memory"),
                           (["--drafter", "none", "--parallel"], "--parallel measures")])
 def test_without_a_draft_model_a_drafter_that_reads_drafts_is_refused(
         monkeypatch, demo, task, tmp_path, flags, reason):

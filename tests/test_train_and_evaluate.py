@@ -408,7 +408,8 @@ def test_an_original_checkpoint_is_measured_by_its_own_contract(trained, monkeyp
     ({}, 0, 64), ({"vocab_size": 70}, 0, 70), ({}, 45, 45)])
 def test_the_vocabulary_is_the_flag_else_recorded_else_from_the_ids(tmp_path, recorded, flag, wanted):
     path = write_pairs(tmp_path / "pairs.json", ["a_a", "b_b"], **recorded)
-    config = TrainConfig(test_benchmark=[path], train_benchmark=[path], vocab_size=flag, embed_dim=8)
+    config = TrainConfig(test_benchmark=[path], train_benchmark=[path], vocab_size=flag, embed_dim=8,
+                         conditioning="prefix")
     data = train_and_evaluate.open_data(config)
     make = train_and_evaluate.adapter_maker(config, data, torch.device("cpu"))
     assert make(data.train).config.vocab_size == wanted

@@ -229,6 +229,46 @@ def test_paths_are_meant_from_where_the_workflow_was_called(tmp_path):
     assert len(list((tmp_path / "my tokens").iterdir())) == 4 and set(ROOT.iterdir()) == before
 
 
+def run_on_own_data(stubbed: Stubbed, *arguments: str, **settings: str) -> list[str]:
+    """Run the script on two folders of clips, from their folder; the lines that it logged."""
+    for name in ("train clips", "test"):
+        (stubbed.folder / name).mkdir(exist_ok=True)
+    own = {"TRAIN_DATA": "train clips", "TEST_DATA": "test", "EVENTGPT": "none", **settings}
+    done = subprocess.run(["bash", SCRIPT, *arguments], env=stubbed.environment(**own),
+                          cwd=stubbed.folder, capture_output=True, text=True, timeout=60)
+    return (done.stdout + done.stderr).splitlines()
+
+
+def test_two_folders_of_videos_are_a_workflow_without_draft_model_or_drafts(tmp_path):
+    stubbed = Stubbed(tmp_path)
+    log = run_on_own_data(stubbed, SEQUENCE_PATTERN=r"^(.* \w)_\d+$")
+    assert [Path(path).name for path in stubbed.lines("end")] == [
+        "train_tokens_own.json", "test_tokens_own.json", "RESULTS.md", "DECODE.md"], log
+    words = [line.split("\x1f") for line in (tmp_path / "words").read_text().splitlines()]
+    for line, data in zip([words[0], words[1], words[3]], ["train clips", "test", "test"]):
+        given = dict(zip(line[1::2], line[2::2]))
+        assert given["--dataset_dir"] == str(tmp_path / data) and given["--draft_model"] == "none"
+        assert given["--sequence_pattern"] == r"^(.* \w)_\d+$"
+    assert "--conditioning" not in words[2]
+    assert sum("skipped" in line for line in run_on_own_data(stubbed)) == 4
+
+
+def test_own_data_with_a_draft_model_also_trains_in_draft_conditioning(tmp_path):
+    stubbed = Stubbed(tmp_path)
+    (tmp_path / "eventgpt").mkdir()
+    run_on_own_data(stubbed, "--until", "train", EVENTGPT="eventgpt")
+    assert [re.sub(r"_\d+_\d+$", "", Path(path).parent.name) for path in stubbed.lines("end")] == [
+        "tokens", "tokens", "own_draft", "own"]
+
+
+@pytest.mark.parametrize(("settings", "reason"), [
+    ({"TEST_DATA": ""}, "wanted two folders of clips"), ({"TEST_DATA": "nowhere"}, "wanted two folders"),
+    ({"DSEC_ROOT": "test"}, "leave out DSEC_ROOT"), ({"EVENTGPT": "nowhere"}, "no such folder")])
+def test_own_data_that_can_not_be_run_is_one_line(tmp_path, settings, reason):
+    line, = run_on_own_data(Stubbed(tmp_path), **settings)
+    assert "ERROR | " in line and reason in line
+
+
 @pytest.mark.parametrize("out", ["/dev/full", "&-"])
 def test_a_log_that_cannot_be_written_ends_no_workflow(tmp_path, out):
     stubbed = Stubbed(tmp_path)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from base import UserError, first_line, log
-from drafting.checkpoints import load_adapter
+from drafting.checkpoints import load_adapter, tokenizers_of
+from pairs.formats import DRAFT_MODEL
 from pairs.pairs import Pairs
 from pairs.splits import MAX_VOCAB_SIZE, Data, check_drafts, check_ids
 from token_adapter import MAX_WEIGHTS, AdapterConfig, TokenAdapter
@@ -65,17 +66,35 @@ def vocab_size_for(data: Data, wanted: int) -> int:
     return size
 
 
+def of_tokenizers(config: AdapterConfig, data: Data) -> AdapterConfig:
+    """The config for pairs of these tokenizers.
+
+    An adapter that reads drafts of another one than the target's has embeddings of its own for them.
+    """
+    known, own = data.tokenizers, 0
+    if known.are_same is False and config.conditioning != "prefix":
+        sizes = [file["models"].get(DRAFT_MODEL, {}).get("vocab_size", 0)
+                 for files in data.files.values() for file in files]
+        own = max(sizes) or max(data.largest_draft_ids)[0] + 1
+        check_ids(data.largest_draft_ids, own, "correct the file, which records that vocabulary")
+        log(f"train | draft and target have tokenizers of their own: {own} embeddings for draft "
+            "tokens, and drafts are no further text to learn (--draft_text 0)")
+    return dataclasses.replace(config, draft_embeddings=own, draft_tokenizer=known.draft,
+                               target_tokenizer=known.target)
+
+
 def open_checkpoint(path: Path, data: Data, conditioning: str) -> TokenAdapter:
     """The adapter of a checkpoint, if it fits these pairs; conditioning: the one that it must have,
     or "auto".
     """
     adapter = load_adapter(path)
+    tokenizers_of(adapter.config).check(data.tokenizers, str(path), data.test.files[0]["path"],
+                                        with_drafts=adapter.config.conditioning != "prefix")
     check_ids(data.largest_ids, adapter.config.vocab_size,
               "a checkpoint needs pairs of its tokenizer")
     if conditioning not in ("auto", adapter.config.conditioning):
         raise UserError(f"{path} was trained in {adapter.config.conditioning} conditioning, wanted "
                         f"--conditioning {conditioning}; leave the flag out to measure it by its own")
-    if adapter.config.conditioning == "draft":
-        check_drafts(data.test)
+    check_drafts(data.test, adapter.config.conditioning)
     log(f"checkpoint | {path} | {adapter.config.contract}")
     return adapter

@@ -22,6 +22,7 @@ from drafting.checkpoints import save_adapter
 from machine.files import check_format, reading
 from machine.tensors import check_weights, read_tensors, write_tensors
 from pairs.splits import Data
+from pairs.tokenizers import UNKNOWN
 from token_adapter import TokenAdapter
 
 FORMAT = 1       # of resume.pt; one without the number counts as 0: its fingerprint has fewer parts
@@ -96,6 +97,8 @@ class Fingerprint:
             format_0 += [zlib.crc32(part) for part in (pairs.draft, pairs.target, *starts)]
         split = [data.split, zlib.crc32(data.validation.target_start)]
         parts |= {"split": _checksum(split), "vocabulary size": _checksum(data.vocab_size)}
+        if data.tokenizers != UNKNOWN:        # files of earlier versions don't tell
+            parts["tokenizers"] = _checksum(dataclasses.astuple(data.tokenizers))
         return cls(parts, format_0)
 
     def differences(self, before: dict | list) -> list[str]:

@@ -239,6 +239,11 @@ def read_tokenizer(checkpoint: Checkpoint, config: EventGPTConfig):
 
 def check(name: str | Path, questions: list[str], view: View, max_new_tokens: int) -> None:
     """See vlm.roles.Role.check."""
+    if view.draft_sees != "events":
+        raise UserError(
+            f"{name} is an EventGPT, which was trained on event pictures alone and reads no video "
+            "frames: leave out --draft_sees, or choose another --draft_model"
+        )
     for question in questions:
         prompt(question)
     config, _, checkpoint = read_config(name)

@@ -17,6 +17,7 @@ from clips.pixels import clip_pixels
 from machine.device import Runtime
 from vlm.contract import VisionLanguageModel
 from vlm.loading import dtype_name, free_memory, quantization_of
+from vlm.vocabulary import digest_of
 
 
 @dataclasses.dataclass
@@ -43,6 +44,7 @@ class LoadedModel(VisionLanguageModel):
         bos_id = self.tokenizer.bos_token_id
         return {"name": str(name), "revision": self.revision, "vocab_size": self.vocab_size,
                 **({} if bos_id is None else {"bos_id": bos_id}),
+                "tokenizer": digest_of(self.tokenizer),
                 "quantization": quantization_of(language_model),
                 "dtype": dtype_name(language_model.embed_tokens.weight.dtype)}
 

@@ -37,6 +37,7 @@ class View:
 
     num_frames: int = 8  # video frames, for a model that reads videos
     event_images: Literal["first", "all"] = "first"  # event pictures, for a model that reads events
+    draft_sees: Literal["events", "frames"] = "events"       # which of both the draft model reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Role:
     title: str                            # the model's name in sentences and reports
     flag: str                             # --flag that names the folder (or hub id)
     module: str  # of the model that the role was made for; see module_of
-    sees: Pictures
+    sees: Callable[[View], Pictures]
 
     def _module(self, name: str | Path) -> types.ModuleType:
         """Holds load(name, runtime), check(...) and revision(name) of this model."""
@@ -105,15 +106,15 @@ class Role:
         """What the model sees of a sample: RGB pictures (H, W, 3) uint8, oldest first; raises
         MediaError.
         """
-        return self.sees.read(sample, view)
+        return self.sees(view).read(sample, view)
 
     def files(self, sample: Sample, view: View) -> list[Path | None]:
         """The files that the pictures come from; [None] where the data set names none."""
-        return self.sees.files(sample, view)
+        return self.sees(view).files(sample, view)
 
     def most_pictures(self, samples: list[Sample], view: View) -> int:
         """The most pictures that the model sees of any of these samples."""
-        return self.sees.most(samples, view)
+        return self.sees(view).most(samples, view)
 
 
 # ------------------------------------------------------------------------------- what a model reads
@@ -152,6 +153,15 @@ VIDEO = Pictures(
     _video_frames, lambda sample, view: [sample.video], lambda samples, view: view.num_frames
 )
 
+
+def _of_draft(view: View) -> Pictures:
+    return VIDEO if view.draft_sees == "frames" else EVENTS
+
+
+def _of_target(view: View) -> Pictures:
+    return VIDEO
+
+
 # ------------------------------------------------------------------------- which file runs a model
 OWN = {"video_llava": "vlm.video_llava", "eventgpt": "vlm.eventgpt"}
 ANY = "vlm.any_model"
@@ -173,10 +183,12 @@ def module_of(name: str | Path) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------- the table
-DRAFT = Role("draft", "eventgpt", "egpt", "EventGPT", "draft_model", "vlm.eventgpt", EVENTS)
-TARGET = Role("target", "videollava", "vl", "Video-LLaVA", "target_model", "vlm.video_llava", VIDEO)
+DRAFT = Role("draft", "eventgpt", "egpt", "EventGPT", "draft_model", "vlm.eventgpt", _of_draft)
+TARGET = Role("target", "videollava", "vl", "Video-LLaVA", "target_model", "vlm.video_llava",
+              _of_target)
 ROLES = {role.role: role for role in (DRAFT, TARGET)}
 BY_NAME = {role.name: role for role in ROLES.values()}       # the names that files use
+NO_MODEL = "none"        # --draft_model none: the target alone
 
 
 def digest_of_files(role: Role, sample: Sample, view: View) -> str:

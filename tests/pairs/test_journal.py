@@ -9,7 +9,7 @@ import pytest
 
 from base import UserError
 from machine.journal import line_of, value_of
-from pairs.journal import Journal, Setting
+from pairs.journal import Journal, Setting, differences
 from pairs.journals import discard
 
 NAMES = ("dataset_dir", "max_new_tokens", "questions", "quantization", "dtype")
@@ -243,3 +243,8 @@ def test_a_discarded_journal_is_gone_and_a_link_is_not_followed(five, tmp_path):
         discard(tmp_path / "out.json")
     with pytest.raises(UserError, match="is a link"):
         Journal(tmp_path / "out.json", ALIKE)
+
+
+def test_a_setting_that_earlier_versions_lacked_had_its_default_then():
+    assert differences({"seed": 1}, {"seed": 1, "draft_sees": "events"}) == ""
+    assert differences({}, {"draft_sees": "frames"}) == 'draft_sees: "events" there, "frames" now'
