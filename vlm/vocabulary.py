@@ -11,13 +11,21 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from vlm.checkpoints import open_checkpoint
+from vlm.roles import ANY, module_of
 from vlm.tokenizers import guarded, load_tokenizer, silent_panics
 
 
 def tokenizer_of(name: str | Path) -> Any:
     """The tokenizer of a checkpoint, by its folder or hub id; no weights are read."""
-    return load_tokenizer(open_checkpoint(name).folder)
+    folder = open_checkpoint(name).folder
+    if (Path(folder) / "tokenizer.json").is_file() or module_of(name) != ANY:
+        return load_tokenizer(folder)
+    with silent_panics():
+        return guarded(f"can't load a tokenizer from {folder}", lambda: AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False))
 
 
 def tokens_by_id(tokenizer) -> dict[int, str]:
