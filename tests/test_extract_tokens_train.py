@@ -20,6 +20,7 @@ from machine.running import Stopped
 from pairs.formats import load_pairs
 from pairs.journal import Journal
 from tests.conftest import rows_of
+from tests.vlm import tiny_models
 from tests.vlm.test_steps import needs_gpu
 from vlm import batches as module
 from vlm.batches import Batches
@@ -422,3 +423,15 @@ def test_an_event_model_is_no_target_and_a_text_model_nothing(extract, demo, tmp
     for flag in ("--draft_model", "--target_model"):
         with pytest.raises(UserError, match="llama model, which reads no pictures"):
             extract(flag, text, "--restart", None)
+
+
+def test_models_that_are_not_ours_answer_as_draft_and_as_target(extract, tmp_path, capsys):
+    folder = tiny_models.write(tmp_path / "llava", *tiny_models.llava())
+    output = extract("--draft_model", folder, "--target_model", folder, "--max_new_tokens", 12,
+                     "--num_frames", 3, "--parity_check", 2, "--query", "Why?")
+    for facts in output["models"].values():
+        assert facts["parity"] == {"answers": 2, "equal": 2} and "bos_id" not in facts
+        assert facts["prompt"].startswith("<|im_start|>user") and "{query}" in facts["prompt"]
+    prompts = [facts["prompt"].count("<image>") for facts in output["models"].values()]
+    assert prompts == [8, 8] and len(rows_of(output)) == 5
+    assert capsys.readouterr().out.count("decodes in our own layers (qwen2)") == 2

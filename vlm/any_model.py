@@ -21,21 +21,22 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from base import UserError, log
 from clips.limits import MediaError
 from machine.device import Runtime
-from machine.files import read_json
+from machine.files import read_json, read_within
 from vlm.checkpoints import Checkpoint, open_checkpoint
 from vlm.contract import Answer, Prompt
 from vlm.embedded import KNOWN, GrowingTarget, axes_of, reach
-from vlm.errors import in_words
+from vlm.errors import in_words, short_of_memory
 from vlm.fits import why_not
 from vlm.generic import CPU_ROWS, ROWS, GenericBatches, GenericTarget, extended
 from vlm.greedy import generate_greedily
 from vlm.llama import apart
-from vlm.loading import check_positions, check_prompts, load_checked, weights_mib
+from vlm.loading import check_positions, check_prompts, load_checked, no_room, weights_mib
 from vlm.model import LoadedModel
 from vlm.processing import PIXELS, ClipInputs, Processing, example
 from vlm.steps import Steps
 from vlm.tokenizers import check_ids, check_tokenizer, warn_of_special_tokens
 
+TEMPLATES = "chat_template.jinja", "chat_template.json"
 TRIED = 8  # pictures that a loaded model is tried with
 # Our logits may be so far from transformers', relative to their size: rounding, no missing part.
 FAR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -143,7 +144,14 @@ def say_overridden(checkpoint: Checkpoint) -> None:
 
 def revision(name: str | Path) -> str:
     """See vlm.roles.Role.revision."""
-    return read_config(name)[2].revision()
+    return revision_of(read_config(name)[2])
+
+
+def revision_of(checkpoint: Checkpoint) -> str:
+    """The chat template decides what the model is asked: it belongs to the content."""
+    files = [checkpoint.folder / file for file in TEMPLATES]
+    return checkpoint.revision("".join(
+        read_within(file).decode(errors="replace") for file in files if file.is_file()))
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -160,7 +168,7 @@ class AnyModel(LoadedModel):
 
     def __post_init__(self):
         """Find out how the model decodes; UserError if it can't."""
-        clip = self.prepare(example(TRIED))
+        clip = self._example(TRIED)
         self.reason = self._why_not(clip)
         if self.reason is None:
             log(
@@ -174,7 +182,7 @@ class AnyModel(LoadedModel):
         )
         target = self._generic()
         target.ask(self.encode(clip, ""))
-        target.check()
+        target.check(self.eos_ids[0])
 
     # -------------------------------------------------------------------------------------- prompts
     def prompt_text(self, query: str) -> str:
@@ -190,10 +198,17 @@ class AnyModel(LoadedModel):
         }
         return inputs
 
+    def _example(self, pictures: int) -> ClipInputs:
+        """A clip of so many pictures of noise; a UserError where the processor refuses them."""
+        try:
+            return self.prepare(example(pictures))
+        except MediaError as error:
+            raise UserError(str(error)) from error
+
     def layout(
         self, questions: list[str], pictures: int, clip: ClipInputs | None = None
     ) -> tuple[int, list[list[int]]]:
-        clip = clip or self.prepare(example(pictures))
+        clip = clip or self._example(pictures)
         return clip.length, [
             self.processing.after(question, clip.pictures) for question in questions
         ]
@@ -295,12 +310,14 @@ class AnyModel(LoadedModel):
             return f"its language model is a {type(decoder).__name__}, without LLaMA's parts"
         if reason := why_not(decoder.config, decoder):
             return reason
+        # Any text will do, but no mark of pictures.
+        tail = [*self.processing.after("", clip.pictures), *[self.eos_ids[0]] * 8]
         target = self._generic()
         target.ask(Prompt(0, inputs=self._on_device([clip])))
-        tail = [*self.processing.after("", clip.pictures), *range(8)]
         theirs = target.reference(tail)
-        inputs = extended(self._on_device([clip]), [tail])
-        reached = reach(self.model, inputs)
+        if not theirs.isfinite().all():
+            return "its logits are no numbers, for pictures of noise at least"
+        reached = reach(self.model, extended(self._on_device([clip]), [tail]))
         if reached.get("inputs_embeds") is None:
             return "its language model is not called with embeddings"
         given = {name for name, value in reached.items() if value is not None and name not in KNOWN}
@@ -310,16 +327,10 @@ class AnyModel(LoadedModel):
         steps = Steps(decoder, head, embeds.shape[1], graphs=False)
         if (axes := axes_of(reached)) is not None:
             steps.set_positions(axes)
-        ours = steps.prefill(embeds, len(theirs)).logits
-        difference = apart(ours, theirs)
-        limit = FAR[self.runtime.dtype]
-        return (
-            None
-            if difference <= limit
-            else (
-                f"our own layers give other logits (by {difference:.2%}, wanted {limit:.1%} or less)"
-            )
-        )
+        difference, limit = apart(steps.prefill(embeds, len(theirs)).logits, theirs), FAR[self.runtime.dtype]
+        if difference <= limit:
+            return None
+        return f"our own layers give other logits (by {difference:.2%}, wanted {limit:.1%} or less)"
 
 
 def alike(keys: list) -> list[list[int]]:
@@ -337,5 +348,10 @@ def load(name: str | Path, runtime: Runtime) -> AnyModel:
     check_text(processing, config, checkpoint, [])
     model = load_checked(model_class, checkpoint, config, runtime)
     log(f"load | {name} | {model_class.__name__}, weights {weights_mib(model):,.1f} MiB")
-    return AnyModel(model, processing.tokenizer, processing, runtime, checkpoint.revision(),
-                    tuple(checkpoint.eos_ids()))
+    try:
+        return AnyModel(model, processing.tokenizer, processing, runtime, revision_of(checkpoint),
+                        tuple(checkpoint.eos_ids()))
+    except (RuntimeError, MemoryError) as error:
+        if not short_of_memory(error):
+            raise
+        raise no_room(name, runtime, weights_mib(model) / 1024, f"; {in_words(error)}") from error

@@ -120,16 +120,19 @@ class GenericTarget:
         inputs = extended(self.prompt.inputs, [tokens])
         return self.model(**inputs, **more, use_cache=False).logits[0, -len(tokens) :]
 
-    def check(self) -> None:
-        """A UserError unless discarded tokens leave no trace in the cache. ask() comes before."""
-        self.prefill([0, 1])
+    def check(self, token: int) -> None:
+        """A UserError unless discarded tokens leave no trace in the cache; token: any that is text.
+
+        ask() comes before.
+        """
+        self.prefill([token] * 2)
         if not getattr(self.cache, "is_croppable", True):
             raise UserError(
                 f"{type(self.model).__name__} keeps a state that can't be set back behind a "
                 "refused proposal (a recurrent layer): wanted a model whose layers are attention alone"
             )
         self.keep(0)
-        ours, theirs = self.verify([2, 3]).logits.float(), self.reference([2, 3]).float()
+        ours, theirs = self.verify([token]).logits.float(), self.reference([token]).float()
         difference = float((ours - theirs).norm() / theirs.norm())
         if difference > 0.1:
             raise UserError(

@@ -23,8 +23,10 @@ PIXEL_SETTINGS = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
+# Of tokenizers and prompts whatever a processor of transformers reads.
 DOWNLOADED = re.compile(
-    r"[^/]+\.json|tokenizer\.model|(model|pytorch_model)[^/]*\.(safetensors|bin)"
+    r"[^/]+\.json|tokenizer\.model|[^/]+\.jinja|merges\.txt|vocab\.txt"
+    r"|(model|pytorch_model)[^/]*\.(safetensors|bin)"
 )
 
 

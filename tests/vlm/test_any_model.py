@@ -171,7 +171,7 @@ def test_a_window_fits_only_where_no_context_is_longer():
     assert why_not(Qwen2Config(sliding_window=99, use_sliding_window=False)) is None
 
 
-# ------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 @pytest.fixture
 def folder(tmp_path):
     """The folder of a whole model, to be damaged."""
@@ -272,6 +272,14 @@ def test_weights_that_are_no_numbers_fail_their_clip_alone(folder):
 
 
 # ------------------------------------------------------------------------------------------- roles
+def test_another_chat_template_is_another_revision(folder):
+    before = any_model.revision(folder)
+    assert before.startswith("content ") and before == any_model.revision(folder)
+    with open(folder / "chat_template.jinja", "a") as file:
+        file.write(" ")
+    assert any_model.revision(folder) != before
+
+
 def test_config_json_decides_which_file_runs_a_model(folder, demo_models):
     view = View(num_frames=4)
     for role in (DRAFT, TARGET):
