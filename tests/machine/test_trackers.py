@@ -10,7 +10,9 @@ import pytest
 
 import train_and_evaluate
 from base import UserError
-from machine.trackers import PACKAGES, PROJECT, Tracker, check_tracker, tracking
+from decoding.answers import figures_of
+from machine.trackers import PACKAGES, PROJECT, Tracker, check_tracker, flat, tracking
+from reports.decode_figures import tracked_figures
 from tests.test_train_and_evaluate import run_main
 
 # wandb and trackio are called alike
@@ -76,6 +78,19 @@ def test_training_tells_each_epoch_and_the_figures_on_test_pairs(fake, monkeypat
     assert last["test/adapter/alpha"] == adapter["alpha"]
     assert last["test/adapter/tau/8"] == adapter["simulated"]["8"]["tau"]
     assert told()[-1] == ["finish"]
+
+
+def test_decoding_tells_each_answer_and_the_totals_by_drafter():
+    run = {"tokens": 6, "accepted": [2, 2], "draft_s": 0.1, "prefill_s": 0.2, "verify_s": 0.3}
+    assert dict(flat({"answer": figures_of({"runs": {"hybrid": run}})})) == {
+        "answer/hybrid/tokens": 6, "answer/hybrid/tau": 3.0, "answer/hybrid/draft_s": 0.1,
+        "answer/hybrid/prefill_s": 0.2, "answer/hybrid/verify_s": 0.3}
+    assert figures_of(None) == {}                        # the clip has failed
+    runs = {"none": {**run, "tau": 1.0}, "hybrid": {**run, "tau": 3.0, "verify_s": 0.05}}
+    totals = {"answers": 2, "runs": runs, "vision_s": 0.1, "generate": None}
+    figures = dict(flat(tracked_figures({"totals": totals})))
+    assert figures["answers"] == 2 and figures["tau/hybrid"] == 3.0
+    assert figures["over/hybrid/plain"] == pytest.approx(0.4 / 0.15) and "over/none/plain" not in figures
 
 
 def test_tensorboard_writes_into_the_task_folder(tmp_path):
