@@ -75,9 +75,13 @@ def tracking(name: str, folder: Path, run_name: str, settings: dict) -> Iterator
         return
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from accelerate.utils import clear_environment
 
-    if not PartialState._shared_state:         # accelerate's loggers refuse to work without a state
-        PartialState(cpu=True)
+    # accelerate's loggers refuse to work without a state; in an environment of several processes it
+    # would wait for the others, which have no tracker.
+    if not PartialState._shared_state:
+        with clear_environment():
+            PartialState(cpu=True)
     arguments: dict[str, tuple[tuple, dict]] = {
         "tensorboard": ((run_name, str(folder / "tensorboard")), {}),
         "wandb": ((PROJECT,), {"name": run_name, "dir": str(folder)}),

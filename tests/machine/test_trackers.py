@@ -66,6 +66,19 @@ def test_a_run_tells_its_settings_then_its_figures_then_that_it_is_over(name, fa
     assert figures == ["log", 3, {"loss": 1.5, "test/hybrid online/alpha": 0.5}] and over == ["finish"]
 
 
+def test_one_of_several_processes_waits_for_no_other(fake, tmp_path, monkeypatch):
+    from accelerate import PartialState
+
+    told = fake("wandb")
+    PartialState._reset_state()
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": "9"}.items():
+        monkeypatch.setenv(name, value)
+    with tracking("wandb", tmp_path, "run", {}) as tracker:
+        tracker.log({"loss": 1.0}, 1)
+    assert ["log", 1, {"loss": 1.0}] in told() and PartialState().num_processes == 1
+
+
 def test_training_tells_each_epoch_and_the_figures_on_test_pairs(fake, monkeypatch, tmp_path, files):
     told = fake("wandb")
     _, results = run_main(monkeypatch, tmp_path / "task", files["train"], files["test"], "--num_epochs",
