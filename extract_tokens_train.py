@@ -42,6 +42,7 @@ from machine.running import goes_on_with, run
 from machine.team import Team, Work, launch_command
 from pairs.journal import Setting
 from pairs.journals import Journals, finish_removal, open_journals
+from vlm.hub import is_id
 from vlm.roles import DRAFT, NO_MODEL, ROLES, TARGET, Role, View, content_of
 
 if TYPE_CHECKING:
@@ -73,9 +74,11 @@ class ExtractConfig:
         "ask the questions of this file instead: JSON, JSON Lines, CSV, or one question a line")
     num_questions: int = option(-1, "use only the first so many questions of the file; -1: all")
     draft_model: str | None = option(
-        None, "folder of the EventGPT checkpoint; none: the target answers alone", answers="draft")
+        None, "folder of the EventGPT checkpoint, or folder or hub id of another model; none: the "
+        "target answers alone", answers="draft")
     target_model: str = option(
-        "LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA", answers="target")
+        "LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA, or of another model",
+        answers="target")
     quantization: Literal["auto", "4bit", "8bit", "none"] = option(
         "auto",
         "auto: 4bit on a GPU (4.2 GiB a 7B model; a tenth slower than none in large batches, "
@@ -116,10 +119,11 @@ class ExtractConfig:
             raise UserError(f"--parity_check must be 0 (none) or more, got {self.parity_check}")
         check_pattern(self.sequence_pattern)
         name = self.draft_model
-        if name != NO_MODEL and not (name and Path(name).is_dir()):
+        if name != NO_MODEL and not (name and (Path(name).is_dir() or is_id(name))):
             got = f"no such folder: {name}" if name else "no --draft_model given"
             raise UserError(f"{got}; wanted the folder of the EventGPT checkpoint, which is linked "
-                            f"from https://github.com/XduSyL/EventGPT, or {NO_MODEL}")
+                            "from https://github.com/XduSyL/EventGPT, or of another model, or "
+                            f"{NO_MODEL}")
 
     @property
     def roles(self) -> list[Role]:

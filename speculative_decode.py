@@ -37,6 +37,7 @@ from machine.running import goes_on_with, run
 from machine.team import Team, Work, launch_command
 from machine.trackers import ABOUT, NO_TRACKER, Name, Tracker, check_tracker, tracking
 from reports.decode_figures import tracked_figures
+from vlm.hub import is_id
 from vlm.roles import DRAFT, NO_MODEL, TARGET, View, content_of
 
 if TYPE_CHECKING:                  # torch is imported only after the flags are read
@@ -66,10 +67,11 @@ class DecodeConfig:
         "folder of the clip")
     draft_model: str | None = option(
         None,
-        "folder of the EventGPT checkpoint; needed where the drafter reads EventGPT's answers; "
-        "none: no draft model, and no drafter that reads its answers"
+        "folder of the EventGPT checkpoint, or folder or hub id of another model; needed where the "
+        "drafter reads its answers; none: no draft model, and no drafter that reads its answers"
     )
-    target_model: str = option("LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA")
+    target_model: str = option(
+        "LanguageBind/Video-LLaVA-7B-hf", "folder or hub id of Video-LLaVA, or of another model")
     drafter: Literal[LIVE_NAMES] = option(  # type: ignore[valid-type]
         LIVE_NAMES[0], "; ".join(f"{name}: {entry.about}" for name, entry in LIVE.items()))
     memory: list[Path] | None = option(None,
@@ -139,9 +141,10 @@ class DecodeConfig:
         if self.output_folder:
             check_output_folder(self.output_folder)
         check_pattern(self.sequence_pattern)
-        if self.has_draft_model and not Path(str(self.draft_model)).is_dir():
-            raise UserError(f"no such folder: {self.draft_model}; wanted the folder of the "
-                            f"EventGPT checkpoint, or {NO_MODEL}")
+        name = str(self.draft_model)
+        if self.has_draft_model and not (Path(name).is_dir() or is_id(name)):
+            raise UserError(f"no such folder: {name}; wanted the folder of the EventGPT checkpoint, "
+                            f"or of another model, or {NO_MODEL}")
         if self.parallel and not self.has_draft_model:
             raise UserError("--draft_model is missing: --parallel measures EventGPT's answers; "
                             + WANTED_DRAFT_MODEL)
