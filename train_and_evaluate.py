@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
 import math
 import os
 import re
@@ -30,7 +32,6 @@ from base import (
     UserError,
     as_json,
     check_counts,
-    duration_of,
     from_json,
     log,
     now,
@@ -41,27 +42,28 @@ from base import (
 from drafting.table import styles
 from machine.files import (
     check_format,
-    make_folder,
     new_task_folder,
     only_writer,
     read_json,
     reading,
     write_json,
 )
+from machine.ranks import this_process
 from machine.running import goes_on_with, run
+from machine.team import Team, Work
 from machine.trackers import ABOUT, Name, check_tracker, tracking
 from pairs.pairs import Pairs
 from pairs.splits import MAX_VOCAB_SIZE, Data, ValidationSplit, conditioning_for, load_data
 from reports.task_figures import FORMAT, REMEASURE, one_line, tracked_figures
 from reports.task_report import write_report
+from training.tasks import detect_task_name, open_task, train_in
 
 if TYPE_CHECKING:          # torch is imported only after the flags are read
     import torch
 
     from token_adapter import TokenAdapter
-    from training.checkpoints import Resume
     from training.evaluation import Measuring
-    from training.phases import Settings, Trained
+    from training.phases import Settings
 
 SMALL_ADAPTER = 2_000_000  # parameters up to which a CPU measures everything, online steps too
 # pairs of a set that a larger adapter is measured on there, unless told otherwise
@@ -223,30 +225,8 @@ def resumed(folder: Path, device: str, plots: bool) -> TrainConfig | None:
     return dataclasses.replace(known, resume=None, task_folder=folder, plots=plots)
 
 
-def open_task(config: TrainConfig, data: Data, locks: contextlib.ExitStack) -> Path:
-    """The folder that was asked for, or a new one named after the task; its lock joins `locks`."""
-    if config.task_folder is None:
-        task = new_task_folder(config.task_dir, config.task_name or detect_task_name(data))
-        locks.enter_context(only_writer(task))
-        return task
-    task = make_folder(config.task_folder)
-    locks.enter_context(only_writer(task))
-    if (task / "RESULTS.md").exists():
-        raise UserError(f"{task} holds a finished task (RESULTS.md), nothing was changed; choose "
-                        "another --task_folder")
-    if (task / "resume.pt").exists():
-        raise UserError(f"{task} holds an unfinished training: go on with --resume {task}, or "
-                        "choose another --task_folder")
-    return task
-
-
-def detect_task_name(data: Data) -> str:
-    """The window length (1s, 500ms) that file names, file contents or folders tell."""
-    files = data.files["train"] + data.files["test"]
-    paths = [Path(file["path"]).resolve() for file in files]
-    recorded = [file[key] for file in files for key in ("dataset_dir", "dataset_name") if key in file]
-    texts = [*(path.name for path in paths), *recorded, *(str(path.parent) for path in paths)]
-    return duration_of(*texts) or "task"
+def new_task_of(config: TrainConfig, data: Data) -> Path:
+    return new_task_folder(config.task_dir, config.task_name or detect_task_name(data))
 
 
 # --------------------------------------------------------------------------------------- training
@@ -282,26 +262,6 @@ def settings_of(config: TrainConfig) -> Settings:
     return Settings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)})
 
 
-def train_in(task: Path, facts: dict, adapter: TokenAdapter, resume: Resume, track: Callable,
-             work: Callable[..., Trained]) -> Trained:
-    """Train into this task folder, whose results.json says meanwhile that it is unfinished.
-
-    track(figures, step): called after each epoch; work(files): trains the adapter and keeps these files
-    up to date.
-    """
-    from training.checkpoints import Checkpoint, TaskFiles
-
-    def show(history: list[dict]) -> None:
-        unfinished = {**facts, "date": now(), "unfinished": True, "history": history}
-        write_json(task / "results.json", unfinished)
-
-    show(resume.saved["history"] if resume.saved else [])
-    goes_on_with([sys.argv[0], "--resume", str(task)])
-    log(f"train | {adapter.num_parameters() / 1e6:.1f} M parameters | vocabulary "
-        f"{adapter.config.vocab_size} | {facts['provenance']['device']}")
-    return work(TaskFiles(Checkpoint(task / "best_model.pt"), resume, show, track))
-
-
 def adapter_facts(adapter: TokenAdapter) -> dict:
     return {**dataclasses.asdict(adapter.config), "parameters": adapter.num_parameters()}
 
@@ -322,30 +282,53 @@ def measuring_of(config: TrainConfig, adapter: TokenAdapter, device: torch.devic
 # ------------------------------------------------------------------------------------------ steps
 def main() -> None:
     config = parse_config(TrainConfig)
-    with contextlib.ExitStack() as locks:
-        going_on = config.resume is not None
+    with Team.meet(this_process(together=True)) as team, contextlib.ExitStack() as locks:
+        check_together(team, config)
+        going_on, is_first = config.resume is not None, team.ranks.rank == 0
         if going_on:
             if not (config.resume / "results.json").is_file():
                 raise UserError(f"{config.resume} is no task folder: it has no results.json; "
                                 "wanted one whose training was stopped")
-            locks.enter_context(only_writer(config.resume))
-            config = resumed(config.resume, config.device, config.plots)
+            if is_first:
+                locks.enter_context(only_writer(config.resume))
+                config = resumed(config.resume, config.device, config.plots)
+            if team.from_first("state", lambda: "open" if config else "finished") == "finished":
+                return
+            if not is_first:
+                config = resumed(config.resume, config.device, config.plots)
         if config:
-            train_and_measure(config, going_on, locks)
+            train_and_measure(config, going_on, locks, team)
 
 
-def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.ExitStack) -> None:
-    """going_on: in config.task_folder, whose lock is held; else in a new one, locked by `locks`."""
+def check_together(team: Work, config: TrainConfig) -> None:
+    """All processes were given the same flags, and flags that several can follow."""
+    if team.ranks.world > 1 and config.checkpoint:
+        raise UserError(f"--checkpoint is measured by one process, here are {team.ranks.world}")
+    team.agree({f"--{name}": json.dumps(value) for name, value in as_json(config).items()
+                if name != "device"})
+
+
+def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.ExitStack,
+                      team: Work) -> None:
+    """going_on: in config.task_folder, whose lock is held; else in a new one, locked by `locks`.
+
+    Processes beside the first train with it, write nothing, and are through after training.
+    """
     # these bring torch: not before the flags are read
+    import torch
+
     from drafting.memory import remembered, save_memory
-    from machine.device import choose_device, device_name
+    from machine.device import choose_device, device_name, gpu_of
     from training.adapters import open_checkpoint
     from training.checkpoints import Fingerprint, Resume
     from training.evaluation import evaluate
     from training.phases import train
+    from training.together import group_of
 
     start, trained, make_adapter = time.monotonic(), None, None
-    device, data = choose_device(config.device), open_data(config)
+    device = choose_device(team.ranks.device(config.device, torch.cuda.device_count()))
+    data, is_first = open_data(config), team.ranks.rank == 0
+    team.differ("the GPU", gpu_of(device))
     if not config.checkpoint:
         config = dataclasses.replace(config, conditioning=conditioning_for(config.conditioning, data),
                                      draft_text=config.draft_text * data.drafts_are_text)
@@ -354,7 +337,8 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
     else:
         make_adapter = adapter_maker(config, data, device)
         adapter = make_adapter(data.train)
-    task = config.task_folder if going_on else open_task(config, data, locks)
+    task = Path(team.from_first("task", lambda: str(config.task_folder if going_on else open_task(
+        config.task_folder, functools.partial(new_task_of, config, data), locks))))
     facts = {
         "format": FORMAT,
         "kind": "checkpoint" if config.checkpoint else "training",
@@ -366,13 +350,19 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
         "warnings": data.warnings,
         "provenance": {**provenance(), "folder": os.getcwd(), "device": device_name(device)},
     }
-    tracker = locks.enter_context(tracking(config.tracker, task, task.resolve().name, facts["config"]))
+    tracker = locks.enter_context(tracking(config.tracker if is_first else "none", task,
+                                           task.resolve().name, facts["config"]))
     if make_adapter:
-        resume = Resume(task / "resume.pt", Fingerprint.of(data), adapter.num_parameters())
+        known = Fingerprint.of(data)
+        team.agree({f"pair files: {name}": str(value) for name, value in known.parts.items()})
+        resume = Resume(task / "resume.pt", known, adapter.num_parameters(), is_first)
         if going_on:
             resume.read()
-        trained = train_in(task, facts, adapter, resume, tracker.log,
-                           lambda files: train(settings_of(config), adapter, data, files, make_adapter))
+        with group_of(team, device, config.batch_size) as group:
+            trained = train_in(task, facts, adapter, resume, tracker.log, lambda files: train(
+                settings_of(config), adapter, data, files, make_adapter, group))
+        if not is_first:
+            return
         adapter = trained.adapter
         save_memory(remembered(data.all_train), task / "memory.npz")
     trained_s = time.monotonic() - start
@@ -396,4 +386,4 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, together=True)

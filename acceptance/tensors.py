@@ -103,11 +103,19 @@ def hidden_and_labels(adapter: TokenAdapter, tokens: TokenTensors, rows: torch.T
                           prefix), labels
 
 
-@torch.inference_mode()
 def predict(adapter: TokenAdapter, tokens: TokenTensors,
             batch_size: int) -> tuple[np.ndarray, np.ndarray, float]:
     """The adapter's hits by its own contract: top1, top5 (N, T) bool, and the loss in nats a token
     that it scores.
+    """
+    top1, top5, loss, scored = hits_of(adapter, tokens, batch_size)
+    return top1, top5, loss / max(scored, 1)
+
+
+@torch.inference_mode()
+def hits_of(adapter: TokenAdapter, tokens: TokenTensors,
+            batch_size: int) -> tuple[np.ndarray, np.ndarray, float, int]:
+    """top1, top5 (N, T) bool, the sum of the losses in nats, and the tokens that it is of.
 
     In float32 on every device, whatever it was trained in; on a GPU batches are as large as their
     logits allow. Logits that are no numbers are misses, and make the loss NaN.
@@ -133,4 +141,4 @@ def predict(adapter: TokenAdapter, tokens: TokenTensors,
         right = torch.cat(hits).view(*labels.shape, -1)
         top1[rows, first:width], top5[rows, first:width] = right[:, :, 0], right.any(-1)
         scored += (labels != NOT_SCORED).sum()
-    return top1.cpu().numpy(), top5.cpu().numpy(), float(loss) / max(int(scored), 1)
+    return top1.cpu().numpy(), top5.cpu().numpy(), float(loss), int(scored)

@@ -40,8 +40,12 @@ class Writing:
 
     due = 0.0
 
+    def __init__(self, writes: bool = True):
+        """writes: False for a process beside the first of a training, which leaves that to it."""
+        self.writes = writes
+
     def is_due(self) -> bool:
-        return time.monotonic() >= self.due
+        return self.writes and time.monotonic() >= self.due
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
@@ -55,7 +59,8 @@ class Writing:
 class Checkpoint(Writing):
     """best_model.pt: written at once while that costs next to nothing, else when it is due."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, writes: bool = True):
+        super().__init__(writes)
         self.path, self.waiting = path, None
 
     def offer(self, adapter: TokenAdapter, **facts) -> None:
@@ -68,7 +73,7 @@ class Checkpoint(Writing):
             self.write()
 
     def write(self) -> None:
-        if self.waiting:
+        if self.waiting and self.writes:
             adapter, facts = self.waiting
             with self.timed():
                 save_adapter(adapter, self.path, **facts)
@@ -117,8 +122,9 @@ def _checksum(value) -> int:
 class Resume(Writing):
     """resume.pt of a task folder; `saved`: its content when the program started."""
 
-    def __init__(self, path: Path, data: Fingerprint, num_parameters: int):
+    def __init__(self, path: Path, data: Fingerprint, num_parameters: int, writes: bool = True):
         """num_parameters: of the adapter; a file larger than its training can write is refused."""
+        super().__init__(writes)
         self.path, self.data = path, data
         self.max_bytes = 2**26 + MAX_COPIES * 4 * num_parameters
         self.saved: dict | None = None

@@ -21,6 +21,7 @@ from base import UserError, log
 from machine.graphs import side_stream
 from token_adapter import NOT_SCORED, TokenAdapter
 from training.loss import loss_of
+from training.together import ALONE, Group
 
 WARM_UP = 0.05     # share of the steps in which the learning rate rises: post-norm encoders need it
 MAX_GRADIENT_NORM = 1.0
@@ -56,6 +57,8 @@ class Trainer:
     captured. Both are steps like any other. What a graph reads and writes (weights, optimizer,
     learning rate, batch) stays at its address.
     """
+
+    group: Group = ALONE                 # the processes that share each batch
 
     def __init__(self, adapter: TokenAdapter, batch_size: int, rate: float, steps: int,
                  draft_text: float = 0.0, graphs: bool = True):
@@ -138,19 +141,25 @@ class Trainer:
         if self.device.type == "cuda":
             return self._replay(self._fill(tokens, rows, width))
         draft_width = width if self.of_draft else max(1, int(tokens.draft_lengths[rows].max()))
-        return self._step(tokens.targets(rows, width), tokens.drafts(rows, draft_width),
-                          tokens.draft_lengths[rows])
+        batch = (tokens.targets(rows, width), tokens.drafts(rows, draft_width),
+                 tokens.draft_lengths[rows])
+        if (missing := self.group.world - len(rows)) > 0:      # each process needs a row
+            batch = tuple(torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) for rows in batch)
+            batch[0][-missing:], batch[2][-missing:] = NOT_SCORED, 0
+        return self._step(*batch)
 
     def _step(self, target, draft, draft_lengths) -> torch.Tensor:
         if self.model is not self.adapter:
             with torch.no_grad():
                 torch._foreach_copy_(self.copies, self.weights)
-        loss, figures = loss_of(self.model, target, draft, draft_lengths, self.draft_text)
+        loss, figures = loss_of(self.model, target, draft, draft_lengths, self.draft_text,
+                                self.group.part)
         loss.backward()
         if self.model is not self.adapter:
             used = [(weight.grad, copied.grad) for weight, copied in zip(self.weights, self.copies)
                     if copied.grad is not None]
             torch._foreach_copy_(*map(list, zip(*used)))
+        self.group.sum([weight.grad for weight in self.weights if weight.grad is not None])
         # The optimizer clips: it divides by grad_scale as it reads, which saves a pass over the
         # gradients.
         norm = nn.utils.get_total_norm(
@@ -225,7 +234,9 @@ def train_epoch(trainer: Trainer, tokens: TokenTensors, generator: torch.Generat
             figures[step] = trainer.step(tokens, rows, width)
             positions.append(scored)
             on_step()
+        trainer.group.sum([figures])
         losses, right = figures.T.tolist()
+    trainer.group.check_equal(trainer.weights)
     check_finite(losses)
     return float(np.average(losses, weights=positions)), sum(right) / int(tokens.lengths.sum())
 

@@ -61,7 +61,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         return x_grad.mul_(factor), weight_grad.mul_(factor), bias_grad.mul_(factor), None, None
 
 
-def loss_of(adapter: TokenAdapter, target, draft, draft_lengths, draft_text: float) -> tuple:
+def loss_of(adapter: TokenAdapter, target, draft, draft_lengths, draft_text: float,
+            part: slice = slice(None)) -> tuple:
     """(the loss to learn from, (2,): mean loss of the answers' tokens and how many of them were
     proposed right).
 
@@ -69,10 +70,15 @@ def loss_of(adapter: TokenAdapter, target, draft, draft_lengths, draft_text: flo
     draft_text: weight of the mean loss of the drafts' tokens, each predicted from those before it,
     as if drafts were answers; a token that the adapter doesn't score costs nothing. The adapter is
     in training mode: with its dropout, and in prefix+draft with half of all drafts hidden.
+    part: the rows to compute; means are still over the positions of all rows, so that the results
+    of all parts add up to those of the batch.
     """
+    scored_of_all = (adapter.labels_of(target) != NOT_SCORED).sum().clamp(min=1)
+    text_of_all = draft_lengths.clamp(max=draft.shape[1]).sum().clamp(min=1)
+    target, draft, draft_lengths = target[part], draft[part], draft_lengths[part]
     labels = adapter.labels_of(target)
     scored = (labels != NOT_SCORED).float()
-    shares = answers = scored / scored.sum().clamp(min=1)
+    shares = answers = scored / scored_of_all
     if not adapter.config.sees_prefix:
         x = adapter.hidden(draft)
     else:
@@ -84,7 +90,7 @@ def loss_of(adapter: TokenAdapter, target, draft, draft_lengths, draft_text: flo
         if draft_text:
             inside = torch.arange(draft.shape[1], device=draft.device) < draft_lengths[:, None]
             text = adapter.labels_of(draft.masked_fill(~inside, NOT_SCORED))
-            share = draft_text * (text != NOT_SCORED) / inside.sum().clamp(min=1)
+            share = draft_text * (text != NOT_SCORED) / text_of_all
             labels, shares = torch.cat([labels, text], 1), torch.cat([shares, share], 1)
             answers = torch.cat([answers, torch.zeros_like(share)], 1)
     x, labels = x.flatten(0, 1), labels.flatten()

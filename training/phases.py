@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from acceptance.metrics import measure
-from acceptance.tensors import TokenTensors, predict
+from acceptance.tensors import TokenTensors
 from base import Progress, UserError, log
 from drafting.checkpoints import save_adapter
 from machine.files import reading
@@ -24,6 +24,7 @@ from token_adapter import TokenAdapter
 from training.adapters import condition
 from training.checkpoints import ANEW, TaskFiles, load_weights, random_state, set_random_state
 from training.loop import Diverged, Trainer, train_epoch
+from training.together import ALONE, Group, Validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +80,15 @@ class Epoch:
 class PhaseRun:
     """One phase at work: trainer, order of the pairs, and where it stands."""
 
-    def __init__(self, adapter: TokenAdapter, phase: Phase, tokens: TokenTensors, settings: Settings):
+    def __init__(self, adapter: TokenAdapter, phase: Phase, tokens: TokenTensors, settings: Settings,
+                 group: Group = ALONE):
         """The adapter is trained in place."""
         condition(adapter, phase.name)
         self.phase, self.tokens, self.learning_rate = phase, tokens, settings.learning_rate
         steps = phase.epochs * math.ceil(len(tokens.lengths) / settings.batch_size)
         self.trainer = Trainer(adapter, settings.batch_size, settings.learning_rate, steps,
                                settings.draft_text)
+        self.trainer.group, self.seed = group, settings.seed + phase.number
         self.generator = torch.Generator().manual_seed(settings.seed + phase.number)
         torch.manual_seed(settings.seed + phase.number)
         self.done = self.current = 0                       # epochs: finished, at work
@@ -113,6 +116,8 @@ class PhaseRun:
 
         while self.done < last:
             start, self.current = time.monotonic(), self.done + 1
+            if trainer.group.world > 1:              # dropout that differs between processes
+                torch.manual_seed((self.seed * 1009 + self.current) * 4099 + trainer.group.rank)
             loss, alpha = train_epoch(trainer, self.tokens, self.generator, show)
             self.done += 1
             yield Epoch(self.done, loss, alpha, trainer.rate, time.monotonic() - start)
@@ -181,14 +186,15 @@ def take_up(saved: dict, phases: list[Phase],
 class Selection:
     """The search for the best epoch over all phases; keeps the files of the task up to date."""
 
-    def __init__(self, settings: Settings, adapter: TokenAdapter, data: Data, files: TaskFiles):
+    def __init__(self, settings: Settings, adapter: TokenAdapter, data: Data, files: TaskFiles,
+                 group: Group = ALONE):
         """adapter: on its device, trained in place. Continues from files.resume.saved."""
-        self.settings, self.adapter, self.files = settings, adapter, files
+        self.settings, self.adapter, self.files, self.group = settings, adapter, files, group
         self.phases, resume = phases_of(settings), files.resume
         self.best, self.history = {phase.name: Best() for phase in self.phases}, []
         device, width = next(adapter.parameters()).device, adapter.config.max_seq_len
         self.tokens = TokenTensors.of(data.train, width, device)
-        self.validation = TokenTensors.of(data.validation, width, device)
+        self.validation = Validation(data.validation, width, device, group)
         if resume.saved:
             with reading(resume.path, ANEW):
                 known, self.history = take_up(resume.saved, self.phases, adapter)
@@ -215,7 +221,7 @@ class Selection:
             self.adapter.load_state_dict(best.adapter.state_dict())
 
     def _run_phase(self, phase: Phase) -> None:
-        run = PhaseRun(self.adapter, phase, self.tokens, self.settings)
+        run = PhaseRun(self.adapter, phase, self.tokens, self.settings, self.group)
         saved = self.files.resume.of(phase.name)
         if saved:
             run.resume(saved)
@@ -232,7 +238,7 @@ class Selection:
         """Measure the adapter after an epoch and keep it if it is the best -> whether to stop
         early.
         """
-        top1, top5, loss = predict(self.adapter, self.validation, self.settings.batch_size)
+        top1, top5, loss = self.validation.predict(self.adapter, self.settings.batch_size)
         if not math.isfinite(loss):
             raise Diverged(f"the validation loss became {loss}")
         figures = measure(top1, self.validation.lengths, top5)
@@ -274,14 +280,14 @@ class Trained:
 
 
 def train(settings: Settings, adapter: TokenAdapter, data: Data, files: TaskFiles,
-          new_adapter: Callable[[Pairs], TokenAdapter]) -> Trained:
+          new_adapter: Callable[[Pairs], TokenAdapter], group: Group = ALONE) -> Trained:
     """Select the epoch (and whether drafts help) on validation; then train again on all pairs up to
     there.
 
     adapter: on its device. new_adapter: makes one for the second training, for the pairs given,
     with the same random weights; the second training is not resumed, but done again.
     """
-    selection = Selection(settings, adapter, data, files)
+    selection = Selection(settings, adapter, data, files, group)
     try:
         selection.run()
     finally:                                         # whatever ends it: the best so far is kept
@@ -293,7 +299,9 @@ def train(settings: Settings, adapter: TokenAdapter, data: Data, files: TaskFile
     if settings.refit and settings.conditioning != "draft":
         log(f"train | again, with the validation pairs: {len(data.all_train)} pairs")
         refit(trained, selection, new_adapter(data.all_train), data.all_train)
-        save_adapter(trained.adapter, files.checkpoint.path, epoch=trained.best_epoch, refitted=True)
+        if files.checkpoint.writes:
+            save_adapter(trained.adapter, files.checkpoint.path, epoch=trained.best_epoch,
+                         refitted=True)
     return trained
 
 
@@ -301,7 +309,7 @@ def refit(trained: Trained, selection: Selection, adapter: TokenAdapter, pairs: 
     """Train a new adapter on all pairs, in each phase as long as was best on validation."""
     tokens = TokenTensors.of(pairs, adapter.config.max_seq_len, next(adapter.parameters()).device)
     for phase in selection.phases:
-        run = PhaseRun(adapter, phase, tokens, selection.settings)
+        run = PhaseRun(adapter, phase, tokens, selection.settings, selection.group)
         with run.advising():
             for _ in run.epochs(selection.best[phase.name].epoch):
                 pass
