@@ -1,7 +1,6 @@
 """Processes that train together take the steps of one: the same gradient, the same curve, one writer."""
 
-import contextlib
-import io
+import copy
 import json
 import threading
 from types import SimpleNamespace
@@ -68,10 +67,10 @@ def in_threads(monkeypatch):
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_step_of_several_is_that_of_one(in_threads, conditioning, world):
     """Also in a last batch with fewer rows than processes: 13 rows in batches of 4."""
-    pairs = some_pairs(13)
+    pairs, made = some_pairs(13), small_adapter(conditioning, dropout=0.0)
 
     def work(group: Group):
-        adapter = small_adapter(conditioning, dropout=0.0)
+        adapter = copy.deepcopy(made)                # threads share one generator of weights
         trainer = Trainer(adapter, batch_size=4, rate=1e-2, steps=8, draft_text=0.5)
         trainer.group = group
         tokens = TokenTensors.of(pairs, 8, torch.device("cpu"))
@@ -110,10 +109,9 @@ def test_two_gloo_processes_train_like_one_and_go_on_as_three(warm, files, tmp_p
     if any(codes):                     # else it was through before it could be killed
         assert codes[0] != 0
         assert Launch(warm, 3, log, PROGRAM).start("--resume", several, "--no-plots").wait() == [0] * 3
-    with contextlib.redirect_stdout(io.StringIO()):
-        curves = [[(epoch["train_loss"], epoch["validation_loss"], epoch["validation_alpha"])
-                   for epoch in json.loads((folder / "results.json").read_text())["history"]]
-                  for folder in (alone, several)]
+    curves = [[(epoch["train_loss"], epoch["validation_loss"], epoch["validation_alpha"])
+               for epoch in json.loads((folder / "results.json").read_text())["history"]]
+              for folder in (alone, several)]
     np.testing.assert_allclose(*curves, rtol=1e-3)
     assert {path.name for path in several.iterdir()} == {path.name for path in alone.iterdir()}
     assert "Traceback" not in log.read_text()
