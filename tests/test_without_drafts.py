@@ -13,6 +13,7 @@ import train_and_evaluate
 from base import UserError
 from drafting.table import LIVE_NAMES
 from pairs.formats import load_pairs
+from pairs.journal import Journal
 from tests.conftest import rows_of
 
 TINY = [
@@ -168,6 +169,33 @@ def test_going_on_needs_the_same_choice_of_a_draft_model(
         output_file=videos_task["pairs"],
     )
     assert len(rows_of(again)) == again["videollava_success"]
+
+
+def test_a_stopped_extraction_of_the_target_alone_goes_on(videos, extract, tmp_path, monkeypatch):
+    append, calls = Journal.append, []
+
+    def append_until_stopped(journal, entries):
+        append(journal, entries)
+        calls.append([entry["key"] for entry in entries if "key" in entry])
+        if len(calls) == 2:                            # the facts of the model, then one batch
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "append", append_until_stopped)
+    flags = ("--draft_model", "none", "--batch_size", 2)
+    with pytest.raises(KeyboardInterrupt):
+        extract(*flags, dataset_dir=videos)
+    output = extract(*flags, dataset_dir=videos)
+    keys = [key for entries in calls for key in entries]
+    assert len(rows_of(output)) == len(keys) == len(set(keys)) == 5
+
+
+def test_a_draft_model_may_answer_from_the_frames_of_clips_without_events(videos, extract, demo):
+    """The demo's target as its own draft: both say the same."""
+    output = extract(
+        "--draft_model", demo.models / "video_llava", "--draft_sees", "frames", "--max_samples", 2,
+        dataset_dir=videos)
+    assert [row["egpt_tokens"] for row in rows_of(output)] == [
+        row["vl_tokens"] for row in rows_of(output)] and output["same_tokenizer"]
 
 
 def test_unreadable_videos_cost_their_clips_alone(videos_task, videos, extract, tmp_path):
