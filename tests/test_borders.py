@@ -35,7 +35,7 @@ BESIDE = {
     "benchmarks": {"extract_tokens_train", "train_and_evaluate", "speculative_decode", "prepare_dsec",
                    "make_demo"}}
 # Rooms that may import less than the floors below them.
-ONLY = {"reports": {"base", "machine"}, "vlm": {"base", "machine", "clips"}}
+ONLY = {"reports": {"base", "machine"}, "vlm": {"base", "machine", "clips"}, "token_adapter": {"base"}}
 # Where a library may be imported.
 LIBRARIES = {
     "transformers": {"vlm", "machine"}, "bitsandbytes": {"vlm", "machine"},
