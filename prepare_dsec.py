@@ -10,12 +10,14 @@
 
 Windows start at a sequence's first picture and then every half window, as long as they end by its
 last picture. Unusable sequences and clips are named and the rest goes on; the same command makes
-what is missing. A folder that lacks something is called whole only with --allow_missing.
+what is missing. A folder that lacks something is called whole only with --allow_missing. Several
+processes, started by torchrun or srun on hosts with a shared disk, make whole sequences each.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Literal
@@ -26,10 +28,12 @@ if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
 from base import UserError, as_json, check_counts, option, parse_config, required
 from clips import dsec
 from clips.events import Render
-from clips.prepared import LeftOut, PreparedFolder, find_recordings
-from clips.windows import Recipe, clips_of
+from clips.prepared import SETTINGS_FILE, LeftOut, PreparedFolder, find_recordings
+from clips.windows import Clip, Recipe, clips_of
 from machine.files import make_folder, only_writer
+from machine.ranks import this_process
 from machine.running import run
+from machine.team import Team, Work, share_of
 from machine.workers import cores
 
 
@@ -85,16 +89,42 @@ class PrepareConfig:
 def main():
     config = parse_config(PrepareConfig)
     dsec.check_reader()
-    left_out = LeftOut()
-    recordings = find_recordings(config.dsec_root, config.split, config.sequences, left_out)
-    clips = [clip for recording in recordings for clip in clips_of(recording, config.recipe)]
-    make_folder(config.folder)
-    with only_writer(config.folder, config.wait):
-        folder = PreparedFolder(config.folder, config.recipe)
+    with Team.meet(this_process(together=True)) as team:
+        team.agree({f"--{name}": json.dumps(value) for name, value in as_json(config).items()
+                    if name not in ("workers", "wait")})
+        left_out = LeftOut()
+        recordings = find_recordings(config.dsec_root, config.split, config.sequences, left_out)
+        clips = [clip for recording in recordings for clip in clips_of(recording, config.recipe)]
+        make_folder(config.folder)
+        with only_writer(written_by(config.folder, team.ranks.rank), config.wait):
+            make_together(PreparedFolder(config.folder, config.recipe), clips, left_out, config, team)
+
+
+def written_by(folder: Path, rank: int) -> Path:
+    """What the process of this rank locks: the first the folder, each other a name in it."""
+    return folder / f"rank{rank}" if rank else folder
+
+
+def make_together(folder: PreparedFolder, clips: list[Clip], left_out: LeftOut,
+                  config: PrepareConfig, team: Work) -> None:
+    """Make the sequences that fall to this process; the first writes the index of all."""
+    if team.ranks.rank == 0:
         folder.check_settings()
-        folder.make(clips, config.workers, left_out)
+    team.from_first("settings", lambda: "written")
+    if not (folder.path / SETTINGS_FILE).exists():
+        raise UserError(f"{folder.path} of the first process is not seen here: several hosts need a "
+                        "shared disk, or --sequences and a folder for each")
+    mine = share_of(clips, lambda clip: clip.sequence, team.ranks)
+    workers = max(1, (config.workers or cores()) // team.ranks.local_world)
+    folder.make(mine, workers, left_out, team, len(clips))
+    for rows in team.gather("left out", json.dumps(left_out.as_json()).encode()):
+        left_out.take_up(json.loads(rows))
+    if team.ranks.rank == 0:
+        team.outlast()
+        for lock in config.folder.glob(".rank*.lock"):
+            lock.unlink()
         folder.finish(clips, left_out, as_json(config), config.allow_missing)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, together=True)

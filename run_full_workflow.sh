@@ -57,12 +57,12 @@ source "${suite}/machine/steps.sh"
 RESUME="cd $(quoted "${PWD}") &&"
 flags=(PREPARE_FLAGS EXTRACT_FLAGS TRAIN_FLAGS DRAFT_FLAGS DECODE_FLAGS DEMO_FLAGS)
 for name in DATA_ROOT DSEC_ROOT TRAIN_DATA TEST_DATA SEQUENCE_PATTERN TOKENS_DIR TASK_DIR EVENTGPT \
-            VIDEO_LLAVA TEST_1S PYTHON VENV LOCK_WAIT_S "${flags[@]}"; do
+            VIDEO_LLAVA TEST_1S PYTHON VENV LOCK_WAIT_S NUM_PROCESSES "${flags[@]}"; do
   value="${!name:-}"
   if [[ -n "${value}" ]]; then RESUME+=" ${name}=$(quoted "${value}")"; fi
   # A relative path starts in the folder where the script was called.
   case "${name}" in
-    *_FLAGS|LOCK_WAIT_S|SEQUENCE_PATTERN) continue ;;
+    *_FLAGS|LOCK_WAIT_S|NUM_PROCESSES|SEQUENCE_PATTERN) continue ;;
     EVENTGPT) [[ "${value}" != none ]] || continue ;;
     VIDEO_LLAVA) [[ -d "${value}" ]] || continue ;;
     PYTHON) [[ "${value}" == */* ]] || continue ;;
@@ -86,6 +86,7 @@ EVENTGPT="${EVENTGPT:-}"              # folder of the EventGPT checkpoint; none:
 VIDEO_LLAVA="${VIDEO_LLAVA:-LanguageBind/Video-LLaVA-7B-hf}"    # folder or hub id
 TEST_1S="${TEST_1S:-}"                # a pair file to test the 1s adapter on, instead of extracting one
 LOCK_WAIT_S="${LOCK_WAIT_S:-120}"     # how long to wait for another workflow in the same TASK_DIR
+NUM_PROCESSES="${NUM_PROCESSES:-}"    # that extract; default: one for each visible GPU, one on a CPU
 # Further flags of the programs; values with spaces in quotes.
 PREPARE_FLAGS="${PREPARE_FLAGS:-}"    # e.g. "--video_size 480x360 --allow_missing"
 EXTRACT_FLAGS="${EXTRACT_FLAGS:-}"    # e.g. '--query "What is on the road?"'
@@ -105,18 +106,33 @@ check_settings() {
   [[ "${LOCK_WAIT_S}" =~ ^[0-9]+$ ]] || die "LOCK_WAIT_S=${LOCK_WAIT_S}: wanted whole seconds"
   [[ -z "${DSEC_ROOT}" || -d "${DSEC_ROOT}" ]] || die "DSEC_ROOT=${DSEC_ROOT}: no such folder"
   [[ "${EVENTGPT}" == none || -d "${EVENTGPT}" ]] || die "EVENTGPT=${EVENTGPT}: no such folder"
+  if [[ -z "${NUM_PROCESSES}" ]]; then NUM_PROCESSES="$(visible_gpus)"; fi
+  [[ "${NUM_PROCESSES}" =~ ^[1-9][0-9]*$ ]] || die "NUM_PROCESSES=${NUM_PROCESSES}: wanted 1 or more"
   for name in "${flags[@]}"; do split "${name}"; done
   models=(--draft_model "${EVENTGPT}" --target_model "${VIDEO_LLAVA}")
   pattern=()
   if [[ -n "${SEQUENCE_PATTERN}" ]]; then pattern=(--sequence_pattern "${SEQUENCE_PATTERN}"); fi
 }
 
+# visible_gpus : how many GPUs the programs see, 1 where there is none or EXTRACT_FLAGS names a device
+visible_gpus() {
+  local count=0
+  if [[ -n "${demo}" || "${EXTRACT_FLAGS}" == *--device* ]]; then echo 1; return; fi
+  if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+    count="$(tr ',' '\n' <<< "${CUDA_VISIBLE_DEVICES}" | grep -c '[^[:space:]]' || true)"
+  elif command -v nvidia-smi > /dev/null; then
+    count="$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)"
+  fi
+  echo "$(( count > 1 ? count : 1 ))"
+}
+
 # run NAME RESULT SETTING PROGRAM FLAGS... : a step of a program, with the further flags of SETTING
+launcher=()
 run() {
   local name="$1" result="$2" setting="$3"
   shift 3
   split "${setting}"
-  step "${name}" "${result}" "${PYTHON}" "$@" ${words[@]+"${words[@]}"}
+  step "${name}" "${result}" "${PYTHON}" ${launcher[@]+"${launcher[@]}"} "$@" ${words[@]+"${words[@]}"}
 }
 
 # prepare SPLIT DURATION DATASET : from raw recordings in DSEC_ROOT, unless somebody else made the folder
@@ -128,6 +144,10 @@ prepare() {
 
 # extract NAME DATASET OUTPUT : waits by itself when another process is extracting to the same output
 extract() {
+  local launcher=()
+  if (( NUM_PROCESSES > 1 )); then
+    launcher=(-m torch.distributed.run --standalone --nproc_per_node "${NUM_PROCESSES}")
+  fi
   run "extract $1" "$3" EXTRACT_FLAGS extract_tokens_train.py --dataset_dir "$2" \
     --output_file "$3" "${models[@]}" ${pattern[@]+"${pattern[@]}"} --wait
 }

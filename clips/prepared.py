@@ -22,6 +22,7 @@ from clips.dsec import SEQUENCES, EventFile, Recording, find_recording, other_se
 from clips.limits import MediaError, machine_trouble
 from clips.windows import Clip, Recipe, make_block
 from machine.files import is_machine_trouble, make_folder, read_json, write_json, write_text
+from machine.team import Alone, Work
 from machine.workers import in_workers
 
 SETTINGS_FILE = "prepare_dsec.json"
@@ -48,6 +49,11 @@ class LeftOut:
 
     def __str__(self) -> str:
         return f"{self.num_sequences} sequences and {self.num_clips} clips left out"
+
+    def take_up(self, rows: list[dict]) -> None:
+        """Take up what another process left out: rows of its `as_json`."""
+        for row in rows:
+            self.reasons[row["sequence"]][row["clip"]] = row["reason"]
 
     def as_json(self) -> list[dict]:
         return [{"sequence": sequence, "clip": clip, "reason": reason}
@@ -134,13 +140,18 @@ class PreparedFolder:
                         whole.add(f"{kind}/{sequence}/{entry.name}")
         return whole
 
-    def make(self, clips: list[Clip], workers: int, left_out: LeftOut) -> None:
-        """Make the clips whose files are not all there; those that can't be made go to left_out."""
+    def make(self, clips: list[Clip], workers: int, left_out: LeftOut, team: Work | None = None,
+             total: int | None = None) -> None:
+        """Make the clips whose files are not all there; those that can't be made go to left_out.
+
+        team: the processes that make `total` clips together, of which these are this one's.
+        """
+        team, total = team or Alone(), total or len(clips)
         whole = self.tidy(clips)
         missing = [clip for clip in clips if not whole.issuperset(clip.files(self.recipe.event_images))]
         done, failed = len(clips) - len(missing), 0
         log(f"prepare | {self.path} | {len(clips)} clips, {done} of them are there | {workers} workers")
-        progress = Progress("prepare", len(clips), done, unit="clips")
+        progress = Progress("prepare", total, done, unit="clips")
         work = functools.partial(make_block, folder=self.path, recipe=self.recipe)
         try:
             for block, reasons in in_workers(work, blocks_of(missing, workers), workers):
@@ -149,7 +160,8 @@ class PreparedFolder:
                         failed += 1
                         left_out.add(clip.sequence, clip.number, reason)
                 done += len(block)
-                progress.update(done, f"left out {failed}")
+                if known := team.report("prepare", done, failed):
+                    progress.update(known[0], f"left out {known[1]}")
         except BaseException:
             self.tidy(clips)
             raise

@@ -7,38 +7,16 @@ and those of one process with --fresh_sequences. Imports no torch.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
-import heapq
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from base import UserError
 from decoding.clips import Clips
 from decoding.journal import DecodingJournal, journal_of
-from machine.team import Work
-
-if TYPE_CHECKING:
-    from clips.dataset import Sample
-
-
-def share_of(samples: list[Sample], rank: int, world: int) -> list[Sample]:
-    """The samples of whole sequences that fall to this rank, in their order.
-
-    The longest sequence first, each to the process with the fewest clips (Graham 1969, LPT).
-    """
-    lengths = collections.Counter(sample.sequence for sample in samples)
-    loads = [(0, number) for number in range(world)]
-    mine = set()
-    for sequence, length in sorted(lengths.items(), key=lambda item: (-item[1], item[0])):
-        load, number = heapq.heappop(loads)
-        heapq.heappush(loads, (load + length, number))
-        if number == rank:
-            mine.add(sequence)
-    return [sample for sample in samples if sample.sequence in mine]
+from machine.team import Work, share_of
 
 
 def check_alone(team: Work, flags: dict[str, bool]) -> None:
@@ -63,7 +41,7 @@ def clips_of(clips: Clips, team: Work) -> Clips:
     """The clips that this process decodes, with a list of its own for those that fail."""
     if team.ranks.world == 1:
         return clips
-    samples = share_of(clips.samples, team.ranks.rank, team.ranks.world)
+    samples = share_of(clips.samples, lambda sample: sample.sequence, team.ranks)
     return dataclasses.replace(clips, samples=samples, failed=[])
 
 

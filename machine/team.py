@@ -13,9 +13,11 @@ that it waits for are heard of. What must outlive a process belongs into its fil
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import hashlib
+import heapq
 import itertools
 import json
 import os
@@ -266,6 +268,21 @@ def bounds_of(total: int, world: int) -> list[tuple[int, int]]:
         bounds.append((start, end))
         start = end
     return bounds
+
+
+def share_of(items: Sequence[Item], group: Callable[[Item], str], ranks: Ranks) -> list[Item]:
+    """The items of whole groups that fall to this process, in their order.
+
+    The largest group first, each to the process with the fewest items (Graham 1969, LPT).
+    """
+    sizes = collections.Counter(map(group, items))
+    loads, mine = [(0, rank) for rank in range(ranks.world)], set()
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        load, rank = heapq.heappop(loads)
+        heapq.heappush(loads, (load + size, rank))
+        if rank == ranks.rank:
+            mine.add(name)
+    return [item for item in items if group(item) in mine]
 
 
 # --------------------------------------------------------------------------------------- the store

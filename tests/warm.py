@@ -21,7 +21,7 @@ import torch
 import extract_tokens_train, machine.running, matplotlib.pyplot, speculative_decode, train_and_evaluate
 import acceptance.evaluation, decoding.answers, decoding.drafts, decoding.results
 import drafting.hybrid, reports.task_report
-import training.loop, training.phases
+import prepare_dsec, training.loop, training.phases
 from clips import dataset
 from vlm import batches, eventgpt, video_llava
 torch.set_num_threads(1)

@@ -1,15 +1,10 @@
 """Several processes decode together: whole sequences each, the figures of one process for each."""
 
-import collections
 import json
 import os
 import time
 from pathlib import Path
 
-import pytest
-
-from clips.dataset import Sample
-from decoding.together import share_of
 from drafting.memory import LiveMemory, load_memory
 from drafting.ngrams import NGrams
 from tests.launch import Launch
@@ -24,19 +19,6 @@ def read(folder: Path) -> tuple:
     same = {key: results[key] for key in ("answers", "failed", "target", "models", "drafter")}
     assert (folder / "DECODE.md").stat().st_size > 1000
     return without_times(same), load_memory(folder / "memory.npz")
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_every_sequence_goes_whole_to_one_process(world):
-    lengths = {"a": 9, "b": 1, "c": 5, "d": 4}
-    samples = [Sample(number, str(number), sequence, number)
-               for sequence, length in lengths.items() for number in range(length)]
-    shares = [share_of(samples, rank, world) for rank in range(world)]
-    assert sorted(sample.key for share in shares for sample in share) == sorted(
-        sample.key for sample in samples)
-    sequences = collections.Counter(name for share in shares for name in {clip.sequence for clip in share})
-    assert set(sequences.values()) == {1}
-    assert max(map(len, shares)) == {1: 19, 2: 10, 3: 9, 8: 9}[world]
 
 
 def test_a_memory_forgets_what_it_learnt_and_keeps_what_it_began_with():

@@ -10,7 +10,7 @@ from base import UserError
 from machine import team as team_module
 from machine.ranks import Ranks
 from machine.running import Stopped
-from machine.team import Alone, Team, bounds_of
+from machine.team import Alone, Team, bounds_of, share_of
 
 team_module.SPEAK_S = 0.1
 
@@ -46,6 +46,16 @@ def test_every_item_is_in_one_block_and_the_last_blocks_are_small(total, world):
     if total > 16 * world:
         first, last = (end - start for start, end in (bounds[0], bounds[-1]))
         assert first <= total / (4 * world) + 1 and last <= 16
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_group_goes_whole_to_one_process(world):
+    items = [(name, number) for name, size in {"a": 9, "b": 1, "c": 5, "d": 4}.items()
+             for number in range(size)]
+    shares = [share_of(items, lambda item: item[0], Ranks(rank, world)) for rank in range(world)]
+    assert sorted(item for share in shares for item in share) == items
+    assert len([name for share in shares for name in {name for name, _ in share}]) == 4
+    assert max(map(len, shares)) == {1: 19, 2: 10, 3: 9, 8: 9}[world]
 
 
 def test_each_item_goes_to_one_process_and_a_slow_one_gets_fewer():
