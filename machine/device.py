@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from base import UserError, install_command
+from machine.ranks import Ranks
 
 Quantization = Literal["auto", "4bit", "8bit", "none"]
 
@@ -36,6 +37,20 @@ def choose_device(name: str = "auto") -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
     return device
+
+
+def see_own_gpu(ranks: Ranks) -> None:
+    """Show this process of several the GPU of its local rank alone; call it before CUDA is used.
+
+    What takes the first GPU by default (streams, kernels, other libraries) then takes the right
+    one. Nothing changes where the launcher shows each process one GPU already.
+    """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number) for number in range(torch.cuda.device_count())]
+    if shown is not None:
+        names = [name for name in shown.split(",") if name.strip()]
+    if ranks.local_rank < len(names) > 1 and not torch.cuda.is_initialized():
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[ranks.local_rank]
 
 
 def gpu_of(device: torch.device) -> str:

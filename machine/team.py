@@ -292,6 +292,9 @@ def open_store(ranks: Ranks) -> Store:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch.distributed as dist
 
+    from machine.device import see_own_gpu
+
+    see_own_gpu(ranks)
     if ranks.launcher != "torchrun":
         host, port = meeting_place(ranks, os.environ)
         os.environ.update({"MASTER_ADDR": host, "MASTER_PORT": str(port), **dict(zip(

@@ -1,10 +1,14 @@
 """The place of a process in its launch, as each launcher says it; and what is refused."""
 
+import os
+
 import pytest
+import torch
 
 import base
 from base import UserError
 from machine import ranks
+from machine.device import see_own_gpu
 from machine.ranks import Ranks, meeting_place
 from machine.running import run
 
@@ -62,6 +66,17 @@ def test_the_processes_of_a_launch_know_where_they_meet():
 def test_each_process_has_the_gpu_of_its_local_rank(name, count, wanted):
     assert Ranks.of(TORCHRUN).device(name, count) == wanted
     assert Ranks().device(name, count) == name
+
+
+@pytest.mark.parametrize(("shown", "wanted"), [
+    (None, "1"), ("2,3", "3"), ("GPU-a,GPU-b", "GPU-b"), ("5", "5"), ("", "")])
+def test_each_process_sees_one_gpu(monkeypatch, shown, wanted):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    see_own_gpu(Ranks.of(TORCHRUN))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == wanted
 
 
 def test_a_program_that_runs_as_one_is_not_started_as_several(monkeypatch, capsys):
