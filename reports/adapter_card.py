@@ -45,7 +45,7 @@ def metrics_of(results: dict, decodings: list[dict]) -> dict:
     return {
         "format": FORMAT, "kind": "adapter", "task": results["task"], "date": results["date"],
         "adapter": results["adapter"], "refitted": results["refitted"],
-        "config": {"conditioning": results["config"]["conditioning"]},
+        "draft_worth": draft_worth(results),
         "files": files, "warnings": len(results["warnings"]),
         "metrics": {"test": {**{key: test[key] for key in KEPT}, "drafters": drafters}},
         "decodings": [decoding_of(decoding) for decoding in decodings],
@@ -105,7 +105,8 @@ def front_matter(models: dict[str, list[dict]]) -> list[str]:
 
 
 def name_of(models: dict[str, list[dict]], role: str) -> str:
-    return ", ".join(escape(facts.get("name", "unknown")) for facts in models.get(role, ())) or "unknown"
+    names = [escape(facts["name"]) for facts in models.get(role, ()) if "name" in facts]
+    return ", ".join(names) or "a model that the pair files don't name"
 
 
 def lead(metrics: dict, models: dict[str, list[dict]]) -> list[str]:
@@ -169,7 +170,7 @@ def acceptance_section(metrics: dict) -> list[str]:
     return ["## Acceptance on test pairs", "", *table(header, rows),
             "alpha: share of target tokens predicted right given the true prefix. tau: tokens for each "
             f"target pass in simulated greedy decoding, the prefill counted.{measured}", "",
-            f"What the draft adds: {draft_worth(metrics)}", ""]
+            f"What the draft adds: {metrics['draft_worth']}", ""]
 
 
 def decoding_section(decodings: list[dict]) -> list[str]:

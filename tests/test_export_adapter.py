@@ -14,7 +14,7 @@ import export_adapter
 from base import ROOT, UserError
 from decoding import exported
 from decoding.task import read_task
-from reports.adapter_card import card
+from reports.adapter_card import card, metrics_of
 from reports.blocks import number, percent
 from tests.test_speculative_decode import run_main
 
@@ -68,6 +68,16 @@ def test_the_card_tells_the_figures_of_the_run_and_no_place_of_this_machine(fold
         assert str(demo.tasks.parent) not in content and str(ROOT) not in content
     models = json.loads((folder / "config.json").read_text())["models"]
     assert models["videollava"][0]["vocab_size"] == 691 and models["eventgpt"][0]["revision"]
+    assert all(facts["tokenizer"] in text for of_role in models.values() for facts in of_role)
+
+
+def test_a_task_without_drafts_has_a_card_too(task):
+    results = json.loads((task / "results.json").read_text())
+    results["metrics"]["test"] |= {"direct_copy": None, "adapter_minus": {}}
+    results["adapter"]["conditioning"] = results["config"]["conditioning"] = "prefix"
+    text = card("a", metrics_of(results, []), {}, None)
+    assert "What the draft adds: nothing: these pairs have no drafts." in text
+    assert "a model that the pair files don't name" in text and "recorded no models" in text
 
 
 def test_without_a_memory_no_answer_is_passed_on_and_the_card_says_so(monkeypatch, task, tmp_path, capsys):
