@@ -55,6 +55,7 @@ done
 # shellcheck source=machine/steps.sh
 source "${suite}/machine/steps.sh"
 RESUME="cd $(quoted "${PWD}") &&"
+none_or_id='^(none|[[:alnum:]._-]+/[[:alnum:]._-]+)$'       # what EVENTGPT may be, if no folder
 flags=(PREPARE_FLAGS EXTRACT_FLAGS TRAIN_FLAGS DRAFT_FLAGS DECODE_FLAGS DEMO_FLAGS)
 for name in DATA_ROOT DSEC_ROOT TRAIN_DATA TEST_DATA SEQUENCE_PATTERN TOKENS_DIR TASK_DIR EVENTGPT \
             VIDEO_LLAVA TEST_1S PYTHON VENV LOCK_WAIT_S NUM_PROCESSES "${flags[@]}"; do
@@ -63,8 +64,8 @@ for name in DATA_ROOT DSEC_ROOT TRAIN_DATA TEST_DATA SEQUENCE_PATTERN TOKENS_DIR
   # A relative path starts in the folder where the script was called.
   case "${name}" in
     *_FLAGS|LOCK_WAIT_S|NUM_PROCESSES|SEQUENCE_PATTERN) continue ;;
-    EVENTGPT) [[ "${value}" != none ]] || continue ;;
     VIDEO_LLAVA) [[ -d "${value}" ]] || continue ;;
+    EVENTGPT) [[ -d "${value}" || ! "${value}" =~ ${none_or_id} ]] || continue ;;
     PYTHON) [[ "${value}" == */* ]] || continue ;;
   esac
   if [[ -n "${value}" && "${value}" != /* ]]; then export "${name}=${PWD}/${value}"; fi
@@ -82,7 +83,7 @@ TEST_DATA="${TEST_DATA:-}"            # a folder of videos is one
 SEQUENCE_PATTERN="${SEQUENCE_PATTERN:-}"    # finds the sequence in a clip's path, e.g. '^(.*)_[0-9]+$'
 TOKENS_DIR="${TOKENS_DIR:-tokens}"
 TASK_DIR="${TASK_DIR:-task}"
-EVENTGPT="${EVENTGPT:-}"              # folder of the EventGPT checkpoint; none: the target alone
+EVENTGPT="${EVENTGPT:-}"              # folder (or hub id) of the draft model; none: the target alone
 VIDEO_LLAVA="${VIDEO_LLAVA:-LanguageBind/Video-LLaVA-7B-hf}"    # folder or hub id
 TEST_1S="${TEST_1S:-}"                # a pair file to test the 1s adapter on, instead of extracting one
 LOCK_WAIT_S="${LOCK_WAIT_S:-120}"     # how long to wait for another workflow in the same TASK_DIR
@@ -105,7 +106,8 @@ check_settings() {
   [[ -z "${TEST_1S}" || -f "${TEST_1S}" ]] || die "TEST_1S=${TEST_1S}: no such file"
   [[ "${LOCK_WAIT_S}" =~ ^[0-9]+$ ]] || die "LOCK_WAIT_S=${LOCK_WAIT_S}: wanted whole seconds"
   [[ -z "${DSEC_ROOT}" || -d "${DSEC_ROOT}" ]] || die "DSEC_ROOT=${DSEC_ROOT}: no such folder"
-  [[ "${EVENTGPT}" == none || -d "${EVENTGPT}" ]] || die "EVENTGPT=${EVENTGPT}: no such folder"
+  [[ -d "${EVENTGPT}" || "${EVENTGPT}" =~ ${none_or_id} ]] \
+    || die "EVENTGPT=${EVENTGPT}: no such folder, nor a hub id"
   if [[ -z "${NUM_PROCESSES}" ]]; then NUM_PROCESSES="$(visible_gpus)"; fi
   [[ "${NUM_PROCESSES}" =~ ^[1-9][0-9]*$ ]] || die "NUM_PROCESSES=${NUM_PROCESSES}: wanted 1 or more"
   for name in "${flags[@]}"; do split "${name}"; done
