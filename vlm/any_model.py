@@ -23,8 +23,8 @@ from clips.limits import MediaError
 from machine.device import Runtime
 from machine.files import read_json, read_within
 from vlm.checkpoints import Checkpoint, open_checkpoint
-from vlm.contract import Answer, Prompt
-from vlm.embedded import KNOWN, GrowingTarget, axes_of, reach
+from vlm.contract import Answer, NotNumbers, Prompt, Shared
+from vlm.embedded import KNOWN, GrowingTarget, added_of, axes_of, reach, shared_of
 from vlm.errors import in_words, short_of_memory
 from vlm.fits import why_not
 from vlm.generic import CPU_ROWS, ROWS, GenericBatches, GenericTarget, extended
@@ -218,17 +218,19 @@ class AnyModel(LoadedModel):
         length = pixels.length + len(after)
         if self.reason is not None:
             return Prompt(length, inputs=extended(self._on_device([pixels]), [after]))
-        shared, positions = self.shared_prompts([pixels])
-        return Prompt(length, torch.cat([shared, self._embed(after)], 1), positions)
+        shared = self.shared_prompts([pixels])
+        return Prompt(
+            length,
+            torch.cat([shared.embeds, self._embed(after)], 1),
+            shared.positions,
+            None if shared.added is None else shared.added[:, 0],
+        )
 
     @torch.inference_mode()
-    def shared_prompts(
-        self, clips: Sequence[ClipInputs]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def shared_prompts(self, clips: Sequence[ClipInputs]) -> Shared:
         # One token of text more: where text goes on behind pictures differs between models.
         text = [[self.eos_ids[0]]] * len(clips)
-        reached = reach(self.model, extended(self._on_device(clips), text))
-        return reached["inputs_embeds"][:, :-1], axes_of(reached)
+        return shared_of(reach(self.model, extended(self._on_device(clips), text)))
 
     def answer(
         self, pixels: list[ClipInputs], queries: list[str], max_new_tokens: int
@@ -247,9 +249,13 @@ class AnyModel(LoadedModel):
                 self._on_device([pixels[number] for number in group]),
                 [rows[number] for number in group],
             )
-            answered = generate_greedily(
-                self.model, self.tokenizer, self.eos_ids, max_new_tokens, **inputs
-            )
+            try:
+                answered = generate_greedily(
+                    self.model, self.tokenizer, self.eos_ids, max_new_tokens, **inputs
+                )
+            except NotNumbers as error:
+                rows_of_call = tuple(group[row] for row in error.rows)
+                raise NotNumbers(self.model.dtype, rows_of_call) from error
             answers |= dict(zip(group, answered))
         return [answers[number] for number in range(len(pixels))]
 
@@ -327,7 +333,9 @@ class AnyModel(LoadedModel):
         steps = Steps(decoder, head, embeds.shape[1], graphs=False)
         if (axes := axes_of(reached)) is not None:
             steps.set_positions(axes)
-        difference, limit = apart(steps.prefill(embeds, len(theirs)).logits, theirs), FAR[self.runtime.dtype]
+        added = added_of(reached)
+        ours = steps.prefill(embeds, len(theirs), added=None if added is None else added[:, 0])
+        difference, limit = apart(ours.logits, theirs), FAR[self.runtime.dtype]
         if difference <= limit:
             return None
         return f"our own layers give other logits (by {difference:.2%}, wanted {limit:.1%} or less)"

@@ -112,10 +112,9 @@ class Batches(Llama):
         positions = self.slots[:self.shared]
         for first in range(0, len(pixels), size):
             part = pixels[first:first + size]
-            embeds, axes = self.vlm.shared_prompts(part)
-            embeds = embeds.to(self.dtype)
-            if axes is not None:                 # the same for all clips of one shape
-                self.set_positions(axes)
+            shared = self.vlm.shared_prompts(part)
+            if shared.positions is not None:     # the same for all clips of one shape
+                self.set_positions(shared.positions)
             rows = slice(first, first + len(part))
 
             def attend(number: int, queries: torch.Tensor, rows=rows) -> torch.Tensor:
@@ -127,12 +126,13 @@ class Batches(Llama):
                 rows.start * self.shared, rows.stop * self.shared, device=self.device
             )
             self.layers(
-                embeds.flatten(0, 1),
+                shared.embeds.to(self.dtype).flatten(0, 1),
                 positions.repeat(len(part)),
                 self.seen,
                 places,
                 attend,
                 follow=False,
+                added=None if shared.added is None else shared.added.flatten(1, 2),
             )
 
     def _ask(self, questions: list[list[int]], read: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from base import UserError
 
@@ -38,6 +38,17 @@ class Answer:
     finished: bool
 
 
+class Shared(NamedTuple):
+    """The prompts of B clips up to the end of the pictures, as our layers take them."""
+
+    embeds: torch.Tensor           # (B, P, H)
+    # (axes, P + 1) int64 for RoPE, that of the first text included, the same in all rows;
+    # None: 0, 1, 2, ...
+    positions: torch.Tensor | None = None
+    # (k, B, P, H) to add behind each of the first k layers: Qwen3-VL's deepstack
+    added: torch.Tensor | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """One question about one clip, ready to be read: what Target.ask takes."""
@@ -47,6 +58,7 @@ class Prompt:
     # (axes, P) int64 of its first P positions, for RoPE with several axes: the last is text, and
     # text goes on from there; None: 0, 1, 2, ...
     positions: torch.Tensor | None = None
+    added: torch.Tensor | None = None            # (k, P, H), as in Shared
     # all tensors of transformers' forward, for a model that our layers do not run
     inputs: dict[str, torch.Tensor] | None = None
 
@@ -161,10 +173,9 @@ class VisionLanguageModel(Protocol):
     def encode(self, pixels: Any, query: str) -> Any:
         """One clip's prompt, for ask() of the target that open_target gives."""
 
-    def shared_prompts(self, clips: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Clips as prepare() gives them -> (embeddings (B, P, H) up to the end of the pictures,
-        positions (axes, P + 1) for RoPE, those of the first text included and the same in all rows;
-        None: 0, 1, 2, ...).
+    def shared_prompts(self, clips: Sequence[Any]) -> Shared:
+        """The prompts of clips of one shape, as prepare() gives them, up to the end of the
+        pictures.
         """
 
     def open_target(self, questions: list[str], pictures: int, more_tokens: int) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from base import log
-from vlm.contract import Prompt
+from vlm.contract import Prompt, Shared
 from vlm.llama import with_text
 from vlm.steps import Prompted, Steps
 
@@ -22,7 +22,7 @@ ROOM_STEP = 512                      # positions by which the cache grows for a 
 KNOWN = {
     "inputs_embeds", "position_ids", "attention_mask", "input_ids", "use_cache", "cache",
     "past_key_values", "cache_position", "logits_to_keep", "return_dict", "output_attentions",
-    "output_hidden_states"}
+    "output_hidden_states", "visual_pos_masks", "deepstack_visual_embeds"}
 
 
 class Reached(Exception):
@@ -58,6 +58,24 @@ def axes_of(reached: dict) -> torch.Tensor | None:
     return positions[-3:, 0]                             # of four the first is for masks
 
 
+def added_of(reached: dict) -> torch.Tensor | None:
+    """(k, B, L, H), what Qwen3-VL adds behind its first k layers where pictures are; None: nothing."""
+    mask, parts = reached.get("visual_pos_masks"), reached.get("deepstack_visual_embeds")
+    if mask is None or not parts:
+        return None
+    added = reached["inputs_embeds"].new_zeros(len(parts), *mask.shape, parts[0].shape[-1])
+    for layer, part in zip(added, parts):
+        layer[mask] = part.to(layer)
+    return added
+
+
+def shared_of(reached: dict) -> Shared:
+    """All positions but the last, which is text."""
+    added = added_of(reached)
+    return Shared(reached["inputs_embeds"][:, :-1], axes_of(reached),
+                  None if added is None else added[:, :, :-1])
+
+
 class GrowingTarget(Prompted):
     """The Target protocol on our own layers, for prompts of any length: the cache grows with them."""
 
@@ -79,6 +97,7 @@ class GrowingTarget(Prompted):
             self._open(prompt.length + self.more)
         self.positions = prompt.positions
         self.embeds = prompt.embeds
+        self.added = prompt.added
         if prompt.positions is not None:
             self.steps.set_positions(prompt.positions)
 
@@ -87,5 +106,10 @@ class GrowingTarget(Prompted):
         whole, how = torch.cat([self.embeds, self.steps.embed(tokens)], 1), {}
         if self.positions is not None and len(self.positions) > 1:
             how["position_ids"] = with_text(self.positions, whole.shape[1])[:, None]
+        if self.added is not None:
+            mask = (self.added != 0).any(-1).any(0)
+            how["deepstack_visual_embeds"] = [layer[mask] for layer in self.added]
+            text = mask.new_zeros(whole.shape[1] - len(mask))
+            how["visual_pos_masks"] = torch.cat([mask, text])[None]
         hidden = self.steps.model(inputs_embeds=whole, use_cache=False, **how).last_hidden_state
         return self.steps.lm_head(hidden[0, -len(tokens) :])

@@ -89,7 +89,9 @@ class Llama:
 
         By the model's own RoPE, with its scaling.
         """
-        positions = positions if len(positions) == 1 else positions[:, None]
+        rope = self.model.config.rope_parameters
+        if "mrope_section" in rope:                  # wants all three axes, for text too
+            positions = positions.expand(3, -1)[:, None]
         like = self.model.embed_tokens.weight[:1, None]
         cos, sin = self.model.rotary_emb(like, position_ids=positions)
         minus, plus = sin.chunk(2, -1)
@@ -115,13 +117,15 @@ class Llama:
                            dtype=self.dtype, device=self.device)
 
     def layers(self, x: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor,
-               places: torch.Tensor, attend: Callable, follow: bool = True) -> torch.Tensor:
+               places: torch.Tensor, attend: Callable, follow: bool = True,
+               added: torch.Tensor | None = None) -> torch.Tensor:
         """x (n, D) at positions (n,) -> (n, D) before the final norm.
 
         Keys and values are written to cache (layers, 2, rows, kv_heads, slots, d) at places (n,) =
         row * slots + slot, before attend(layer number, queries (n, heads, d)) -> (n, heads * d) is
         called. follow=False fills the cache alone: it skips the last layer's output and returns x
-        before that layer.
+        before that layer. added (k, m, D): to add to the first m positions behind each of the first
+        k layers.
         """
         h = normed(x, self.model.layers[0].input_layernorm)
         for number, layer in enumerate(self.model.layers):
@@ -138,6 +142,8 @@ class Llama:
             gate_up = together(h, self.gate_up[number], mlp.gate_proj, mlp.up_proj)
             gate, up = gate_up.chunk(2, -1)
             out = mlp.down_proj(swiglu(gate_up) if self.is_silu else mlp.act_fn(gate) * up)
+            if added is not None and number < len(added):
+                out[:added.shape[1]] += added[number]
             if number + 1 < self.depth:
                 x, h = add_and_norm(x, out, self.model.layers[number + 1].input_layernorm)
         return x + out

@@ -15,7 +15,7 @@ from torch import nn
 from base import log
 from clips.pixels import clip_pixels
 from machine.device import Runtime
-from vlm.contract import VisionLanguageModel
+from vlm.contract import Shared, VisionLanguageModel
 from vlm.loading import dtype_name, free_memory, quantization_of
 from vlm.vocabulary import digest_of
 
@@ -113,11 +113,11 @@ class PixelModel(LoadedModel):
         before = len(first) + self.visual_tokens(pictures)
         return before, [after[:max(1, self.max_prompt - before)] for _, after in parts]
 
-    def shared_prompts(self, clips: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def shared_prompts(self, clips: Sequence[Any]) -> Shared:
         pixels = torch.stack(list(clips))
         if self.runtime.device.type == "cuda":
             pixels = pixels.pin_memory()
-        return self.shared_embeds(pixels.to(self.runtime.device, non_blocking=True)), None
+        return Shared(self.shared_embeds(pixels.to(self.runtime.device, non_blocking=True)))
 
     def open_target(self, questions: list[str], pictures: int, more_tokens: int) -> Any:
         from vlm.steps import Prompted, Steps

@@ -88,12 +88,13 @@ class Steps(Llama):
 
     @torch.inference_mode()
     def prefill(self, embeds: torch.Tensor, outputs: int = 1,
-                parents: list[int] | None = None) -> Next:
+                parents: list[int] | None = None, added: torch.Tensor | None = None) -> Next:
         """embeds (1, L, D) -> the next token after each of the last `outputs` positions.
 
         Starts an empty sequence; its length is L afterwards. parents: the last `outputs` positions
         form a tree as in verify(); its root is the last position of the prompt. Never a graph:
-        L = 2,076 is compute-bound. Causal without a mask, so that fused attention can run.
+        L = 2,076 is compute-bound. Causal without a mask, so that fused attention can run. added: as for
+        Llama.layers.
         """
         rows, length, _ = embeds.shape
         assert rows == 1 and 1 <= outputs <= length <= self.room, (
@@ -124,7 +125,8 @@ class Steps(Llama):
             return torch.cat([mixed, tree])
 
         with self.on_device():
-            x = self.layers(embeds[0].to(self.dtype), positions, self.cache, places, attend)
+            x = self.layers(embeds[0].to(self.dtype), positions, self.cache, places, attend,
+                            added=added)
             return self._record(self.following(x[-outputs:]))
 
     @torch.inference_mode()
@@ -285,6 +287,7 @@ class Prompted:
     """The Target protocol of decoding on Steps, for one prompt at a time."""
 
     takes_trees = True
+    added: torch.Tensor | None = None            # as for Steps.prefill
 
     def __init__(self, steps: Steps):
         self.steps, self.vocab_size = steps, steps.vocab_size
@@ -301,7 +304,7 @@ class Prompted:
         embeds = self.embeds
         if proposed:
             embeds = torch.cat([embeds, self.steps.embed(proposed)], 1)
-        return self.steps.prefill(embeds, len(proposed) + 1, parents)
+        return self.steps.prefill(embeds, len(proposed) + 1, parents, self.added)
 
     def verify(self, tokens: list[int], parents: list[int] | None = None) -> Next:
         """As Steps.verify: the answer's last token, then the proposals, a chain or a tree."""
