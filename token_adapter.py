@@ -78,6 +78,8 @@ class AdapterConfig:
                 raise UserError(f"{name} must be from 0 to the vocabulary size {limit}, got {value!r:.40}")
         if self.embed_dim % self.num_heads:
             raise UserError(f"num_heads must divide embed_dim, got {self.num_heads} and {self.embed_dim}")
+        if not (isinstance(self.draft_tokenizer, str) and isinstance(self.target_tokenizer, str)):
+            raise UserError("draft_tokenizer and target_tokenizer must be texts")
         if not isinstance(self.dropout, float) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be in [0, 1), got {self.dropout!r}")
 
@@ -227,8 +229,7 @@ class TokenAdapter(nn.Module, PyTorchModelHubMixin, library_name="eventgpt-draft
         """The states x (B, T, D) from which `output` makes the logits of `forward`.
 
         text (B, S) int64, only in training: drafts as answers of their own, further text about the
-        same streets. S more positions follow: output i proposes text[:, i] from text[:, :i].
-        """
+        same streets. S more positions follow: output i proposes text[:, i] from text[:, :i]."""
         assert draft.shape[1] <= self.config.max_seq_len, (draft.shape, self.config.max_seq_len)
         if not self.config.sees_prefix:
             return self._blocks(self.embedding(draft) + self.position_embedding.weight[:draft.shape[1]])
@@ -341,8 +342,7 @@ class TokenAdapter(nn.Module, PyTorchModelHubMixin, library_name="eventgpt-draft
     # -------------------------------------------------------------------------------- files, the hub
     def save_pretrained(self, save_directory, *, config=None, **options):
         """Write model.safetensors, config.json (with the keys of the dict `config` too) and, where
-        there is none, README.md. options, push_to_hub: huggingface_hub.ModelHubMixin.
-        """
+        there is none, README.md. options, push_to_hub: huggingface_hub.ModelHubMixin."""
         config = {**(config or {}), "format": FORMAT, **dataclasses.asdict(self.config)}
         return super().save_pretrained(save_directory, config=config, **options)
 

@@ -231,6 +231,7 @@ DAMAGES = {
     "conditioning": lambda folder: damage_config(folder, conditioning=["prefix"]),
     "contract": lambda folder: damage_config(folder, contract="target[i+2]"),
     "dropout": lambda folder: damage_config(folder, dropout="0.1"),
+    "tokenizer": lambda folder: damage_config(folder, draft_tokenizer=[1]),
     "other sizes": lambda folder: damage_config(folder, vocab_size=51),
     **{f"huge {name}": lambda folder, name=name: damage_config(folder, **{name: HUGE[name]})
        for name in HUGE},
