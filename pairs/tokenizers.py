@@ -32,7 +32,12 @@ class Tokenizers:
                 raise UserError(f"{ours} and {theirs} are of different {which} tokenizers ({here} "
                                 f"and {there}): their ids are different tokens; use those of one "
                                 "tokenizer")
-        if with_drafts and False in (self.are_same, other.are_same) and UNKNOWN in (self, other):
+        same = {self.are_same, other.are_same}
+        if with_drafts and same == {True, False}:
+            raise UserError(f"draft and target have one tokenizer in {ours if self.are_same else theirs} "
+                            f"and different ones in {theirs if self.are_same else ours}: their ids are "
+                            "different tokens; use those of the same two models")
+        if with_drafts and False in same and UNKNOWN in (self, other):
             unknown, known = (ours, theirs) if self == UNKNOWN else (theirs, ours)
             raise UserError(f"{unknown} does not tell of which tokenizers its ids are, and in {known} "
                             "draft and target have different ones; use pairs that "

@@ -198,6 +198,15 @@ def test_pair_files_of_different_tokenizers_are_refused_together(
         load_pairs([tmp_path / "old.json", separate["pairs"]])
 
 
+def test_files_that_differ_in_having_one_tokenizer_are_refused_without_digests_too():
+    one, two = Tokenizers(are_same=True), Tokenizers("aa", "bb", False)
+    for ours, theirs in ((one, two), (two, one)):
+        with pytest.raises(UserError, match="one tokenizer in one and different ones in two"):
+            ours.check(theirs, *("one", "two")[:: 1 if ours is one else -1])
+    assert two.joined(Tokenizers(target="bb")) == two
+    two.check(Tokenizers(target="bb"), "two", "pairs of the target alone")
+
+
 # ----------------------------------------------------------------------------------------- training
 def test_draft_tokens_get_embeddings_of_their_own_and_checkpoints_say_so(separate):
     for conditioning in ("prefix+draft", "draft"):
