@@ -31,6 +31,8 @@ FORMATS = ("extraction", "benchmark", "inference")
 RECORDED = {"vocab_size": int, "dataset_dir": str, "dataset_name": str, "same_tokenizer": bool}
 MODEL_FACTS = {"name": str, "revision": str, "vocab_size": int, "bos_id": int, "tokenizer": str}
 MAX_ANSWER = 2**15             # tokens; the models' contexts have 4096 positions
+ONLY_INT = {int}               # no bool
+KEY_KINDS = (int, float, str, type(None))      # of sample_idx and question_idx
 MAX_DIGITS = 18                # of a clip number; a longer one is taken as a name
 LLAMA_BOS = 1                  # of LLaMA's tokenizer; in Qwen's vocabulary 1 is a quotation mark
 MAYBE_BOS = (f"starts with id {LLAMA_BOS}; if that is the tokenizer's BOS, drop such rows with "
@@ -79,25 +81,32 @@ def _why_unusable(tokens, text, bos_id: int | None) -> str | None:
     """The reason why one answer can't be used, or None."""
     if not isinstance(tokens, list):
         return "no token list"
-    if len(tokens) > MAX_ANSWER:
+    size = len(tokens)
+    if size > MAX_ANSWER:
         return f"absurdly long (over {MAX_ANSWER} tokens)"
-    if not {int}.issuperset(map(type, tokens)):
+    if not ONLY_INT.issuperset(map(type, tokens)):
         return "token ids that are not whole numbers"
     if tokens and (min(tokens) < 0 or max(tokens) >= 2**31):
         return "negative or absurd token ids"
-    if bos_id is not None and tokens[:1] == [bos_id] and len(tokens) > 1:
+    if bos_id is not None and size > 1 and tokens[0] == bos_id:
         return "prompt included (starts with BOS)"
     # No token of the usual vocabularies spans white space: n words are n tokens at least.
-    if isinstance(text, str) and len(text.split()) > len(tokens):
+    if isinstance(text, str) and len(text.split()) > size:
         return "fewer tokens than words in the text"
     return None
 
 
+def _may_have_bos(tokens: list[int], bos_id: int | None) -> bool:
+    """Whether the answer starts with LLaMA's BOS, and the model's own is not known."""
+    return bos_id is None and len(tokens) > 1 and tokens[0] == LLAMA_BOS
+
+
 def _is_degenerate(tokens: list[int]) -> bool:
     """One id makes up over half of an answer of 8 tokens or more: the model was in a loop."""
-    if len(tokens) < 8 or len(set(tokens)) > len(tokens) / 2 + 1:        # quicker than counting
+    size = len(tokens)
+    if size < 8 or 2 * len(set(tokens)) > size + 2:        # quicker than counting
         return False
-    return max(collections.Counter(tokens).values()) > len(tokens) / 2
+    return max(collections.Counter(tokens).values()) > size / 2
 
 
 def _place_of(row: dict) -> tuple[str, int | str]:
@@ -108,6 +117,8 @@ def _place_of(row: dict) -> tuple[str, int | str]:
     if not isinstance(sequence, str):
         sequence = str(Path(path).parent) if "/" in path else ""
     clip = row.get("clip")
+    if type(clip) is int and 0 <= clip < 10**MAX_DIGITS:
+        return sys.intern(sequence), clip
     clip = str(clip) if isinstance(clip, (int, str)) else Path(path).stem
     is_number = clip.isascii() and clip.isdigit() and len(clip) <= MAX_DIGITS
     return sys.intern(sequence), int(clip) if is_number else clip
@@ -116,12 +127,12 @@ def _place_of(row: dict) -> tuple[str, int | str]:
 def _row_key(row: dict) -> int | None:
     """Equal for two rows about the same clip and question; None where a row doesn't tell."""
     if "sample_idx" in row:
-        key, kinds = (row["sample_idx"], row.get("question_idx")), (int, float, str, type(None))
+        key: tuple = (row["sample_idx"], row.get("question_idx"))
+        usable = isinstance(key[0], KEY_KINDS) and isinstance(key[1], KEY_KINDS)
     else:
-        key, kinds = (row.get("id"),), str
-    if not all(isinstance(part, kinds) for part in key):
-        return None
-    return digest(repr(key).encode(errors="surrogatepass"))
+        key = (row.get("id"),)
+        usable = isinstance(key[0], str)
+    return digest(repr(key).encode(errors="surrogatepass")) if usable else None
 
 
 # ----------------------------------------------------------------------------------------- one file
@@ -185,12 +196,14 @@ class _File:
     def _flag(self, draft: list[int], target: list[int]) -> None:
         """Count what is suspicious about a row that is used."""
         flagged = self.report["flagged"]
-        flagged[LOOP] += _is_degenerate(draft) or _is_degenerate(target)
-        flagged[NO_DRAFT] += not draft
-        flagged[SHORT_TARGET] += len(target) < 4
-        flagged[MAYBE_BOS] += any(
-            tokens[:1] == [LLAMA_BOS] and len(tokens) > 1 and bos_id is None
-            for tokens, bos_id in zip((draft, target), self.bos_ids))
+        if _is_degenerate(draft) or _is_degenerate(target):
+            flagged[LOOP] += 1
+        if not draft:
+            flagged[NO_DRAFT] += 1
+        if len(target) < 4:
+            flagged[SHORT_TARGET] += 1
+        if _may_have_bos(draft, self.bos_ids[0]) or _may_have_bos(target, self.bos_ids[1]):
+            flagged[MAYBE_BOS] += 1
 
     def _check_rows(self) -> None:
         """A UserError for a file without any row of a known format."""

@@ -13,12 +13,13 @@ by MAX_WHOLE.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from base import Progress, UserError
 from machine.files import check_format, check_plain, not_json, write_whole
@@ -84,22 +85,22 @@ class JsonRows:
 
     def _our_rows(self, first: bytes, lines: Iterator[bytes]) -> Iterator:
         head = _up_to(BEGIN_ROWS, first, lines)
-        self._take_beside(_parsed(head + b"]}", _once))
+        self._take_beside(_around(head + b"]}"))
         self.has_rows = comma = True            # comma: another row must follow
         for number, line in enumerate(lines):
             if line == END_ROWS and not (comma and number):
                 break
             text = line.rstrip(b" \r\n")
-            row = _parsed(text.removesuffix(b","))
+            row = _row(text.removesuffix(b","))
             if not comma:
                 raise _OtherLayout("a comma is missing between two rows")
             comma = text.endswith(b",")
             yield row
         tail = _up_to(None, END_ROWS, lines)
-        self._take_beside(_parsed(head + tail, _once))
+        self._take_beside(_around(head + tail))
 
     def _json_lines(self, first: bytes, lines: Iterator[bytes]) -> Iterator:
-        row = _parsed(first)
+        row = _row(first)
         second = next(lines, None)
         is_alone = second is None and self.path.suffix != ".jsonl"
         if not isinstance(row, dict) or "results" in row or is_alone:
@@ -109,7 +110,7 @@ class JsonRows:
         for number, line in enumerate(itertools.chain([second or b""], lines), 2):
             if line.strip():
                 try:
-                    row = _parsed(line)
+                    row = _row(line)
                 except _OtherLayout as error:
                     text = f"as JSON Lines it has an error in line {number}: {error}"
                     raise ValueError(text) from None
@@ -136,12 +137,14 @@ class JsonRows:
 
 def _lines(file: BinaryIO, size: int, progress: Progress) -> Iterator[bytes]:
     """The lines of the first `size` bytes of the file."""
-    left, number = size, 0
+    left, number, next_update = size, 0, size
     while left > 0 and (line := file.readline(min(left, MAX_LINE + 1))):
         left, number = left - len(line), number + 1
         if len(line) > MAX_LINE:
             raise _OtherLayout(f"line {number} has more than {MAX_LINE // 2**20} MiB")
-        progress.update((size - left) // 2**20)
+        if left <= next_update:
+            progress.update((size - left) // 2**20)
+            next_update = left - 2**16
         yield line
 
 
@@ -159,10 +162,10 @@ def _up_to(last: bytes | None, first: bytes, lines: Iterator[bytes]) -> bytes:
     return bytes(text)
 
 
-def _parsed(text: bytes, object_hook: Callable | None = None):
+def _parsed(text: bytes, decode: Callable[[str], Any]):
     """The JSON value of a row, or of the object around the rows."""
     try:
-        return json.loads(text.decode(), object_pairs_hook=object_hook)
+        return decode(text.decode())
     except (ValueError, RecursionError) as error:
         raise _OtherLayout(str(error)) from error
 
@@ -172,6 +175,10 @@ def _once(items: list[tuple]) -> dict:
     if sum(key == "results" for key, _ in items) > 1:
         raise ValueError("the key 'results' occurs twice")
     return dict(items)
+
+
+_row = functools.partial(_parsed, decode=json.JSONDecoder().decode)
+_around = functools.partial(_parsed, decode=json.JSONDecoder(object_pairs_hook=_once).decode)
 
 
 def write_rows(path: Path, head: dict, rows: Iterable[dict], failed: list[dict]) -> None:
