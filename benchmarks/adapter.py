@@ -17,7 +17,7 @@ from base import UserError, check_counts, log, option
 if TYPE_CHECKING:                    # torch is imported only after the flags are read
     import torch
 
-    from token_adapter import TokenAdapter
+    from token_adapter import AdapterConfig, TokenAdapter
 
 REPEATS = 30                   # timings of each figure
 PROPOSALS = 8                  # tokens of a chain
@@ -64,14 +64,10 @@ class Config:
                             f"{self.num_heads} and {self.embed_dim}")
 
 
-def new_adapter(name: str, config: Config, device: torch.device) -> TokenAdapter:
-    from token_adapter import AdapterConfig
+def new_adapter(sizes: AdapterConfig, seed: int, device: torch.device) -> TokenAdapter:
     from training.adapters import new_adapter as random_adapter
 
-    sizes = AdapterConfig(
-        config.vocab_size, name, config.embed_dim, config.num_layers, config.num_heads,
-        4 * config.embed_dim, config.max_seq_len)
-    return random_adapter(sizes, config.seed).eval().requires_grad_(False).to(device)
+    return random_adapter(sizes, seed).eval().requires_grad_(False).to(device)
 
 
 def median_ms(work, device: torch.device, before=lambda: None) -> float:
@@ -237,22 +233,29 @@ def measure(config: Config) -> dict:
     import torch
 
     from machine.device import choose_device, device_name
+    from token_adapter import AdapterConfig
 
     device = choose_device(config.device)
     log(f"benchmark | adapter | {device_name(device)} | plain ways and ours, in turn")
     generator = torch.Generator().manual_seed(config.seed)
     draft, answer = (torch.randint(3, config.vocab_size, (size,), generator=generator).tolist()
                      for size in (config.draft_tokens, config.max_seq_len))
-    results = {"device": device_name(device), "dtype": "float32", "what": list(EXPLANATION),
-               "limits": limits(new_adapter("prefix", config, device), device), "ms": {}}
+    adapters = {}
+    for name in ("prefix+draft", "prefix", "draft"):
+        sizes = AdapterConfig(config.vocab_size, name, config.embed_dim, config.num_layers,
+                              config.num_heads, 4 * config.embed_dim, config.max_seq_len)
+        adapters[name] = new_adapter(sizes, config.seed, device)
+    times: dict[str, dict] = {}
     equal = []
     for name in ("prefix+draft", "prefix"):
-        adapter = new_adapter(name, config, device)
-        ways = {"plain, whole": Plain(adapter, False), "plain, cached": Plain(adapter, True),
-                "ours": Ours(adapter)}
+        ways: dict[str, Plain | Ours] = {
+            "plain, whole": Plain(adapters[name], False), "plain, cached": Plain(adapters[name], True),
+            "ours": Ours(adapters[name])}
         timed = {label: time_steps(way, draft, answer, device) for label, way in ways.items()}
-        results["ms"][name] = {label: times for label, (times, _) in timed.items()}
+        times[name] = {label: milliseconds for label, (milliseconds, _) in timed.items()}
         equal += [ours == theirs for ours, theirs in zip(timed["ours"][1], timed["plain, cached"][1])]
-    results["alike"] = sum(equal) / len(equal)
-    results["draft_pass_ms"] = time_table(new_adapter("draft", config, device), draft, device)
-    return results | {"wanted": wanted(results["ms"], results["draft_pass_ms"])}
+    draft_pass = time_table(adapters["draft"], draft, device)
+    return {"device": device_name(device), "dtype": "float32", "what": list(EXPLANATION),
+            "limits": limits(adapters["prefix"], device), "ms": times,
+            "alike": sum(equal) / len(equal), "draft_pass_ms": draft_pass,
+            "wanted": wanted(times, draft_pass)}

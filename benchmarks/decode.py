@@ -154,6 +154,7 @@ def measure(config: Config) -> dict:
 
     runtime = Runtime.choose(config.device, config.dtype, config.quantization)
     model = random_model(VideoLlava, config.size, runtime, task.adapter.config.vocab_size)
+    assert isinstance(model, VideoLlava)
     side = model.model.config.vision_config.image_size
     pixels = torch.randn(FRAMES, 3, side, side, generator=torch.Generator().manual_seed(SEED))
     part = len(pairs) if config.peer_answers == -1 else min(config.peer_answers, len(pairs))

@@ -1,9 +1,8 @@
-"""Very many pairs from a file to metrics and back, their time and memory: `python benchmark.py
-load`.
+"""Very many pairs from a file to metrics and back, their time and memory: `python benchmark.py load`.
 
-Makes pair files of several sizes, in the format of extract_tokens_train.py, and works through each
-in processes of their own, so that a peak of memory is that of one size alone. Beside it runs the
-plain way on the same file: json.load, and lists of its answers.
+Makes pair files of several sizes, in the format of extract_tokens_train.py, and works through each in
+processes of their own, so that a memory peak belongs to one size. For comparison json.load and lists of
+answers run on the same file.
 """
 
 from __future__ import annotations
@@ -29,32 +28,31 @@ from machine.running import run
 from pairs.formats import load_pairs
 from pairs.rows import write_rows
 
-# distinct ids, as in 1,100 real pairs; distinct answers, which come in turn
-IDS, ANSWERS = 633, 997
+# Ids as in 1,100 real pairs; the answers come in turn
+DISTINCT_IDS, DISTINCT_ANSWERS = 633, 997
 CLIPS, SEGMENTS = 100, 3             # clips of a sequence, sequences of a drive
 WORDS = ("car", "street", "the", "scene", "traffic", "with", "building", "and", "parked", "tree",
          "road", "is", "a", "pedestrian", "bicycle", "crossing", "along", "sidewalk", "light",
          "vehicle", "driving", "include", "one")
-WARM_UP = 300                       # pairs that each process works through before its memory counts
-ROW_BYTES = 30      # of the file, for each token and its share of the texts: about 27 were measured
-PLAIN_BYTES = 8     # memory of json.load for each byte of the file, so that it is not tried in vain
-JSON_ROWS = 10_000                   # rows by which json's own time is measured
-MAX_SEQ_LEN, TRAINED_AT_A_TIME, PREDICTED_AT_A_TIME, SCORED = 128, 32, 64, 64
+WARM_UP_PAIRS = 300                 # that each process works through before its memory counts
+FILE_BYTES = 30     # of the file for each token and its share of the texts: about 27 were measured
+PLAIN_BYTES = 8     # memory of json.load for each byte of the file
+JSON_ROWS = 10_000                   # rows from which json's own time is extrapolated
+MAX_SEQ_LEN, TRAINING_BATCH, PREDICTION_BATCH, SCORED_IDS = 128, 32, 64, 64
 
-WHAT = (
+NOTES = (
     "Memory: the peak of a process's resident memory less what it held after its imports and a "
-    f"warm-up on {WARM_UP} pairs. Each peak is that of all parts up to there. Tokens: all answers "
+    f"warm-up on {WARM_UP_PAIRS} pairs. Each peak is that of all parts up to there. Tokens: all answers "
     "counted as int32.",
     "Load: load_pairs. Split: clip order, validation by drives, half of the pairs selected. Epoch: "
-    f"all batches of an epoch made ready, {TRAINED_AT_A_TIME} pairs each. Evaluate: a tiny "
+    f"all batches of an epoch made ready, {TRAINING_BATCH} pairs each. Evaluate: a tiny "
     "adapter's predictions and all metrics. All on one thread.",
-    "Plain: json.load and lists of the answers, nothing else. Write: rows as they come into a new "
-    "file.")
+    "Plain: json.load and lists of the answers, nothing else. Write: rows one by one into a new file.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the way of very many pairs from a file to metrics and back, and measure its memory."""
+    """Time and memory of very many pairs, from a file to metrics and back."""
 
     pairs: list[int] = option((10_000, 100_000, 1_000_000), "sizes, one after the other")
     tokens: int = option(50,
@@ -78,16 +76,17 @@ def rows(count: int, tokens: int, seed: int) -> Iterator[dict]:
     clips of drives.
     """
     random = np.random.default_rng(seed)
-    ids = np.sort(random.choice(np.arange(259, 29_954), IDS, replace=False))
+    ids = np.sort(random.choice(np.arange(259, 29_954), DISTINCT_IDS, replace=False))
 
     def answer(length: int) -> tuple[list[int], str]:
-        chosen = random.integers(IDS, size=length)
+        chosen = random.integers(DISTINCT_IDS, size=length)
         return ids[chosen].tolist(), " ".join(WORDS[i % len(WORDS)] for i in chosen[:length * 3 // 4])
 
-    shorter = random.integers(max(1, tokens * 2 // 5), tokens + 1, size=ANSWERS)
-    answers = [(answer(tokens if i % 2 else int(shorter[i])), answer(tokens)) for i in range(ANSWERS)]
+    shorter = random.integers(max(1, tokens * 2 // 5), tokens + 1, size=DISTINCT_ANSWERS)
+    answers = [(answer(tokens if i % 2 else int(shorter[i])), answer(tokens))
+               for i in range(DISTINCT_ANSWERS)]
     for i in range(count):
-        (draft, draft_text), (target, target_text) = answers[i % ANSWERS]
+        (draft, draft_text), (target, target_text) = answers[i % DISTINCT_ANSWERS]
         number = i // CLIPS
         yield {"sample_idx": i, "question_idx": 0, "sample_id": f"{i:08x}-0000-4000-8000-{i:012x}",
                "sequence": f"town_{number // SEGMENTS:06}_{'abc'[number % SEGMENTS]}", "clip": i % CLIPS,
@@ -97,29 +96,31 @@ def rows(count: int, tokens: int, seed: int) -> Iterator[dict]:
 
 
 # ----------------------------------------------------------- in a process of its own, one size each
-def resident_mib(which: str) -> float:
-    """VmRSS now, VmHWM at its highest. Not getrusage: a new process begins there with the peak of
-    who started it.
-    """
-    found = next(line for line in Path("/proc/self/status").read_text().splitlines()
-                 if line.startswith(which))
-    return int(found.split()[1]) / 1024
+def resident_mib(name: str) -> float:
+    """VmRSS: now, VmHWM: the peak. In getrusage a new process begins with its parent's peak."""
+    return kib_of(Path("/proc/self/status"), name) / 1024
+
+
+def kib_of(path: Path, name: str) -> int:
+    """The number of KiB that a file of /proc states under this name."""
+    line = next(line for line in path.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1])
 
 
 class Parts:
-    """Runs the parts of a size one after the other: seconds of each, and the highest memory up to
-    its end.
-    """
+    """Runs the parts of a size one after the other: seconds of each, and the memory peak up to its end."""
 
-    def __init__(self):
-        self.seconds, self.peak_mib, self.before = {}, {}, resident_mib("VmRSS")
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peak_mib: dict[str, float] = {}
+        self.before_mib = resident_mib("VmRSS")
 
     def __call__(self, name: str, part: Callable):
         start = time.monotonic()
-        found = part()
+        result = part()
         self.seconds[name] = time.monotonic() - start
-        self.peak_mib[name] = resident_mib("VmHWM") - self.before
-        return found
+        self.peak_mib[name] = resident_mib("VmHWM") - self.before_mib
+        return result
 
     def results(self) -> dict:
         return {"seconds": self.seconds, "peak_mib": self.peak_mib}
@@ -128,7 +129,7 @@ class Parts:
 def write(path: Path, count: int, tokens: int, seed: int) -> dict:
     """The file itself, through the writer of extract_tokens_train.py."""
     head = {"dataset_dir": "made up", "total_samples": count, "vocab_size": 32_064}
-    write_rows(path, head, rows(WARM_UP, tokens, seed), [])
+    write_rows(path, head, rows(WARM_UP_PAIRS, tokens, seed), [])
     parts = Parts()
     parts("write", lambda: write_rows(path, head, rows(count, tokens, seed), []))
     return {**parts.results(), "file_mib": path.stat().st_size / 2**20}
@@ -153,14 +154,14 @@ def ours(path: Path, count: int, tokens: int, seed: int) -> dict:
 
     def epoch(pairs):
         batched = TokenTensors.of(pairs, MAX_SEQ_LEN, torch.device("cpu"))
-        for batch, width, _ in batched.batches(TRAINED_AT_A_TIME, torch.Generator().manual_seed(seed)):
+        for batch, width, _ in batched.batches(TRAINING_BATCH, torch.Generator().manual_seed(seed)):
             batched.targets(batch, width), batched.drafts(batch, batched.draft_width)
         return batched
 
     def evaluate(pairs, batched):
-        outputs = torch.from_numpy(pairs.ids("target")).long()[:SCORED]
+        outputs = torch.from_numpy(pairs.ids("target")).long()[:SCORED_IDS]
         config = AdapterConfig(32_064, "prefix+draft", 16, 1, 2, 32, MAX_SEQ_LEN, draft_vocab=len(outputs))
-        top1, top5, _ = predict(TokenAdapter(config, outputs), batched, PREDICTED_AT_A_TIME)
+        top1, top5, _ = predict(TokenAdapter(config, outputs), batched, PREDICTION_BATCH)
         return compare(top1, top5, pairs, pairs)
 
     def all_of(path, run_part):
@@ -172,7 +173,7 @@ def ours(path: Path, count: int, tokens: int, seed: int) -> dict:
         return pairs
 
     pairs_file, warm_up = path, path.with_name("warm_up.json")
-    write_rows(warm_up, {"vocab_size": 32_064}, rows(WARM_UP, tokens, seed), [])
+    write_rows(warm_up, {"vocab_size": 32_064}, rows(WARM_UP_PAIRS, tokens, seed), [])
     all_of(warm_up, lambda name, part: part())
     read_s, json_s = read_alone(path), json_alone(path, count)
     parts = Parts()
@@ -184,9 +185,7 @@ def ours(path: Path, count: int, tokens: int, seed: int) -> dict:
 
 
 def read_alone(path: Path) -> float:
-    """Seconds of reading the file's bytes and nothing else; just written, they come from the page
-    cache.
-    """
+    """Seconds of reading the file's bytes alone; just written, they come from the page cache."""
     start = time.monotonic()
     with open(path, "rb", buffering=0) as file:
         while file.read(2**20):
@@ -195,7 +194,7 @@ def read_alone(path: Path) -> float:
 
 
 def json_alone(path: Path, count: int) -> float:
-    """Seconds that json takes for all rows, one by one, by the time for the first of them."""
+    """Seconds that json takes for all rows, one by one, extrapolated from the first JSON_ROWS."""
     with open(path, encoding="utf-8") as file:
         lines = [line.rstrip(",\n") for line in itertools.islice(
             (line for line in file if line.startswith('{"sample_idx"')), JSON_ROWS)]
@@ -206,11 +205,11 @@ def json_alone(path: Path, count: int) -> float:
 
 
 def plain(path: Path, count: int, tokens: int, seed: int) -> dict:
-    """What one would write first."""
+    """The usual first version."""
     def load():
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)["results"]
-        return [row["egpt_tokens"] for row in found], [row["vl_tokens"] for row in found], found
+            results = json.load(file)["results"]
+        return [row["egpt_tokens"] for row in results], [row["vl_tokens"] for row in results], results
 
     parts = Parts()
     assert len(parts("load", load)[0]) == count
@@ -218,37 +217,38 @@ def plain(path: Path, count: int, tokens: int, seed: int) -> dict:
 
 
 # ------------------------------------------------------------------------------------------ measure
-def one_size(count: int, config: Config, folder: Path) -> dict:
-    """{"write", "ours", "plain"}: what each of these processes found; None for a plain way that
-    wouldn't fit.
-    """
-    path, found = folder / f"pairs_{count}.json", {}
-    for part in (write, ours, plain):
-        name, result = part.__name__, folder / "result.json"
-        log(f"benchmark | {count} pairs | {name}")
-        if name == "plain" and path.stat().st_size * PLAIN_BYTES > available_bytes():
-            log(f"benchmark | {count} pairs | json.load would not fit into the memory that is "
-                "free: left out")
-            found[name] = None
-            continue
-        subprocess.run([sys.executable, "-m", "benchmarks.load", name, path, str(count), str(config.tokens),
-                        str(config.seed), result], cwd=ROOT, check=True)
-        found[name] = json.loads(result.read_text())
+def one_size(count: int, tokens: int, seed: int, folder: Path) -> dict:
+    """{"write", "ours", "plain"}: the figures of each process; None for json.load where it would not fit."""
+    path = folder / f"pairs_{count}.json"
+    written = run_part(write, path, count, tokens, seed)
+    mine = run_part(ours, path, count, tokens, seed)
+    mib, seconds = mine["token_mib"], mine["seconds"]
+    mine |= {"all_s": sum(seconds.values()),
+             "peak_over_tokens": max(mine["peak_mib"].values()) / mib,
+             "share_of_read": mine["read_s"] / seconds["load"],
+             "share_of_json": mine["json_s"] / seconds["load"]}
+    peer = None
+    if path.stat().st_size * PLAIN_BYTES <= available_bytes():
+        peer = run_part(plain, path, count, tokens, seed)
+        peer["peak_over_tokens"] = peer["peak_mib"]["load"] / mib
+    else:
+        log(f"benchmark | {count} pairs | json.load would not fit into the free memory: left out")
     path.unlink()
-    mib, seconds = found["ours"]["token_mib"], found["ours"]["seconds"]
-    found["ours"] |= {"all_s": sum(seconds.values()),
-                      "peak_over_tokens": max(found["ours"]["peak_mib"].values()) / mib,
-                      "share_of_read": found["ours"]["read_s"] / seconds["load"],
-                      "share_of_json": found["ours"]["json_s"] / seconds["load"]}
-    if found["plain"]:
-        found["plain"]["peak_over_tokens"] = found["plain"]["peak_mib"]["load"] / mib
-    return found
+    return {"write": written, "ours": mine, "plain": peer}
+
+
+def run_part(part: Callable, path: Path, count: int, tokens: int, seed: int) -> dict:
+    """The figures of one part, run in a process of its own."""
+    result = path.with_name("result.json")
+    log(f"benchmark | {count} pairs | {part.__name__}")
+    words = [part.__name__, str(path), str(count), str(tokens), str(seed), str(result)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    subprocess.run([sys.executable, "-m", "benchmarks.load", *words], cwd=ROOT, env=environment, check=True)
+    return json.loads(result.read_text())
 
 
 def available_bytes() -> int:
-    found = next(line for line in Path("/proc/meminfo").read_text().splitlines()
-                 if line.startswith("MemAvailable"))
-    return int(found.split()[1]) * 1024
+    return kib_of(Path("/proc/meminfo"), "MemAvailable") * 1024
 
 
 def exponent(small: float, large: float, times: float) -> float | None:
@@ -261,64 +261,67 @@ def exponent(small: float, large: float, times: float) -> float | None:
 
 
 def measure(config: Config) -> dict:
+    """The benchmark's main: nothing below it is given the configuration."""
     if not Path("/proc/self/status").exists():
         raise UserError("memory is read from /proc, which this system lacks; run this benchmark on Linux")
     counts = sorted(set(config.pairs))
     with tempfile.TemporaryDirectory(prefix="pairs_") as folder:
-        need, free = counts[-1] * config.tokens * ROW_BYTES, shutil.disk_usage(folder).free
-        if need > free:
-            raise UserError(f"{counts[-1]} pairs take about {need / 1e9:.1f} GB in {folder}, "
-                            f"{free / 1e9:.1f} are free; set TMPDIR to a folder with more room, or "
-                            "use fewer --pairs")
-        sizes = {str(count): one_size(count, config, Path(folder)) for count in counts}
+        check_room(Path(folder), counts[-1], config.tokens)
+        sizes = {str(count): one_size(count, config.tokens, config.seed, Path(folder)) for count in counts}
     first, last = (sizes[str(count)] for count in (counts[0], counts[-1]))
-    results = {
-        "what": list(WHAT), "device": f"CPU, {os.cpu_count()} cores", "tokens": config.tokens,
-        "sizes": sizes, "limits": {
-            "read_mib_per_s": last["write"]["file_mib"] / last["ours"]["read_s"],
-            "json_mib_per_s": last["write"]["file_mib"] / last["ours"]["json_s"]
-        }, "wanted_of": f"of {counts[-1]} pairs"
+    growth = growth_of(first, last, counts[-1] / counts[0]) if len(counts) > 1 else {}
+    peak_written = last["write"]["peak_mib"]["write"] / last["ours"]["token_mib"]
+    span = f"{counts[0]} to {counts[-1]} pairs"
+    rows = [("peak memory over the tokens, from the file to metrics", last["ours"]["peak_over_tokens"], 3),
+            ("peak memory over the tokens, writing", peak_written, 3),
+            (f"exponent of time, {span}", growth.get("time"), 1.1),
+            (f"exponent of memory, {span}", growth.get("memory"), 1.1)]
+    file_mib = last["write"]["file_mib"]
+    return {
+        "what": list(NOTES), "device": f"CPU, {os.cpu_count()} cores", "tokens": config.tokens,
+        "sizes": sizes, "limits": {"read_mib_per_s": file_mib / last["ours"]["read_s"],
+                                   "json_mib_per_s": file_mib / last["ours"]["json_s"]},
+        "wanted_of": f"of {counts[-1]} pairs", "exponents": growth, "wanted": [
+            {"what": label, "measured": value, "wanted": f"<= {bound}"} for label, value, bound in rows]
     }
-    growth = {}
-    if len(counts) > 1:
-        times = counts[-1] / counts[0]
-        growth = {part: exponent(first["ours"]["seconds"][part], seconds, times)
-                  for part, seconds in last["ours"]["seconds"].items()}
-        growth |= {
-            "write": exponent(first["write"]["seconds"]["write"], last["write"]["seconds"]["write"],
-                              times), "time": exponent(first["ours"]["all_s"],
-                                                       last["ours"]["all_s"], times),
-            "memory": exponent(
-                *(max(found["ours"]["peak_mib"].values()) for found in (first, last)), times)
-        }
-    over = last["ours"]["peak_over_tokens"]
-    written = last["write"]["peak_mib"]["write"] / last["ours"]["token_mib"]
-    wanted = [("peak memory over the tokens, from the file to metrics", over, 3),
-              ("peak memory over the tokens, writing", written, 3),
-              (f"exponent of time, {counts[0]} to {counts[-1]} pairs", growth.get("time"), 1.1),
-              (f"exponent of memory, {counts[0]} to {counts[-1]} pairs", growth.get("memory"), 1.1)]
-    return results | {"exponents": growth, "wanted": [
-        {"what": what, "measured": found, "wanted": f"<= {bound}"} for what, found, bound in wanted]}
+
+
+def check_room(folder: Path, count: int, tokens: int) -> None:
+    """A UserError unless the disk has room for the largest file."""
+    need, free = count * tokens * FILE_BYTES, shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(f"{count} pairs take about {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} are "
+                        "free; set TMPDIR to a folder with more room, or use fewer --pairs")
+
+
+def growth_of(small: dict, large: dict, times: float) -> dict[str, float | None]:
+    """Exponents between two sizes, one `times` as many pairs: of each part, all time, and memory."""
+    before, after = small["ours"]["seconds"], large["ours"]["seconds"]
+    growth = {part: exponent(before[part], seconds, times) for part, seconds in after.items()}
+    write_s = [size["write"]["seconds"]["write"] for size in (small, large)]
+    peaks = [max(size["ours"]["peak_mib"].values()) for size in (small, large)]
+    return {**growth, "write": exponent(write_s[0], write_s[1], times),
+            "time": exponent(small["ours"]["all_s"], large["ours"]["all_s"], times),
+            "memory": exponent(peaks[0], peaks[1], times)}
 
 
 def show(results: dict) -> None:
     """The table, as log lines."""
     for line in results["what"]:
         log(f"benchmark | {line}")
-    for count, found in results["sizes"].items():
-        mine, write_s, peer = found["ours"], found["write"]["seconds"]["write"], "left out"
-        if found["plain"]:
-            peer = (f"{found['plain']['seconds']['load']:.2f} s, "
-                    f"{found['plain']['peak_mib']['load']:.0f} MiB, "
-                    f"{found['plain']['peak_over_tokens']:.1f} x tokens")
-        peaks = mine["peak_mib"]
+    for count, size in results["sizes"].items():
+        mine, write_s, peer = size["ours"], size["write"]["seconds"]["write"], "left out"
+        if size["plain"]:
+            peer = (f"{size['plain']['seconds']['load']:.2f} s, "
+                    f"{size['plain']['peak_mib']['load']:.0f} MiB, "
+                    f"{size['plain']['peak_over_tokens']:.1f} x tokens")
         log(" | ".join([
             f"table | {count:>8} pairs | tokens {mine['token_mib']:.1f} MiB, "
-            f"file {found['write']['file_mib']:.0f} MiB",
+            f"file {size['write']['file_mib']:.0f} MiB",
             " ".join(f"{part} {seconds:.2f} s" for part, seconds in mine["seconds"].items()),
-            "peak MiB " + " ".join(f"{part} {peak:.0f}" for part, peak in peaks.items()),
+            "peak MiB " + " ".join(f"{part} {peak:.0f}" for part, peak in mine["peak_mib"].items()),
             f"{mine['peak_over_tokens']:.2f} x tokens", f"json.load: {peer}",
-            f"write {write_s:.2f} s, {found['write']['peak_mib']['write']:.0f} MiB"]))
+            f"write {write_s:.2f} s, {size['write']['peak_mib']['write']:.0f} MiB"]))
         log(f"table | {count:>8} pairs | share of the time to load: reading the bytes "
             f"{mine['share_of_read']:.2%}, json alone {mine['share_of_json']:.1%}")
     known = {part: value for part, value in results["exponents"].items() if value is not None}
@@ -328,16 +331,16 @@ def show(results: dict) -> None:
 
 
 def one_line(results: dict) -> str:
-    count, found = list(results["sizes"].items())[-1]
-    return (f"{count} pairs: loaded in {found['ours']['seconds']['load']:.1f} s, peak memory "
-            f"{found['ours']['peak_over_tokens']:.2f} times the tokens")
+    count, size = list(results["sizes"].items())[-1]
+    return (f"{count} pairs: loaded in {size['ours']['seconds']['load']:.1f} s, peak memory "
+            f"{size['ours']['peak_over_tokens']:.2f} times the tokens")
 
 
 def main() -> None:
     """One part of one size: NAME FILE PAIRS TOKENS SEED RESULT."""
-    name, path, *numbers, result = sys.argv[1:]
+    name, path, count, tokens, seed, result = sys.argv[1:]
     part = {"write": write, "ours": ours, "plain": plain}[name]
-    write_json(Path(result), part(Path(path), *map(int, numbers)))
+    write_json(Path(result), part(Path(path), int(count), int(tokens), int(seed)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """From a raw recording to a data set folder: `python benchmark.py prepare`.
 
-Times how fast events are painted, beside a plain loop over them and beside a copy of their bytes;
-then makes up a recording in DSEC's layout and lets prepare_dsec.py make its data set folder, while
-the memory of all its processes is watched.
+Times how fast events are painted, compared with a plain loop over them and with a copy of their bytes.
+Then it writes a synthetic recording in DSEC's layout and runs prepare_dsec.py on it, while the memory of
+all its processes is sampled.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from clips.pictures import write_png
 from clips.windows import size_of
 
 HEIGHT, WIDTH = 480, 640
-EVENT_BYTES = 5                    # x and y in two bytes each, p in one: what painting reads
+EVENT_BYTES = 5                    # that painting reads: x and y in two bytes each, p in one
 FILE_BYTES = 4                     # of the event file for each event: 2.9 were measured
-FPS, DISTINCT = 20, 40             # camera pictures a second; different ones, which come in turn
-PART = 2**20                       # events made up and written at a time
-SEQUENCE = "made_up_00_a"
+FPS, DISTINCT_FRAMES = 20, 40      # camera pictures a second; different ones, which come in turn
+PART_EVENTS = 2**20                # drawn and written at a time
+SEQUENCE = "synthetic_00_a"
 REPEATS = 3
 
-WHAT = (
+NOTES = (
     "Paint: events a second in one thread, columns as in the file, at random places; the loop paints one "
     "event after the other. Share of copy: of the events whose columns one thread could copy in that time.",
-    "Read: all four columns of the made-up recording through HDF5 and Blosc, times and polarity checked.",
+    "Read: all four columns of the synthetic recording through HDF5 and Blosc, times and polarity checked.",
     "Prepare: prepare_dsec.py as a process of its own. Memory: resident memory of all its processes, the "
     "highest of samples 20 ms apart; pages that processes share count in each of them.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the painting of events, and time and memory from a made-up recording to its data set folder."""
+    """Time the painting of events, and time and memory from a synthetic recording to its data set folder."""
 
     events: int = option(300_000_000, "of the recording")
     seconds: int = option(30, "length of the recording")
@@ -79,7 +79,8 @@ def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int =
     import hdf5plugin
 
     packed = dict(hdf5plugin.Blosc(cname="zstd", clevel=1, shuffle=hdf5plugin.Blosc.SHUFFLE))
-    table, count = [], 0
+    table: list[int] = []
+    count = 0
     with h5py.File(path, "w") as file:
         columns = {
             name: file.create_dataset(f"events/{name}", (0, ), dtype, maxshape=(None, ),
@@ -93,17 +94,17 @@ def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int =
             times = np.asarray(part[3])
             starts = 1000 * np.arange(len(table),
                                       int(times[-1]) // 1000 + 1)  # of each millisecond begun so far
-            table += (count + np.searchsorted(times, starts)).tolist()
+            table += np.asarray(count + np.searchsorted(times, starts)).tolist()
             count += len(times)
         file.create_dataset("ms_to_idx", data=np.array(table, np.uint64), **packed)
         file.create_dataset("t_offset", data=np.int64(t_offset))
 
 
-def made_up_events(count: int, seconds: float, seed: int) -> Iterator[tuple]:
+def synthetic_events(count: int, seconds: float, seed: int) -> Iterator[tuple]:
     """x, y, p, t in parts: random places and signs (real events resemble their neighbours), even times."""
     random = np.random.default_rng(seed)
-    for start in range(0, count, PART):
-        size = min(PART, count - start)
+    for start in range(0, count, PART_EVENTS):
+        size = min(PART_EVENTS, count - start)
         t = (np.arange(start, start + size) * (seconds * 1e6 / count)).astype(np.uint32)
         yield (random.integers(0, WIDTH, size, np.uint16),
                random.integers(0, HEIGHT, size, np.uint16),
@@ -111,8 +112,8 @@ def made_up_events(count: int, seconds: float, seed: int) -> Iterator[tuple]:
 
 
 @dataclasses.dataclass(frozen=True)
-class MadeUp:
-    """A made-up recording."""
+class Recording:
+    """Sizes of a synthetic recording."""
 
     events: int
     seconds: int
@@ -120,7 +121,7 @@ class MadeUp:
     seed: int
 
 
-def write_recording(root: Path, recording: MadeUp) -> None:
+def write_recording(root: Path, recording: Recording) -> None:
     """One sequence of the test split. Its pictures are few, each under many names: encoding takes
     longest.
     """
@@ -131,26 +132,26 @@ def write_recording(root: Path, recording: MadeUp) -> None:
     pictures.mkdir(parents=True)
     (folder / "events" / "left").mkdir(parents=True)
     write_events(folder / "events" / "left" / "events.h5",
-                 made_up_events(recording.events, recording.seconds, recording.seed), t_offset)
+                 synthetic_events(recording.events, recording.seconds, recording.seed), t_offset)
     width, height = size_of(recording.picture_size)
     random, count = np.random.default_rng(recording.seed), FPS * recording.seconds + 1
     scene = Image.fromarray(random.integers(0, 256, (height // 9, width // 8, 3), np.uint8))
     scene = np.asarray(scene.resize((2 * width, height), Image.Resampling.BICUBIC)).astype(np.int16)
     for number in range(count):
         # The camera turns; each pixel has noise of its own
-        if number < DISTINCT:
-            left = number * width // DISTINCT
+        if number < DISTINCT_FRAMES:
+            left = number * width // DISTINCT_FRAMES
             frame = scene[:, left:left + width] + random.normal(0, 2, (height, width, 3)).astype(np.int16)
             write_png(pictures / f"{number:06d}.png", frame.clip(0, 255).astype(np.uint8))
         else:
-            os.link(pictures / f"{number % DISTINCT:06d}.png", pictures / f"{number:06d}.png")
+            os.link(pictures / f"{number % DISTINCT_FRAMES:06d}.png", pictures / f"{number:06d}.png")
     times = (t_offset + 280 + number * 1_000_000 // FPS for number in range(count))
     (folder / "images" / "timestamps.txt").write_text("".join(f"{time}\n" for time in times))
 
 
 # ------------------------------------------------------------------------------------------ measure
 def plain_loop(x: np.ndarray, y: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """What one would write first; equal to the renderer `time`."""
+    """The usual first version; equal to the renderer `time`."""
     image = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
     for column, row, sign in zip(x, y, p):
         image[row, column] = (255, 0, 0) if sign else (0, 0, 255)
@@ -166,7 +167,7 @@ def time_painting(events: int, seed: int) -> dict:
 
     torch.set_num_threads(1)
     device, few = torch.device("cpu"), events // 100
-    parts = made_up_events(events, 1, seed)
+    parts = synthetic_events(events, 1, seed)
     x, y, p = (np.concatenate(column) for column in list(zip(*parts))[:3])
 
     def paint(render):
@@ -210,10 +211,11 @@ def tree_mib(pid: int) -> list[float]:
 
 def time_preparing(root: Path, flags: list[str]) -> dict:
     """Run prepare_dsec.py on the recording in root, and watch the memory of its processes."""
-    command = [sys.executable, ROOT / "prepare_dsec.py", "--dsec_root", root, "--output_root", root / "data",
-               "--split", "test", "--sequences", SEQUENCE, *flags]
+    command = [sys.executable, str(ROOT / "prepare_dsec.py"), "--dsec_root", str(root), "--output_root",
+               str(root / "data"), "--split", "test", "--sequences", SEQUENCE, *flags]
     start, peak, largest = time.perf_counter(), 0.0, 0.0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
         while process.poll() is None:
             sizes = tree_mib(process.pid)
             peak = max(peak, sum(sizes))
@@ -234,38 +236,44 @@ def time_preparing(root: Path, flags: list[str]) -> dict:
 
 
 def measure(config: Config) -> dict:
+    """The benchmark's main: nothing below it is given the configuration."""
     if not Path("/proc/self/task").exists():
         raise UserError("memory is read from /proc, which this system lacks; run this benchmark on Linux")
     dsec.check_reader()
     log(f"benchmark | painting {config.painted} events")
     paint = time_painting(config.painted, config.seed)
+    recording = Recording(config.events, config.seconds, config.video_size, config.seed)
+    flags = ["--duration", config.duration, "--video_size", config.video_size]
+    if config.workers:
+        flags += ["--workers", str(config.workers)]
     with tempfile.TemporaryDirectory(prefix="recording_") as folder:
-        need, free = config.events * FILE_BYTES + 2**30, shutil.disk_usage(folder).free
-        if need > free:
-            raise UserError(f"{config.events} events take about {need / 1e9:.1f} GB in {folder}, "
-                            f"{free / 1e9:.1f} are free; set TMPDIR to a folder with more room, or "
-                            "use fewer --events")
-        log(f"benchmark | making up a recording of {config.seconds} s with {config.events} events")
-        write_recording(Path(folder),
-                        MadeUp(config.events, config.seconds, config.video_size, config.seed))
+        check_room(Path(folder), config.events)
+        log(f"benchmark | writing a recording of {config.seconds} s with {config.events} events")
+        write_recording(Path(folder), recording)
         events = Path(folder, "test", SEQUENCE, "events", "left", "events.h5")
-        size, read = events.stat().st_size, time_reading(events, config.events)
+        read = {"events_per_s": time_reading(events, config.events),
+                "file_mib": events.stat().st_size / 2**20}
         log("benchmark | prepare_dsec.py")
-        flags = ["--duration", config.duration, "--video_size", config.video_size]
-        flags += ["--workers", str(config.workers)] if config.workers else []
-        made = time_preparing(Path(folder), flags)
-    return {"what": list(WHAT), "device": f"CPU, {os.cpu_count()} cores", "paint": paint,
-            "read": {"events_per_s": read, "file_mib": size / 2**20}, "prepare": made,
-            "wanted_of": f"of {config.events} events in {config.seconds} s", "wanted": [
-                {"what": "peak memory of all processes, MiB", "measured": made["peak_mib"],
-                 "wanted": "<= 2048"}]}
+        preparation = time_preparing(Path(folder), flags)
+    return {"what": list(NOTES), "device": f"CPU, {os.cpu_count()} cores", "paint": paint, "read": read,
+            "prepare": preparation, "wanted_of": f"of {config.events} events in {config.seconds} s",
+            "wanted": [{"what": "peak memory of all processes, MiB",
+                        "measured": preparation["peak_mib"], "wanted": "<= 2048"}]}
+
+
+def check_room(folder: Path, events: int) -> None:
+    """A UserError unless the disk has room for the recording and its data set folder."""
+    need, free = events * FILE_BYTES + 2**30, shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(f"{events} events take about {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} "
+                        "are free; set TMPDIR to a folder with more room, or use fewer --events")
 
 
 def show(results: dict) -> None:
     """The table, as log lines."""
     for line in results["what"]:
         log(f"benchmark | {line}")
-    paint, read, made = results["paint"], results["read"], results["prepare"]
+    paint, read, folder = results["paint"], results["read"], results["prepare"]
     for name, rate in paint["events_per_s"].items():
         log(f"table | paint {name} | {rate / 1e6:.1f} million events/s | share of copy "
             f"{paint['share_of_copy'][name]:.2%}" +
@@ -273,14 +281,14 @@ def show(results: dict) -> None:
     log(f"table | copy | {paint['copy_bytes_per_s'] / 1e9:.1f} GB/s read and written")
     log(f"table | read | {read['events_per_s'] / 1e6:.1f} million events/s | file "
         f"{read['file_mib']:.0f} MiB")
-    log(f"table | prepare | {made['clips']} clips in {made['seconds']:.1f} s, "
-        f"{made['clips_per_s']:.2f} a second | peak {made['peak_mib']:.0f} MiB, largest process "
-        f"{made['largest_process_mib']:.0f} | mp4 {made['mp4_mib']:.1f} MiB, event pictures "
-        f"{made['png_mib']:.1f} MiB")
+    log(f"table | prepare | {folder['clips']} clips in {folder['seconds']:.1f} s, "
+        f"{folder['clips_per_s']:.2f} a second | peak {folder['peak_mib']:.0f} MiB, largest process "
+        f"{folder['largest_process_mib']:.0f} | mp4 {folder['mp4_mib']:.1f} MiB, event pictures "
+        f"{folder['png_mib']:.1f} MiB")
 
 
 def one_line(results: dict) -> str:
-    paint, made = results["paint"], results["prepare"]
+    paint, folder = results["paint"], results["prepare"]
     return (f"painted {paint['events_per_s']['time'] / 1e6:.0f} million events/s, "
-            f"{paint['over_loop']['time']:.0f} times the loop; {made['clips_per_s']:.2f} clips/s, "
-            f"peak {made['peak_mib']:.0f} MiB")
+            f"{paint['over_loop']['time']:.0f} times the loop; {folder['clips_per_s']:.2f} clips/s, "
+            f"peak {folder['peak_mib']:.0f} MiB")

@@ -31,6 +31,7 @@ from vlm.peers import QUERY, QUESTION, SEED
 
 if TYPE_CHECKING:
     from vlm.contract import VisionLanguageModel
+    from vlm.video_llava import VideoLlava
 
 WARM_UPS = 2                         # answers that every way runs before it is timed
 # proposals of transformers' prompt lookup with --gamma auto: its own default
@@ -39,7 +40,7 @@ PROPOSED = 8                         # tokens of the proposals that are timed al
 
 
 # ------------------------------------------------------------------------------ transformers' way
-def transformers_modes(model: VisionLanguageModel, gamma: str,
+def transformers_modes(model: VideoLlava, gamma: str,
                        may_compile: bool) -> dict[str, dict]:
     """Name of each mode of generate -> its arguments."""
     # Prompt lookup finds the ":" of "USER:" and proposes what follows, <video>; the model refuses
@@ -55,7 +56,7 @@ def transformers_modes(model: VisionLanguageModel, gamma: str,
     }
 
 
-def run_mode(name: str, mode: dict, model: VisionLanguageModel, pixels: torch.Tensor,
+def run_mode(name: str, mode: dict, model: VideoLlava, pixels: torch.Tensor,
              answers: list[list[int]]) -> dict:
     """{"rows": tokens and seconds of each answer, "memory_mib", "compiled", "warm_up_s"} of one
     mode of generate.
@@ -132,6 +133,11 @@ class Untaught(NoDrafts):
 class UntaughtTree(Untaught):
     """The same of a drafter that has second choices."""
 
+    drafter: Branching
+
+    def __init__(self, drafter: Branching):
+        super().__init__(drafter)
+
     def place_after(self, prefix: list[int]):
         return self.drafter.place_after(prefix)
 
@@ -140,6 +146,10 @@ class UntaughtTree(Untaught):
 
     def choices(self, place, reached: float, price: float, upcoming) -> list[tuple[float, int]]:
         return self.drafter.choices(place, reached, price, upcoming)
+
+
+def untaught(drafter: Drafter) -> Untaught:
+    return UntaughtTree(drafter) if isinstance(drafter, Branching) else Untaught(drafter)
 
 
 class Ours:
@@ -164,9 +174,7 @@ class Ours:
         embeds = self.model.prompt_embeds(self.pixels, QUERY)
         for name, decoder in self.decoders.items():
             for draft, answer in recorded[:WARM_UPS]:
-                untaught = UntaughtTree if isinstance(decoder.drafter, Branching) else Untaught
-                self.row_of(name, Decoder(self.target, untaught(decoder.drafter)), embeds, draft,
-                            answer)
+                self.row_of(name, Decoder(self.target, untaught(decoder.drafter)), embeds, draft, answer)
             draft, answer = recorded[0]
             decoder.measure(Asked(embeds, draft, self.question), answer, self.costs, self.device)
             if AUTO in (self.gamma, self.tree if name.endswith(TREE) else ""):

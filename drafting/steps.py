@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,13 +71,13 @@ class AdapterSteps:
         # After begin-of-answer, where a capture may run them: no slot before it has a place in the
         # answer.
         self.slots = self.cache.slots[self.first + 1:self.first + 1 + self.SIZES[-1]].clone()
-        self.graphs = {}
+        self.graphs: dict[int | str, Any] = {}
         if device.type == "cuda":
             with torch.cuda.device(device):
                 pool = torch.cuda.graph_pool_handle()
                 # largest first: the others reuse its memory
-                for size in ("start", *self.SIZES[::-1]):
-                    self.graphs[size], _ = capture(lambda: self._forward(size), pool)  # noqa: B023
+                for step in ("start", *self.SIZES[::-1]):
+                    self.graphs[step], _ = capture(lambda: self._forward(step), pool)  # noqa: B023
 
     @torch.inference_mode()
     def begin(self, draft: list[int]) -> None:

@@ -16,7 +16,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,7 +59,8 @@ def _answers(row: dict, form: str) -> tuple:
     if form == "benchmark":
         answers = []
         for model in ("eventgpt", "videollava"):
-            answer = row.get(model) if isinstance(row.get(model), dict) else {}
+            answer = row.get(model)
+            answer = answer if isinstance(answer, dict) else {}
             answers += [answer.get("output_tokens"), answer.get("output_text")]
         return tuple(answers)
     target, text = row.get("videollava_token_ids"), row.get("videollava")
@@ -146,8 +147,9 @@ class _File:
         self.bos_ids: tuple[int | None, int | None] = (bos_id, bos_id)
         self.has_copies = False      # draft and target have tokenizers of their own
         self.identity = 0            # a checksum of what identifies each usable row: clip, question
-        self.report = {"path": str(path), "format": None, "rows": 0, "used": 0, "largest_id": -1,
-                       "dropped": collections.Counter(), "flagged": dict.fromkeys(FLAGS, 0)}
+        self.report: dict[str, Any] = {
+            "path": str(path), "format": None, "rows": 0, "used": 0, "largest_id": -1,
+            "dropped": collections.Counter(), "flagged": dict.fromkeys(FLAGS, 0)}
 
     def __iter__(self) -> Iterator[Row]:
         report, seen = self.report, set()
@@ -161,8 +163,8 @@ class _File:
                 self.has_copies = self.rows.beside.get("same_tokenizer") is False
             if report["rows"] == 1 and self.bos_id is None:
                 models = _model_facts(self.rows.beside)
-                self.bos_ids = tuple(models.get(name, {}).get("bos_id")
-                                     for name in (DRAFT_MODEL, TARGET_MODEL))
+                self.bos_ids = (models.get(DRAFT_MODEL, {}).get("bos_id"),
+                                models.get(TARGET_MODEL, {}).get("bos_id"))
             if report["format"] is None:
                 report["format"] = _format_of(row)
                 if report["format"] is None:
@@ -234,7 +236,9 @@ class _File:
 
 def _model_facts(beside: dict) -> dict[str, dict]:
     """{"eventgpt": {"name": ..., ...}, ...}, as far as the file records them in the right types."""
-    models = beside.get("models") if isinstance(beside.get("models"), dict) else {}
+    models = beside.get("models")
+    if not isinstance(models, dict):
+        return {}
     return {which: _of_kinds(MODEL_FACTS, facts)
             for which, facts in models.items() if isinstance(facts, dict)}
 

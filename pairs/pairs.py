@@ -52,13 +52,8 @@ class Pairs:
         sequence: the recording of each pair, by which drives are told apart; clip: its number there.
         """
         assert len(drafts) == len(targets), (len(drafts), len(targets))
-        parts = []
-        for answers in (drafts, targets):
-            length = np.array([len(answer) for answer in answers], np.int32)
-            tokens = [np.asarray(answer, np.int32) for answer in answers]
-            parts += [np.concatenate([np.zeros(0, np.int32), *tokens]),
-                      np.cumsum(length, dtype=np.int64) - length, length]
-        return cls(*parts, list(sequence) or [""] * len(targets), list(clip) or [*range(len(targets))], [])
+        return cls(*flat_of(drafts), *flat_of(targets), list(sequence) or [""] * len(targets),
+                   list(clip) or [*range(len(targets))], [])
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -128,6 +123,14 @@ class Pairs:
         return tuple(getattr(self, name) for name in (which, f"{which}_start", f"{which}_length"))
 
 
+def flat_of(answers: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(all tokens, start of each answer, length of each answer)."""
+    length = np.array([len(answer) for answer in answers], np.int32)
+    tokens = [np.asarray(answer, np.int32) for answer in answers]
+    start = np.cumsum(length, dtype=np.int64) - length
+    return np.concatenate([np.zeros(0, np.int32), *tokens]), start, length
+
+
 def numbered(names: list[str]) -> tuple[list[str], np.ndarray]:
     """(the distinct names, sorted as text; (N,) int64 index of each row's name among them)."""
     distinct = sorted(set(names))
@@ -142,6 +145,6 @@ def numbered_drives(sequences: list[str]) -> tuple[list[str], np.ndarray]:
     return drives, drive[sequence]
 
 
-def digest(data: bytes | np.ndarray) -> int:
+def digest(data: bytes | memoryview) -> int:
     """A 64-bit hash: the chance that any two of a million different inputs collide is 3 in 10^8."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -217,7 +217,7 @@ def _digests_of_long(pairs: Pairs) -> np.ndarray:
     take too much.
     """
     long = (tokens for tokens in pairs.views("target") if len(tokens) >= LONG_ANSWER)
-    return np.fromiter(map(digest, long), np.uint64)
+    return np.fromiter((digest(tokens.data) for tokens in long), np.uint64)
 
 
 def check_ids(largest_ids: list[tuple[int, str]], size: int, advice: str) -> None:

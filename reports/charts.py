@@ -107,7 +107,7 @@ def draw_task(task: Path, results: dict, styles: Styles) -> list[str]:
                   (CURVES[1], [loss], (1, 1), (6.4, 4.6)),
                   (CURVES[2], [accuracy], (1, 1), (6.4, 4.8)), *charts]
     title = f"{results['task']} ({results['date']})"
-    return [name for name, *chart in charts if draw(task / name, title, *chart)]
+    return [name for name, parts, grid, size in charts if draw(task / name, title, parts, grid, size)]
 
 
 def over_epochs(axes) -> None:

@@ -33,11 +33,11 @@ def measured(tmp_path_factory) -> dict:
 
 
 def test_rows_are_those_of_extraction_and_all_of_them_can_be_used(tmp_path):
-    found = load.write(tmp_path / "pairs.json", 1000, 12, seed=1)
+    written = load.write(tmp_path / "pairs.json", 1000, 12, seed=1)
     rows = JsonRows(tmp_path / "pairs.json")
     assert all(set(row) == ROW_KEYS for row in rows) and rows.beside["vocab_size"] == 32_064
     pairs = load_pairs([tmp_path / "pairs.json"])
-    assert len(pairs) == 1000 and not pairs.files[0]["dropped"] and found["file_mib"] > 0
+    assert len(pairs) == 1000 and not pairs.files[0]["dropped"] and written["file_mib"] > 0
     assert set(pairs.lengths("target")) == {12} and len(set(pairs.lengths("draft"))) > 3
     assert pairs.clip[:101] == [*range(100), 0] and len(set(pairs.sequence)) == 10
     assert list(load.rows(5, 12, seed=1)) == list(load.rows(1000, 12, seed=1))[:5] != list(
@@ -47,15 +47,15 @@ def test_rows_are_those_of_extraction_and_all_of_them_can_be_used(tmp_path):
 def test_every_part_of_every_size_is_measured(measured):
     assert list(measured["sizes"]) == [str(count) for count in SIZES]
     for count in SIZES:
-        found = measured["sizes"][str(count)]
+        size = measured["sizes"][str(count)]
         for name, parts in {"write": ["write"], "ours": ["load", "split", "epoch", "evaluate"],
                             "plain": ["load"]}.items():
-            assert list(found[name]["seconds"]) == list(found[name]["peak_mib"]) == parts
-            assert all(value >= 0 for value in found[name]["seconds"].values())
-        peaks = list(found["ours"]["peak_mib"].values())
+            assert list(size[name]["seconds"]) == list(size[name]["peak_mib"]) == parts
+            assert all(value >= 0 for value in size[name]["seconds"].values())
+        peaks = list(size["ours"]["peak_mib"].values())
         assert peaks == sorted(peaks)                        # each is that of all parts up to there
-        assert 8 * 4 * count < found["ours"]["token_mib"] * 2**20 <= 2 * 8 * 4 * count
-        assert 0 < found["ours"]["share_of_read"] < 1 and found["ours"]["peak_over_tokens"] >= 0
+        assert 8 * 4 * count < size["ours"]["token_mib"] * 2**20 <= 2 * 8 * 4 * count
+        assert 0 < size["ours"]["share_of_read"] < 1 and size["ours"]["peak_over_tokens"] >= 0
     assert all(value > 0 for value in measured["limits"].values()) and len(measured["wanted"]) == 4
     assert {"load", "split", "epoch", "evaluate", "write", "time",
             "memory"} == set(measured["exponents"])
@@ -63,8 +63,8 @@ def test_every_part_of_every_size_is_measured(measured):
 
 
 def test_the_table_can_be_shown_without_a_plain_way_and_with_one_size(measured, capsys):
-    found = {**measured["sizes"]["480"], "plain": None}
-    results = {**measured, "sizes": {"480": found}, "exponents": {}}
+    size = {**measured["sizes"]["480"], "plain": None}
+    results = {**measured, "sizes": {"480": size}, "exponents": {}}
     load.show(results)
     assert "json.load: left out" in capsys.readouterr().out
     assert load.one_line(results).startswith("480 pairs: loaded in")
@@ -84,9 +84,9 @@ def test_a_plain_way_that_would_not_fit_is_left_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(load.subprocess, "run", run)
     monkeypatch.setattr(load, "available_bytes", lambda: 100 * load.PLAIN_BYTES - 1)
-    assert load.one_size(5, Config(), tmp_path)["plain"] is None and started == ["write", "ours"]
+    assert load.one_size(5, 50, 42, tmp_path)["plain"] is None and started == ["write", "ours"]
     monkeypatch.setattr(load, "available_bytes", lambda: 100 * load.PLAIN_BYTES)
-    assert load.one_size(5, Config(), tmp_path)["plain"]["peak_over_tokens"] == 1.0
+    assert load.one_size(5, 50, 42, tmp_path)["plain"]["peak_over_tokens"] == 1.0
 
 
 def test_growth_is_told_by_its_exponent():
@@ -100,11 +100,11 @@ def test_growth_is_told_by_its_exponent():
     (["--tokens", "0"], "--tokens must be 1 or more"),
     (["--seed", "-1"], "--seed must be 0 or more"), (["--pairs", "10000000000"], "set TMPDIR to a folder")])
 def test_a_mistake_is_one_line(flags, words, tmp_path):
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, ROOT / "benchmark.py", "load", "--output", tmp_path / "out.json", *flags],
         text=True, capture_output=True, timeout=60)
-    assert found.returncode == 2 and not found.stderr and len(found.stdout.splitlines()) == 1
-    assert words in found.stdout
+    assert done.returncode == 2 and not done.stderr and len(done.stdout.splitlines()) == 1
+    assert words in done.stdout
 
 
 def test_a_configuration_is_checked_when_it_is_made():

@@ -32,34 +32,34 @@ def measured(tmp_path_factory) -> dict:
 
 
 def test_every_part_is_measured(measured):
-    paint, read, made = measured["paint"], measured["read"], measured["prepare"]
+    paint, read, folder = measured["paint"], measured["read"], measured["prepare"]
     assert list(paint["events_per_s"]) == list(paint["share_of_copy"]) == ["time", "blue_over_red", "loop"]
-    assert all(value > 0 for part in (*paint.values(), read, made) for value in (
+    assert all(value > 0 for part in (*paint.values(), read, folder) for value in (
         part.values() if isinstance(part, dict) else [part]))
     # A parent and its workers
-    assert made["clips"] == 5 and made["largest_process_mib"] < made["peak_mib"]
+    assert folder["clips"] == 5 and folder["largest_process_mib"] < folder["peak_mib"]
     assert [row["what"] for row in measured["wanted"]] == ["peak memory of all processes, MiB"]
     assert prepare.one_line(measured).startswith("painted ")
     assert {"kind", "date", "device", "what", "config", "seconds", "provenance"} <= set(measured)
 
 
 def test_the_loop_paints_the_same_picture():
-    x, y, p, _ = next(prepare.made_up_events(5000, 1, seed=0))
+    x, y, p, _ = next(prepare.synthetic_events(5000, 1, seed=0))
     assert np.array_equal(prepare.plain_loop(x, y, p),
                           render_events(x, y, p, (prepare.HEIGHT, prepare.WIDTH)))
 
 
-def test_made_up_events_come_in_parts_and_read_back(tmp_path, monkeypatch):
-    whole = next(prepare.made_up_events(5000, 2, seed=0))
-    monkeypatch.setattr(prepare, "PART", 1300)
-    parts = [*prepare.made_up_events(5000, 2, seed=0)]
+def test_synthetic_events_come_in_parts_and_read_back(tmp_path, monkeypatch):
+    whole = next(prepare.synthetic_events(5000, 2, seed=0))
+    monkeypatch.setattr(prepare, "PART_EVENTS", 1300)
+    parts = [*prepare.synthetic_events(5000, 2, seed=0)]
     assert len(parts) == 4 and np.array_equal(np.concatenate([part[3] for part in parts]), whole[3])
     prepare.write_events(tmp_path / "events.h5", iter(parts), t_offset=7_000_000_000, chunk=512)
     with dsec.EventFile(tmp_path / "events.h5") as events:
-        found = [np.concatenate(column) for column in zip(*events.slices(0, events.count))]
+        columns = [np.concatenate(column) for column in zip(*events.slices(0, events.count))]
         assert events.place_of(7_000_000_000 + 1_000_000) == 2500
     for k in range(3):
-        assert np.array_equal(found[k], np.concatenate([part[k] for part in parts]))
+        assert np.array_equal(columns[k], np.concatenate([part[k] for part in parts]))
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -69,9 +69,9 @@ def test_made_up_events_come_in_parts_and_read_back(tmp_path, monkeypatch):
     (["--workers", "0"], "--workers must be 1 or more")])
 def test_a_mistake_is_one_line(flags, words, tmp_path):
     command = [sys.executable, ROOT / "benchmark.py", "prepare", "--output", tmp_path / "out.json"]
-    found = subprocess.run([*command, *flags], text=True, capture_output=True, timeout=60)
-    assert found.returncode == 2 and not found.stderr and len(found.stdout.splitlines()) == 1
-    assert words in found.stdout
+    done = subprocess.run([*command, *flags], text=True, capture_output=True, timeout=60)
+    assert done.returncode == 2 and not done.stderr and len(done.stdout.splitlines()) == 1
+    assert words in done.stdout
 
 
 def test_a_recording_that_would_not_fit_is_not_begun(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import benchmark
 from base import UserError
 from benchmarks import adapter, train
 from tests.conftest import write_pairs
+from token_adapter import AdapterConfig
 
 SMALL = {"vocab_size": 90, "embed_dim": 32, "num_layers": 1, "num_heads": 2, "device": "cpu"}
 FIGURES = {
@@ -38,42 +39,41 @@ def trained(tmp_path_factory) -> dict:
 
 def test_plain_and_ours_learn_alike(trained):
     """Other dropout and another order: not the same numbers, but the same lesson."""
-    for name, found in trained["runs"].items():
+    for name, run in trained["runs"].items():
         for loop in ("plain", "ours"):
-            losses = found[loop]["train_losses"]
+            losses = run[loop]["train_losses"]
             assert len(losses) == 6 and losses[-1] < losses[0], (name, loop)
-        alphas = [found[loop]["validation_alpha"] for loop in ("plain", "ours")]
+        alphas = [run[loop]["validation_alpha"] for loop in ("plain", "ours")]
         assert min(alphas) > 0.5 and abs(alphas[0] - alphas[1]) < 0.1, (name, alphas)
 
 
 def test_the_output_of_train_holds_everything(trained):
     assert list(trained["runs"]) == ["prefix+draft", "prefix", "draft"] and trained["made"]
     assert (trained["pairs"], trained["validation_pairs"], len(trained["wanted"])) == (100, 10, 12)
-    for found in trained["runs"].values():
+    for run in trained["runs"].values():
         for loop in ("plain", "ours"):
-            run = found[loop]
-            assert set(run) == FIGURES and run["steps_per_epoch"] == 10
-            assert run["50_epochs_s"] == pytest.approx(50 * math.ceil(5208 / 10) * run["step_ms"] / 1000)
-            assert run["share_of_limit"] == pytest.approx(found["limits"]["least_step_ms"] / run["step_ms"])
-        assert found["times_faster"] == pytest.approx(found["plain"]["step_ms"] / found["ours"]["step_ms"])
+            figures = run[loop]
+            assert set(figures) == FIGURES and figures["steps_per_epoch"] == 10
+            step_ms, least_ms = figures["step_ms"], run["limits"]["least_step_ms"]
+            assert figures["50_epochs_s"] == pytest.approx(50 * math.ceil(5208 / 10) * step_ms / 1000)
+            assert figures["share_of_limit"] == pytest.approx(least_ms / step_ms)
+        assert run["times_faster"] == pytest.approx(run["plain"]["step_ms"] / run["ours"]["step_ms"])
 
 
 def test_the_limit_counts_no_padding(tmp_path):
-    config = train.Config(**SMALL, max_seq_len=60)
-    short, long = (train.Config(**SMALL, max_seq_len=size) for size in (60, 120))
     pairs = train.load_pairs([write_pairs(tmp_path / "pairs.json", ["a_a", "b_b"])])
-    rates = {"matmul": 1e12, "copy": 1e12}
-    found = [train.limits(train.new_adapter("prefix", one, torch.device("cpu")), pairs, one, rates)
-             for one in (short, long)]
-    assert found[0]["step_gflop"] == found[1]["step_gflop"]
-    model = train.new_adapter("prefix", config, torch.device("cpu"))
+    schedule, rates = train.Schedule(3, 32, 0.5, seed=42), {"matmul": 1e12, "copy": 1e12}
+    models = [train.new_adapter(AdapterConfig(90, "prefix", 32, 1, 2, 128, max_seq_len), 42,
+                                torch.device("cpu")) for max_seq_len in (60, 120)]
+    short, long = (train.limits(model, pairs, schedule, rates) for model in models)
+    assert short["step_gflop"] == long["step_gflop"]
     positions = int(pairs.lengths("target").sum() + pairs.lengths("draft").sum())
-    each = sum(weight.numel() for weight in model.transformer.parameters()) + 90 * 32
-    assert found[0]["step_gflop"] * 1e9 == pytest.approx(6 * positions * each / math.ceil(len(pairs) / 32))
+    weights = sum(weight.numel() for weight in models[0].transformer.parameters()) + 90 * 32
+    assert short["step_gflop"] * 1e9 == pytest.approx(6 * positions * weights / math.ceil(len(pairs) / 32))
 
 
-def test_made_pairs_are_the_same_each_time_and_validation_repeats_sentences_but_not_rows():
-    first, again, other = (train.make_rows(60, 400, seed) for seed in (1, 1, 2))
+def test_synthetic_pairs_are_the_same_each_time_and_validation_repeats_sentences_but_not_rows():
+    first, again, other = (train.synthetic_rows(60, 400, seed) for seed in (1, 1, 2))
     assert first == again != other
     targets = [np.array([row["vl_tokens"] for row in rows]) for rows in (first, other)]
     assert all((targets[0] == target).mean(1).max() > 0.7 for target in targets[1])
@@ -109,7 +109,7 @@ def asked(tmp_path_factory) -> dict:
 
 def test_all_ways_to_ask_an_adapter_propose_the_same(asked):
     assert asked["alike"] == 1 and asked["draft_pass_ms"]["alike"] == 1
-    model = adapter.new_adapter("prefix+draft", adapter.Config(**SMALL), torch.device("cpu"))
+    model = adapter.new_adapter(AdapterConfig(90, "prefix+draft", 32, 1, 2, 128), 42, torch.device("cpu"))
     ways = [adapter.Plain(model, False), adapter.Plain(model, True), adapter.Ours(model)]
     for way in ways:
         way.begin([5, 6, 7])
@@ -126,8 +126,8 @@ def test_the_output_of_adapter_holds_everything(asked):
     least = asked["limits"]["least_ms"]
     assert least["eight"] == pytest.approx(
         8 * least["step"]) and least["draft_pass"] >= least["step"]
-    weights = adapter.new_adapter("prefix", adapter.Config(**SMALL, max_seq_len=48),
-                                  torch.device("cpu"))
+    sizes = AdapterConfig(90, "prefix", 32, 1, 2, 128, max_seq_len=48)
+    weights = adapter.new_adapter(sizes, 42, torch.device("cpu"))
     read = [
         weight for name, weight in weights.named_parameters()
         if name.startswith(("transformer", "output_proj"))
