@@ -191,14 +191,14 @@ def prepare(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def one(tmp_path_factory):
+def good_recording(tmp_path_factory):
     """A root with one sequence of 2.25 s, never changed by a test."""
     root = tmp_path_factory.mktemp("one")
     return root, write_sequence(root, GOOD)
 
 
 @pytest.fixture
-def two(tmp_path):
+def good_and_bad(tmp_path):
     """A root with a good sequence and one to be damaged, 1.25 s each: one window of 1 s."""
     root = tmp_path / "dsec"
     return root, write_sequence(root, GOOD, frames=26), write_sequence(root, BAD, frames=26, seed=1)
@@ -216,8 +216,8 @@ def extract(demo, tmp_path, monkeypatch):
         defaults = {"--dataset_dir": dataset_dir, "--output_file": output_file, "--max_samples": 5,
                     "--draft_model": demo.models / "eventgpt", "--target_model": demo.models / "video_llava",
                     "--max_new_tokens": 80, "--device": "cpu"}
-        given = dict(zip(flags[::2], flags[1::2]))
-        words = [str(word) for item in {**defaults, **given}.items() for word in item if word is not None]
+        changes = dict(zip(flags[::2], flags[1::2]))
+        words = [str(word) for item in {**defaults, **changes}.items() for word in item if word is not None]
         monkeypatch.setattr(sys, "argv", ["extract_tokens_train.py", *words])
         extract_tokens_train.main()
         return json.loads(output_file.read_text()) if output_file.exists() else None

@@ -199,20 +199,20 @@ def zip_of(whole: bytes):
         parts = {part.filename: archive.read(part) for part in archive.infolist()}
     names = [name for name, data in parts.items() if data]
 
-    def again(change: tuple) -> bytes:
+    def repeat(change: tuple) -> bytes:
         name, data, packed = change
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w",
                              zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as archive:
-            for other, kept in parts.items():
-                archive.writestr(other, data if other == name else kept)
+            for other, value_before in parts.items():
+                archive.writestr(other, data if other == name else value_before)
         return file.getvalue()
 
     def change_of(name: str):
         return st.tuples(st.just(name), pickle_of(parts[name]), st.booleans())
 
     pickles = [name for name in names if name.endswith("data.pkl")]
-    return st.one_of(st.sampled_from(pickles + names).flatmap(change_of).map(again), bytes_of(whole))
+    return st.one_of(st.sampled_from(pickles + names).flatmap(change_of).map(repeat), bytes_of(whole))
 
 
 def safetensors_of(whole: bytes):

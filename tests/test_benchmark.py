@@ -90,10 +90,10 @@ def test_every_drafter_replays_the_recorded_answers_in_clip_order(measured, trai
     """That the tokens are the recorded ones is asserted where they come out."""
     rows = json.loads(trained[0].read_text())["results"]
     lengths = [len(row["vl_tokens"]) for row in sorted(rows, key=lambda row: row["clip"])]
-    for name, found in measured[0]["runs"].items():
+    for name, outcome in measured[0]["runs"].items():
         part = PART if name in (*MODES, *decode.ON_A_PART) else ANSWERS
-        assert [row["tokens"] for row in found["rows"]] == lengths[:part], name
-        assert found["answers"] == part and found["part"]["answers"] == PART
+        assert [row["tokens"] for row in outcome["rows"]] == lengths[:part], name
+        assert outcome["answers"] == part and outcome["part"]["answers"] == PART
 
 
 def test_live_tau_is_the_simulated_one(measured):
@@ -126,10 +126,10 @@ def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so(monkeypatch,
     monkeypatch.setattr(peers, "generate", refusing)
     mode, pixels = {"cache_implementation": "static",
                     "disable_compile": False}, torch.randn(8, 3, 28, 28)
-    found = replay.run_mode("static", mode, model, pixels, [[4, 5, 6]])
+    outcome = replay.run_mode("static", mode, model, pixels, [[4, 5, 6]])
     assert "runs uncompiled: no compiler here" in capsys.readouterr().out
     assert calls[0] is False and all(calls[1:]) and len(
-        found["rows"]) == 1 and not found["compiled"]
+        outcome["rows"]) == 1 and not outcome["compiled"]
     # a wrong answer is no compiler's refusal
     with pytest.raises(AssertionError, match="gave"):
         monkeypatch.setattr(peers, "generate", lambda *_, **__: [1])
@@ -224,9 +224,9 @@ def test_compare_prints_old_new_and_ratio(tmp_path, capsys, monkeypatch):
 
 
 def test_figures_are_numbers_of_the_whole(measured):
-    found = figures(measured[0])
-    assert "runs.hybrid.times_faster_than.generate.decode" in found and "costs_ms.verify.9" in found
-    assert not any("rows" in name or name.startswith(("config", "provenance")) for name in found)
+    outcome = figures(measured[0])
+    assert "runs.hybrid.times_faster_than.generate.decode" in outcome and "costs_ms.verify.9" in outcome
+    assert not any("rows" in name or name.startswith(("config", "provenance")) for name in outcome)
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -242,11 +242,11 @@ def call(*flags: str, **environment: str) -> subprocess.CompletedProcess:
                                    ["adapter", "--help"], ["compare", "-h"]])
 def test_help_is_quick_and_imports_no_torch(flags):
     start = time.monotonic()
-    found = call(*flags, PYTHONPROFILEIMPORTTIME="1")
-    assert found.returncode == 0 and "benchmark.py" in found.stdout and time.monotonic(
+    outcome = call(*flags, PYTHONPROFILEIMPORTTIME="1")
+    assert outcome.returncode == 0 and "benchmark.py" in outcome.stdout and time.monotonic(
     ) - start < 1.5
-    assert not any(line.endswith((" torch", " transformers")) for line in found.stderr.splitlines())
-    assert flags[0] == "--help" or f"usage: benchmark.py {flags[0]} " in found.stdout
+    assert not any(line.endswith((" torch", " transformers")) for line in outcome.stderr.splitlines())
+    assert flags[0] == "--help" or f"usage: benchmark.py {flags[0]} " in outcome.stdout
 
 
 @pytest.mark.parametrize(
@@ -269,9 +269,9 @@ def test_help_is_quick_and_imports_no_torch(flags):
      (["compare", str(ROOT / "demo" / "models" / "video_llava" / "config.json"), "b"
        ], "is no output of benchmark.py")])
 def test_a_mistake_is_one_line(flags, words):
-    found = call(*flags)
-    assert found.returncode == 2 and not found.stderr and len(found.stdout.splitlines()) == 1
-    assert words in found.stdout and "ERROR" in found.stdout
+    outcome = call(*flags)
+    assert outcome.returncode == 2 and not outcome.stderr and len(outcome.stdout.splitlines()) == 1
+    assert words in outcome.stdout and "ERROR" in outcome.stdout
 
 
 def test_ids_beyond_the_adapter_are_refused(trained, tmp_path):
@@ -285,7 +285,7 @@ def test_ids_beyond_the_adapter_are_refused(trained, tmp_path):
 
 @pytest.mark.skipif(not OTHER, reason="OTHER_TRANSFORMERS names no second transformers")
 def test_another_transformers_is_forced_too(trained, tmp_path):
-    found = call("decode",
+    outcome = call("decode",
                  "--pairs",
                  str(trained[0]),
                  "--task",
@@ -299,7 +299,7 @@ def test_another_transformers_is_forced_too(trained, tmp_path):
                  "--output",
                  str(tmp_path / "out.json"),
                  PYTHONPATH=OTHER)
-    assert found.returncode == 0, found.stdout + found.stderr
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     version = json.loads(
         (tmp_path / "out.json").read_text())["provenance"]["versions"]["transformers"]
     assert version == next(

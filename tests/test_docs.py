@@ -45,10 +45,10 @@ def flags_of(config) -> dict[str, dataclasses.Field]:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__module__)
 def test_every_flag_stands_in_the_workflow_with_its_default(config):
     for name, field in flags_of(config).items():
-        said = re.findall(rf"^\| `--{name}` \| (.*?) \|", GUIDE, re.M)
-        assert said, f"--{name} is in no table of the pages"
+        mentions = re.findall(rf"^\| `--{name}` \| (.*?) \|", GUIDE, re.M)
+        assert mentions, f"--{name} is in no table of the pages"
         if isinstance(field.default, (int, float, str)) and not isinstance(field.default, bool):
-            assert str(field.default) in [default.strip("`") for default in said], field.name
+            assert str(field.default) in [default.strip("`") for default in mentions], field.name
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__module__)
@@ -56,7 +56,7 @@ def test_the_table_of_a_program_names_no_flag_that_it_lacks(config):
     """The table is the one that holds most of the program's flags."""
     fields = set(flags_of(config))
     tables = [set(re.findall(r"^\| `--(\w+)` \|", block, re.M)) for block in GUIDE.split("\n\n")]
-    assert max(tables, key=lambda said: (len(said & fields), -len(said))) <= fields
+    assert max(tables, key=lambda mentions: (len(mentions & fields), -len(mentions))) <= fields
 
 
 # Of torchrun, accelerate launch, sbatch, srun and tools of hosts
@@ -73,8 +73,8 @@ def test_every_flag_in_the_pages_exists():
     known |= {"demo", "new", "only", "until", "help", "rebuild"}
     known |= LAUNCHERS_FLAGS
     for page in PAGES:
-        said = re.findall(r"(?<![\w-])--(?:no-)?([a-z][\w-]+)(?!\S*\.py)", page)
-        assert set(said) <= known
+        mentions = re.findall(r"(?<![\w-])--(?:no-)?([a-z][\w-]+)(?!\S*\.py)", page)
+        assert set(mentions) <= known
 
 
 def anchors_of(page: str) -> set[str]:

@@ -59,10 +59,10 @@ def test_the_file_has_one_row_a_line_and_loads_as_pairs(extract, tmp_path):
 
 
 def test_batches_answer_as_one_by_one(extract, tmp_path):
-    alone = extract("--batch_size", 1)
+    single = extract("--batch_size", 1)
     for size in (2, 5):
         together = extract("--batch_size", size, output_file=tmp_path / f"batch{size}.json")
-        assert rows_of(together) == rows_of(alone)
+        assert rows_of(together) == rows_of(single)
 
 
 def test_short_memory_halves_the_batch_and_loses_nothing(extract, tmp_path, monkeypatch, capsys):
@@ -156,8 +156,9 @@ def test_cuda_memory_that_really_ends_halves_the_batch(extract, tmp_path, capsys
     (_, few), (wanted, many) = run(1, "few"), run(20, "many")
     assert "out of memory" not in capsys.readouterr().out and few < many
     output, taken = run(20, "short", (few + many) // 2)
-    said = capsys.readouterr().out
-    assert re.search(r"WARNING \| out of memory with 20 clips at a time: CUDA.*going on with 10", said), said
+    log_text = capsys.readouterr().out
+    words = r"WARNING \| out of memory with 20 clips at a time: CUDA.*going on with 10"
+    assert re.search(words, log_text), log_text
     assert taken < many and output["failed"] == [] and len(rows_of(output)) == 20, (few, many, taken)
     if dtype == "float32":
         assert rows_of(output) == rows_of(wanted)
@@ -190,16 +191,16 @@ def test_a_clip_that_fits_into_no_memory_fails_alone(extract, monkeypatch):
 
 def test_a_batch_is_kept_before_the_next_one_has_ended(extract, monkeypatch):
     """A crash costs the batch in flight and no other."""
-    kept, before = [], []
+    saved, before = [], []
     append, generate = Journal.append, Batches._generate
 
     def counted(journal, rows):
-        kept.extend(row for row in rows if "tokens" in row)
+        saved.extend(row for row in rows if "tokens" in row)
         append(journal, rows)
 
     monkeypatch.setattr(Journal, "append", counted)
     monkeypatch.setattr(Batches, "_generate",
-                        lambda batches, *how: before.append(len(kept)) or generate(batches, *how))
+                        lambda batches, *how: before.append(len(saved)) or generate(batches, *how))
     extract("--batch_size", 2)
     assert before == [0, 2, 4, 5, 7, 9]
 
@@ -218,8 +219,8 @@ def test_a_stopped_run_keeps_the_clips_that_the_model_was_at(extract, monkeypatc
         patch.setattr(Batches, "_generate", signalled)
         extract("--batch_size", 2)
     assert stopped.value.code == 143 and len(calls) == 5
-    said = capsys.readouterr().out
-    assert "the clips in hand are answered first" in said and "| 9 answers are kept" in said
+    log_text = capsys.readouterr().out
+    assert "the clips in hand are answered first" in log_text and "| 9 answers are kept" in log_text
     assert len(rows_of(extract("--batch_size",
                                2))) == 5 and "going on: 9 answers" in capsys.readouterr().out
 
@@ -254,8 +255,8 @@ def test_several_questions_a_clip(extract, tmp_path):
         (tmp_path / name).write_text(text)
         output = extract("--questions_file", tmp_path / name, "--num_questions", 2, "--max_samples",
                          3, output_file=tmp_path / f"{name}.out.json")
-        asked = [(row["sample_idx"], row["question_idx"], row["query"]) for row in rows_of(output)]
-        assert asked == [(i, q, query) for i in range(3)
+        questions_asked = [(row["sample_idx"], row["question_idx"], row["query"]) for row in rows_of(output)]
+        assert questions_asked == [(i, q, query) for i in range(3)
                          for q, query in enumerate(("What is there?", "Why?"))]
         assert output["videollava_success"] == 6 and output["total_samples"] == 3
 

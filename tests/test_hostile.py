@@ -74,9 +74,9 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
 )
 def test_a_checkpoint_whose_numbers_are_not_all_there_is_refused(tmp_path, tensor):
     save_adapter(adapter(), tmp_path / "a.pt")
-    found = torch.load(tmp_path / "a.pt", weights_only=True)
-    found["model_state_dict"]["embedding.weight"] = tensor
-    torch.save(found, tmp_path / "a.pt")
+    loaded = torch.load(tmp_path / "a.pt", weights_only=True)
+    loaded["model_state_dict"]["embedding.weight"] = tensor
+    torch.save(loaded, tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"a\.pt"):
         load_adapter(tmp_path / "a.pt")
 
@@ -95,8 +95,8 @@ def test_a_checkpoint_whose_numbers_are_not_all_there_is_refused(tmp_path, tenso
 )
 def test_a_checkpoint_with_an_odd_config_is_a_clear_error(tmp_path, config):
     save_adapter(adapter(), tmp_path / "a.pt")
-    found = torch.load(tmp_path / "a.pt", weights_only=True)
-    torch.save({**found, "config": {**found["config"], **config}}, tmp_path / "a.pt")
+    loaded = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save({**loaded, "config": {**loaded["config"], **config}}, tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"a\.pt"):
         load_adapter(tmp_path / "a.pt")
 
@@ -166,8 +166,8 @@ def test_code_in_a_model_folder_is_never_run(tmp_path, kind, source):
     }
     for name, auto_map in maps.items():
         path = folder / name
-        found = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**found, "auto_map": auto_map}))
+        loaded = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**loaded, "auto_map": auto_map}))
     kind.load(folder, CPU)  # its own architecture is known: what else is there is not needed
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
@@ -383,8 +383,8 @@ def test_ids_and_names_can_forge_no_line_of_the_log_and_end_no_run(
     lines = capsys.readouterr().out.splitlines()
     assert all(line.isprintable() and line.startswith("[20") for line in lines)
     assert not [line for line in lines if "] RESULT | forged" in line[:40]]
-    found = json.loads(output.read_text())
-    assert [row["sample_id"] for row in found["results"]] == [EVIL] and len(found["failed"]) == 2
+    loaded = json.loads(output.read_text())
+    assert [row["sample_id"] for row in loaded["results"]] == [EVIL] and len(loaded["failed"]) == 2
     pairs = load_pairs([output])
     assert len(pairs) == 1
 

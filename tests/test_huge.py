@@ -98,14 +98,14 @@ def test_huge_files_end_soon_within_bounds(kind, large, process):
 
 @pytest.mark.faults
 def test_two_thousand_huge_files(large, process, figures):
-    found, wrong = collections.Counter(), []
+    counts, wrong = collections.Counter(), []
     for kind, number in LONG.items():
         outcomes, faulty = faults(kind, number, large[kind], process)
         figures.append((f"huge {kind} files", outcomes.total(),
                         f"{outcomes['read']} could be read all the same"))
-        found += outcomes
+        counts += outcomes
         wrong += faulty
-    figures.append(("all huge files", found.total(),
-                    f"crashes {found['crash']}, hangs over 60 s {found['hang']}, "
-                    f"memory over 4 GiB {found['memory']}"))
-    assert not wrong and found.total() >= 2000, "\n".join(wrong)
+    figures.append(("all huge files", counts.total(),
+                    f"crashes {counts['crash']}, hangs over 60 s {counts['hang']}, "
+                    f"memory over 4 GiB {counts['memory']}"))
+    assert not wrong and counts.total() >= 2000, "\n".join(wrong)

@@ -67,45 +67,45 @@ def kill_at_random(demo: Demo, warm: Warm, folder: Path, undisturbed: tuple, kil
     """
     wanted, seconds = undisturbed
     moments = random.Random(0)
-    found = dict.fromkeys(("kills", "lost", "twice", "different", "halves"), 0)
+    counts = dict.fromkeys(("kills", "lost", "twice", "different", "halves"), 0)
     number = 0
-    while found["kills"] < kills:
-        output, kept, number = folder / f"out{number}.json", [], number + 1
-        for _ in range(min(each, kills - found["kills"])):
+    while counts["kills"] < kills:
+        output, answers_before, number = folder / f"out{number}.json", [], number + 1
+        for _ in range(min(each, kills - counts["kills"])):
             process = warm.start(flags_of(demo, output), folder / "log")
             if not warm.killed_after(process, moments.uniform(0, seconds)):
                 break
-            found["kills"] += 1
+            counts["kills"] += 1
             if output.exists():
                 # Killed between its renaming and the end
-                found["halves"] += read(output) != wanted
+                counts["halves"] += read(output) != wanted
                 continue
             now = answers(output)
-            found["lost"] += len(set(kept) - set(now))
-            found["twice"] += len(now) - len(set(now))
-            kept = now
+            counts["lost"] += len(set(answers_before) - set(now))
+            counts["twice"] += len(now) - len(set(now))
+            answers_before = now
         assert warm.wait(warm.start(flags_of(demo, output),
                                     folder / "log")) == 0, (folder / "log").read_text()
-        found["different"] += read(output) != wanted
+        counts["different"] += read(output) != wanted
         assert not output.with_name(f".{output.name}.journal.jsonl").exists()
-    return found
+    return counts
 
 
 def test_kill_9_loses_nothing(demo, warm, undisturbed, tmp_path):
-    found = kill_at_random(demo, warm, tmp_path, undisturbed, kills=3, each=3)
-    assert found == {"kills": 3, "lost": 0, "twice": 0, "different": 0, "halves": 0}
+    counts = kill_at_random(demo, warm, tmp_path, undisturbed, kills=3, each=3)
+    assert counts == {"kills": 3, "lost": 0, "twice": 0, "different": 0, "halves": 0}
 
 
 @pytest.mark.faults
 def test_kill_9_at_a_hundred_random_moments_loses_nothing(demo, warm, undisturbed, tmp_path, figures):
-    found = kill_at_random(demo, warm, tmp_path, undisturbed, kills=100, each=5)
+    counts = kill_at_random(demo, warm, tmp_path, undisturbed, kills=100, each=5)
     rows = len(undisturbed[0]["results"])
     figures.append(
-        (f"kill -9 of an extraction ({rows} clips, two models) at a random moment", found["kills"],
-         f"rows lost {found['lost']}, duplicate rows {found['twice']}, half outputs "
-         f"{found['halves']}, "
-         f"final JSON different {found['different']}"))
-    assert found == {"kills": 100, "lost": 0, "twice": 0, "different": 0, "halves": 0}
+        (f"kill -9 of an extraction ({rows} clips, two models) at a random moment", counts["kills"],
+         f"rows lost {counts['lost']}, duplicate rows {counts['twice']}, half outputs "
+         f"{counts['halves']}, "
+         f"final JSON different {counts['different']}"))
+    assert counts == {"kills": 100, "lost": 0, "twice": 0, "different": 0, "halves": 0}
 
 
 # ----------------------------------------------------------------------------------------- signals
@@ -117,15 +117,15 @@ def test_a_stopped_run_says_the_command_that_goes_on(demo, warm, undisturbed, tm
     wait_for_answers(output, 6)
     os.kill(process, number)
     assert warm.wait(process) == code
-    kept = answers(output)
+    answers_before = answers(output)
     last = log.read_text().splitlines()[-1]
     assert "Traceback" not in log.read_text() and " RESUME | " in last
     command = shlex.split(last.split(" RESUME | ")[1])
     # No --restart
     assert command == [sys.executable, "extract_tokens_train.py", *map(str, flags_of(demo, output))]
     assert warm.wait(warm.start(command[2:], log)) == 0
-    assert f"going on: {len(kept)} answers are there already" in log.read_text()
-    assert len(kept) >= 6 and read(output) == undisturbed[0]
+    assert f"going on: {len(answers_before)} answers are there already" in log.read_text()
+    assert len(answers_before) >= 6 and read(output) == undisturbed[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.json.lock", "log", "out.json"]
 
 
@@ -163,20 +163,20 @@ def test_with_room_the_command_goes_on_that_met_a_full_disk(demo, warm, undistur
                                                             kib, when):
     output, log = disk(f"size={kib}k") / "out.json", tmp_path / "log"
     assert warm.wait(warm.start(flags_of(demo, output), log)) == 2
-    text, kept = log.read_text(), answers(output)
+    text, answers_before = log.read_text(), answers(output)
     assert "Traceback" not in text and text.count("ERROR |") == 1
     last = text.splitlines()[-1]
     command = shlex.join(["extract_tokens_train.py", *map(str, flags_of(demo, output))])
     assert f"No space left on device; make room, then resume with: {sys.executable} {command}" in last
-    assert (len(kept) == 40) == (when == "the output is written") and not output.exists()
-    assert (".out.json.journal.jsonl" if len(kept) < 40 else str(output)) in last
+    assert (len(answers_before) == 40) == (when == "the output is written") and not output.exists()
+    assert (".out.json.journal.jsonl" if len(answers_before) < 40 else str(output)) in last
     assert {path.name
             for path in output.parent.iterdir()} == {".out.json.lock", ".out.json.journal.jsonl"}
     disk("size=1m")
     assert warm.wait(warm.start(flags_of(demo, output), log)) == 0
     # And so it is on another file system than the data
     assert read(output) == undisturbed[0]
-    assert f"going on: {len(kept)} answers are there already" in log.read_text()
+    assert f"going on: {len(answers_before)} answers are there already" in log.read_text()
 
 
 def test_a_read_only_disk_is_one_error_before_any_work(demo, warm, disk, tmp_path):

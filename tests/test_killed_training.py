@@ -39,7 +39,7 @@ def start(warm: Warm, demo: Demo, task: Path, log: Path) -> int:
     return warm.start(flags, log, "train_and_evaluate.py")
 
 
-def whole(task: Path) -> tuple[dict, dict, list[str]]:
+def results_of(task: Path) -> tuple[dict, dict, list[str]]:
     """What must be the same in every run: numbers but for times, weights, and names of files."""
     def without_times(value):
         if isinstance(value, dict):
@@ -61,7 +61,7 @@ def undisturbed(demo, warm, tmp_path_factory) -> tuple[tuple, float]:
     folder, begun = tmp_path_factory.mktemp("undisturbed"), time.monotonic()
     assert warm.wait(start(warm, demo, folder / "task",
                            folder / "log")) == 0, (folder / "log").read_text()
-    return whole(folder / "task"), time.monotonic() - begun
+    return results_of(folder / "task"), time.monotonic() - begun
 
 
 def epochs_of(task: Path) -> list[int]:
@@ -79,48 +79,48 @@ def kill_at_random(demo: Demo, warm: Warm, folder: Path, undisturbed: tuple, kil
     the losses.
     """
     wanted, seconds = undisturbed
-    found = dict.fromkeys(("kills", "lost", "twice", "unusable", "different"), 0)
+    counts = dict.fromkeys(("kills", "lost", "twice", "unusable", "different"), 0)
     moments, number = random.Random(1), 0
-    while found["kills"] < kills:
-        task, log, kept, number = folder / f"task{number}", folder / "log", 0, number + 1
-        for _ in range(min(each, kills - found["kills"])):
+    while counts["kills"] < kills:
+        task, log, epochs_before, number = folder / f"task{number}", folder / "log", 0, number + 1
+        for _ in range(min(each, kills - counts["kills"])):
             process = start(warm, demo, task, log)
             if not warm.killed_after(process, moments.uniform(0, seconds)):
                 break
-            found["kills"] += 1
+            counts["kills"] += 1
             epochs = epochs_of(task)
-            found["lost"] += max(0, kept - len(epochs))
-            found["twice"] += epochs != [*range(1, len(epochs) + 1)]
-            kept = max(kept, len(epochs))
+            counts["lost"] += max(0, epochs_before - len(epochs))
+            counts["twice"] += epochs != [*range(1, len(epochs) + 1)]
+            epochs_before = max(epochs_before, len(epochs))
             try:
-                found["unusable"] += bool(epochs) and not load_adapter(task / "best_model.pt")
+                counts["unusable"] += bool(epochs) and not load_adapter(task / "best_model.pt")
             except UserError:
-                found["unusable"] += 1
+                counts["unusable"] += 1
             if (task / "RESULTS.md").exists():
                 break
         if not (task / "RESULTS.md").exists() or (task / "resume.pt").exists():
             assert warm.wait(start(warm, demo, task, log)) == 0, log.read_text()
-        found["different"] += not same(whole(task), wanted)
+        counts["different"] += not same(results_of(task), wanted)
     assert "Traceback" not in (folder / "log").read_text()
-    return found
+    return counts
 
 
 def test_kill_9_changes_nothing(demo, warm, undisturbed, tmp_path):
-    found = kill_at_random(demo, warm, tmp_path, undisturbed, kills=3, each=3)
-    assert found == {"kills": 3, "lost": 0, "twice": 0, "unusable": 0, "different": 0}
+    counts = kill_at_random(demo, warm, tmp_path, undisturbed, kills=3, each=3)
+    assert counts == {"kills": 3, "lost": 0, "twice": 0, "unusable": 0, "different": 0}
 
 
 @pytest.mark.faults
 def test_kill_9_at_fifty_random_moments_changes_nothing(demo, warm, undisturbed, tmp_path, figures):
-    found = kill_at_random(demo, warm, tmp_path, undisturbed, kills=50, each=5)
+    counts = kill_at_random(demo, warm, tmp_path, undisturbed, kills=50, each=5)
     epochs = len(undisturbed[0][0]["history"])
     figures.append(
         (f"kill -9 of a training ({epochs} epochs, then again on all pairs) at a random moment",
-         found["kills"],
-         f"epochs lost {found['lost']}, told twice {found['twice']}, unusable checkpoints "
-         f"{found['unusable']}, numbers, weights or names of files different "
-         f"{found['different']}"))
-    assert found == {"kills": 50, "lost": 0, "twice": 0, "unusable": 0, "different": 0}
+         counts["kills"],
+         f"epochs lost {counts['lost']}, told twice {counts['twice']}, unusable checkpoints "
+         f"{counts['unusable']}, numbers, weights or names of files different "
+         f"{counts['different']}"))
+    assert counts == {"kills": 50, "lost": 0, "twice": 0, "unusable": 0, "different": 0}
 
 
 # --------------------------------------------------------------------------------------------- disk
@@ -137,7 +137,7 @@ def test_with_room_a_training_goes_on_that_met_a_full_disk(demo, warm, undisturb
         (task / "results.json").read_text())["unfinished"]
     disk("size=20m")
     assert warm.wait(start(warm, demo, task, log)) == 0
-    assert same(whole(task), undisturbed[0])
+    assert same(results_of(task), undisturbed[0])
 
 
 @pytest.mark.parametrize("what", ["draw_task", "write_text"])
@@ -161,4 +161,4 @@ def test_what_is_measured_is_kept_when_the_page_finds_no_room(demo, undisturbed,
     assert "unfinished" not in json.loads((tmp_path / "task" / "results.json").read_text())
     ends_with(0, "--resume", tmp_path / "task")
     assert "epoch" not in capsys.readouterr().out                       # nothing is trained again
-    assert same(whole(tmp_path / "task"), undisturbed[0])
+    assert same(results_of(tmp_path / "task"), undisturbed[0])

@@ -53,7 +53,7 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(world, demo) -> dict[str, bytes]:
+def intact(world, demo) -> dict[str, bytes]:
     """A whole file of each kind."""
     import torch
 
@@ -95,7 +95,7 @@ def whole(world, demo) -> dict[str, bytes]:
             np.save, events, allow_pickle=True), "pt": adapter(world / "adapter.pt"), "npz": saved(
                 np.savez_compressed, target=np.arange(9, dtype=np.int32),
                 target_start=np.array([0, 4, 9])), "results": results, "resume": saved(
-                    lambda file, found: torch.save(found, file),
+                    lambda file, counts: torch.save(counts, file),
                     state()), "config": (model / "config.json").read_bytes(),
         "safetensors": (model / "model.safetensors").read_bytes(),
         "preprocessor": (model / "preprocessor_config.json").read_bytes(),
@@ -151,13 +151,13 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def mutate(kind: str, number: int, whole: dict, process: Isolated) -> collections.Counter:
+def mutate(kind: str, number: int, intact: dict, process: Isolated) -> collections.Counter:
     """How so many damaged files of this kind came out; fails at the first crash or hang."""
     outcomes = collections.Counter()
 
     @hypothesis.settings(max_examples=number, derandomize=True, database=None, deadline=None,
                          suppress_health_check=list(hypothesis.HealthCheck))
-    @hypothesis.given(STRATEGIES[kind](whole[kind]))
+    @hypothesis.given(STRATEGIES[kind](intact[kind]))
     def every(content: bytes) -> None:
         outcome = process.read(kind, content)
         outcomes[outcome.split(":")[0]] += 1
@@ -168,25 +168,25 @@ def mutate(kind: str, number: int, whole: dict, process: Isolated) -> collection
 
 
 @pytest.mark.parametrize("kind", LONG)
-def test_damaged_files_are_user_errors_or_failed_rows(kind, whole, world, process):
-    assert process.read(kind, whole[kind]) == "read"
+def test_damaged_files_are_user_errors_or_failed_rows(kind, intact, world, process):
+    assert process.read(kind, intact[kind]) == "read"
     before = contents(world)
-    outcomes = mutate(kind, max(8, LONG[kind] // QUICK), whole, process)
+    outcomes = mutate(kind, max(8, LONG[kind] // QUICK), intact, process)
     assert contents(world) == before
     # Else the damage was none
     assert outcomes["UserError"] + outcomes["MediaError"] or kind == "index"
 
 
 @pytest.mark.faults
-def test_ten_thousand_damaged_files(whole, world, process, figures):
-    before, found = contents(world), collections.Counter()
+def test_ten_thousand_damaged_files(intact, world, process, figures):
+    before, counts = contents(world), collections.Counter()
     for kind, number in LONG.items():
-        outcomes = mutate(kind, number, whole, process)
+        outcomes = mutate(kind, number, intact, process)
         figures.append((f"damaged {kind} files", outcomes.total(),
                         f"{outcomes['read']} could be read all the same"))
-        found += outcomes
+        counts += outcomes
     touched = contents(world).items() ^ before.items()
-    figures.append(("all damaged files", found.total(),
-                    f"crashes {found['crash']}, hangs {found['hang']}, files "
+    figures.append(("all damaged files", counts.total(),
+                    f"crashes {counts['crash']}, hangs {counts['hang']}, files "
                     f"touched outside the output {len(touched)}"))
-    assert not touched and found.total() >= 10_000
+    assert not touched and counts.total() >= 10_000

@@ -277,5 +277,5 @@ def test_where_no_environment_can_be_made_one_line_says_so(suite, tmp_path):
     failed = suite()
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
     assert "set VENV to a folder" in failed.stderr
-    made = suite(VENV=str(tmp_path / "elsewhere"))
-    assert made.stdout.endswith(f"{tmp_path}/elsewhere/bin/python\n")
+    finished = suite(VENV=str(tmp_path / "elsewhere"))
+    assert finished.stdout.endswith(f"{tmp_path}/elsewhere/bin/python\n")

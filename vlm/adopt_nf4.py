@@ -32,9 +32,9 @@ from vlm.nf4 import (
 
 MORE_ROWS = (128, 192, 256)          # beyond FEW_ROWS the kernel is used up to the last that pays
 CHECKED_ROWS = range(1, FEW_ROWS, 8)                 # a number of rows for each kernel
-TIMES = 9                            # of which a timing is the median
-ERROR = 1.3                          # largest error allowed, in errors of bitsandbytes' own way
-REFUSED: weakref.WeakSet = weakref.WeakSet()         # models that stay with bitsandbytes: told once
+TIMINGS = 9                            # of which a timing is the median
+MAX_ERROR_RATIO = 1.3                          # largest error allowed, in errors of bitsandbytes' own way
+REJECTED_MODELS: weakref.WeakSet = weakref.WeakSet()         # models that stay with bitsandbytes: told once
 
 
 def adopt(language_model: Any, dtype: torch.dtype) -> bool:
@@ -45,7 +45,7 @@ def adopt(language_model: Any, dtype: torch.dtype) -> bool:
     groups = [group for layer in language_model.layers for group in groups_of(layer)]
     kinds = {type(getattr(parent, name)).__name__ for parent, names in groups for name in names}
     device = language_model.embed_tokens.weight.device
-    if "Linear4bit" not in kinds or device.type != "cuda" or language_model in REFUSED:
+    if "Linear4bit" not in kinds or device.type != "cuda" or language_model in REJECTED_MODELS:
         return False
     try:
         for parent, names in groups:
@@ -57,7 +57,7 @@ def adopt(language_model: Any, dtype: torch.dtype) -> bool:
         del first_layer              # else its old form would stay
     # No compiler library, a device that it does not know, a wrong result, nothing gained.
     except (RuntimeError, OSError) as error:
-        REFUSED.add(language_model)
+        REJECTED_MODELS.add(language_model)
         log(f"nf4 | WARNING | 4-bit products are bitsandbytes': {first_line(error)}")
         return False
     for number, (parent, names) in enumerate(groups):
@@ -153,7 +153,7 @@ def check(fused: NF4Linear, layers: list[Linear4bit]) -> None:
         theirs = distance(F.linear(x, weight.to(x), None if bias is None else bias.to(x)), exact)
         for name, y in (("few", few), ("many", many)):
             ours = distance(y[:, part], exact)
-            if not ours <= ERROR * theirs + 1e-4:                    # scales are float16: 2e-4
+            if not ours <= MAX_ERROR_RATIO * theirs + 1e-4:                    # scales are float16: 2e-4
                 raise RuntimeError(f"the fused product of {name} rows is off by {ours:.2%}, "
                                    f"bitsandbytes' by {theirs:.2%}")
     for rows in CHECKED_ROWS:
@@ -181,7 +181,7 @@ def microseconds(work: Callable) -> float:
     """The median time that the device takes for work(), with none of its data in the cache."""
     filler, times = torch.empty(2**26, dtype=torch.uint8, device="cuda"), []
     work()
-    for _ in range(TIMES):
+    for _ in range(TIMINGS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(8):                           # empties the cache; the host launches meanwhile
             filler.zero_()
@@ -190,4 +190,4 @@ def microseconds(work: Callable) -> float:
         end.record()
         end.synchronize()
         times.append(1000 * start.elapsed_time(end))
-    return sorted(times)[TIMES // 2]
+    return sorted(times)[TIMINGS // 2]

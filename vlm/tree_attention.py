@@ -105,77 +105,78 @@ def attend_plain(queries, keys, values, mask):
 if triton:
     @triton.jit
     def _attend_kernel(queries, keys, values, root, ancestors, out, mixed_parts, sums, finished, n,
-                       side, slots, scale, of_token, of_head, D: tl.constexpr, ROWS: tl.constexpr,
+                       group, slots, scale, of_token, of_head, D: tl.constexpr, ROWS: tl.constexpr,
                        BLOCK: tl.constexpr, SPLITS: tl.constexpr, STEPS: tl.constexpr,
                        NODES: tl.constexpr):
         head, split = tl.program_id(0), tl.program_id(1)
-        row, at = tl.arange(0, ROWS), tl.arange(0, D)
-        token, query_head = row // side, head * side + row % side
-        there = row < n * side
+        row, dim = tl.arange(0, ROWS), tl.arange(0, D)
+        token, query_head = row // group, head * group + row % group
+        valid = row < n * group
         first = tl.load(root)
-        query = tl.load(queries + token[:, None] * of_token + query_head[:, None] * D + at[None, :],
-                        there[:, None], 0.0)
-        bits = tl.load(ancestors + token, there, 0)
+        query = tl.load(queries + token[:, None] * of_token + query_head[:, None] * D + dim[None, :],
+                        valid[:, None], 0.0)
+        bits = tl.load(ancestors + token, valid, 0)
         largest = tl.full((ROWS,), -1e30, tl.float32)
         weight = tl.zeros((ROWS,), tl.float32)
         mixed = tl.zeros((ROWS, D), tl.float32)
         base = head.to(tl.int64) * of_head
         begin = split * STEPS * BLOCK
         end = tl.minimum(begin + STEPS * BLOCK, tl.minimum(first + 1 + NODES, slots).to(tl.int32))
-        # Blocks before `whole` are visible to every query: no mask.
-        whole = begin + tl.maximum(tl.minimum(end, (first + 1).to(tl.int32)) - begin, 0) // BLOCK * BLOCK
-        for start in range(begin, whole, BLOCK):
+        # Blocks before `unmasked_end` are visible to every query: no mask.
+        shared_slots = tl.maximum(tl.minimum(end, (first + 1).to(tl.int32)) - begin, 0)
+        unmasked_end = begin + shared_slots // BLOCK * BLOCK
+        for start in range(begin, unmasked_end, BLOCK):
             slot = start + tl.arange(0, BLOCK)
-            key = tl.load(keys + base + slot[:, None] * D + at[None, :])
+            key = tl.load(keys + base + slot[:, None] * D + dim[None, :])
             scores = tl.dot(query, tl.trans(key)) * scale
-            larger = tl.maximum(largest, tl.max(scores, 1))
-            probability, rescale = tl.exp2(scores - larger[:, None]), tl.exp2(largest - larger)
-            value = tl.load(values + base + slot[:, None] * D + at[None, :])
+            new_largest = tl.maximum(largest, tl.max(scores, 1))
+            probability, rescale = tl.exp2(scores - new_largest[:, None]), tl.exp2(largest - new_largest)
+            value = tl.load(values + base + slot[:, None] * D + dim[None, :])
             mixed = tl.dot(probability.to(value.dtype), value, mixed * rescale[:, None])
             weight = weight * rescale + tl.sum(probability, 1)
-            largest = larger
-        for start in range(whole, end, BLOCK):
+            largest = new_largest
+        for start in range(unmasked_end, end, BLOCK):
             slot = start + tl.arange(0, BLOCK)
             inside = slot < slots
-            key = tl.load(keys + base + slot[:, None] * D + at[None, :], inside[:, None], 0.0)
+            key = tl.load(keys + base + slot[:, None] * D + dim[None, :], inside[:, None], 0.0)
             scores = tl.dot(query, tl.trans(key)) * scale
             node = slot - first - 1
             bit = (bits[:, None] >> tl.minimum(tl.maximum(node, 0), NODES - 1).to(tl.int64)[None, :]) & 1
             visible = ((node < 0)[None, :] | ((node < NODES)[None, :] & (bit == 1))) & inside[None, :]
             scores = tl.where(visible, scores, -1e30)
-            larger = tl.maximum(largest, tl.max(scores, 1))
-            probability = tl.where(visible, tl.exp2(scores - larger[:, None]), 0.0)
-            rescale = tl.exp2(largest - larger)
-            value = tl.load(values + base + slot[:, None] * D + at[None, :], inside[:, None], 0.0)
+            new_largest = tl.maximum(largest, tl.max(scores, 1))
+            probability = tl.where(visible, tl.exp2(scores - new_largest[:, None]), 0.0)
+            rescale = tl.exp2(largest - new_largest)
+            value = tl.load(values + base + slot[:, None] * D + dim[None, :], inside[:, None], 0.0)
             mixed = tl.dot(probability.to(value.dtype), value, mixed * rescale[:, None])
             weight = weight * rescale + tl.sum(probability, 1)
-            largest = larger
+            largest = new_largest
         place = (head * SPLITS + split) * ROWS + row
-        tl.store(mixed_parts + place[:, None] * D + at[None, :], mixed, there[:, None])
-        tl.store(sums + place * 2, largest, there)
-        tl.store(sums + place * 2 + 1, weight, there)
+        tl.store(mixed_parts + place[:, None] * D + dim[None, :], mixed, valid[:, None])
+        tl.store(sums + place * 2, largest, valid)
+        tl.store(sums + place * 2 + 1, weight, valid)
         # All of this program's stores come before it counts itself as finished
         tl.debug_barrier()
-        before = tl.atomic_add(finished + head, 1, sem="acq_rel")
-        if before == SPLITS - 1:
+        finished_before = tl.atomic_add(finished + head, 1, sem="acq_rel")
+        if finished_before == SPLITS - 1:
             tl.debug_barrier()
             largest = tl.full((ROWS,), -1e30, tl.float32)
             weight = tl.zeros((ROWS,), tl.float32)
             mixed = tl.zeros((ROWS, D), tl.float32)
             for part in range(SPLITS):
                 place = (head * SPLITS + part) * ROWS + row
-                theirs = tl.load(sums + place * 2, there, -1e30, cache_modifier=".cg")
-                larger = tl.maximum(largest, theirs)
-                ours, other = tl.exp2(largest - larger), tl.exp2(theirs - larger)
-                their_mixed = tl.load(mixed_parts + place[:, None] * D + at[None, :],
-                                      there[:, None], 0.0, cache_modifier=".cg")
-                mixed = mixed * ours[:, None] + their_mixed * other[:, None]
-                weight = weight * ours + tl.load(sums + place * 2 + 1, there, 0.0,
-                                                 cache_modifier=".cg") * other
-                largest = larger
-            to = out + token[:, None] * (tl.num_programs(0) * side *
-                                         D) + query_head[:, None] * D + at[None, :]
-            tl.store(to, (mixed / weight[:, None]).to(out.dtype.element_ty), there[:, None])
+                part_largest = tl.load(sums + place * 2, valid, -1e30, cache_modifier=".cg")
+                new_largest = tl.maximum(largest, part_largest)
+                own_scale, part_scale = tl.exp2(largest - new_largest), tl.exp2(part_largest - new_largest)
+                part_mixed = tl.load(mixed_parts + place[:, None] * D + dim[None, :],
+                                      valid[:, None], 0.0, cache_modifier=".cg")
+                mixed = mixed * own_scale[:, None] + part_mixed * part_scale[:, None]
+                weight = weight * own_scale + tl.load(sums + place * 2 + 1, valid, 0.0,
+                                                 cache_modifier=".cg") * part_scale
+                largest = new_largest
+            out_at = out + token[:, None] * (tl.num_programs(0) * group *
+                                         D) + query_head[:, None] * D + dim[None, :]
+            tl.store(out_at, (mixed / weight[:, None]).to(out.dtype.element_ty), valid[:, None])
             tl.store(finished + head, 0)
 
 

@@ -89,10 +89,10 @@ def test_figures_do_not_depend_on_how_many_answers_are_compared_at_a_time(monkey
         return [compare(top1, top5, pairs, pairs), {**simulated, "passes": simulated["passes"].tolist()},
                 hits.tolist(), interval(hits, lengths, names), by_drive(hits, lengths, names)]
 
-    whole = figures()
+    unbatched = figures()
     monkeypatch.setattr(metrics, "BLOCK_POSITIONS", 7 * 9)
     monkeypatch.setattr(intervals, "DRAWN_AT_A_TIME", 70)
-    assert figures() == whole
+    assert figures() == unbatched
 
 
 def test_comparing_and_simulating_take_a_small_multiple_of_the_hits(monkeypatch):
@@ -101,10 +101,10 @@ def test_comparing_and_simulating_take_a_small_multiple_of_the_hits(monkeypatch)
     answers = [[5] * 30] * 4000
     pairs, top1, lengths = pairs_of(answers, answers), np.ones((4000, 30), bool), np.full(4000, 30)
     tracemalloc.start()
-    found = compare(top1, top1, pairs, pairs)
+    figures_of_all = compare(top1, top1, pairs, pairs)
     simulate(top1, lengths, 3)
     interval(number_right(top1, lengths), lengths, [f"town_{i // 2}_a" for i in range(4000)])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     # Numbers for each answer, not for each position: one array of ids would be 4 of these.
-    assert found["direct_copy"]["alpha"] == 1 and peak < 7 * top1.nbytes
+    assert figures_of_all["direct_copy"]["alpha"] == 1 and peak < 7 * top1.nbytes

@@ -13,11 +13,11 @@ def test_intervals_hold_the_value_and_pairing_takes_the_common_part_out():
     good = random.random((200, 50)) < np.repeat(random.uniform(0.4, 0.9, 10), 20)[:, None]
     better = good | (random.random((200, 50)) < 0.05)
     names = [f"town_{i // 20:02}_a" for i in range(200)]
-    one = interval(good.sum(1), lengths, names)
+    bounds = interval(good.sum(1), lengths, names)
     both = interval(better.sum(1), lengths, names, good.sum(1))
-    assert one["low"] < one["value"] < one["high"] and one["by"] == "sequences"
+    assert bounds["low"] < bounds["value"] < bounds["high"] and bounds["by"] == "sequences"
     assert 0 < both["low"] < both["value"] < both["high"]
-    assert both["high"] - both["low"] < 0.3 * (one["high"] - one["low"])
+    assert both["high"] - both["low"] < 0.3 * (bounds["high"] - bounds["low"])
     assert interval(good.sum(1), lengths, [""] * 200)["by"] == "blocks of 20 clips"
 
 

@@ -29,12 +29,12 @@ def test_simulation_of_all_answers_together_equals_each_one_alone(gamma):
     lengths = random.integers(1, 15, 60)  # answers of one token and shorter than gamma among them
     top1 = random.random((60, 14)) < 0.7
     top1[:5], top1[5:10] = True, False
-    found = simulate(top1, lengths, gamma)
-    alone = [decode_one(row[:length].tolist(), gamma) for row, length in zip(top1, lengths)]
-    assert found["passes"].tolist() == [passes for passes, _ in alone]
-    assert found["tau"] == pytest.approx(lengths.sum() / sum(passes for passes, _ in alone))
-    histogram = np.bincount([n for _, accepted in alone for n in accepted], minlength=gamma + 1)
-    assert found["accepted_lengths"] == histogram.tolist()
+    simulated = simulate(top1, lengths, gamma)
+    single = [decode_one(row[:length].tolist(), gamma) for row, length in zip(top1, lengths)]
+    assert simulated["passes"].tolist() == [passes for passes, _ in single]
+    assert simulated["tau"] == pytest.approx(lengths.sum() / sum(passes for passes, _ in single))
+    histogram = np.bincount([n for _, accepted in single for n in accepted], minlength=gamma + 1)
+    assert simulated["accepted_lengths"] == histogram.tolist()
 
 
 def test_a_perfect_drafter_needs_one_pass_for_gamma_plus_one_tokens_and_a_wrong_one_a_pass_for_each():
@@ -49,7 +49,8 @@ def test_tau_of_a_drafter_that_streams_is_that_of_its_hits():
     pairs = random_pairs(CONTRACT)
     target = pairs.padded("target", 9)
     proposals = np.where(np.arange(9) % 3 < 2, target, -1)[:, :, None].repeat(5, 2)
-    found = stream(Fixed(proposals, pairs), pairs)
+    simulated = stream(Fixed(proposals, pairs), pairs)
     right = np.broadcast_to(np.arange(9) % 3 < 2, (30, 9))
-    assert found["alpha"] == found["top5"] == measure(right, pairs.lengths("target"))["alpha"]
-    assert found["simulated"]["12"]["tau"] == simulate(found["top1"], pairs.lengths("target"), 12)["tau"]
+    assert simulated["alpha"] == simulated["top5"] == measure(right, pairs.lengths("target"))["alpha"]
+    again = simulate(simulated["top1"], pairs.lengths("target"), 12)
+    assert simulated["simulated"]["12"]["tau"] == again["tau"]

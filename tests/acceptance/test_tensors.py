@@ -47,5 +47,5 @@ def test_a_token_that_is_not_scored_is_a_miss_and_costs_no_loss():
     top1, top5, loss = predict(adapter, TokenTensors.of(pairs, 4, torch.device("cpu")), 2)
     assert top5.tolist() == [[True, True, True], [True, False, False]
                              ] and not top1[1, 1] and 0 < loss < 20
-    whole = Adapter(adapter, pairs)
-    assert set(np.concatenate([whole.predict(0), whole.predict(1)]).ravel()) <= {3, 5, 7, NOTHING}
+    predictions = Adapter(adapter, pairs)
+    assert set(np.concatenate([predictions.predict(0), predictions.predict(1)]).ravel()) <= {3, 5, 7, NOTHING}

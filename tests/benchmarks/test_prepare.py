@@ -50,10 +50,10 @@ def test_the_loop_paints_the_same_picture():
 
 
 def test_synthetic_events_come_in_parts_and_read_back(tmp_path, monkeypatch):
-    whole = next(prepare.synthetic_events(5000, 2, seed=0))
+    columns_at_once = next(prepare.synthetic_events(5000, 2, seed=0))
     monkeypatch.setattr(prepare, "PART_EVENTS", 1300)
     parts = [*prepare.synthetic_events(5000, 2, seed=0)]
-    assert len(parts) == 4 and np.array_equal(np.concatenate([part[3] for part in parts]), whole[3])
+    assert len(parts) == 4 and np.array_equal(np.concatenate([part[3] for part in parts]), columns_at_once[3])
     prepare.write_events(tmp_path / "events.h5", iter(parts), t_offset=7_000_000_000, chunk=512)
     with dsec.EventFile(tmp_path / "events.h5") as events:
         columns = [np.concatenate(column) for column in zip(*events.slices(0, events.count))]

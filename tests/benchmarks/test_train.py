@@ -99,7 +99,7 @@ def test_the_users_pairs_are_trained_on_and_must_fit_the_vocabulary(tmp_path, fi
 
 # ------------------------------------------------------------------------------------------ adapter
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory) -> dict:
+def steps_timed(tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("benchmark") / "adapter.json"
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(adapter, "REPEATS", 5)
@@ -107,8 +107,8 @@ def asked(tmp_path_factory) -> dict:
     return json.loads(output.read_text())
 
 
-def test_all_ways_to_ask_an_adapter_propose_the_same(asked):
-    assert asked["alike"] == 1 and asked["draft_pass_ms"]["alike"] == 1
+def test_all_ways_to_ask_an_adapter_propose_the_same(steps_timed):
+    assert steps_timed["alike"] == 1 and steps_timed["draft_pass_ms"]["alike"] == 1
     model = adapter.new_adapter(AdapterConfig(90, "prefix+draft", 32, 1, 2, 128), 42, torch.device("cpu"))
     ways = [adapter.Plain(model, False), adapter.Plain(model, True), adapter.Ours(model)]
     for way in ways:
@@ -118,12 +118,12 @@ def test_all_ways_to_ask_an_adapter_propose_the_same(asked):
         assert proposed[0] == proposed[1] == proposed[2] and len(proposed[0]) == 4
 
 
-def test_the_output_of_adapter_holds_everything(asked):
-    assert set(asked["ms"]) == {"prefix+draft", "prefix"} and len(asked["wanted"]) == 3
-    for ways in asked["ms"].values():
+def test_the_output_of_adapter_holds_everything(steps_timed):
+    assert set(steps_timed["ms"]) == {"prefix+draft", "prefix"} and len(steps_timed["wanted"]) == 3
+    for ways in steps_timed["ms"].values():
         assert set(ways) == {"plain, whole", "plain, cached", "ours"}
-        assert all(set(found) == {"step", "eight", "begin"} for found in ways.values())
-    least = asked["limits"]["least_ms"]
+        assert all(set(times) == {"step", "eight", "begin"} for times in ways.values())
+    least = steps_timed["limits"]["least_ms"]
     assert least["eight"] == pytest.approx(
         8 * least["step"]) and least["draft_pass"] >= least["step"]
     sizes = AdapterConfig(90, "prefix", 32, 1, 2, 128, max_seq_len=48)
@@ -133,4 +133,4 @@ def test_the_output_of_adapter_holds_everything(asked):
         if name.startswith(("transformer", "output_proj"))
     ]
     tied = weights.embedding.weight                                     # read as the output layer's
-    assert asked["limits"]["step_weights_mib"] * 2**20 == sum(weight.nbytes for weight in [*read, tied])
+    assert steps_timed["limits"]["step_weights_mib"] * 2**20 == sum(weight.nbytes for weight in [*read, tied])

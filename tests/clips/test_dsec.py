@@ -22,8 +22,8 @@ def test_dsecs_lists_are_whole_and_apart():
     assert not any("zurich_city_1" in name and int(name[12:14]) > 11 for name in train)
 
 
-def test_the_made_up_file_is_as_dsec_says(one):
-    with h5py.File(one[1].events) as file:
+def test_the_made_up_file_is_as_dsec_says(good_recording):
+    with h5py.File(good_recording[1].events) as file:
         t, table = file["events/t"][()].astype(int), file["ms_to_idx"][()].astype(int)
         kinds = {name: (file[f"events/{name}"].dtype.str, list(file[f"events/{name}"]._filters))
                  for name in "xypt"}
@@ -35,48 +35,48 @@ def test_the_made_up_file_is_as_dsec_says(one):
         assert t[place] >= 1000 * ms and (place == 0 or t[place - 1] < 1000 * ms)
 
 
-def test_events_are_found_to_the_microsecond(one):
-    made = one[1]
-    with dsec.EventFile(made.events) as events:
+def test_events_are_found_to_the_microsecond(good_recording):
+    sequence = good_recording[1]
+    with dsec.EventFile(sequence.events) as events:
         for time_us in (0, T_OFFSET - 1, T_OFFSET, FIRST_US, FIRST_US + 250_000, FIRST_US + 250_001,
-                        int(made.t[777]),
-                        int(made.t[-1]), int(made.t[-1]) + 1, FIRST_US + 2**33):
-            assert events.place_of(time_us) == np.searchsorted(made.t, time_us), time_us
+                        int(sequence.t[777]),
+                        int(sequence.t[-1]), int(sequence.t[-1]) + 1, FIRST_US + 2**33):
+            assert events.place_of(time_us) == np.searchsorted(sequence.t, time_us), time_us
 
 
-def test_a_missing_blosc_filter_is_one_clear_line(prepare, one, monkeypatch):
+def test_a_missing_blosc_filter_is_one_clear_line(prepare, good_recording, monkeypatch):
     monkeypatch.setattr(h5py.h5z, "filter_avail", lambda number: False)
     with pytest.raises(UserError, match=r"lacks the Blosc filter \(32001\)"):
-        prepare(root=one[0])
+        prepare(root=good_recording[0])
 
 
 # ---------------------------------------------------------------------------------------- bad input
-def cut_events(made):
-    made.events.write_bytes(made.events.read_bytes()[:-5000])
+def cut_events(sequence):
+    sequence.events.write_bytes(sequence.events.read_bytes()[:-5000])
 
 
-def no_hdf5(made):
-    made.events.write_bytes(b"<html>404 not found</html>" * 100)
+def no_hdf5(sequence):
+    sequence.events.write_bytes(b"<html>404 not found</html>" * 100)
 
 
-def torn_chunk(made):
-    with h5py.File(made.events) as file:
+def torn_chunk(sequence):
+    with h5py.File(sequence.events) as file:
         chunk = file["events/x"].id.get_chunk_info(5)
-    with open(made.events, "r+b") as file:
+    with open(sequence.events, "r+b") as file:
         file.seek(chunk.byte_offset)
         file.write(bytes(chunk.size))
 
 
 def without(name):
-    def damage(made):
-        with h5py.File(made.events, "r+") as file:
+    def damage(sequence):
+        with h5py.File(sequence.events, "r+") as file:
             del file[name]
     return damage
 
 
 def replaced(name, change, **how):
-    def damage(made):
-        with h5py.File(made.events, "r+") as file:
+    def damage(sequence):
+        with h5py.File(sequence.events, "r+") as file:
             values = change(file[name][()])
             del file[name]
             file.create_dataset(name, data=values, **how)
@@ -97,8 +97,8 @@ def late_start(t):
     return t + np.uint32(3_000_000)
 
 
-def unknown_filter(made):
-    with h5py.File(made.events, "r+") as file:
+def unknown_filter(sequence):
+    with h5py.File(sequence.events, "r+") as file:
         values = file["events/p"][()]
         del file["events/p"]
         how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -109,23 +109,23 @@ def unknown_filter(made):
         h5py.h5d.create(file["events"].id, b"p", h5py.h5t.NATIVE_UINT8, space, how)
 
 
-def points_elsewhere(made):
-    other = made.events.with_name("other.h5")
-    shutil.copy(made.events, other)
-    with h5py.File(made.events, "r+") as file:
+def points_elsewhere(sequence):
+    other = sequence.events.with_name("other.h5")
+    shutil.copy(sequence.events, other)
+    with h5py.File(sequence.events, "r+") as file:
         del file["events/x"]
         file["events/x"] = h5py.ExternalLink(str(other), "events/x")
 
 
-def huge_chunk(made):
-    with h5py.File(made.events, "r+") as file:
+def huge_chunk(sequence):
+    with h5py.File(sequence.events, "r+") as file:
         del file["events/x"]
         file.create_dataset("events/x", (2**33,), np.uint16, chunks=(2**30,), compression="gzip")
 
 
-def far_offset(made):
+def far_offset(sequence):
     """One number in a chunk of 3.7 GiB: a few bytes in the file, all of it in memory."""
-    with h5py.File(made.events, "r+") as file:
+    with h5py.File(sequence.events, "r+") as file:
         del file["t_offset"]
         file.create_dataset("t_offset", (1,), np.int64, maxshape=(None,), chunks=(2**29 - 2**25,),
                             compression="gzip",
@@ -133,12 +133,12 @@ def far_offset(made):
 
 
 def times(change):
-    return lambda made: made.times.write_text(change(made.times.read_text().splitlines()))
+    return lambda sequence: sequence.times.write_text(change(sequence.times.read_text().splitlines()))
 
 
-def no_pictures(made):
-    shutil.rmtree(made.pictures)
-    (made.folder / f"{BAD}_images_rectified_left.zip").write_bytes(b"PK")
+def no_pictures(sequence):
+    shutil.rmtree(sequence.pictures)
+    (sequence.folder / f"{BAD}_images_rectified_left.zip").write_bytes(b"PK")
 
 
 WHOLE, CLIP = rf"LEFT OUT \| {BAD} \| ", rf"LEFT OUT \| {BAD}/000000 \| "
@@ -176,16 +176,16 @@ BAD_INPUT = [
     (replaced("t_offset", lambda offset: offset - 10_000_000), CLIP + "no events"),
     (replaced("t_offset", lambda _: np.int64(0)), CLIP + "no events"),
     (break_picture, CLIP + r"can't read the picture .*000007\.png"),
-    (lambda made: (made.pictures / "000007.png").unlink(),
+    (lambda sequence: (sequence.pictures / "000007.png").unlink(),
      WHOLE + r"half downloaded: .* 000006\.png to 000008\.png"),
-    (lambda made:
-     (made.pictures / "000025.png").unlink(), WHOLE + r"25 pictures in .*, but 26 timestamps in"),
+    (lambda sequence:
+     (sequence.pictures / "000025.png").unlink(), WHOLE + r"25 pictures in .*, but 26 timestamps in"),
     (no_pictures, WHOLE +
      rf"half downloaded: no images/left/rectified/\*\.png; unpack {BAD}_images_rectified_left"),
-    (lambda made: made.events.unlink(), WHOLE + r"half downloaded: no events/left/events\.h5$"),
-    (lambda made: shutil.rmtree(made.folder / "images"),
+    (lambda sequence: sequence.events.unlink(), WHOLE + r"half downloaded: no events/left/events\.h5$"),
+    (lambda sequence: shutil.rmtree(sequence.folder / "images"),
      WHOLE + r"half downloaded: no images/.*, no images/timest"),
-    (lambda made: shutil.rmtree(made.folder), WHOLE + "not there$"),
+    (lambda sequence: shutil.rmtree(sequence.folder), WHOLE + "not there$"),
     (times(lambda lines: "\n".join(lines[:5] + lines[4:-1])),
      WHOLE + r".*timestamps\.txt is not sorted: entry 6"),
     (times(lambda lines: "\n".join(["# us", *lines[2:]])),
@@ -197,42 +197,42 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize("damage, line", BAD_INPUT, ids=range(len(BAD_INPUT)))
-def test_what_is_broken_is_named_and_the_rest_is_made(prepare, two, capsys, damage, line):
-    root, _, bad = two
+def test_what_is_broken_is_named_and_the_rest_is_made(prepare, good_and_bad, capsys, damage, line):
+    root, _, bad = good_and_bad
     damage(bad)
     flags = (*SMALL, "--sequences", BAD, GOOD)
     with pytest.raises(UserError, match="is not whole: "):
         prepare(*flags, root=root)
-    said = capsys.readouterr().out
-    assert re.search(line, said, re.M), said
-    assert re.search(rf"missing \| {BAD} \| ", said)
+    log_text = capsys.readouterr().out
+    assert re.search(line, log_text, re.M), log_text
+    assert re.search(rf"missing \| {BAD} \| ", log_text)
     folder = root.parent / "data" / "my_egpt_dsec_test" / "my_egpt_dsec_seq_1s"
     assert not (folder / INDEX_FILE).exists() and (folder / "mp4" / GOOD / "000000.mp4").is_file()
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert not [path for path in files
                 if BAD in str(path) and "/000000" in str(path)] and len(files) >= 6
-    _, said = prepare(*flags, "--allow_missing", root=root)
+    _, log_text = prepare(*flags, "--allow_missing", root=root)
     rows = {(row["sequence"], row["clip"]) for row in json.loads((folder / INDEX_FILE).read_text())}
     assert (GOOD, 0) in rows and (BAD, 0) not in rows
     assert json.loads((folder / "prepare_dsec.json").read_text())["left_out"][0]["sequence"] == BAD
-    assert "RESULT" in said and not [path for path in folder.rglob("*.tmp*")]
+    assert "RESULT" in log_text and not [path for path in folder.rglob("*.tmp*")]
 
 
-def test_a_gap_in_the_recording_leaves_out_the_windows_within_it(prepare, two):
-    root, _, bad = two
+def test_a_gap_in_the_recording_leaves_out_the_windows_within_it(prepare, good_and_bad):
+    root, _, bad = good_and_bad
     times(lambda lines: "\n".join(lines[:9] + [str(int(line) + 5_000_000) for line in lines[9:]]))(bad)
-    folder, said = prepare(*SMALL, "--sequences", BAD, GOOD, "--allow_missing", root=root)
+    folder, log_text = prepare(*SMALL, "--sequences", BAD, GOOD, "--allow_missing", root=root)
     for clip, reason in {1: "no pictures", 8: "no pictures", 9: "no events", 10: "no events"}.items():
-        assert f"LEFT OUT | {BAD}/{clip:06d} | {reason}" in said
+        assert f"LEFT OUT | {BAD}/{clip:06d} | {reason}" in log_text
     assert [row["clip"] for row in json.loads((folder / INDEX_FILE).read_text())] == [0, 0]
-    assert f"missing | {BAD} | 10 clips: 000001, 000002, " in said
-    assert ", 000010 | the first: no pictures" in said
+    assert f"missing | {BAD} | 10 clips: 000001, 000002, " in log_text
+    assert ", 000010 | the first: no pictures" in log_text
 
 
 # ---------------------------------------------------------------------------- polarity, the machine
 @pytest.mark.parametrize("kind", [np.int8, np.int16])
-def test_polarity_of_minus_one_and_one_paints_the_same_pictures(prepare, two, tmp_path, kind):
-    root, good, _ = two
+def test_polarity_of_minus_one_and_one_paints_the_same_pictures(prepare, good_and_bad, tmp_path, kind):
+    root, good, _ = good_and_bad
     flags = (*SMALL, "--sequences", GOOD)
     folder, _ = prepare(*flags, root=root)
     wanted = {path.name: path.read_bytes() for path in (folder / "event_image" / GOOD).iterdir()}
@@ -242,16 +242,16 @@ def test_polarity_of_minus_one_and_one_paints_the_same_pictures(prepare, two, tm
             for path in (other / "event_image" / GOOD).iterdir()} == wanted
 
 
-def test_a_file_of_minus_one_and_zero_is_refused_even_where_no_slice_has_both(two, monkeypatch):
-    good = two[1]
+def test_a_file_of_minus_one_and_zero_is_refused_even_where_no_slice_has_both(good_and_bad, monkeypatch):
+    good = good_and_bad[1]
     monkeypatch.setattr(dsec, "SLICE", 1000)
     replaced("events/p", lambda p: np.where(np.arange(len(p)) < 1000, -1, 0).astype(np.int8))(good)
     with dsec.EventFile(good.events) as events, pytest.raises(MediaError, match="events/p has -1 and 0"):
         list(events.slices(0, 3000))
 
 
-def test_an_error_of_the_system_is_no_fault_of_the_recording(two, monkeypatch):
-    good = two[1]
+def test_an_error_of_the_system_is_no_fault_of_the_recording(good_and_bad, monkeypatch):
+    good = good_and_bad[1]
 
     def fail(*_, **__):
         raise OSError("Can't synchronously read data (file read failed: errno = 5, error message = "
@@ -266,10 +266,10 @@ def test_an_error_of_the_system_is_no_fault_of_the_recording(two, monkeypatch):
         dsec.EventFile(good.events)
 
 
-def test_pictures_that_go_away_on_the_way_end_the_run(prepare, two, monkeypatch):
+def test_pictures_that_go_away_on_the_way_end_the_run(prepare, good_and_bad, monkeypatch):
     from clips import windows
 
-    root, good, _ = two
+    root, good, _ = good_and_bad
     draw = windows.draw_events
 
     def draw_and_unmount(*arguments):

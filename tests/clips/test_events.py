@@ -103,17 +103,17 @@ def columns(seed: int = 0, count: int = 2000) -> dict[str, np.ndarray]:
             "t": 25 * np.arange(count), "p": random.integers(0, 2, count).astype(np.uint8)}
 
 
-def save(path: Path, found: dict[str, np.ndarray]) -> Path:
+def save(path: Path, received: dict[str, np.ndarray]) -> Path:
     """As the suffix says: a dict as .npy, .npz, or (.fields.npy) one array with named fields."""
     if path.name.endswith(".fields.npy"):
-        array = np.empty(len(found["x"]), [(name, column.dtype) for name, column in found.items()])
-        for name, column in found.items():
+        array = np.empty(len(received["x"]), [(name, column.dtype) for name, column in received.items()])
+        for name, column in received.items():
             array[name] = column
         np.save(path, array)
     elif path.suffix == ".npz":
-        np.savez_compressed(path, **found)
+        np.savez_compressed(path, **received)
     else:
-        np.save(path, found, allow_pickle=True)
+        np.save(path, received, allow_pickle=True)
     return path
 
 
@@ -123,10 +123,10 @@ FILES = ("e.npy", "e.npz", "e.fields.npy")
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("polarity", [np.int8, np.int64, bool, np.float32])
 def test_every_spelling_of_polarity_paints_the_same_pictures(tmp_path, name, polarity):
-    found = columns()
-    wanted = event_frames(found)
-    p = found["p"].astype(polarity)
-    signs = {**found, "p": p if polarity is bool else 2 * p - 1}
+    received = columns()
+    wanted = event_frames(received)
+    p = received["p"].astype(polarity)
+    signs = {**received, "p": p if polarity is bool else 2 * p - 1}
     if polarity is np.float32:
         with pytest.raises(MediaError, match="p float32"):
             read_events(save(tmp_path / name, signs))
@@ -136,7 +136,7 @@ def test_every_spelling_of_polarity_paints_the_same_pictures(tmp_path, name, pol
     assert all(map(np.array_equal, event_frames(events), wanted))
     # Without a file too
     assert all(map(np.array_equal, event_frames(signs), wanted))
-    only_darker = {**found, "p": np.full(2000, -1, np.int8)}
+    only_darker = {**received, "p": np.full(2000, -1, np.int8)}
     assert not read_events(save(tmp_path / name, only_darker))["p"].any()
 
 
@@ -146,22 +146,22 @@ def test_every_spelling_of_polarity_paints_the_same_pictures(tmp_path, name, pol
     ([-1, 0, 1], "from -1 to 1"),
     ([-2, 1], "from -2 to 1"), ([0, 255], "from 0 to 255"), ([3], "from 3 to 3")])
 def test_values_that_are_no_polarity_are_refused_by_name(tmp_path, name, values, words):
-    found = columns()
-    found["p"] = np.resize(np.array(values, np.int16), 2000)
+    received = columns()
+    received["p"] = np.resize(np.array(values, np.int16), 2000)
     with pytest.raises(MediaError, match=rf"column p \(polarity\) has values {words}"):
-        read_events(save(tmp_path / name, found))
+        read_events(save(tmp_path / name, received))
     with pytest.raises(MediaError, match=r"column p \(polarity\)"):
-        render_events(found["x"], found["y"], found["p"])
+        render_events(received["x"], received["y"], received["p"])
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", [np.int64, np.uint32])
 def test_events_out_of_order_are_refused(tmp_path, name, kind):
-    found = columns()
-    found["t"] = found["t"].astype(kind)
-    found["t"][1200] = 7
+    received = columns()
+    received["t"] = received["t"].astype(kind)
+    received["t"][1200] = 7
     with pytest.raises(MediaError, match="t is not sorted at event 1200"):
-        read_events(save(tmp_path / name, found))
+        read_events(save(tmp_path / name, received))
 
 
 def test_an_archive_that_cheats_is_refused(tmp_path):

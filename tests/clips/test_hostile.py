@@ -53,9 +53,9 @@ def chunk(name: bytes, data: bytes) -> bytes:
 @pytest.mark.parametrize("size", [(16_384, 16_384), (16_384, 1), (8_000, 8_000), (2**31 - 1, 2)])
 def test_a_picture_too_large_or_narrow_is_refused_before_it_is_decoded(tmp_path, monkeypatch, size):
     write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
-    whole = (tmp_path / "a.png").read_bytes()
+    content = (tmp_path / "a.png").read_bytes()
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0))
-    (tmp_path / "a.png").write_bytes(whole[:8] + header + whole[33:])
+    (tmp_path / "a.png").write_bytes(content[:8] + header + content[33:])
 
     def load(*_):
         raise AssertionError("decoded")
@@ -68,10 +68,10 @@ def test_a_picture_too_large_or_narrow_is_refused_before_it_is_decoded(tmp_path,
 @pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
 def test_texts_and_profiles_that_unpack_to_very_much_are_refused(tmp_path, name):
     write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
-    whole = (tmp_path / "a.png").read_bytes()
+    content = (tmp_path / "a.png").read_bytes()
     front = b"a\0\1\0\0\0" if name == b"iTXt" else b"a\0\0"
     bomb = chunk(name, front + zlib.compress(bytes(2**26)))
-    (tmp_path / "a.png").write_bytes(whole[:33] + bomb + whole[33:])
+    (tmp_path / "a.png").write_bytes(content[:33] + bomb + content[33:])
     assert (tmp_path / "a.png").stat().st_size < 2**17                        # 64 MiB of zeros
     with pytest.raises(MediaError, match="too large"):
         read_event_image(tmp_path / "a.png")
@@ -211,9 +211,9 @@ def test_event_files_of_every_age_are_read(tmp_path, protocol):
     np.save(tmp_path / "e.npy", array, allow_pickle=True)
     (tmp_path / "e.npy").write_bytes((tmp_path / "e.npy").read_bytes()[:128] +
                                      pickle.dumps(array, protocol))
-    found = read_events(tmp_path / "e.npy")
+    events = read_events(tmp_path / "e.npy")
     for name, column in columns.items():
-        assert np.array_equal(found[name], column) and found[name].dtype == column.dtype
+        assert np.array_equal(events[name], column) and events[name].dtype == column.dtype
     older = (tmp_path / "e.npy").read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     if protocol == 3:                              # names in lines, not behind their length
         (tmp_path / "e.npy").write_bytes(older)

@@ -61,9 +61,9 @@ STEPS = np.linspace(0, 65535, 8).astype(np.uint16)
 
 
 def one_row(path: Path) -> list[int]:
-    found = read_event_image(path)
-    assert (found == found[..., :1]).all()
-    return found[0, :, 0].tolist()
+    image = read_event_image(path)
+    assert (image == image[..., :1]).all()
+    return image[0, :, 0].tolist()
 
 
 @pytest.mark.parametrize(("suffix", "order"), [("png", "<"), ("tif", "<"), ("tif", ">")])

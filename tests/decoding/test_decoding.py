@@ -109,15 +109,15 @@ def test_whatever_is_proposed_the_answer_is_that_of_plain_decoding(quality, gamm
             for length in (1, 2, 7, 30):              # the limit falls inside a draft
                 plain = target.plain(prompt, length)
                 target.ask(prompt)
-                found = decode(target, Knowing(plain, QUALITY[quality]),
+                decoded = decode(target, Knowing(plain, QUALITY[quality]),
                                Limits(length, (EOS, ), gamma))
-                assert found.tokens == plain
-                assert sum(found.accepted) <= sum(found.proposed) and len(
-                    found.accepted) <= len(plain)
+                assert decoded.tokens == plain
+                assert sum(decoded.accepted) <= sum(decoded.proposed) and len(
+                    decoded.accepted) <= len(plain)
                 if quality == "always":
-                    assert len(found.accepted) == -(-len(plain) // (gamma + 1))
+                    assert len(decoded.accepted) == -(-len(plain) // (gamma + 1))
                 if quality == "never":
-                    assert len(found.accepted) == len(plain) and not any(found.accepted)
+                    assert len(decoded.accepted) == len(plain) and not any(decoded.accepted)
 
 
 def test_ids_that_the_target_does_not_have_are_never_fed_to_it():
@@ -129,8 +129,8 @@ def test_ids_that_the_target_does_not_have_are_never_fed_to_it():
             plain[len(prefix)], odd, 3
         ][:gamma]
         target.ask(PROMPTS[0])
-        found = decode(target, drafter, Limits(12, (EOS,), 5))
-        assert found.tokens == plain and max(found.proposed) == 1
+        decoded = decode(target, drafter, Limits(12, (EOS,), 5))
+        assert decoded.tokens == plain and max(decoded.proposed) == 1
 
 
 def test_every_verified_answer_is_learnt_once_and_whole():
@@ -139,23 +139,23 @@ def test_every_verified_answer_is_learnt_once_and_whole():
         drafter = NoDrafts()
         drafter.learn = learnt.append
         target.ask(prompt)
-        found = decode(target, drafter, Limits(9, (EOS,), 4))
-        assert learnt[-1] == found.tokens
+        decoded = decode(target, drafter, Limits(9, (EOS,), 4))
+        assert learnt[-1] == decoded.tokens
     assert len(learnt) == len(PROMPTS)
 
 
 def test_a_drafter_is_asked_for_what_still_fits_and_told_what_is_worth_it():
-    asked = []
+    requests = []
 
     class Asked(NoDrafts):
         def propose(self, prefix, gamma, price=0.0):
-            asked.append((len(prefix), gamma, price))
+            requests.append((len(prefix), gamma, price))
             return []
 
     target = Automaton()
     target.ask(PROMPTS[0])
     decode(target, Asked(), Limits(6, (EOS,), 3), price=lambda: 0.25)
-    assert asked == [(0, 3, 0.25), (1, 3, 0.25), (2, 3, 0.25), (3, 2, 0.25), (4, 1, 0.25)]
+    assert requests == [(0, 3, 0.25), (1, 3, 0.25), (2, 3, 0.25), (3, 2, 0.25), (4, 1, 0.25)]
 
 
 # -------------------------------------------------------------------------------------- temperature
@@ -187,8 +187,8 @@ def test_sampling_gives_the_targets_own_distribution_whatever_is_proposed():
         observed = np.array([counts[cell] for cell in range(25)])
         # too few for chi-square one by one: taken together
         rare = expected < 5
-        observed, wanted = (np.append(found[~rare], found[rare].sum())
-                            for found in (observed, expected))
+        observed, wanted = (np.append(decoded[~rare], decoded[rare].sum())
+                            for decoded in (observed, expected))
         free = len(wanted) - 1
         # 0.1 % of runs exceed it
         limit = free * (1 - 2 / (9 * free) + 3.09 * (2 / (9 * free)) ** 0.5) ** 3
@@ -244,13 +244,13 @@ def tiny(conditioning: str, draft_vocab: bool = False) -> TokenAdapter:
 
 def live(drafter: NoDrafts, world: tuple, gamma: int) -> list[Decoded]:
     target, _, test, prompts = world
-    found = []
+    decoded = []
     for prompt, draft in zip(prompts, test.answers("draft")):
         drafter.begin(draft, [4, 4])
         target.ask(prompt)
-        found.append(decode(target, drafter, Limits(12, (EOS,), gamma)))
-    assert [one.tokens for one in found] == list(test.answers("target"))
-    return found
+        decoded.append(decode(target, drafter, Limits(12, (EOS,), gamma)))
+    assert [one.tokens for one in decoded] == list(test.answers("target"))
+    return decoded
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -274,10 +274,10 @@ def test_live_decoding_needs_the_passes_that_simulation_foretells(world, kind, g
         simulated = Adapter(adapter, test)
         drafter = LiveDraftAdapter(adapter) if kind == "draft" else LiveAdapter(adapter)
     wanted = stream(simulated, test)["simulated"]
-    found = live(drafter, world, gamma)
-    passes, tokens = sum(len(one.accepted) for one in found), sum(len(one.tokens) for one in found)
+    decoded = live(drafter, world, gamma)
+    passes, tokens = sum(len(one.accepted) for one in decoded), sum(len(one.tokens) for one in decoded)
     assert tokens / passes == pytest.approx(wanted[str(gamma)]["tau"])
-    assert kind == "copy" or sum(sum(one.accepted) for one in found) > 0
+    assert kind == "copy" or sum(sum(one.accepted) for one in decoded) > 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -300,11 +300,11 @@ def test_the_cached_adapter_follows_a_prefix_that_grows_turns_back_and_turns_off
         further = int(rng.integers(0, 10 - len(prefix)))
         rows = steps.after(prefix, further)
         assert len(rows) == further + 1
-        said = list(prefix)
+        written = list(prefix)
         for ids, chances in rows:
             with torch.no_grad():
                 parts = (torch.tensor(part, dtype=torch.long, device=device)
-                         for part in ([draft], [3], [said]))
+                         for part in ([draft], [3], [written]))
                 logits = adapter(*parts)
             wanted = logits[0, -1].softmax(-1)
             # On a GPU proposals are made in bfloat16: near ties may change places.
@@ -312,7 +312,7 @@ def test_the_cached_adapter_follows_a_prefix_that_grows_turns_back_and_turns_off
                                             rel=1e-4 if device == "cpu" else 0.03)
             assert chances == pytest.approx(wanted.topk(5).values.tolist(),
                                             rel=1e-4 if device == "cpu" else 0.03)
-            said.append(ids[0])
+            written.append(ids[0])
 
 
 @pytest.mark.parametrize("conditioning", ["prefix", "prefix+draft"])
@@ -344,29 +344,29 @@ def test_proposals_end_where_they_are_no_longer_likely_enough():
     assert len(everything) == 6
     adapter.costs = Costs(token_s=0.001)
     for least in (0.5, 0.1, 0.01, 0.0):
-        some = adapter.propose([3], 6, 1000 * least)
-        assert everything[:len(some)] == some
+        proposal = adapter.propose([3], 6, 1000 * least)
+        assert everything[:len(proposal)] == proposal
         chance = float(
-            np.prod([chances[0] for _, chances in adapter.steps.after([3], 5)][:len(some) + 1]))
-        assert len(some) == 6 or chance < least
+            np.prod([chances[0] for _, chances in adapter.steps.after([3], 5)][:len(proposal) + 1]))
+        assert len(proposal) == 6 or chance < least
 
 
 def test_a_hybrid_asks_its_adapter_only_where_the_memory_doubts_and_only_while_it_pays():
-    hybrid, asked = LiveHybrid(NGrams(), tiny("prefix"), 0.5), []
+    hybrid, requests = LiveHybrid(NGrams(), tiny("prefix"), 0.5), []
     for answer in [[5, 6, 7, 8]] * 9 + [[5, 6, 9, 9]] * 8:
         hybrid.learn(answer)
     hybrid.begin([])
     after = hybrid.steps.after
-    hybrid.steps.after = lambda prefix, further=0: asked.append(list(prefix)) or after(
+    hybrid.steps.after = lambda prefix, further=0: requests.append(list(prefix)) or after(
         prefix, further)
     hybrid.propose([], 3)
     # there alone two tokens are as good as equal
-    assert asked == [[5, 6]]
+    assert requests == [[5, 6]]
     hybrid.costs = Costs(adapter_step_s=0.001)
     for price, times in ((100.0, 1), (2000.0, 0)):
-        asked.clear()
+        requests.clear()
         hybrid.propose([], 3, price)
-        assert len(asked) == times
+        assert len(requests) == times
 
 
 def test_measuring_a_drafter_sets_its_costs_and_teaches_it_nothing():

@@ -32,8 +32,8 @@ def test_a_pass_that_is_asked_again_draws_the_same_tokens():
     spoilt, rule = logits.clone(), Sampling(1.0, 3)
     spoilt[0] = torch.nan
     assert rule([], [0, 1, 2], Following(None, spoilt))[0] == NO_TOKEN
-    again = rule([], [0], Following(None, logits[:1]))
-    assert again == Sampling(1.0, 3)([], [0], Following(None, logits[:1]))
+    drawn_again = rule([], [0], Following(None, logits[:1]))
+    assert drawn_again == Sampling(1.0, 3)([], [0], Following(None, logits[:1]))
 
 
 def test_each_answer_has_a_seed_of_its_own_and_no_temperature_is_greedy():

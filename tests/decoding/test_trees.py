@@ -150,7 +150,7 @@ def test_live_trees_need_the_passes_that_simulation_foretells(world, kind, nodes
         passes, tokens = passes + len(decoded.accepted), tokens + len(answer)
     assert tokens / passes == pytest.approx(wanted["tau"])
     chains = live(drafter(), world, min(nodes, 16))
-    assert nodes < 16 or passes <= sum(len(one.accepted) for one in chains)
+    assert nodes < 16 or passes <= sum(len(run.accepted) for run in chains)
 
 
 def test_a_node_that_is_not_worth_its_time_is_left_out(world):  # noqa: F811

@@ -49,10 +49,10 @@ def test_nodes_read_together_in_any_order_say_what_their_paths_say(conditioning,
     adapter = random_adapter(conditioning, device)
     tolerance = 1e-6 if device == "cpu" else 0.02                # a GPU proposes in bfloat16
     rng = random.Random(3)
-    steps, alone = AdapterSteps(adapter), AdapterSteps(adapter)
+    steps, single = AdapterSteps(adapter), AdapterSteps(adapter)
     branches = BranchSteps(steps)
     for draft in ([5, 6, 7], []):
-        steps.begin(draft), alone.begin(draft)
+        steps.begin(draft), single.begin(draft)
         prefix: list[int] = []
         while len(prefix) < LONGEST - 4:
             nodes = [branches.open(prefix)]
@@ -61,16 +61,16 @@ def test_nodes_read_together_in_any_order_say_what_their_paths_say(conditioning,
                 if above.tokens < LONGEST - 1:
                     nodes.append(branches.below(above, rng.randrange(VOCAB_SIZE)))
             rng.shuffle(nodes)
-            asked = [node for node in nodes if node.can_follow][:rng.randrange(1, 20)]
-            while asked:
+            batch = [node for node in nodes if node.can_follow][:rng.randrange(1, 20)]
+            while batch:
                 count = rng.randrange(1, 6)
-                branches.read(asked[:count])
-                asked = asked[count:]
+                branches.read(batch[:count])
+                batch = batch[count:]
             for node in nodes:
                 if node.row is not None:
-                    assert_same(node.row, alone.after(prefix + path_of(node))[0], tolerance)
+                    assert_same(node.row, single.after(prefix + path_of(node))[0], tolerance)
             if rng.random() < 0.3:             # a chain between trees finds the same cache
-                assert_same(steps.after(prefix, 2)[0], alone.after(prefix, 2)[0], tolerance)
+                assert_same(steps.after(prefix, 2)[0], single.after(prefix, 2)[0], tolerance)
             prefix = prefix + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, 5))]
 
 

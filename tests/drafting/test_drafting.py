@@ -79,9 +79,9 @@ def tiny(conditioning: str) -> TokenAdapter:
 @pytest.mark.parametrize("conditioning", ["draft", "prefix", "prefix+draft"])
 def test_an_adapter_proposes_alike_alone_and_in_a_batch(conditioning):
     adapter = tiny(conditioning)
-    together, alone = (Adapter(adapter, TEST, batch_size=size) for size in (3, 1))
+    together, one_by_one = (Adapter(adapter, TEST, batch_size=size) for size in (3, 1))
     for number in range(3):
-        assert together.predict(number).tolist() == alone.predict(number).tolist()
+        assert together.predict(number).tolist() == one_by_one.predict(number).tolist()
         assert together.predict(number).shape == (TEST.lengths("target")[number], 5)
 
 
@@ -92,12 +92,12 @@ def test_an_adapter_proposes_nothing_past_its_longest_answer():
 
 
 def test_counts_begun_with_others_are_those_of_all_and_the_others_stay_as_they_are():
-    before, whole = NGrams([[1, 2, 3], [1, 4]]), NGrams([[1, 2, 3], [1, 4]])
+    before, unbatched = NGrams([[1, 2, 3], [1, 4]]), NGrams([[1, 2, 3], [1, 4]])
     ours, theirs = NGrams(before=before), NGrams(before=before)
-    for ngrams in (ours, whole):
+    for ngrams in (ours, unbatched):
         ngrams.add([1, 2, 5])
     for prefix in ([], [1], [1, 2], [1, 2, 5], [4], [9]):
-        assert ours.distribution(prefix) == pytest.approx(whole.distribution(prefix), abs=1e-12)
+        assert ours.distribution(prefix) == pytest.approx(unbatched.distribution(prefix), abs=1e-12)
         assert theirs.distribution(prefix) == before.distribution(prefix)
     assert counts_of(before) == counts_of(NGrams([[1, 2, 3], [1, 4]]))
 
@@ -112,13 +112,13 @@ def test_a_memory_begins_with_the_last_of_very_many_answers(monkeypatch):
 
 @pytest.mark.parametrize("conditioning", ["prefix+draft", "draft"])
 def test_an_adapter_that_keeps_few_answers_proposes_the_same(monkeypatch, conditioning):
-    whole = Adapter(tiny(conditioning), TEST, batch_size=2)
-    kept = [whole.predict(number).tolist() for number in range(3)]
+    unbatched = Adapter(tiny(conditioning), TEST, batch_size=2)
+    predicted = [unbatched.predict(number).tolist() for number in range(3)]
     monkeypatch.setattr(adapter_module, "MAX_STORED", 2)
     few = Adapter(tiny(conditioning), TEST, batch_size=2)
     for _ in range(2):
         assert [few.predict(number).tolist()
-                for number in range(3)] == kept and len(few.stored) <= 2
+                for number in range(3)] == predicted and len(few.stored) <= 2
 
 
 def test_a_copy_proposes_the_draft_and_nothing_else():

@@ -72,14 +72,14 @@ def test_a_memory_is_bounded_and_keeps_what_came_up_recently(monkeypatch):
     monkeypatch.setattr(ngrams_module, "MAX_CONTEXTS", 2000)
     random, before = np.random.default_rng(0), NGrams(answers(20, 1))
     ngrams = NGrams(before=before)
-    kept = counts_of(before)
+    counts_before = counts_of(before)
     for _ in range(100):
         recent = random.integers(3, 1000, 40).tolist()
         ngrams.add(recent)
         assert len(ngrams.levels) <= 2 and sum(
             len(counts_of(NGramsOf(level))) for level in ngrams.levels) < 5500
         assert ngrams.best(ngrams.at(recent[:MAX_ORDER]), 1)[0][1] == recent[MAX_ORDER]
-    assert counts_of(before) == kept
+    assert counts_of(before) == counts_before
 
 
 class NGramsOf(NGrams):

@@ -76,9 +76,9 @@ def test_every_simulated_drafter_is_made_where_its_parts_are_there():
         assert proposals.shape == (3, 5) and proposals.dtype == np.int32, name
         drafter.learn(0)
     checkpoint = SimulationParts(tiny("draft"), PAIRS)
-    made = {name for name, entry in SIMULATED.items() if entry.make_simulated(checkpoint)}
-    assert made >= {"copy of the draft", "adapter"}
-    assert not made & {"constant string", "n-gram", "memory", "hybrid", "prefix"}
+    names = {name for name, entry in SIMULATED.items() if entry.make_simulated(checkpoint)}
+    assert names >= {"copy of the draft", "adapter"}
+    assert not names & {"constant string", "n-gram", "memory", "hybrid", "prefix"}
     assert SIMULATED["constant string"].make_simulated(everything).predict(1)[0, 0] != NOTHING
 
 

@@ -118,7 +118,7 @@ def test_clips_that_change_between_two_starts_are_refused_and_mended_ones_are_no
         extract, copy, monkeypatch):
     rows = json.loads((copy / "EventGPT_Instruction_Subset.json").read_text())
     bad, good = (copy / "mp4" / rows[number]["mp4_data"] for number in (0, 1))
-    whole = bad.read_bytes()
+    png_bytes = bad.read_bytes()
     bad.write_bytes(b"junk")
     with monkeypatch.context() as stopped, pytest.raises(ZeroDivisionError):
         stopped.setattr(output_module, "write_output", lambda *_: 1 / 0)
@@ -128,7 +128,7 @@ def test_clips_that_change_between_two_starts_are_refused_and_mended_ones_are_no
     with pytest.raises(UserError, match=r"files of 1 answered clips have changed.* \(videollava"):
         extract(dataset_dir=copy)
     good.write_bytes(video)
-    bad.write_bytes(whole)                                    # it had failed: nothing depends on what it was
+    bad.write_bytes(png_bytes)                # it had failed: nothing depends on what it was
     output = extract(dataset_dir=copy)
     assert len(rows_of(output)) == 5 and not output["failed"]
 
@@ -283,12 +283,12 @@ def test_a_folder_that_goes_away_ends_the_run_and_the_same_command_goes_on(
         gone.setattr(Role, "pictures", unmounted)
         extract("--max_samples", 20, "--batch_size", 2, "--num_workers", 1, dataset_dir=copy)
     assert not (tmp_path / "pairs.json").exists()
-    kept = answered(tmp_path)
-    assert 4 <= sum(model == role.name for model, _ in kept) < 20
+    answers_before = answered(tmp_path)
+    assert 4 <= sum(model == role.name for model, _ in answers_before) < 20
     # Not mounted yet: nothing is given up for that
     with pytest.raises(UserError):
         extract("--max_samples", 20, dataset_dir=copy)
-    assert answered(tmp_path) == kept
+    assert answered(tmp_path) == answers_before
     (tmp_path / "unmounted").rename(copy / what)
     output = extract("--max_samples", 20, "--batch_size", 2, dataset_dir=copy)
     assert rows_of(output) == rows_of(wanted) and not output["failed"]
@@ -412,8 +412,8 @@ def test_a_folder_that_is_renamed_while_it_runs_is_noticed_at_the_next_batch(ext
         patch.setattr(Journal, "append", renamed)
         extract("--batch_size", 2, output_file=place / "pairs.json")
     (tmp_path / "other").rename(place)
-    kept = len(answered(place))
-    assert 4 <= kept <= 5
+    answers_before = len(answered(place))
+    assert 4 <= answers_before <= 5
     assert len(rows_of(extract("--batch_size", 2, output_file=place / "pairs.json"))) == 5
 
 

@@ -20,10 +20,10 @@ def is_entry(value: dict) -> bool:
 def opened(path, head=HEAD, values=()) -> tuple[JournalFile, list[dict]]:
     """An open journal file with this first line, and the values that it holds."""
     file = JournalFile(path, is_entry)
-    found = [value for _, value in file.lines()]
+    entries = [value for _, value in file.lines()]
     if file.begin(head, values):
-        found = [value for _, value in file.lines()]
-    return file, found
+        entries = [value for _, value in file.lines()]
+    return file, entries
 
 
 def numbers(path, head=HEAD) -> list[int]:
@@ -54,11 +54,11 @@ def test_values_are_found_again_where_append_said(tmp_path):
     places = file.append([{"n": n} for n in range(3)]) + file.append([{"n": 3}])
     assert [file.read(place)["n"] for place in places] == [0, 1, 2, 3]
     file.close()
-    again = JournalFile(tmp_path / "journal", is_entry)
-    assert list(again.lines()) == [(place, {"n": n}) for n, place in enumerate(places)]
-    assert not again.begin(HEAD)
-    assert again.append([{"n": 4}])[0] > places[-1]
-    again.close()
+    reopened = JournalFile(tmp_path / "journal", is_entry)
+    assert list(reopened.lines()) == [(place, {"n": n}) for n, place in enumerate(places)]
+    assert not reopened.begin(HEAD)
+    assert reopened.append([{"n": 4}])[0] > places[-1]
+    reopened.close()
 
 
 def test_another_first_line_keeps_the_values(five):
@@ -103,13 +103,13 @@ def test_a_newer_format_is_refused_and_left_alone(tmp_path, number):
 
 # -------------------------------------------------------------------------- torn and damaged lines
 def test_whatever_is_cut_off_costs_that_line_and_no_other(five, capsys):
-    whole, lines = five.read_bytes(), lines_of(five)
+    content, lines = five.read_bytes(), lines_of(five)
     ends = [sum(map(len, lines[:number + 1])) for number in range(len(lines))]
-    for cut in range(ends[0], len(whole) + 1):
-        five.write_bytes(whole[:cut])
+    for cut in range(ends[0], len(content) + 1):
+        five.write_bytes(content[:cut])
         good = sum(end <= cut for end in ends)
         assert numbers(five) == list(range(good - 1))
-        assert five.read_bytes() == whole[:ends[good - 1]]
+        assert five.read_bytes() == content[:ends[good - 1]]
     printed = capsys.readouterr().out
     assert "1 lines are dropped, to be done again: 1 torn or damaged, 0 of another run" in printed
 
@@ -280,8 +280,8 @@ def test_a_journal_that_grows_while_it_is_read_has_an_end(five):
     for _, value in file.lines():
         numbers.append(value["n"])
         assert len(numbers) < 9
-        with open(five, "ab") as again:
-            again.write(lines_of(five)[1])
+        with open(five, "ab") as reopened:
+            reopened.write(lines_of(five)[1])
     assert numbers == [0, 1, 2, 3, 4]
 
 

@@ -30,8 +30,8 @@ def repacked(path: Path, **changes) -> None:
 
 def test_what_was_written_comes_back(tmp_path):
     write_tensors(tmp_path / "a.pt", {"x": torch.arange(5), "epoch": 3})
-    found = read_tensors(tmp_path / "a.pt", LIMIT, "{reason}")
-    assert torch.equal(found["x"], torch.arange(5)) and found["epoch"] == 3
+    loaded = read_tensors(tmp_path / "a.pt", LIMIT, "{reason}")
+    assert torch.equal(loaded["x"], torch.arange(5)) and loaded["epoch"] == 3
 
 
 def test_compressed_records_are_refused_before_they_are_unpacked(tmp_path):

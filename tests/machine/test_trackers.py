@@ -56,11 +56,11 @@ def fake(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_run_tells_its_settings_then_its_figures_then_that_it_is_over(name, fake, tmp_path):
-    told = fake(name)
+    received = fake(name)
     with tracking(name, tmp_path, "my run", {"epochs": 2, "files": ["a"], "none": None}) as tracker:
         tracker.log({"loss": 1.5, "test": {"hybrid, online": {"alpha": 0.5, "tau": None}}, "text": "x"}, 3)
         tracker.log({"loss": math.nan, "is_best": True})
-    begun, settings, figures, over = told()
+    begun, settings, figures, over = received()
     assert begun[1]["project"] == PROJECT and begun[1]["name"] == "my run"
     assert settings == ["settings", {"epochs": 2, "files": "['a']"}]
     assert figures == ["log", 3, {"loss": 1.5, "test/hybrid online/alpha": 0.5}] and over == ["finish"]
@@ -80,17 +80,17 @@ def test_one_of_several_processes_waits_for_no_other(fake, tmp_path, monkeypatch
 
 
 def test_training_tells_each_epoch_and_the_figures_on_test_pairs(fake, monkeypatch, tmp_path, files):
-    told = fake("wandb")
+    received = fake("wandb")
     _, results = run_main(monkeypatch, tmp_path / "task", files["train"], files["test"], "--num_epochs",
                           "2", "--tracker", "wandb")
-    epochs = [call[1:] for call in told() if call[0] == "log" and call[1]]
+    epochs = [call[1:] for call in received() if call[0] == "log" and call[1]]
     assert [(step, row["validation_alpha"]) for step, row in epochs] == [
         (row["epoch"], row["validation_alpha"]) for row in results["history"]]
-    last = told()[-2][2]
+    last = received()[-2][2]
     adapter = results["metrics"]["test"]["drafters"]["adapter"]
     assert last["test/adapter/alpha"] == adapter["alpha"]
     assert last["test/adapter/tau/8"] == adapter["simulated"]["8"]["tau"]
-    assert told()[-1] == ["finish"]
+    assert received()[-1] == ["finish"]
 
 
 def test_decoding_tells_each_answer_and_the_totals_by_drafter():

@@ -159,11 +159,11 @@ def test_rows_before_the_first_with_tokens_are_counted_as_their_format_counts_th
 
 
 def test_what_a_file_says_beside_its_rows_counts_wherever_it_stands(tmp_path):
-    said = {
+    reasons = {
         "vocab_size": 32064, "dataset_dir": "data/set_1s",
         "models": {"eventgpt": {"name": "x", "prompt": "y"}}
     }
-    for content in ({**said, "results": [extraction(0)]}, {"results": [extraction(0)], **said}):
+    for content in ({**reasons, "results": [extraction(0)]}, {"results": [extraction(0)], **reasons}):
         pairs = load(tmp_path, content)
         assert pairs.vocab_size == 32064 and pairs.files[0]["dataset_dir"] == "data/set_1s"
         assert pairs.files[0]["models"] == {"eventgpt": {"name": "x"}}

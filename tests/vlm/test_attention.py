@@ -19,8 +19,8 @@ def random(*shape: int, device="cpu", dtype=torch.float32) -> torch.Tensor:
 def in_a_row(queries, shared, own, slots):
     """The definition: each row's keys behind those of its group, one softmax over all of them."""
     rows, _, heads, d = queries.shape
-    asked, side = rows // shared.shape[1], heads // shared.shape[2]
-    keys, values = (torch.cat([both[0].repeat_interleave(asked, 0), both[1]],
+    queries_each, side = rows // shared.shape[1], heads // shared.shape[2]
+    keys, values = (torch.cat([both[0].repeat_interleave(queries_each, 0), both[1]],
                               2).repeat_interleave(side, 1) for both in zip(shared, own))
     seen = torch.arange(own.shape[3], device=own.device) <= slots[:, :, None]
     seen = F.pad(seen, (shared.shape[3], 0), value=True)[:, None]
@@ -28,8 +28,8 @@ def in_a_row(queries, shared, own, slots):
     return mixed.transpose(1, 2).reshape(-1, heads * d)
 
 
-def case_of(groups, asked, T, heads, kv_heads, d=8, room=7, **how) -> tuple:
-    rows = groups * asked
+def case_of(groups, queries_each, T, heads, kv_heads, d=8, room=7, **how) -> tuple:
+    rows = groups * queries_each
     slots = ((torch.arange(rows)[:, None] + torch.arange(T)) % room).to(how.get("device", "cpu"))
     # Queries stand beside keys and values, as the layers give them.
     queries = random(rows, T, heads + 2 * kv_heads, d, **how)[:, :, :heads]
@@ -58,10 +58,10 @@ def test_two_parts_equal_both_in_a_row_on_a_gpu(shape, dtype):
 
 def test_causal_attends_to_nothing_that_comes_later():
     queries, keys, values = random(2, 6, 4, 8), random(2, 2, 6, 8), random(2, 2, 6, 8) + 1
-    found = causal(queries, keys, values, planned=True)
+    outputs = causal(queries, keys, values, planned=True)
     keys[:, :, 4:], values[:, :, 4:] = 9.0, 9.0
-    torch.testing.assert_close(causal(queries, keys, values)[:, :4], found[:, :4])
-    assert not torch.allclose(causal(queries, keys, values)[:, 4:], found[:, 4:])
+    torch.testing.assert_close(causal(queries, keys, values)[:, :4], outputs[:, :4])
+    assert not torch.allclose(causal(queries, keys, values)[:, 4:], outputs[:, 4:])
 
 
 @needs_gpu
@@ -86,13 +86,13 @@ def test_triton_kernels_equal_pytorch(dtype, d):
                  for shape in ((n, heads + 2 * kv_heads, d), (2, 50, d)))
     positions = torch.arange(n, device=device).flip(0) % 50
     places = torch.randperm(4 * slots, generator=torch.Generator().manual_seed(0))[:n].to(device)
-    found = []
+    outputs = []
     for rotate in (kernels._rotate_plain, kernels._rotate_fused):
         cache = random(2, 4, kv_heads, slots, d, device=device, dtype=dtype)
-        found.append((rotate(qkv.clone(), rope, positions, cache, places), cache))
+        outputs.append((rotate(qkv.clone(), rope, positions, cache, places), cache))
     tolerance = {"rtol": 0.02, "atol": 0.04
                  } if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    for plain, fused in zip(*found):
+    for plain, fused in zip(*outputs):
         torch.testing.assert_close(fused, plain, **tolerance)
     gate_up = random(9, 2 * 3000, device=device, dtype=dtype)
     torch.testing.assert_close(kernels._swiglu_fused(gate_up), kernels._swiglu_plain(gate_up), **tolerance)

@@ -33,10 +33,10 @@ def case(request) -> tuple:
     model, random = kind.load(folder, Runtime.choose("cpu")), np.random.default_rng(0)
     pixels = [model.prepare(list(random.integers(0, high, (pictures, 72, 96, 3), dtype=np.uint8)))
               for high in (255, 40, 120, 200, 90)]
-    alone = [[model.answer([clip], [question], 24)[0] for question in QUESTIONS] for clip in pixels]
+    singly = [[model.answer([clip], [question], 24)[0] for question in QUESTIONS] for clip in pixels]
     # else a mix-up were unseen
-    assert len({tuple(answer.tokens) for answers in alone for answer in answers}) > 3
-    return model, pixels, alone
+    assert len({tuple(answer.tokens) for answers in singly for answer in answers}) > 3
+    return model, pixels, singly
 
 
 def batches_of(model, pixels, questions=QUESTIONS, clips=5, tokens=24, **how) -> Batches:
@@ -46,38 +46,38 @@ def batches_of(model, pixels, questions=QUESTIONS, clips=5, tokens=24, **how) ->
 @pytest.mark.parametrize("clips", [1, 2, 5])
 @pytest.mark.parametrize("questions", [1, 3])
 def test_answers_are_those_of_each_clip_and_question_alone(case, clips, questions):
-    model, pixels, alone = case
+    model, pixels, singly = case
     batches = batches_of(model, pixels, QUESTIONS[:questions], clips)
     # started before one ends
     waiting = [batches.answer(pixels[at:at + clips]) for at in range(0, 5, clips)]
     assert [answers for wait in waiting for answers in wait()] == [
-        answers[:questions] for answers in alone
+        answers[:questions] for answers in singly
     ]
 
 
 def test_more_questions_than_fit_side_by_side_are_asked_in_groups(case, monkeypatch):
-    model, pixels, alone = case
+    model, pixels, singly = case
     monkeypatch.setattr(module, "ASKED", 2)
-    assert batches_of(model, pixels).answer(pixels)() == alone
+    assert batches_of(model, pixels).answer(pixels)() == singly
     assert [asked_at_once(n) for n in (1, 2, 3, 4, 5)] == [1, 2, 2, 2, 2]
 
 
 def test_pieces_of_the_prompts_are_as_good_as_the_whole(case, monkeypatch):
-    model, pixels, alone = case
+    model, pixels, singly = case
     monkeypatch.setattr(module, "READ_TOKENS", 1)
-    assert batches_of(model, pixels).answer(pixels)() == alone
+    assert batches_of(model, pixels).answer(pixels)() == singly
 
 
 def test_an_answer_ends_with_eos_and_at_the_limit(case):
-    model, pixels, alone = case
+    model, pixels, singly = case
     for tokens in (1, 2, 9):
-        found = batches_of(model, pixels, tokens=tokens).answer(pixels)()
-        assert [[answer.tokens for answer in answers] for answers in found] == [
-            [answer.tokens[:tokens] for answer in answers] for answers in alone]
+        batched = batches_of(model, pixels, tokens=tokens).answer(pixels)()
+        assert [[answer.tokens for answer in answers] for answers in batched] == [
+            [answer.tokens[:tokens] for answer in answers] for answers in singly]
     batches = batches_of(model, pixels, QUESTIONS[:1])
     for _ in range(2):  # the second batch finds the first one's tokens in the buffers
         assert [answers[0] for answers in batches.answer(pixels)()] == [
-            answers[0] for answers in alone
+            answers[0] for answers in singly
         ]
 
 
@@ -94,10 +94,10 @@ def test_it_stops_when_all_have_ended(case, monkeypatch):
 
 
 def test_nan_of_one_batch_does_not_reach_the_next(case):
-    model, pixels, alone = case
+    model, pixels, singly = case
     batches = batches_of(model, pixels)
     batches.answer([clip * torch.nan for clip in pixels])
-    assert batches.answer(pixels)() == alone
+    assert batches.answer(pixels)() == singly
 
 
 def test_too_long_a_prompt_is_refused(case):
@@ -117,12 +117,12 @@ def test_as_many_clips_as_fit(case, monkeypatch):
 
     for name in ("memory_reserved", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
-    found = {}
+    batched = {}
     for mib in (1, 200, 10_000_000):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, mib=mib: (mib * 2**20, 0))
-        found[mib] = clips_that_fit(OnGpu, QUESTIONS, 24, len(pixels[0]))
-    assert found[1] == 1 and 1 < found[200] <= found[10_000_000] == module.ROWS // 3
-    batches, free = batches_of(model, pixels, clips=found[200]), 200 * 2**20
+        batched[mib] = clips_that_fit(OnGpu, QUESTIONS, 24, len(pixels[0]))
+    assert batched[1] == 1 and 1 < batched[200] <= batched[10_000_000] == module.ROWS // 3
+    batches, free = batches_of(model, pixels, clips=batched[200]), 200 * 2**20
     assert batches.seen.nbytes + batches.said.nbytes < module.FILLED * free
 
 
@@ -152,11 +152,11 @@ def test_graphs_answer_as_eager_steps_and_as_transformers(name, dtype, quantizat
         batches_of(model, pixels, clips=2),
         batches_of(model, pixels, clips=2, graphs=False),
     )
-    found = [[answers for at in (0, 2) for answers in batches.answer(pixels[at:at + 2])()]
+    batched = [[answers for at in (0, 2) for answers in batches.answer(pixels[at:at + 2])()]
              for batches in (graphed, eager)]
     assert bool(graphed.graph) == (quantization != "8bit") and not eager.graph
-    assert quantization == "8bit" or found[0] == found[1]
+    assert quantization == "8bit" or batched[0] == batched[1]
     if dtype == "float32" and quantization == "none":
-        assert found[0] == [
+        assert batched[0] == [
             [model.answer([clip], [question], 24)[0] for question in QUESTIONS] for clip in pixels
         ]

@@ -72,9 +72,9 @@ def test_the_packed_weights_are_bitsandbytes_weights(size, nested):
 
 def test_scales_of_any_size_survive():
     scales = torch.rand(32, 5) * torch.tensor([1e-9, 1e-3, 1.0, 1e4, 0.0])
-    kept, factor = pack_scales(scales)
-    assert kept.isfinite().all()
-    assert (nf4.unpack_scales(kept, factor) - scales).abs().max() <= scales.max() * 2**-11
+    packed_scales, factor = pack_scales(scales)
+    assert packed_scales.isfinite().all()
+    assert (nf4.unpack_scales(packed_scales, factor) - scales).abs().max() <= scales.max() * 2**-11
     assert not nf4.unpack_scales(*pack_scales(torch.zeros(16, 1))).any()
 
 
@@ -256,13 +256,13 @@ def test_few_rows_are_as_right_as_bitsandbytes_and_independent(size, dtype):
     x = torch.randn(150, size[1], device="cuda").to(dtype)
     exact = x.double() @ weight.double().T + layer.bias.double()
     theirs = distance(nn.functional.linear(x, weight.to(dtype), layer.bias), exact)
-    whole = ours.few(x)
-    assert distance(whole, exact) <= 1.3 * theirs + 1e-4
+    product = ours.few(x)
+    assert distance(product, exact) <= 1.3 * theirs + 1e-4
     for rows in (1, 2, 7, 8, 9, 16, 17, 31, 33, 48, 49, 64, 65, 72, 73, 128):
-        assert torch.equal(ours.few(x[:rows]), whole[:rows])                 # bit for bit
+        assert torch.equal(ours.few(x[:rows]), product[:rows])                 # bit for bit
     x[1:] = torch.nan
     # Whatever else is there
-    assert torch.equal(ours.few(x)[:1], whole[:1])
+    assert torch.equal(ours.few(x)[:1], product[:1])
 
 
 @needs_gpu
@@ -291,8 +291,8 @@ def test_a_model_adopts_its_layers_and_answers_alike(monkeypatch, capsys):
         assert distance(model(input_ids=ids).logits, before) < 0.03
     steps.prefill(steps.embed(ids[0, :12]))
     assert distance(steps.verify(ids[0, 12:]).logits, before[0, 12:]) < 0.03
-    again = Steps(model.model, model.lm_head, room=64, graphs=False)         # finds them packed
-    assert again.qkv[0] is steps.qkv[0]
+    reopened = Steps(model.model, model.lm_head, room=64, graphs=False)         # finds them packed
+    assert reopened.qkv[0] is steps.qkv[0]
 
 
 @needs_gpu

@@ -97,10 +97,10 @@ def test_a_stream_that_overflows_float16_fails_there_and_nowhere_else(name):
 @pytest.mark.parametrize("name", ["video_llava", "eventgpt"])
 def test_one_clip_of_the_vision_tower_fails_alone(name, value):
     model, pixels = loaded(name)
-    whole = batches_of(model, pixels).answer(pixels)()
+    unspoilt = batches_of(model, pixels).answer(pixels)()
     spoilt = [pixels[0], torch.full_like(pixels[1], value), pixels[2]]
     results = batches_of(model, pixels).answer(spoilt)()
-    assert results[0] == whole[0] and results[2] == whole[2] and isinstance(results[1], NotNumbers)
+    assert results[0] == unspoilt[0] and results[2] == unspoilt[2] and isinstance(results[1], NotNumbers)
     with pytest.raises(NotNumbers) as error:
         model.answer(spoilt, QUESTIONS, TOKENS)
     assert error.value.rows == (1,)
@@ -109,14 +109,14 @@ def test_one_clip_of_the_vision_tower_fails_alone(name, value):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_one_token_in_the_middle_fails_its_clip_and_no_other(value):
     model, pixels = loaded("video_llava")
-    whole = batches_of(model, pixels).answer(pixels)()
+    unspoilt = batches_of(model, pixels).answer(pixels)()
     batches = batches_of(model, pixels)
     # Row 4 of 9 is the second clip's second question; call 0 is the prompt's end, call 3 the fourth
     # token.
     At(model.decoder[1], {3}, [4], value)
     results = batches.answer(pixels)()
-    assert results[0] == whole[0] and results[2] == whole[2] and isinstance(results[1], NotNumbers)
-    assert batches.answer(pixels)() == whole  # and the next batch is as if nothing had been
+    assert results[0] == unspoilt[0] and results[2] == unspoilt[2] and isinstance(results[1], NotNumbers)
+    assert batches.answer(pixels)() == unspoilt  # and the next batch is as if nothing had been
 
 
 def test_what_comes_after_the_end_of_an_answer_does_not_matter():

@@ -62,7 +62,7 @@ def steps_of(model: LlamaForCausalLM, **how) -> Steps:
     return Steps(model.model, model.lm_head, **{"room": ROOM, **how})
 
 
-def whole(model: LlamaForCausalLM, ids: list[int]) -> torch.Tensor:
+def logits_of(model: LlamaForCausalLM, ids: list[int]) -> torch.Tensor:
     """The plain definition: logits (L, V) after each of ids, by transformers, without a cache."""
     with torch.inference_mode():
         return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
@@ -88,7 +88,7 @@ def greedy(steps: Steps, embeds: torch.Tensor, count: int, eos: int) -> list[int
 
 # ----------------------------------------------------------------------------- against transformers
 def test_prefill_and_steps_equal_a_forward_without_cache(llama):
-    reference = whole(llama, PROMPT + ANSWER)
+    reference = logits_of(llama, PROMPT + ANSWER)
     steps = steps_of(llama)
     first = steps.prefill(steps.embed(PROMPT))
     assert alike(first.logits, reference[len(PROMPT) - 1:len(PROMPT)])
@@ -118,9 +118,9 @@ def test_greedy_ids_equal_generate(llama):
 
 
 def test_fused_weights_leave_transformers_forward_as_it_was(llama):
-    before = whole(llama, PROMPT)
+    before = logits_of(llama, PROMPT)
     steps = steps_of(llama)
-    assert torch.allclose(whole(llama, PROMPT), before, atol=1e-5)
+    assert torch.allclose(logits_of(llama, PROMPT), before, atol=1e-5)
     attention, mlp = llama.model.layers[1].self_attn, llama.model.layers[1].mlp
     for fused, modules in ((steps.qkv[1], (attention.q_proj, attention.k_proj, attention.v_proj)),
                            (steps.gate_up[1], (mlp.gate_proj, mlp.up_proj))):
@@ -146,13 +146,13 @@ def test_eventgpt_through_steps_answers_as_it_does_alone(folder):
 
 
 def same_answers(model, pixels):
-    alone = model.answer([pixels], [QUESTION], 24)[0].tokens
+    tokens_alone = model.answer([pixels], [QUESTION], 24)[0].tokens
     embeds = model.prompt_embeds(pixels, QUESTION)
     steps = Steps(*model.decoder, room=embeds.shape[1] + 24)
     # The second clip finds the first one's keys in the cache
     for _ in range(2):
-        assert greedy(steps, embeds, 24, model.tokenizer.eos_token_id) == alone
-    assert model.answer([pixels], [QUESTION], 24)[0].tokens == alone        # on the fused weights
+        assert greedy(steps, embeds, 24, model.tokenizer.eos_token_id) == tokens_alone
+    assert model.answer([pixels], [QUESTION], 24)[0].tokens == tokens_alone        # on the fused weights
     assert steps.bytes == steps.cache.nbytes
 
 
@@ -175,9 +175,9 @@ def test_speculative_answers_of_both_models_are_their_own_whatever_is_proposed(k
                 for gamma in range(1, 13):
                     for wrong in QUALITY.values():
                         target.ask(embeds)
-                        found = decode(target, Knowing(whole_answer, wrong),
+                        decoded = decode(target, Knowing(whole_answer, wrong),
                                        Limits(limit, (eos, ), gamma))
-                        assert found.tokens == whole_answer[:limit]
+                        assert decoded.tokens == whole_answer[:limit]
 
 
 def test_a_4bit_model_runs_eagerly_on_the_cpu():
@@ -211,7 +211,7 @@ def test_after_a_rollback_it_is_as_if_the_rest_had_never_been(llama, length):
     steps.verify(ANSWER[:17])
     steps.rollback(length)
     assert steps.length == length
-    reference = whole(llama, [*(PROMPT + ANSWER[:17])[:length], 4, 40, 14, 24, 34])
+    reference = logits_of(llama, [*(PROMPT + ANSWER[:17])[:length], 4, 40, 14, 24, 34])
     assert alike(
         torch.cat([
             steps.verify([4, 40, 14]).logits,
@@ -236,7 +236,7 @@ def test_a_clip_that_ends_in_nan_does_not_spoil_the_next():
     steps = steps_of(model)
     assert steps.prefill(torch.full((1, ROOM, 32), torch.nan)).logits.isnan().all()
     steps.prefill(steps.embed(PROMPT))
-    assert alike(steps.verify(ANSWER).logits, whole(model, PROMPT + ANSWER)[-len(ANSWER):])
+    assert alike(steps.verify(ANSWER).logits, logits_of(model, PROMPT + ANSWER)[-len(ANSWER):])
 
 
 def test_a_full_cache_and_a_foreign_id_are_told_with_numbers():
@@ -328,7 +328,7 @@ def check_all_sizes(model, steps, tolerance=1e-5):
         for tokens in (ANSWER[:k], ANSWER[::-1][:k]):
             given = tokens if k % 2 else torch.tensor(tokens, device=steps.device)
             logits, best = steps.verify(given)
-            assert alike(logits.float(), whole(model, PROMPT + tokens)[-k:].float(), tolerance)
+            assert alike(logits.float(), logits_of(model, PROMPT + tokens)[-k:].float(), tolerance)
             assert best.tolist() == logits.argmax(-1).tolist()
             steps.rollback(len(PROMPT))
 
@@ -362,7 +362,7 @@ def test_graphs_of_two_models_do_not_disturb_each_other():
     both = [started(model, graphs=True) for model in models]
     for k in (3, 1, 17, 2):
         for model, steps in zip(models, both):
-            assert alike(steps.verify(ANSWER[:k]).logits, whole(model, PROMPT + ANSWER[:k])[-k:], 1e-4)
+            assert alike(steps.verify(ANSWER[:k]).logits, logits_of(model, PROMPT + ANSWER[:k])[-k:], 1e-4)
             steps.rollback(len(PROMPT))
 
 

@@ -111,8 +111,8 @@ def test_a_node_that_is_no_number_leaves_nothing_behind_once_it_is_forgotten():
     assert best[2] == NO_NUMBER
     steps.rollback(len(PROMPT))
     assert steps.cache.isfinite().all()
-    again = steps.verify([5, 9, 12], [-1, 0, 1])
-    assert alike(again.logits, whole(model, [*PROMPT, 5, 9, 12])[len(PROMPT):])
+    repeated = steps.verify([5, 9, 12], [-1, 0, 1])
+    assert alike(repeated.logits, whole(model, [*PROMPT, 5, 9, 12])[len(PROMPT):])
 
 
 def test_a_chain_longer_than_a_tree_may_be_is_verified_in_pieces():
@@ -140,8 +140,8 @@ def test_the_kernel_gives_what_the_definition_gives_and_every_time_the_same(dtyp
             ours = attention(queries, keys, values, where, bits, None)
             assert float((ours.float() - wanted).norm() / wanted.norm()) < 0.01
             assert torch.equal(ours, attention(queries, keys, values, where, bits, None))
-            alone = attention(queries[-1:], keys, values, where, bits[-1:], None)
-            assert torch.allclose(alone.float(), ours[-1:].float(), atol=0.01)
+            single = attention(queries[-1:], keys, values, where, bits[-1:], None)
+            assert torch.allclose(single.float(), ours[-1:].float(), atol=0.01)
 
 
 @needs_gpu

@@ -51,15 +51,15 @@ def test_the_prompt_repeats_the_video_mark_for_every_visual_token(model):
 
 
 def test_answers_equal_those_of_transformers_own_loop(model, pixels):
-    whole = VideoLlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32)
-    vision = whole.config.vision_config
+    theirs_loaded = VideoLlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32)
+    vision = theirs_loaded.config.vision_config
     tokens = 8 * (1 + (vision.image_size // vision.patch_size) ** 2)
     ids = torch.tensor([prompt_ids(model.tokenizer, QUERIES[0], tokens)])
     reference = []
     with torch.inference_mode():
         for _ in range(12):  # no cache, no generate: the plain definition
             step = torch.tensor([reference], dtype=torch.long)
-            logits = whole(
+            logits = theirs_loaded(
                 input_ids=torch.cat([ids, step], 1), pixel_values_videos=pixels[0][None]
             ).logits
             reference.append(int(logits[0, -1].argmax()))
@@ -132,9 +132,9 @@ def test_pixels_are_those_of_transformers_own_processor(tmp_path, where):
     picture = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
     wanted = VideoLlavaImageProcessor.from_pretrained(folder)(images=[picture], return_tensors="np")
     wanted = next(iter(wanted.values()))[0]
-    made = VideoLlava.load(folder, CPU).prepare([picture])[0].numpy()
-    assert made.shape == wanted.shape and np.abs(made - wanted).max() < 1e-6
-    assert np.abs(made - VideoLlava.load(FOLDER, CPU).prepare([picture])[0].numpy()).max() > 0.1
+    prepared = VideoLlava.load(folder, CPU).prepare([picture])[0].numpy()
+    assert prepared.shape == wanted.shape and np.abs(prepared - wanted).max() < 1e-6
+    assert np.abs(prepared - VideoLlava.load(FOLDER, CPU).prepare([picture])[0].numpy()).max() > 0.1
 
 
 def test_damaged_folders_are_clear_errors(tmp_path):
