@@ -30,7 +30,6 @@ from vlm import peers
 from vlm.peers import QUERY, QUESTION, SEED
 
 if TYPE_CHECKING:
-    from vlm.contract import VisionLanguageModel
     from vlm.video_llava import VideoLlava
 
 WARM_UPS = 2                         # answers that every way runs before it is timed
@@ -155,7 +154,7 @@ def untaught(drafter: Drafter) -> Untaught:
 class Ours:
     """Our loop on the model, with every drafter on each answer in turn."""
 
-    def __init__(self, model: VisionLanguageModel, pixels: torch.Tensor,
+    def __init__(self, model: VideoLlava, pixels: torch.Tensor,
                  drafters: dict[str, Drafter], gamma: str, tree: str, longest: int):
         """tree: of the drafters whose name ends in TREE; longest: tokens of the longest answer."""
         self.model, self.pixels, self.device = model, pixels, model.runtime.device

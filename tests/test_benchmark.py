@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -241,10 +240,11 @@ def call(*flags: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("flags", [["--help"], ["decode", "--help"], ["train", "--help"],
                                    ["adapter", "--help"], ["compare", "-h"]])
 def test_help_is_quick_and_imports_no_torch(flags):
-    start = time.monotonic()
+    before = os.times()
     outcome = call(*flags, PYTHONPROFILEIMPORTTIME="1")
-    assert outcome.returncode == 0 and "benchmark.py" in outcome.stdout and time.monotonic(
-    ) - start < 1.5
+    after = os.times()
+    assert outcome.returncode == 0 and "benchmark.py" in outcome.stdout
+    assert after.children_user - before.children_user < 1.5         # CPU seconds: other work may run here
     assert not any(line.endswith((" torch", " transformers")) for line in outcome.stderr.splitlines())
     assert flags[0] == "--help" or f"usage: benchmark.py {flags[0]} " in outcome.stdout
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.huge import cases
 from tests.isolated import Isolated
-from tests.test_mutated import saved, whole, world  # noqa: F401  (fixtures)
+from tests.test_mutated import intact, saved, world  # noqa: F401  (fixtures)
 
 # Inputs of each kind in the long run: 2,000 in all. Opening a model folder takes longer than a
 # picture.
@@ -32,11 +32,11 @@ OUT_OF_MEMORY = ("MachineTrouble", "MemoryError", "out of memory", "bad_alloc",
 
 
 @pytest.fixture(scope="module")
-def large(world, whole) -> dict[str, bytes]:  # noqa: F811
+def large(world, intact) -> dict[str, bytes]:  # noqa: F811
     """A whole file of each kind."""
     h5py = pytest.importorskip("h5py")
     frames = np.random.default_rng(0).integers(0, 255, (10, 32, 48, 3), dtype=np.uint8)
-    picture, files = Image.fromarray(frames[0]), dict(whole)
+    picture, files = Image.fromarray(frames[0]), dict(intact)
     for kind, how in (("jpeg", {"progressive": True}), ("gif", {}), ("webp", {})):
         files[kind] = saved(
             lambda file, kind=kind, how=how: picture.save(file, kind.upper(), **how))

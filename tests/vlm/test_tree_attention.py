@@ -13,10 +13,10 @@ from tests.vlm.test_steps import (
     VARIANTS,
     VOCAB,
     alike,
+    logits_of,
     needs_gpu,
     started,
     tiny_llama,
-    whole,
 )
 from vlm import tree_attention
 from vlm.llama import NO_NUMBER
@@ -66,7 +66,7 @@ def test_each_node_of_a_tree_is_answered_as_the_end_of_its_own_path(llama, paren
     following = steps.verify(tokens, parents)
     for node in range(len(parents)):
         path = [tokens[step] for step in path_to(node, parents)]
-        reference = whole(llama, PROMPT + path)[-1:]
+        reference = logits_of(llama, PROMPT + path)[-1:]
         assert alike(following.logits[node:node + 1], reference)
         assert following.best[node] == reference.argmax()
 
@@ -91,12 +91,12 @@ def test_an_opening_tree_is_verified_inside_the_prefill(llama, parents):
     following = steps.prefill(steps.embed(PROMPT + tokens), len(parents), parents)
     for node in range(len(parents)):
         path = path_to(node, parents)
-        reference = whole(llama, PROMPT + [tokens[step - 1] for step in path[1:]])[-1:]
+        reference = logits_of(llama, PROMPT + [tokens[step - 1] for step in path[1:]])[-1:]
         assert alike(following.logits[node:node + 1], reference)
     node = len(parents) - 1
     path = path_to(node, parents)
     steps.keep_path(path)
-    reference = whole(llama, PROMPT + [tokens[step - 1] for step in path[1:]] + ANSWER[:2])[-2:]
+    reference = logits_of(llama, PROMPT + [tokens[step - 1] for step in path[1:]] + ANSWER[:2])[-2:]
     assert steps.length == len(PROMPT) + len(path) - 1 and alike(steps.verify(ANSWER[:2]).logits, reference)
 
 
@@ -112,13 +112,13 @@ def test_a_node_that_is_no_number_leaves_nothing_behind_once_it_is_forgotten():
     steps.rollback(len(PROMPT))
     assert steps.cache.isfinite().all()
     repeated = steps.verify([5, 9, 12], [-1, 0, 1])
-    assert alike(repeated.logits, whole(model, [*PROMPT, 5, 9, 12])[len(PROMPT):])
+    assert alike(repeated.logits, logits_of(model, [*PROMPT, 5, 9, 12])[len(PROMPT):])
 
 
 def test_a_chain_longer_than_a_tree_may_be_is_verified_in_pieces():
     model, tokens = tiny_llama(), [(3 * n) % VOCAB for n in range(90)]
     steps = started(model, room=120)
-    assert alike(steps.verify(tokens).logits, whole(model, PROMPT + tokens)[len(PROMPT):], 1e-4)
+    assert alike(steps.verify(tokens).logits, logits_of(model, PROMPT + tokens)[len(PROMPT):], 1e-4)
 
 
 @needs_gpu
