@@ -1,8 +1,8 @@
-"""Very many pairs from a file to metrics and back, their time and memory: `python benchmark.py load`.
+"""Time and memory of very many pairs, from a file to metrics: `python benchmark.py load`.
 
-Makes pair files of several sizes, in the format of extract_tokens_train.py, and works through each in
-processes of their own, so that a memory peak belongs to one size. For comparison json.load and lists of
-answers run on the same file.
+Makes pair files of several sizes, in the format of extract_tokens_train.py, and works through each
+in processes of their own, so that a memory peak belongs to one size. For comparison json.load and
+lists of answers run on the same file.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def kib_of(path: Path, name: str) -> int:
 
 
 class Parts:
-    """Runs the parts of a size one after the other: seconds of each, and the memory peak up to its end."""
+    """Runs the parts of a size in turn: seconds of each, and the memory peak up to its end."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -218,7 +218,7 @@ def plain(path: Path, count: int, tokens: int, seed: int) -> dict:
 
 # ------------------------------------------------------------------------------------------ measure
 def one_size(count: int, tokens: int, seed: int, folder: Path) -> dict:
-    """{"write", "ours", "plain"}: the figures of each process; None for json.load where it would not fit."""
+    """{"write", "ours", "plain"}: figures of each process; None for json.load without room."""
     path = folder / f"pairs_{count}.json"
     written = run_part(write, path, count, tokens, seed)
     mine = run_part(ours, path, count, tokens, seed)
@@ -243,7 +243,8 @@ def run_part(part: Callable, path: Path, count: int, tokens: int, seed: int) -> 
     log(f"benchmark | {count} pairs | {part.__name__}")
     words = [part.__name__, str(path), str(count), str(tokens), str(seed), str(result)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
-    subprocess.run([sys.executable, "-m", "benchmarks.load", *words], cwd=ROOT, env=environment, check=True)
+    command = [sys.executable, "-m", "benchmarks.load", *words]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
     return json.loads(result.read_text())
 
 
@@ -267,7 +268,8 @@ def measure(config: Config) -> dict:
     counts = sorted(set(config.pairs))
     with tempfile.TemporaryDirectory(prefix="pairs_") as folder:
         check_room(Path(folder), counts[-1], config.tokens)
-        sizes = {str(count): one_size(count, config.tokens, config.seed, Path(folder)) for count in counts}
+        sizes = {str(count): one_size(count, config.tokens, config.seed, Path(folder))
+                 for count in counts}
     first, last = (sizes[str(count)] for count in (counts[0], counts[-1]))
     growth = growth_of(first, last, counts[-1] / counts[0]) if len(counts) > 1 else {}
     peak_written = last["write"]["peak_mib"]["write"] / last["ours"]["token_mib"]
@@ -295,7 +297,7 @@ def check_room(folder: Path, count: int, tokens: int) -> None:
 
 
 def growth_of(small: dict, large: dict, times: float) -> dict[str, float | None]:
-    """Exponents between two sizes, one `times` as many pairs: of each part, all time, and memory."""
+    """Exponents of each part, all time and memory between two sizes, `times` as many pairs."""
     before, after = small["ours"]["seconds"], large["ours"]["seconds"]
     growth = {part: exponent(before[part], seconds, times) for part, seconds in after.items()}
     write_s = [size["write"]["seconds"]["write"] for size in (small, large)]

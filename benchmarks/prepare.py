@@ -1,8 +1,8 @@
 """From a raw recording to a data set folder: `python benchmark.py prepare`.
 
-Times how fast events are painted, compared with a plain loop over them and with a copy of their bytes.
-Then it writes a synthetic recording in DSEC's layout and runs prepare_dsec.py on it, while the memory of
-all its processes is sampled.
+Times how fast events are painted, compared with a plain loop over them and with a copy of their
+bytes. Then it writes a synthetic recording in DSEC's layout and runs prepare_dsec.py on it, while
+the memory of all its processes is sampled.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ REPEATS = 3
 NOTES = (
     "Paint: events a second in one thread, columns as in the file, at random places; the loop paints one "
     "event after the other. Share of copy: of the events whose columns one thread could copy in that time.",
-    "Read: all four columns of the synthetic recording through HDF5 and Blosc, times and polarity checked.",
+    "Read: all columns of the recording through HDF5 and Blosc, times and polarity checked.",
     "Prepare: prepare_dsec.py as a process of its own. Memory: resident memory of all its processes, the "
     "highest of samples 20 ms apart; pages that processes share count in each of them.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the painting of events, and time and memory from a synthetic recording to its data set folder."""
+    """Time the painting of events; time and memory from a recording to its data set folder."""
 
     events: int = option(300_000_000, "of the recording")
     seconds: int = option(30, "length of the recording")

@@ -173,7 +173,8 @@ class Ours:
         embeds = self.model.prompt_embeds(self.pixels, QUERY)
         for name, decoder in self.decoders.items():
             for draft, answer in recorded[:WARM_UPS]:
-                self.row_of(name, Decoder(self.target, untaught(decoder.drafter)), embeds, draft, answer)
+                warming = Decoder(self.target, untaught(decoder.drafter))
+                self.row_of(name, warming, embeds, draft, answer)
             draft, answer = recorded[0]
             decoder.measure(Asked(embeds, draft, self.question), answer, self.costs, self.device)
             if AUTO in (self.gamma, self.tree if name.endswith(TREE) else ""):

@@ -113,7 +113,7 @@ class Schedule:
 
 # -------------------------------------------------------------------------------------------- pairs
 def synthetic_rows(count: int, vocab_size: int, seed: int) -> list[dict]:
-    """Rows of a pair file: sentences of which some words vary; the draft, in other words, reveals half.
+    """Rows of a pair file: sentences of which some words vary; the draft reveals half of these.
 
     So a prefix tells most of the rest, a draft some more, and a part stays open. The seed varies the
     rows alone: the sentences are the same for training and validation.
@@ -281,7 +281,8 @@ def wanted(runs: dict) -> list[dict]:
         ours, plain = run["ours"], run["plain"]
         gain = plain and ours["validation_alpha"] - plain["validation_alpha"]
         rows += [(f"{name}: ms a step", ours["step_ms"], "<=", 3),
-                 (f"{name}: seconds for {EPOCHS} epochs of {PAIRS} pairs", ours["50_epochs_s"], "<=", 60),
+                 (f"{name}: seconds for {EPOCHS} epochs of {PAIRS} pairs", ours["50_epochs_s"],
+                  "<=", 60),
                  (f"{name}: times faster than plain", run["times_faster"], ">=", 10),
                  (f"{name}: validation alpha less plain's", gain, ">=", -0.01)]
     return [{"what": label, "measured": value, "wanted": f"{sign} {bound}"}
@@ -331,7 +332,8 @@ def measure(config: Config) -> dict:
         pairs, validation_pairs = load_pairs(config.pairs), load_pairs(config.test_pairs)
     else:
         pairs, validation_pairs = (synthetic_pairs(count, config.vocab_size, seed)
-                                   for seed, count in ((1, config.made_pairs), (2, config.made_pairs // 10)))
+                                   for seed, count in ((1, config.made_pairs),
+                                                       (2, config.made_pairs // 10)))
     for some in (pairs, validation_pairs):
         check_ids(some.largest_ids(), config.vocab_size, "set --vocab_size to that of the models")
 

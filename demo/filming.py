@@ -16,7 +16,7 @@ from demo.world import Scene
 # A pinhole camera 1.5 m above the road; metres to the right (x), up (y) and ahead (z) become
 # pixels.
 SIZE = 96                         # pixels: pictures are square
-OVERSAMPLING = 2  # drawn at twice the size, then averaged: edges move by half pixels
+SCALE = 2  # drawn at twice the size, then averaged: edges move by half pixels
 FOCAL, HORIZON, CAMERA_HEIGHT = 90.0, 40.0, 1.5
 SPEED = 3.0                       # m/s relative to what stands still
 FPS = 20
@@ -38,7 +38,7 @@ class Canvas:
 
     def __init__(self, light: str, yaw: float, pitch: float):
         self.night = light == "night"
-        self.image = Image.new("RGB", (SIZE * OVERSAMPLING, SIZE * OVERSAMPLING), self.shade(SKY[light]))
+        self.image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), self.shade(SKY[light]))
         self.draw = ImageDraw.Draw(self.image)
         self.yaw, self.pitch = yaw, pitch
 
@@ -47,8 +47,8 @@ class Canvas:
                      for c, share in zip(colour, NIGHT_SHARE)) if self.night else colour
 
     def point(self, x: float, y: float, z: float) -> tuple[float, float]:
-        return ((SIZE / 2 + FOCAL * x / z + self.yaw) * OVERSAMPLING,
-                (HORIZON + FOCAL * (CAMERA_HEIGHT - y) / z + self.pitch) * OVERSAMPLING)
+        return ((SIZE / 2 + FOCAL * x / z + self.yaw) * SCALE,
+                (HORIZON + FOCAL * (CAMERA_HEIGHT - y) / z + self.pitch) * SCALE)
 
     def polygon(self, points, colour) -> None:
         self.draw.polygon([self.point(*p) for p in points], fill=self.shade(colour))
@@ -214,10 +214,10 @@ def frames_of(scene: Scene, clip_seed: list[int], num_frames: int,
         if scene.person == "crossing":
             _draw_person(canvas, direction * (x_person + 0.8 * time_s), 5, phase + 7 * time_s)
         for x, y, size in flakes:
-            left, top = x * SIZE * OVERSAMPLING, (y + 0.6 * time_s) % 1 * SIZE * OVERSAMPLING
+            left, top = x * SIZE * SCALE, (y + 0.6 * time_s) % 1 * SIZE * SCALE
             canvas.draw.ellipse((left, top, left + 2 + 2 * size, top + 2 + 2 * size),
                                 fill=(255, 255, 255))
-        pictures.append(np.asarray(canvas.image.reduce(OVERSAMPLING)))
+        pictures.append(np.asarray(canvas.image.reduce(SCALE)))
     return np.stack(pictures)
 
 

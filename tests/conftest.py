@@ -191,14 +191,14 @@ def prepare(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def good_recording(tmp_path_factory):
+def good_root(tmp_path_factory):
     """A root with one sequence of 2.25 s, never changed by a test."""
     root = tmp_path_factory.mktemp("one")
     return root, write_sequence(root, GOOD)
 
 
 @pytest.fixture
-def good_and_bad(tmp_path):
+def mixed_root(tmp_path):
     """A root with a good sequence and one to be damaged, 1.25 s each: one window of 1 s."""
     root = tmp_path / "dsec"
     return root, write_sequence(root, GOOD, frames=26), write_sequence(root, BAD, frames=26, seed=1)

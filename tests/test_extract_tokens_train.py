@@ -156,9 +156,9 @@ def test_cuda_memory_that_really_ends_halves_the_batch(extract, tmp_path, capsys
     (_, few), (wanted, many) = run(1, "few"), run(20, "many")
     assert "out of memory" not in capsys.readouterr().out and few < many
     output, taken = run(20, "short", (few + many) // 2)
-    log_text = capsys.readouterr().out
+    logged = capsys.readouterr().out
     words = r"WARNING \| out of memory with 20 clips at a time: CUDA.*going on with 10"
-    assert re.search(words, log_text), log_text
+    assert re.search(words, logged), logged
     assert taken < many and output["failed"] == [] and len(rows_of(output)) == 20, (few, many, taken)
     if dtype == "float32":
         assert rows_of(output) == rows_of(wanted)
@@ -219,8 +219,8 @@ def test_a_stopped_run_keeps_the_clips_that_the_model_was_at(extract, monkeypatc
         patch.setattr(Batches, "_generate", signalled)
         extract("--batch_size", 2)
     assert stopped.value.code == 143 and len(calls) == 5
-    log_text = capsys.readouterr().out
-    assert "the clips in hand are answered first" in log_text and "| 9 answers are kept" in log_text
+    logged = capsys.readouterr().out
+    assert "the clips in hand are answered first" in logged and "| 9 answers are kept" in logged
     assert len(rows_of(extract("--batch_size",
                                2))) == 5 and "going on: 9 answers" in capsys.readouterr().out
 

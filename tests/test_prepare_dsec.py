@@ -90,14 +90,14 @@ def test_windows_follow_the_rule_for_any_length():
 # ------------------------------------------------------------------------------------------ content
 @pytest.mark.parametrize("render", ["time", "blue_over_red"])
 @pytest.mark.parametrize("duration, count", [("500ms", 8), ("1s", 3)])
-def test_every_pixel_of_every_event_picture_is_as_painted_by_hand(prepare, good_recording, duration, count,
+def test_every_pixel_of_every_event_picture_is_as_painted_by_hand(prepare, good_root, duration, count,
                                                                   render):
-    root, good_folder = good_recording
+    root, good_folder = good_root
     # The small pictures with --canvas, the large ones without: the canvas is fixed, whatever the
     # events fill.
     canvas, length_us = {"500ms": ((64, 48), 500_000), "1s": ((640, 480), 1_000_000)}[duration]
     small = ["--canvas", "64x48"] if duration == "500ms" else []
-    folder, log_text = prepare("--render", render, "--video_size", "64x48", "--workers", "1",
+    folder, logged = prepare("--render", render, "--video_size", "64x48", "--workers", "1",
                            "--sequences",
                            GOOD, *small,
                            root=root, duration=duration)
@@ -111,12 +111,12 @@ def test_every_pixel_of_every_event_picture_is_as_painted_by_hand(prepare, good_
             result = pixels(folder / "event_image" / GOOD / f"{clip:06d}_{k}.png")
             assert result.shape == (canvas[1], canvas[0], 3)
             assert np.array_equal(result, painted(part, canvas, render == "blue_over_red")), (clip, k)
-    assert f"{count} clips of 1 sequences | 0 sequences and 0 clips left out" in log_text
+    assert f"{count} clips of 1 sequences | 0 sequences and 0 clips left out" in logged
 
 
 @pytest.mark.parametrize("duration, frames", [("500ms", 10), ("1s", 20), ("2s", 40)])
-def test_every_frame_of_every_video_is_the_right_picture(prepare, good_recording, duration, frames):
-    root, _ = good_recording
+def test_every_frame_of_every_video_is_the_right_picture(prepare, good_root, duration, frames):
+    root, _ = good_root
     folder, _ = prepare(*SMALL, "--sequences", GOOD, root=root, duration=duration)
     for clip, path in enumerate(sorted((folder / "mp4" / GOOD).iterdir())):
         with av.open(str(path)) as video:
@@ -130,8 +130,8 @@ def test_every_frame_of_every_video_is_the_right_picture(prepare, good_recording
         assert numbers == list(range(first, first + frames)), path
 
 
-def test_rows_have_the_published_fields_and_sequence_and_clip(prepare, good_recording):
-    folder, _ = prepare(*SMALL, "--sequences", GOOD, root=good_recording[0])
+def test_rows_have_the_published_fields_and_sequence_and_clip(prepare, good_root):
+    folder, _ = prepare(*SMALL, "--sequences", GOOD, root=good_root[0])
     rows = read_rows(folder)
     assert [row["event_data"] for row in rows] == [f"{GOOD}/{clip:06d}.npy" for clip in range(3)]
     assert rows[1] == {
@@ -146,8 +146,8 @@ def test_rows_have_the_published_fields_and_sequence_and_clip(prepare, good_reco
     assert len({sample.id for sample in samples}) == 3 and all(sample.video.is_file() for sample in samples)
 
 
-def test_both_layouts_and_any_number_of_workers_give_the_same_files(prepare, good_recording, tmp_path):
-    wanted = contents(prepare(*SMALL, "--sequences", GOOD, root=good_recording[0])[0])
+def test_both_layouts_and_any_number_of_workers_give_the_same_files(prepare, good_root, tmp_path):
+    wanted = contents(prepare(*SMALL, "--sequences", GOOD, root=good_root[0])[0])
     assert len(wanted) == 3 * 6 + 1 and len(set(wanted.values())) == len(wanted)
     flat = write_sequence(tmp_path / "flat", GOOD, flat=True)
     # Without the split's folder
@@ -159,20 +159,20 @@ def test_both_layouts_and_any_number_of_workers_give_the_same_files(prepare, goo
     write_sequence(tmp_path / "flat", GOOD, flat=True)
     for root in ("flat", "bare", "loose"):
         flags = (*SMALL[:-1], "2" if root == "flat" else "1")
-        folder, log_text = prepare(*flags, "--sequences", GOOD, root=tmp_path / root,
+        folder, logged = prepare(*flags, "--sequences", GOOD, root=tmp_path / root,
                                output=tmp_path / f"from_{root}")
         assert contents(folder) == wanted, root
-        assert "not in DSEC's" not in log_text
+        assert "not in DSEC's" not in logged
 
 
-def test_stride_pictures_canvas_and_video_size_do_what_they_say(prepare, good_recording):
+def test_stride_pictures_canvas_and_video_size_do_what_they_say(prepare, good_root):
     folder, _ = prepare("--sequences", GOOD, "--stride", "none", "--event_images", "2",
                         "--canvas", "70x50",
-                        "--video_size", "32x24", "--workers", "1", root=good_recording[0], duration="500ms")
+                        "--video_size", "32x24", "--workers", "1", root=good_root[0], duration="500ms")
     assert len(read_rows(folder)) == 4
     assert sorted(path.name for path in (folder / "event_image" / GOOD).iterdir())[:3] == [
         "000000_0.png", "000000_1.png", "000001_0.png"]
-    good_folder, start = good_recording[1], FIRST_US + 500_000
+    good_folder, start = good_root[1], FIRST_US + 500_000
     events = good_folder.in_window(start, start + 500_000)
     second = painted(events[len(events) // 2:], (70, 50), False)
     assert np.array_equal(pixels(folder / "event_image" / GOOD / "000001_1.png"), second)
@@ -180,31 +180,31 @@ def test_stride_pictures_canvas_and_video_size_do_what_they_say(prepare, good_re
         pictures = [picture.to_ndarray(format="rgb24") for picture in video.decode(video=0)]
     assert [number_of(picture)
             for picture in pictures] == [*range(10, 20)] and pictures[0].shape == (24, 32, 3)
-    other, _ = prepare(*SMALL, "--sequences", GOOD, "--stride", "125", root=good_recording[0],
+    other, _ = prepare(*SMALL, "--sequences", GOOD, "--stride", "125", root=good_root[0],
                        output=folder.parent)
     assert len(read_rows(other)) == 11                                      # (2.25 - 1) / 0.125 + 1
 
 
-def test_slices_smaller_than_a_part_change_nothing(prepare, good_recording, tmp_path, monkeypatch):
-    wanted = contents(prepare(*SMALL, "--sequences", GOOD, root=good_recording[0])[0])
+def test_slices_smaller_than_a_part_change_nothing(prepare, good_root, tmp_path, monkeypatch):
+    wanted = contents(prepare(*SMALL, "--sequences", GOOD, root=good_root[0])[0])
     monkeypatch.setattr(dsec, "SLICE", 777)
-    assert contents(prepare(*SMALL, "--sequences", GOOD, root=good_recording[0],
+    assert contents(prepare(*SMALL, "--sequences", GOOD, root=good_root[0],
                             output=tmp_path / "sliced")[0]) == wanted
 
 
-def test_events_are_read_no_more_than_a_slice_at_a_time(prepare, good_recording, monkeypatch):
+def test_events_are_read_no_more_than_a_slice_at_a_time(prepare, good_root, monkeypatch):
     sizes, read = [], dsec.EventFile._read
     monkeypatch.setattr(dsec, "SLICE", 1000)
     monkeypatch.setattr(dsec.EventFile, "_read", lambda self, column, start, end: sizes.append(
         end - start) or read(self, column, start, end))
-    prepare(*SMALL, "--sequences", GOOD, root=good_recording[0])
+    prepare(*SMALL, "--sequences", GOOD, root=good_root[0])
     # One before it: do times fall?
     assert max(sizes) <= 1001 and len(sizes) > 100
 
 
-def test_the_folder_goes_straight_through_extraction(prepare, good_recording, tmp_path, monkeypatch):
+def test_the_folder_goes_straight_through_extraction(prepare, good_root, tmp_path, monkeypatch):
     folder, _ = prepare("--sequences", GOOD, "--video_size", "64x48", "--workers", "1",
-                        root=good_recording[0])
+                        root=good_root[0])
     models, output = ROOT / "demo" / "models", tmp_path / "pairs.json"
     monkeypatch.setattr(sys, "argv", [
         "extract_tokens_train.py", "--dataset_dir", str(folder), "--output_file", str(output),
@@ -221,21 +221,21 @@ def test_the_folder_goes_straight_through_extraction(prepare, good_recording, tm
 
 
 # ---------------------------------------------------------------------------------- what is missing
-def test_what_was_mended_is_made_and_the_index_written(prepare, good_and_bad):
-    root, _, bad = good_and_bad
+def test_what_was_mended_is_made_and_the_index_written(prepare, mixed_root):
+    root, _, bad = mixed_root
     picture = (bad.pictures / "000007.png").read_bytes()
     break_picture(bad)
     with pytest.raises(UserError, match="0 sequences and 1 clips left out, 1 clips are there"):
         prepare(*SMALL, "--sequences", BAD, GOOD, root=root)
     (bad.pictures / "000007.png").write_bytes(picture)
-    folder, log_text = prepare(*SMALL, "--sequences", BAD, GOOD, root=root)
+    folder, logged = prepare(*SMALL, "--sequences", BAD, GOOD, root=root)
     assert [row["sequence"]
-            for row in read_rows(folder)] == [GOOD, BAD] and "2 clips, 1 of them are there" in log_text
+            for row in read_rows(folder)] == [GOOD, BAD] and "2 clips, 1 of them are there" in logged
     assert json.loads((folder / "prepare_dsec.json").read_text())["left_out"] == []
 
 
-def test_exit_codes_and_the_last_line(good_and_bad, tmp_path):
-    root, _, bad = good_and_bad
+def test_exit_codes_and_the_last_line(mixed_root, tmp_path):
+    root, _, bad = mixed_root
     break_picture(bad)
 
     def call(*flags):
@@ -253,40 +253,40 @@ def test_exit_codes_and_the_last_line(good_and_bad, tmp_path):
     assert done.returncode == 0 and "RESULT | " in done.stdout.splitlines()[-1]
 
 
-def test_sequences_that_are_not_there_are_all_named(prepare, good_and_bad, capsys):
+def test_sequences_that_are_not_there_are_all_named(prepare, mixed_root, capsys):
     with pytest.raises(UserError, match="10 sequences and 0 clips left out, 2 clips are there"):
-        prepare(*SMALL, root=good_and_bad[0])
-    log_text = capsys.readouterr().out
+        prepare(*SMALL, root=mixed_root[0])
+    logged = capsys.readouterr().out
     for name in TEST_SEQUENCES:
-        assert (f"missing | {name} | the whole sequence: not there" in log_text) == (name not in (GOOD, BAD))
+        assert (f"missing | {name} | the whole sequence: not there" in logged) == (name not in (GOOD, BAD))
 
 
-def test_nothing_at_all_is_an_error_even_when_things_may_be_missing(prepare, good_and_bad, tmp_path):
+def test_nothing_at_all_is_an_error_even_when_things_may_be_missing(prepare, mixed_root, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="none of 12 test sequences can be used; wanted in"):
         prepare("--allow_missing", root=tmp_path / "empty")
-    _, good, bad = good_and_bad
+    _, good, bad = mixed_root
     break_picture(good), break_picture(bad)
     with pytest.raises(UserError, match="not one clip could be made"):
-        prepare(*SMALL, "--allow_missing", root=good_and_bad[0])
+        prepare(*SMALL, "--allow_missing", root=mixed_root[0])
 
 
-def test_a_sequence_shorter_than_the_window_is_no_fault(prepare, good_and_bad, good_recording):
-    shutil.copytree(good_recording[1].folder, good_and_bad[0] / "test" / "thun_02_a")
-    folder, log_text = prepare(*SMALL, "--sequences", GOOD, "thun_02_a", root=good_and_bad[0], duration="2s")
-    assert f"{GOOD} is shorter than 2s: no clips" in log_text and len(read_rows(folder)) == 1
+def test_a_sequence_shorter_than_the_window_is_no_fault(prepare, mixed_root, good_root):
+    shutil.copytree(good_root[1].folder, mixed_root[0] / "test" / "thun_02_a")
+    folder, logged = prepare(*SMALL, "--sequences", GOOD, "thun_02_a", root=mixed_root[0], duration="2s")
+    assert f"{GOOD} is shorter than 2s: no clips" in logged and len(read_rows(folder)) == 1
 
 
 # --------------------------------------------------------------------------------- extras and names
-def test_folders_beyond_the_list_are_named_and_used_only_when_asked_for(prepare, good_and_bad):
-    root, good, _ = good_and_bad
+def test_folders_beyond_the_list_are_named_and_used_only_when_asked_for(prepare, mixed_root):
+    root, good, _ = mixed_root
     for name in ("test", "thun_02_a", "zurich_city_16_a"):
         shutil.copytree(good.folder, root / "test" / name)
-    folder, log_text = prepare(*SMALL, "--sequences", GOOD, root=root)
-    assert "not used unless --sequences names them: test, thun_02_a, zurich_city_16_a" in log_text
+    folder, logged = prepare(*SMALL, "--sequences", GOOD, root=root)
+    assert "not used unless --sequences names them: test, thun_02_a, zurich_city_16_a" in logged
     assert [row["sequence"] for row in read_rows(folder)] == [GOOD]
-    folder, log_text = prepare(*SMALL, "--sequences", GOOD, "thun_02_a", root=root)
-    assert "names them: test, zurich_city_16_a" in log_text
+    folder, logged = prepare(*SMALL, "--sequences", GOOD, "thun_02_a", root=root)
+    assert "names them: test, zurich_city_16_a" in logged
     assert [row["sequence"] for row in read_rows(folder)] == [GOOD, "thun_02_a"]
 
 
@@ -306,40 +306,40 @@ def test_folders_beyond_the_list_are_named_and_used_only_when_asked_for(prepare,
     (("--duration", "1m"), "--duration must be"),
     (("--duration", "../1s"), "--duration must be"),
     (("--dsec_root", "nowhere"), "nowhere: no such folder")])
-def test_a_wrong_flag_is_one_clear_error(prepare, good_and_bad, flags, words):
+def test_a_wrong_flag_is_one_clear_error(prepare, mixed_root, flags, words):
     with pytest.raises(UserError, match=re.escape(words)):
-        prepare(*flags, root=good_and_bad[0])
-    assert not (good_and_bad[0].parent / "data").exists()
+        prepare(*flags, root=mixed_root[0])
+    assert not (mixed_root[0].parent / "data").exists()
 
 
-def test_a_link_that_leads_out_of_the_folder_is_not_written_through(prepare, good_and_bad, tmp_path):
+def test_a_link_that_leads_out_of_the_folder_is_not_written_through(prepare, mixed_root, tmp_path):
     out = tmp_path / "data" / "my_egpt_dsec_test" / "my_egpt_dsec_seq_1s" / "mp4"
-    prepare(*SMALL, "--sequences", BAD, root=good_and_bad[0])
+    prepare(*SMALL, "--sequences", BAD, root=mixed_root[0])
     (tmp_path / "elsewhere").mkdir()
     (out / GOOD).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="is a link that leads out of"):
-        prepare(*SMALL, "--sequences", GOOD, root=good_and_bad[0])
+        prepare(*SMALL, "--sequences", GOOD, root=mixed_root[0])
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
 # -------------------------------------------------------------------------- going on, other folders
-def test_running_again_changes_nothing_and_says_so(prepare, good_recording):
-    folder, _ = prepare(*SMALL, "--sequences", GOOD, root=good_recording[0])
+def test_running_again_changes_nothing_and_says_so(prepare, good_root):
+    folder, _ = prepare(*SMALL, "--sequences", GOOD, root=good_root[0])
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*.*")}
-    _, log_text = prepare(*SMALL, "--sequences", GOOD, root=good_recording[0])
-    assert "3 clips, 3 of them are there" in log_text and "nothing to do, all was there" in log_text
+    _, logged = prepare(*SMALL, "--sequences", GOOD, root=good_root[0])
+    assert "3 clips, 3 of them are there" in logged and "nothing to do, all was there" in logged
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("[!.]*.*")} == before
 
 
-def test_only_clips_that_lack_a_file_are_made_again(prepare, good_recording):
-    folder, _ = prepare(*SMALL, "--sequences", GOOD, root=good_recording[0])
+def test_only_clips_that_lack_a_file_are_made_again(prepare, good_root):
+    folder, _ = prepare(*SMALL, "--sequences", GOOD, root=good_root[0])
     wanted = contents(folder)
     (folder / "mp4" / GOOD / "000001.mp4").unlink()
     (folder / "event_image" / GOOD / "000002_3.png").write_bytes(b"")
     (folder / "mp4" / GOOD / ".000001.123.tmp.mp4").write_bytes(b"half a video of a killed run")
     mtime_ns = (folder / "mp4" / GOOD / "000000.mp4").stat().st_mtime_ns
-    _, log_text = prepare(*SMALL, "--sequences", GOOD, root=good_recording[0])
-    assert "3 clips, 1 of them are there" in log_text and contents(folder) == wanted
+    _, logged = prepare(*SMALL, "--sequences", GOOD, root=good_root[0])
+    assert "3 clips, 1 of them are there" in logged and contents(folder) == wanted
     assert (folder / "mp4" / GOOD / "000000.mp4").stat().st_mtime_ns == mtime_ns
 
 
@@ -365,43 +365,43 @@ def test_the_same_command_goes_on_after_a_kill(prepare, tmp_path, how):
         assert not list(folder.rglob("*.tmp.*"))
     mtimes_ns = {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
              for path in folder.glob("mp4/*/0*.mp4")}
-    _, log_text = prepare(*flags, root=root)
-    assert re.search(r"prepare \| .* \| 79 clips, [1-9]\d* of them are there", log_text)
+    _, logged = prepare(*flags, root=root)
+    assert re.search(r"prepare \| .* \| 79 clips, [1-9]\d* of them are there", logged)
     assert len(contents(folder)) == 79 * 6 + 1 and not list(folder.rglob("*.tmp.*"))
     done = sorted(name for name, path in ((name, folder / name) for name in mtimes_ns)
                   if path.stat().st_mtime_ns == mtimes_ns[name])
     assert len(done) >= len(mtimes_ns) - 2  # but for those that lacked a picture
 
 
-def test_a_folder_of_other_settings_or_another_program_is_left_alone(prepare, good_recording, tmp_path):
-    folder, _ = prepare(*SMALL, "--sequences", GOOD, root=good_recording[0])
+def test_a_folder_of_other_settings_or_another_program_is_left_alone(prepare, good_root, tmp_path):
+    folder, _ = prepare(*SMALL, "--sequences", GOOD, root=good_root[0])
     before = contents(folder)
     with pytest.raises(UserError, match="--render time there, blue_over_red now"):
-        prepare(*SMALL, "--sequences", GOOD, "--render", "blue_over_red", root=good_recording[0])
+        prepare(*SMALL, "--sequences", GOOD, "--render", "blue_over_red", root=good_root[0])
     (folder / "prepare_dsec.json").unlink()
     with pytest.raises(UserError, match=r"holds event_image, mp4, .* but no prepare_dsec\.json"):
-        prepare(*SMALL, "--sequences", GOOD, root=good_recording[0])
+        prepare(*SMALL, "--sequences", GOOD, root=good_root[0])
     assert contents(folder) == before
 
 
-def test_two_at_once_do_not_write_one_folder(prepare, good_recording):
-    folder, _ = prepare(*SMALL, "--sequences", GOOD, root=good_recording[0])
+def test_two_at_once_do_not_write_one_folder(prepare, good_root):
+    folder, _ = prepare(*SMALL, "--sequences", GOOD, root=good_root[0])
     with only_writer(folder, wait=False), pytest.raises(UserError, match="is being written by process"):
-        prepare(*SMALL, "--sequences", GOOD, root=good_recording[0])
+        prepare(*SMALL, "--sequences", GOOD, root=good_root[0])
 
 
-def test_a_full_disk_ends_the_run_at_once(prepare, good_recording, monkeypatch):
+def test_a_full_disk_ends_the_run_at_once(prepare, good_root, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(windows, "write_video", full)
     with pytest.raises(UserError, match=r"can't write to .*No space left on device"):
-        prepare(*SMALL, "--sequences", GOOD, root=good_recording[0])
+        prepare(*SMALL, "--sequences", GOOD, root=good_root[0])
 
 
-def test_blocks_are_neighbours_of_one_sequence_and_frames_are_decoded_once(prepare, good_recording,
+def test_blocks_are_neighbours_of_one_sequence_and_frames_are_decoded_once(prepare, good_root,
                                                                            monkeypatch):
-    recording = dsec.find_recording(good_recording[0], "test", GOOD)
+    recording = dsec.find_recording(good_root[0], "test", GOOD)
     clips = clips_of(recording, Recipe("test", "500ms"))
     others = [dataclasses.replace(clip, sequence=BAD) for clip in clips]
     blocks = blocks_of(clips + others, 1)
@@ -411,15 +411,15 @@ def test_blocks_are_neighbours_of_one_sequence_and_frames_are_decoded_once(prepa
     read, paths = windows.read_event_image, []
     monkeypatch.setattr(windows, "read_event_image", lambda path: paths.append(path.name)
                         or read(path))
-    prepare(*SMALL, "--sequences", GOOD, root=good_recording[0], duration="500ms")
+    prepare(*SMALL, "--sequences", GOOD, root=good_root[0], duration="500ms")
     assert paths == [f"{number:06d}.png" for number in range(45)]
 
 
 # ----------------------------------------------------------------------------------------- packages
 @pytest.mark.parametrize("package", ["h5py", "hdf5plugin"])
-def test_a_missing_package_is_one_clear_line(good_recording, package, tmp_path):
+def test_a_missing_package_is_one_clear_line(good_root, package, tmp_path):
     code = (f"import sys; sys.modules[{package!r}] = None; import machine.running, prepare_dsec\n"
-            f"sys.argv = ['prepare_dsec.py', '--dsec_root', {str(good_recording[0])!r}, '--split', 'test', "
+            f"sys.argv = ['prepare_dsec.py', '--dsec_root', {str(good_root[0])!r}, '--split', 'test', "
             f"'--duration', '1s', "
             f"'--output_root', {str(tmp_path / 'data')!r}]\nmachine.running.run(prepare_dsec.main)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)

@@ -33,8 +33,9 @@ from vlm.nf4 import (
 MORE_ROWS = (128, 192, 256)          # beyond FEW_ROWS the kernel is used up to the last that pays
 CHECKED_ROWS = range(1, FEW_ROWS, 8)                 # a number of rows for each kernel
 TIMINGS = 9                            # of which a timing is the median
-MAX_ERROR_RATIO = 1.3                          # largest error allowed, in errors of bitsandbytes' own way
-REJECTED_MODELS: weakref.WeakSet = weakref.WeakSet()         # models that stay with bitsandbytes: told once
+MAX_ERROR_RATIO = 1.3                # largest error allowed, in errors of bitsandbytes' own way
+# Models that stay with bitsandbytes: logged once
+REJECTED_MODELS: weakref.WeakSet = weakref.WeakSet()
 
 
 def adopt(language_model: Any, dtype: torch.dtype) -> bool:
@@ -153,7 +154,7 @@ def check(fused: NF4Linear, layers: list[Linear4bit]) -> None:
         theirs = distance(F.linear(x, weight.to(x), None if bias is None else bias.to(x)), exact)
         for name, y in (("few", few), ("many", many)):
             ours = distance(y[:, part], exact)
-            if not ours <= MAX_ERROR_RATIO * theirs + 1e-4:                    # scales are float16: 2e-4
+            if not ours <= MAX_ERROR_RATIO * theirs + 1e-4:      # scales are float16: 2e-4
                 raise RuntimeError(f"the fused product of {name} rows is off by {ours:.2%}, "
                                    f"bitsandbytes' by {theirs:.2%}")
     for rows in CHECKED_ROWS:

@@ -129,12 +129,12 @@ if triton:
             slot = start + tl.arange(0, BLOCK)
             key = tl.load(keys + base + slot[:, None] * D + dim[None, :])
             scores = tl.dot(query, tl.trans(key)) * scale
-            new_largest = tl.maximum(largest, tl.max(scores, 1))
-            probability, rescale = tl.exp2(scores - new_largest[:, None]), tl.exp2(largest - new_largest)
+            higher = tl.maximum(largest, tl.max(scores, 1))
+            probability, rescale = tl.exp2(scores - higher[:, None]), tl.exp2(largest - higher)
             value = tl.load(values + base + slot[:, None] * D + dim[None, :])
             mixed = tl.dot(probability.to(value.dtype), value, mixed * rescale[:, None])
             weight = weight * rescale + tl.sum(probability, 1)
-            largest = new_largest
+            largest = higher
         for start in range(unmasked_end, end, BLOCK):
             slot = start + tl.arange(0, BLOCK)
             inside = slot < slots
@@ -144,13 +144,13 @@ if triton:
             bit = (bits[:, None] >> tl.minimum(tl.maximum(node, 0), NODES - 1).to(tl.int64)[None, :]) & 1
             visible = ((node < 0)[None, :] | ((node < NODES)[None, :] & (bit == 1))) & inside[None, :]
             scores = tl.where(visible, scores, -1e30)
-            new_largest = tl.maximum(largest, tl.max(scores, 1))
-            probability = tl.where(visible, tl.exp2(scores - new_largest[:, None]), 0.0)
-            rescale = tl.exp2(largest - new_largest)
+            higher = tl.maximum(largest, tl.max(scores, 1))
+            probability = tl.where(visible, tl.exp2(scores - higher[:, None]), 0.0)
+            rescale = tl.exp2(largest - higher)
             value = tl.load(values + base + slot[:, None] * D + dim[None, :], inside[:, None], 0.0)
             mixed = tl.dot(probability.to(value.dtype), value, mixed * rescale[:, None])
             weight = weight * rescale + tl.sum(probability, 1)
-            largest = new_largest
+            largest = higher
         place = (head * SPLITS + split) * ROWS + row
         tl.store(mixed_parts + place[:, None] * D + dim[None, :], mixed, valid[:, None])
         tl.store(sums + place * 2, largest, valid)
@@ -166,14 +166,14 @@ if triton:
             for part in range(SPLITS):
                 place = (head * SPLITS + part) * ROWS + row
                 part_largest = tl.load(sums + place * 2, valid, -1e30, cache_modifier=".cg")
-                new_largest = tl.maximum(largest, part_largest)
-                own_scale, part_scale = tl.exp2(largest - new_largest), tl.exp2(part_largest - new_largest)
+                higher = tl.maximum(largest, part_largest)
+                own_scale, part_scale = tl.exp2(largest - higher), tl.exp2(part_largest - higher)
                 part_mixed = tl.load(mixed_parts + place[:, None] * D + dim[None, :],
                                       valid[:, None], 0.0, cache_modifier=".cg")
                 mixed = mixed * own_scale[:, None] + part_mixed * part_scale[:, None]
                 weight = weight * own_scale + tl.load(sums + place * 2 + 1, valid, 0.0,
                                                  cache_modifier=".cg") * part_scale
-                largest = new_largest
+                largest = higher
             out_at = out + token[:, None] * (tl.num_programs(0) * group *
                                          D) + query_head[:, None] * D + dim[None, :]
             tl.store(out_at, (mixed / weight[:, None]).to(out.dtype.element_ty), valid[:, None])

@@ -22,8 +22,8 @@ def test_dsecs_lists_are_whole_and_apart():
     assert not any("zurich_city_1" in name and int(name[12:14]) > 11 for name in train)
 
 
-def test_the_made_up_file_is_as_dsec_says(good_recording):
-    with h5py.File(good_recording[1].events) as file:
+def test_the_made_up_file_is_as_dsec_says(good_root):
+    with h5py.File(good_root[1].events) as file:
         t, table = file["events/t"][()].astype(int), file["ms_to_idx"][()].astype(int)
         kinds = {name: (file[f"events/{name}"].dtype.str, list(file[f"events/{name}"]._filters))
                  for name in "xypt"}
@@ -35,8 +35,8 @@ def test_the_made_up_file_is_as_dsec_says(good_recording):
         assert t[place] >= 1000 * ms and (place == 0 or t[place - 1] < 1000 * ms)
 
 
-def test_events_are_found_to_the_microsecond(good_recording):
-    sequence = good_recording[1]
+def test_events_are_found_to_the_microsecond(good_root):
+    sequence = good_root[1]
     with dsec.EventFile(sequence.events) as events:
         for time_us in (0, T_OFFSET - 1, T_OFFSET, FIRST_US, FIRST_US + 250_000, FIRST_US + 250_001,
                         int(sequence.t[777]),
@@ -44,10 +44,10 @@ def test_events_are_found_to_the_microsecond(good_recording):
             assert events.place_of(time_us) == np.searchsorted(sequence.t, time_us), time_us
 
 
-def test_a_missing_blosc_filter_is_one_clear_line(prepare, good_recording, monkeypatch):
+def test_a_missing_blosc_filter_is_one_clear_line(prepare, good_root, monkeypatch):
     monkeypatch.setattr(h5py.h5z, "filter_avail", lambda number: False)
     with pytest.raises(UserError, match=r"lacks the Blosc filter \(32001\)"):
-        prepare(root=good_recording[0])
+        prepare(root=good_root[0])
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -197,42 +197,42 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize("damage, line", BAD_INPUT, ids=range(len(BAD_INPUT)))
-def test_what_is_broken_is_named_and_the_rest_is_made(prepare, good_and_bad, capsys, damage, line):
-    root, _, bad = good_and_bad
+def test_what_is_broken_is_named_and_the_rest_is_made(prepare, mixed_root, capsys, damage, line):
+    root, _, bad = mixed_root
     damage(bad)
     flags = (*SMALL, "--sequences", BAD, GOOD)
     with pytest.raises(UserError, match="is not whole: "):
         prepare(*flags, root=root)
-    log_text = capsys.readouterr().out
-    assert re.search(line, log_text, re.M), log_text
-    assert re.search(rf"missing \| {BAD} \| ", log_text)
+    logged = capsys.readouterr().out
+    assert re.search(line, logged, re.M), logged
+    assert re.search(rf"missing \| {BAD} \| ", logged)
     folder = root.parent / "data" / "my_egpt_dsec_test" / "my_egpt_dsec_seq_1s"
     assert not (folder / INDEX_FILE).exists() and (folder / "mp4" / GOOD / "000000.mp4").is_file()
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert not [path for path in files
                 if BAD in str(path) and "/000000" in str(path)] and len(files) >= 6
-    _, log_text = prepare(*flags, "--allow_missing", root=root)
+    _, logged = prepare(*flags, "--allow_missing", root=root)
     rows = {(row["sequence"], row["clip"]) for row in json.loads((folder / INDEX_FILE).read_text())}
     assert (GOOD, 0) in rows and (BAD, 0) not in rows
     assert json.loads((folder / "prepare_dsec.json").read_text())["left_out"][0]["sequence"] == BAD
-    assert "RESULT" in log_text and not [path for path in folder.rglob("*.tmp*")]
+    assert "RESULT" in logged and not [path for path in folder.rglob("*.tmp*")]
 
 
-def test_a_gap_in_the_recording_leaves_out_the_windows_within_it(prepare, good_and_bad):
-    root, _, bad = good_and_bad
+def test_a_gap_in_the_recording_leaves_out_the_windows_within_it(prepare, mixed_root):
+    root, _, bad = mixed_root
     times(lambda lines: "\n".join(lines[:9] + [str(int(line) + 5_000_000) for line in lines[9:]]))(bad)
-    folder, log_text = prepare(*SMALL, "--sequences", BAD, GOOD, "--allow_missing", root=root)
+    folder, logged = prepare(*SMALL, "--sequences", BAD, GOOD, "--allow_missing", root=root)
     for clip, reason in {1: "no pictures", 8: "no pictures", 9: "no events", 10: "no events"}.items():
-        assert f"LEFT OUT | {BAD}/{clip:06d} | {reason}" in log_text
+        assert f"LEFT OUT | {BAD}/{clip:06d} | {reason}" in logged
     assert [row["clip"] for row in json.loads((folder / INDEX_FILE).read_text())] == [0, 0]
-    assert f"missing | {BAD} | 10 clips: 000001, 000002, " in log_text
-    assert ", 000010 | the first: no pictures" in log_text
+    assert f"missing | {BAD} | 10 clips: 000001, 000002, " in logged
+    assert ", 000010 | the first: no pictures" in logged
 
 
 # ---------------------------------------------------------------------------- polarity, the machine
 @pytest.mark.parametrize("kind", [np.int8, np.int16])
-def test_polarity_of_minus_one_and_one_paints_the_same_pictures(prepare, good_and_bad, tmp_path, kind):
-    root, good, _ = good_and_bad
+def test_polarity_of_minus_one_and_one_paints_the_same_pictures(prepare, mixed_root, tmp_path, kind):
+    root, good, _ = mixed_root
     flags = (*SMALL, "--sequences", GOOD)
     folder, _ = prepare(*flags, root=root)
     wanted = {path.name: path.read_bytes() for path in (folder / "event_image" / GOOD).iterdir()}
@@ -242,16 +242,16 @@ def test_polarity_of_minus_one_and_one_paints_the_same_pictures(prepare, good_an
             for path in (other / "event_image" / GOOD).iterdir()} == wanted
 
 
-def test_a_file_of_minus_one_and_zero_is_refused_even_where_no_slice_has_both(good_and_bad, monkeypatch):
-    good = good_and_bad[1]
+def test_a_file_of_minus_one_and_zero_is_refused_even_where_no_slice_has_both(mixed_root, monkeypatch):
+    good = mixed_root[1]
     monkeypatch.setattr(dsec, "SLICE", 1000)
     replaced("events/p", lambda p: np.where(np.arange(len(p)) < 1000, -1, 0).astype(np.int8))(good)
     with dsec.EventFile(good.events) as events, pytest.raises(MediaError, match="events/p has -1 and 0"):
         list(events.slices(0, 3000))
 
 
-def test_an_error_of_the_system_is_no_fault_of_the_recording(good_and_bad, monkeypatch):
-    good = good_and_bad[1]
+def test_an_error_of_the_system_is_no_fault_of_the_recording(mixed_root, monkeypatch):
+    good = mixed_root[1]
 
     def fail(*_, **__):
         raise OSError("Can't synchronously read data (file read failed: errno = 5, error message = "
@@ -266,10 +266,10 @@ def test_an_error_of_the_system_is_no_fault_of_the_recording(good_and_bad, monke
         dsec.EventFile(good.events)
 
 
-def test_pictures_that_go_away_on_the_way_end_the_run(prepare, good_and_bad, monkeypatch):
+def test_pictures_that_go_away_on_the_way_end_the_run(prepare, mixed_root, monkeypatch):
     from clips import windows
 
-    root, good, _ = good_and_bad
+    root, good, _ = mixed_root
     draw = windows.draw_events
 
     def draw_and_unmount(*arguments):
