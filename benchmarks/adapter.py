@@ -40,7 +40,9 @@ EXPLANATION = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the adapter at batch 1: a step, eight proposals, reading a draft, a draft-conditioning pass."""
+    """Time the adapter at batch 1: a step, eight proposals, reading a draft, a draft-conditioning
+    pass.
+    """
 
     draft_tokens: int = option(47, "tokens of the draft")
     vocab_size: int = option(32000, "ids of the adapter")
@@ -159,7 +161,9 @@ def time_steps(way: Plain | Ours, draft: list[int], answer: list[int],
 
 
 def time_table(adapter: TokenAdapter, draft: list[int], device: torch.device) -> dict:
-    """Milliseconds of a pass in draft conditioning: {"plain", "ours"}; "alike": share of equal ids."""
+    """Milliseconds of a pass in draft conditioning: {"plain", "ours"}; "alike": share of equal
+    ids.
+    """
     import torch
 
     from drafting.adapter import LiveDraftAdapter

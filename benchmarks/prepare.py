@@ -101,7 +101,9 @@ def write_events(path: Path, parts: Iterable[tuple], t_offset: int, chunk: int =
 
 
 def synthetic_events(count: int, seconds: float, seed: int) -> Iterator[tuple]:
-    """x, y, p, t in parts: random places and signs (real events resemble their neighbours), even times."""
+    """x, y, p, t in parts: random places and signs (real events resemble their neighbours), even
+    times.
+    """
     random = np.random.default_rng(seed)
     for start in range(0, count, PART_EVENTS):
         size = min(PART_EVENTS, count - start)
@@ -159,7 +161,9 @@ def plain_loop(x: np.ndarray, y: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 def time_painting(events: int, seed: int) -> dict:
-    """Events a second of both renderers and of the loop, and their shares of what a copy would reach."""
+    """Events a second of both renderers and of the loop, and their shares of what a copy would
+    reach.
+    """
     import torch
 
     from benchmarks.limits import copy_rate

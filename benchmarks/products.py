@@ -23,7 +23,9 @@ WANTED_MS = {1: 3.0, 9: 3.0, 16: 3.0, 32: 3.8, 64: 5.0}              # of 32 lay
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Time the products of a 7B model's layers by the number of rows, with 4-bit and 16-bit weights."""
+    """Time the products of a 7B model's layers by the number of rows, with 4-bit and 16-bit
+    weights.
+    """
 
     output: Path = option(Path("benchmark_products.json"), "where all numbers go")
     compare: Path | None = option(None,

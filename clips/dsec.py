@@ -83,7 +83,9 @@ class Recording:
 
 
 def is_name(text: str) -> bool:
-    """Whether this may be the name of a sequence: a plain file name, so that no path is made of it."""
+    """Whether this may be the name of a sequence: a plain file name, so that no path is made of
+    it.
+    """
     return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text))
 
 
@@ -96,7 +98,9 @@ def other_sequences(root: Path, split: str) -> list[str]:
 
 
 def find_recording(root: Path, split: str, sequence: str) -> Recording:
-    """The files of a sequence, checked; a MediaError tells everything that is missing, or what is wrong."""
+    """The files of a sequence, checked; a MediaError tells everything that is missing, or what is
+    wrong.
+    """
     folders = [folder for folder in (root / split / sequence, root / sequence) if folder.is_dir()]
     beside = [folder for folder in (root / split, root) if folder.is_dir()]
 
@@ -175,7 +179,9 @@ def broken(path: Path, what: str, error: Exception) -> MediaError | MachineTroub
 
 
 def check_reader() -> None:
-    """Both packages are there and HDF5 can unpack Blosc; otherwise ModuleNotFoundError or UserError."""
+    """Both packages are there and HDF5 can unpack Blosc; otherwise ModuleNotFoundError or
+    UserError.
+    """
     import h5py
     import hdf5plugin
 
@@ -223,7 +229,8 @@ class EventFile:
         self.file.close()
 
     def _column(self, name: str):
-        """A one-dimensional dataset of whole numbers in this very file, packed with known filters."""
+        """A one-dimensional dataset of whole numbers in this very file, packed with known filters.
+        """
         import h5py
 
         column = self._dataset(name)

@@ -25,7 +25,9 @@ HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0,
 
 
 def read_events(path: Path) -> dict[str, np.ndarray]:
-    """Raw events -> {"x", "y", "t", "p"}: 1-D arrays of one length; px, px, us, never falling, 0 or 1."""
+    """Raw events -> {"x", "y", "t", "p"}: 1-D arrays of one length; px, px, us, never falling, 0
+    or 1.
+    """
     # A torn or hostile pickle can raise nearly anything.
     with reading_media("event file", path, Exception):
         size = check_bytes(path, MAX_EVENT_BYTES)
@@ -102,7 +104,8 @@ def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
 
 
 class _BoundedFile:
-    """Reads no more than the file has left; Python would allocate any length that a pickle names."""
+    """Reads no more than the file has left; Python would allocate any length that a pickle names.
+    """
 
     def __init__(self, file, size: int):
         self.file, self.size, self.reads = file, size, 0

@@ -105,7 +105,8 @@ def equal_parts(total: int, count: int) -> list[tuple[int, int]]:
 
 def event_frames(events: dict[str, np.ndarray], count: int = 5,
                  canvas: tuple[int, int] | None = None) -> list[np.ndarray]:
-    """Split by event COUNT into `count` parts (the last takes the remainder) and render each one."""
+    """Split by event COUNT into `count` parts (the last takes the remainder) and render each one.
+    """
     p = check_polarity(events["p"])           # of all parts: -1 may be missing from one of them
     return [render_events(events["x"][start:end], events["y"][start:end], p[start:end], canvas)
             for start, end in equal_parts(len(events["x"]), count)]

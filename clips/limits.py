@@ -32,7 +32,9 @@ class MachineTrouble(UserError):
 
 @contextlib.contextmanager
 def still_there(path: Path, listed: bool = True) -> Iterator[None]:
-    """Inside, a file is read; MachineTrouble if it was there when the run began (listed) and is gone."""
+    """Inside, a file is read; MachineTrouble if it was there when the run began (listed) and is
+    gone.
+    """
     try:
         yield
     except MediaError:

@@ -51,7 +51,9 @@ class TimedFile(io.FileIO):
 
 
 def read_event_image(path: Path) -> np.ndarray:
-    """A picture of any mode -> (H, W, 3) uint8 RGB in [0, 255], upright; transparent parts are white."""
+    """A picture of any mode -> (H, W, 3) uint8 RGB in [0, 255], upright; transparent parts are
+    white.
+    """
     # Readers of broken files raise OSError, SyntaxError, struct.error, KeyError, ...
     with reading_media("picture", path, Exception):
         check_bytes(path, MAX_PICTURE_BYTES)
@@ -66,7 +68,9 @@ def read_event_image(path: Path) -> np.ndarray:
 
 
 def check_scans(path: Path, size: int) -> None:
-    """A MediaError if a JPEG of so many bytes has more scans than any that is meant to be looked at."""
+    """A MediaError if a JPEG of so many bytes has more scans than any that is meant to be looked
+    at.
+    """
     with open(path, "rb") as file:
         scans = file.read(size).count(b"\xff\xda")
     if scans > MAX_SCANS:
@@ -94,7 +98,8 @@ def to_rgb(picture: Image.Image) -> np.ndarray:
 
 
 def raw_mode(picture: Image.Image) -> str:
-    """How pixels lie in the file, as Pillow tells its decoder: "I;16B", "L;4", ...; else the mode."""
+    """How pixels lie in the file, as Pillow tells its decoder: "I;16B", "L;4", ...; else the mode.
+    """
     arguments = picture.tile[0].args if getattr(picture, "tile", None) else None
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else picture.mode

@@ -26,7 +26,8 @@ TYPES = ("image_processor_type", "video_processor_type", "feature_extractor_type
 
 @dataclasses.dataclass(frozen=True)
 class PixelSettings:
-    """How pictures become a CLIP tower's input; the defaults are those of OpenAI's CLIP at 224 px."""
+    """How pictures become a CLIP tower's input; the defaults are those of OpenAI's CLIP at 224 px.
+    """
 
     resize: int = 224              # px, the shortest edge after resizing (bicubic)
     crop: int = 224                # px, the centre square that is kept
@@ -56,7 +57,8 @@ class PixelSettings:
 
 
 def _find(folder: Path, key: str, names: tuple[str, ...]) -> tuple[str, object] | None:
-    """(source, settings): a part of processor_config.json, as transformers 5 writes it, or a file."""
+    """(source, settings): a part of processor_config.json, as transformers 5 writes it, or a file.
+    """
     combined = folder / PROCESSOR_FILE
     if combined.is_file():
         values = read_json(combined)
@@ -102,7 +104,9 @@ def _parse(where: str, values, image_size: int) -> PixelSettings:
 
 
 def _side(value, *keys: str) -> int:
-    """px, of a number or of a dict with exactly these keys; transformers' 224 for None, -1 for others."""
+    """px, of a number or of a dict with exactly these keys; transformers' 224 for None, -1 for
+    others.
+    """
     if value is None:
         return 224
     if isinstance(value, dict):

@@ -72,7 +72,9 @@ class LeftOut:
 
 def find_recordings(root: Path, split: str, sequences: list[str] | None,
                     left_out: LeftOut) -> list[Recording]:
-    """The usable recordings of these sequences (None: DSEC's list); the log names folders beyond them."""
+    """The usable recordings of these sequences (None: DSEC's list); the log names folders beyond
+    them.
+    """
     wanted = sorted(set(sequences or SEQUENCES[split]))
     if others := [name for name in other_sequences(root, split) if name not in wanted]:
         log(f"prepare | not in DSEC's {split} list, so not used unless --sequences names them: "

@@ -185,6 +185,7 @@ class _File:
             self._flag(draft=answers[0], target=answers[2])
             identity = repr((key, row.get("query"))).encode(errors="surrogatepass")
             self.identity = zlib.crc32(identity, self.identity)
+            assert isinstance(copy, list)                    # else there was a reason to drop it
             yield Row(answers[0], answers[2], *_place_of(row), copy)
         self._check_rows()
         self._record()
@@ -306,9 +307,9 @@ def load_pairs(paths: list[Path], bos_id: int | None = None) -> Pairs:
 
 def tokenizers_of(report: dict) -> Tokenizers:
     """What a file's report tells of the tokenizers of its pairs."""
-    digests = [report["models"].get(name, {}).get("tokenizer", "")
-               for name in (DRAFT_MODEL, TARGET_MODEL)]
-    return Tokenizers(*digests, report.get("same_tokenizer"))
+    draft, target = (report["models"].get(name, {}).get("tokenizer", "")
+                     for name in (DRAFT_MODEL, TARGET_MODEL))
+    return Tokenizers(draft, target, report.get("same_tokenizer"))
 
 
 def _finished(report: dict) -> dict:
