@@ -320,12 +320,14 @@ def wanted(models: dict) -> list[dict]:
 
 
 def show(results: dict) -> None:
-    from benchmarks.together import show_together
+    from benchmarks.together import show_merge, show_together
 
     for line in results["what"]:
         log(f"benchmark | {line}")
     for name, figures in results.get("together", {}).items():
         show_together(name, figures)
+    if "merge" in results:
+        show_merge(results["merge"])
     for name, figures in results["models"].items():
         log(f"table | {name} | weights {figures['weights_gib']:.2f} GiB")
         for way, part in figures.items():

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pairs.journals import Journals
     from vlm.contract import VisionLanguageModel
 
+MERGED_CLIPS = 10_000              # of made-up answers, for the size and merge of journals
 CLIPS = 1536                       # minutes at 7B size, so that the last batch weighs little
 
 
@@ -82,7 +83,8 @@ def together(config: Any, names: Iterable[str]) -> dict:
                   f">= {0.95 * config.num_processes:.2f}"),
                  (f"{name}: more bookkeeping and merge", figures["bookkeeping_overhead"], "< 0.02")]
     wanted = [{"what": what, "measured": measured, "wanted": bound} for what, measured, bound in rows]
-    return {"together": models, "wanted": wanted, "wanted_of": "of several processes"}
+    merge = measure_merge(MERGED_CLIPS, config.questions, config.max_new_tokens, config.num_processes)
+    return {"together": models, "merge": merge, "wanted": wanted, "wanted_of": "of several processes"}
 
 
 def measure_together(load: Shared, processes: int) -> dict:
@@ -106,6 +108,64 @@ def measure_together(load: Shared, processes: int) -> dict:
     return {"processes": processes, "clips": load.clips, "questions": load.questions, "one": one,
             "several": several, "times_one": one["seconds"] / several["seconds"],
             "bookkeeping_overhead": overhead / several["seconds"], "equal_rows": equal}
+
+
+def measure_merge(clips: int, questions: int, tokens: int, journals: int) -> dict:
+    """Journals with made-up answers of both models, merged into an output: bytes, seconds, memory."""
+    import tracemalloc
+
+    from clips.dataset import Sample
+    from extraction.ledger import Survey
+    from extraction.output import write_output
+    from extraction.together import merged_ledgers
+    from pairs.journal import Journal
+    from pairs.journals import open_journals
+    from vlm.peers import several_questions
+
+    samples = [Sample(number, f"id-{number}", f"street_{number // 1000:02}_a", number)
+               for number in range(clips)]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "out.json"
+        text = "A street with a car and a few people. " * 6
+        written_s = 0.0
+        for rank in range(journals):
+            with Journal(output, {}, {}, rank=rank) as journal:
+                journal.append([{"model": name, "vocab_size": 32_000} for name in BY_NAME])
+                mine = samples[rank::journals]
+                start = time.perf_counter()
+                for first in range(0, len(mine), 64):
+                    journal.append([{
+                        "model": name, "key": sample.key, "question_idx": number,
+                        "tokens": list(range(900, 900 + tokens)), "text": text, "finished": True}
+                        for name in BY_NAME for sample in mine[first:first + 64]
+                        for number in range(questions)])
+                written_s += time.perf_counter() - start
+        paths = [Journal.path_of(output, rank) for rank in range(journals)]
+        survey = Survey(samples, several_questions(questions), View(), {name: {} for name in BY_NAME})
+        start = time.perf_counter()
+        merged = open_journals(paths, {}, {})
+        write_output(output, {}, survey, merged_ledgers(survey, merged))
+        seconds = time.perf_counter() - start
+        merged.close()
+        tracemalloc.start()                          # the index of the journals is what takes memory
+        merged = open_journals(paths, {}, {})
+        memory = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        merged.close()
+        pairs = clips * questions
+        return {"pairs": pairs, "journals": journals, "journal_bytes_per_pair":
+                sum(path.stat().st_size for path in paths) / pairs,
+                "output_bytes_per_pair": output.stat().st_size / pairs,
+                "append_us_per_pair": 1e6 * written_s / pairs, "merge_us_per_pair": 1e6 * seconds / pairs,
+                "merge_memory_bytes_per_pair": memory / pairs}
+
+
+def show_merge(figures: dict) -> None:
+    log(f"table | {figures['pairs']} pairs in {figures['journals']} journals | a pair: "
+        f"{figures['journal_bytes_per_pair']:.0f} bytes of journal, "
+        f"{figures['output_bytes_per_pair']:.0f} of output | "
+        f"{figures['append_us_per_pair']:.0f} us to append, {figures['merge_us_per_pair']:.0f} us and "
+        f"{figures['merge_memory_bytes_per_pair']:.0f} bytes of memory to merge")
 
 
 def show_together(name: str, figures: dict) -> None:
