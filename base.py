@@ -26,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 PYTHON_WANTED = (3, 11)
+STARTED = time.monotonic()
 
 # Control characters (a terminal obeys them), line ends, changes of writing direction, lone
 # surrogates.
@@ -88,6 +89,39 @@ def log(message: str) -> None:
         pass
 
 
+@dataclasses.dataclass(frozen=True)
+class WorkflowStep:
+    """Where this process stands in a workflow of several steps, as the workflow tells it.
+
+    Weights are seconds of each step in the demo: what counts is how they compare.
+    """
+
+    number: int
+    steps: int
+    ran_s: int                     # seconds of the steps that have run since the workflow's start
+    ran_weight: int                # and their weights
+    weight: int                    # of this step
+    later_weight: int              # of all later steps
+
+    @classmethod
+    def of_environment(cls) -> WorkflowStep | None:
+        """From WORKFLOW_STEP, the fields as whole numbers; None outside of a workflow."""
+        words = os.environ.get("WORKFLOW_STEP", "").split()
+        known = len(words) == len(dataclasses.fields(cls)) and all(map(str.isdecimal, words))
+        return cls(*map(int, words)) if known else None
+
+    def left_s(self, step_left_s: float) -> float | None:
+        """Seconds until the whole workflow has ended; None before a first step has shown the pace.
+
+        step_left_s: what this step's own rate foretells.
+        """
+        if not self.ran_weight:
+            return None
+        pace = self.ran_s / self.ran_weight
+        here = max(step_left_s, pace * self.weight - (time.monotonic() - STARTED))
+        return here + pace * self.later_weight
+
+
 class Progress:
     """Steady work: a bar on a terminal, elsewhere a log line each 10 s; and a log line at the end.
 
@@ -101,6 +135,7 @@ class Progress:
     def __init__(self, step: str, total: int, done: int = 0, unit: str = "samples"):
         self.step, self.total, self.start_done, self.unit = step, total, done, unit
         self.start = self.last = time.monotonic()
+        self.workflow = WorkflowStep.of_environment()
         Progress.close_bar()
         with contextlib.suppress(OSError):
             out = sys.stdout                   # None where the shell closed it
@@ -113,6 +148,7 @@ class Progress:
         shown = Progress.on_terminal is self
         if shown:
             with contextlib.suppress(OSError):
+                self.bar.set_description_str(self.title(done, now), refresh=False)
                 self.bar.set_postfix_str(plain(facts), refresh=False)
                 self.bar.update(done - self.bar.n)
         if done < self.total and now - self.last < self.EVERY_S:
@@ -124,11 +160,24 @@ class Progress:
             return
         if shown:
             Progress.close_bar()
-        rate = (done - self.start_done) / max(now - self.start, 1e-9)
+        rate = self.rate(done, now)
         eta = datetime.timedelta(seconds=round((self.total - done) / rate)) if rate > 0 else "?"
         pace = f"{rate:.2f} {self.unit}/s"
         parts = (self.step, f"{done}/{self.total}", facts, pace, f"eta {eta}")
         log(" | ".join(filter(None, parts)))
+
+    def rate(self, done: int, now: float) -> float:
+        """Units per second since this work began."""
+        return (done - self.start_done) / max(now - self.start, 1e-9)
+
+    def title(self, done: int, now: float) -> str:
+        """What stands before the bar: in a workflow the number of the step and the time left of all."""
+        if self.workflow is None:
+            return plain(self.step)
+        rate = self.rate(done, now)
+        left_s = self.workflow.left_s((self.total - done) / rate) if rate > 0 else None
+        left = "" if left_s is None else f", about {datetime.timedelta(seconds=round(left_s))} left of all"
+        return f"step {self.workflow.number} of {self.workflow.steps}{left} | {plain(self.step)}"
 
     def open_bar(self) -> None:
         with contextlib.suppress(ImportError):
@@ -136,8 +185,9 @@ class Progress:
 
             tqdm.monitor_interval = 0              # no thread of its own
             tqdm.set_lock(threading.RLock())       # no lock between processes: it needs /dev/shm
-            self.bar = tqdm(desc=plain(self.step), total=self.total, initial=self.start_done,
-                            unit=f" {self.unit}", file=sys.stdout, leave=False, dynamic_ncols=True)
+            self.bar = tqdm(desc=self.title(self.start_done, self.start), total=self.total,
+                            initial=self.start_done, unit=f" {self.unit}", file=sys.stdout, leave=False,
+                            dynamic_ncols=True)
             Progress.on_terminal = self
 
     @staticmethod

@@ -186,6 +186,21 @@ decode() {
     --dataset_dir "$2" "${models[@]}" ${pattern[@]+"${pattern[@]}"} --output_folder "${folder}" --compare
 }
 
+# weigh NAME SECONDS... : adds the steps of a phase to the plan, each with its seconds in the demo;
+# a preparation, which the demo has not, counts as an extraction
+weigh() {
+  if [[ -n "${only}" && "${only}" != "$1" ]]; then return; fi
+  if [[ -n "${DSEC_ROOT}" && -z "${TRAIN_DATA}" ]]; then
+    plan+=("prepare train $1 $2" "prepare test $1 $3")
+  fi
+  plan+=("extract train $1 $2" "extract test $1 $3")
+  if [[ "${until}" == extract ]]; then return; fi
+  if [[ "${EVENTGPT}" != none ]]; then plan+=("train $1_draft $4"); fi
+  plan+=("train $1 $5")
+  if [[ "${until}" == train ]]; then return; fi
+  plan+=("decode $1 $6")
+}
+
 # phase NAME TRAIN_DATASET TEST_DATASET TRAIN_TOKENS TEST_TOKENS
 phase() {
   extract "train $1" "$2" "$4"
@@ -217,6 +232,13 @@ main() {
   train_root="${DATA_ROOT}/my_egpt_dsec_train/my_egpt_dsec_train"
   test_root="${DATA_ROOT}/my_egpt_dsec_test/my_egpt_dsec_seq"
   tasks=()
+  if [[ -n "${demo}" ]]; then plan+=("demo data 34"); fi
+  if [[ -n "${TRAIN_DATA}" ]]; then
+    weigh own 15 9 14 62 23
+  else
+    weigh 1s 15 9 14 62 23
+    weigh 500ms 33 21 25 90 38
+  fi
   if [[ -n "${demo}" ]]; then
     run "demo data" "${test_root}_500ms/EventGPT_Instruction_Subset.json" DEMO_FLAGS make_demo.py \
       --output_dir "${DATA_ROOT}" --wait
@@ -230,6 +252,6 @@ main() {
   fi
   if [[ "${until}" == extract ]]; then log "RESULT | tokens in ${TOKENS_DIR}"; return; fi
   log "SUMMARY"
-  "${PYTHON}" report.py "${tasks[@]}"
+  "${PYTHON}" report.py --html "${tasks[@]}"
 }
 main

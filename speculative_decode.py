@@ -239,7 +239,7 @@ def decode(config: DecodeConfig, team: Work) -> dict | None:
         results_in = results_folder(task, journal, config.output_folder)
         results = results_of(task, clips, journal, parallel, facts_of(config, settings))
         tracker.log({"all": tracked_figures(results)})
-        write_results(results_in, results, config.plots)
+        write_results(results_in, results, clips, config.plots)
         remove_journals(journal, folder)
         return results
 

@@ -16,6 +16,7 @@ from decoding.decoder import Asked, Decoder
 from decoding.journal import DecodingJournal
 from decoding.limits import AUTO, MAX_NODES, MEASURED_SIZES, PLAIN, limits_of
 from decoding.loop import Decoded
+from decoding.record import RECORDED_ANSWERS, Record, Words
 from decoding.rules import Sampling, rule_of
 from decoding.verdict import as_they_are, judge
 from drafting.contract import Drafter, NoDrafts
@@ -94,6 +95,7 @@ class Answering:
         self.costs: ModelCosts | None = None
         self.first_answers = FirstAnswers(TARGET.name, usable=bool(journal.answers))
         self.sequence: str | None = None             # with fresh sequences: the one at work
+        self.words = Words(model.tokenizer)
 
     def run(self, drafts: dict[tuple[str, int], tuple[list[int], float]]) -> None:
         """Decode every question that has a draft and no answer. After a signal the answer in hand
@@ -223,9 +225,11 @@ class Answering:
         """
         settings, sample = self.settings, question.sample
         rule_seed = f"{sample.key}\0{question.number}"
+        record = Record() if len(self.journal.answers) < RECORDED_ANSWERS else None
         runs = {
             name: decoder.answer(asked, self.limits,
-                                 rule_of(settings.temperature, settings.seed, rule_seed))
+                                 rule_of(settings.temperature, settings.seed, rule_seed),
+                                 record if name == settings.drafter else None)
             for name, decoder in self.decoders.items()
         }
         tokens = runs[settings.drafter].tokens
@@ -236,6 +240,9 @@ class Answering:
                                                 skip_special_tokens=True).strip(), "tokens": tokens,
             "vision_s": vision_s, "runs": {name: as_row(run) for name, run in runs.items()}
         }
+        if record:
+            row["passes"] = record.passes
+            row["words"] = self.words.of({*tokens, *record.tokens()})
         if settings.compare:
             plain = runs[PLAIN].tokens
             for name, run in runs.items():

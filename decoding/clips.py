@@ -4,6 +4,7 @@ them failed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 from collections.abc import Iterator
@@ -50,6 +51,27 @@ class Clips:
                 self._unreadable(role, sample, pixels)
             else:
                 yield sample, pixels
+
+    def thumbnails(self, keys: list[str]) -> dict[str, dict[str, str]]:
+        """Clip's key -> {"events": data: URI, "frames": data: URI} of these clips, as far as their
+        files can be read.
+        """
+        from clips.dataset import draft_pictures, read_ahead, target_pictures
+        from clips.limits import MediaError
+        from clips.thumbnails import event_picture, film_strip
+
+        def prepare(sample: Sample) -> dict[str, str]:
+            shown = {}
+            # A picture is missed by nobody: even files that are gone don't end a finished decoding.
+            with contextlib.suppress(MediaError, UserError, OSError):
+                shown["events"] = event_picture(draft_pictures(sample, "first"))
+            with contextlib.suppress(MediaError, UserError, OSError):
+                shown["frames"] = film_strip(target_pictures(sample, self.view.num_frames))
+            return shown
+
+        samples = [sample for sample in self.samples if sample.key in keys]
+        prepared = read_ahead(prepare, samples, self.num_workers, 2 * self.num_workers)
+        return {sample.key: pictures for sample, pictures in prepared}
 
     def _unreadable(self, role: Role, sample: Sample, error: Exception) -> None:
         """A clip that can't be read has failed, unless the machine is in trouble or its files have

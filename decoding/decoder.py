@@ -12,6 +12,7 @@ from decoding.contracts import Target
 from decoding.costs import ModelCosts, Pace
 from decoding.limits import Limits
 from decoding.loop import Decoded, decode, free_of_cost
+from decoding.record import Record
 from decoding.rules import Rule, greedy
 from drafting.contract import Costs, Drafter
 from machine.timing import median_s
@@ -44,8 +45,9 @@ class Decoder:
 
         return self.drafter.measure(asked.draft, asked.question, answer[:1], timer, costs.slope_s)
 
-    def answer(self, asked: Asked, limits: Limits, rule: Rule = greedy) -> Decoded:
-        """Decode one answer; the drafter has learnt it then."""
+    def answer(self, asked: Asked, limits: Limits, rule: Rule = greedy,
+               record: Record | None = None) -> Decoded:
+        """Decode one answer; the drafter has learnt it then. record: gets the proposals."""
         if limits.may_choose and self.drafter.prefers_chains:
             limits = dataclasses.replace(limits, nodes=0)
         start = time.perf_counter()
@@ -53,7 +55,7 @@ class Decoder:
         begin_s = time.perf_counter() - start
         self.target.ask(asked.prompt)
         decoded = decode(self.target, self.drafter, limits,
-                         self.pace.price if self.pace else free_of_cost, rule)
+                         self.pace.price if self.pace else free_of_cost, rule, record)
         decoded.add_opening_s(begin_s)
         if self.pace:
             self.pace.add(decoded)

@@ -111,5 +111,6 @@ class Drafting:
             return
         self.first_answers.usable = True
         self.journal.add({
-            "draft": decoded.tokens, "seconds": seconds, "key": sample.key, "question_idx": number
+            "draft": decoded.tokens, "seconds": seconds, "key": sample.key, "question_idx": number,
+            "text": self.model.tokenizer.decode(decoded.tokens, skip_special_tokens=True).strip()
         })

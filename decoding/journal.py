@@ -7,7 +7,7 @@ After the first line (settings, digests of the clips' files) one entry a line, o
 
     {"start": date, "answers": n}             a process began; n answers were there already
     {"model": name, "facts": {...}}           a model that was loaded
-    {"draft": tokens, "seconds": s, "key": clip, "question_idx": n}
+    {"draft": tokens, "seconds": s, "key": clip, "question_idx": n, "text": answer}
     {"draft_costs_ms": {...}}                 {"costs_ms": {...}, "noise": x}
     {"answer": row of decode.json, "key": clip, "question_idx": n, "other_tokens": {name: tokens}}
     {"folder": name}                          where the results go
@@ -126,6 +126,7 @@ class DecodingJournal:
         self.starts: list[dict] = []
         self.facts: dict[str, dict] = {}                         # model -> name, revision, ...
         self.drafts: dict[Place, tuple[list[int], float]] = {}   # tokens, seconds
+        self.draft_texts: dict[Place, str] = {}
         self.answers: dict[Place, dict] = {}                     # rows of decode.json
         self.other_tokens: dict[Place, dict] = {}
         self.draft_costs_ms: dict | None = None
@@ -143,6 +144,8 @@ class DecodingJournal:
             self.facts[entry["model"]] = entry["facts"]
         elif kind == "draft":
             self.drafts[place] = entry["draft"], entry["seconds"]
+            # absent: of a version that did not record it
+            self.draft_texts[place] = entry.get("text", "")
         elif kind == "draft_costs_ms":
             self.draft_costs_ms = entry["draft_costs_ms"]
         elif kind == "costs_ms":
@@ -231,7 +234,7 @@ def is_entry(entry: dict) -> bool:
         return False
     if "answer" in kinds:
         return is_row(entry["answer"]) and all(map(are_tokens, entry["other_tokens"].values()))
-    return are_tokens(entry.get("draft", []))
+    return are_tokens(entry.get("draft", [])) and isinstance(entry.get("text", ""), str)
 
 
 def is_row(row: dict) -> bool:

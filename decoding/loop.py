@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from decoding.contracts import NO_TOKEN, Target
 from decoding.limits import Limits
+from decoding.record import Record
 from decoding.rules import Rule, greedy
 from drafting.contract import Drafter
 from drafting.tree import MAX_DEPTH, Branching, Tree, build_tree
@@ -71,13 +72,14 @@ def decode(target: Target,
            drafter: Drafter,
            limits: Limits,
            price: Callable[[], float] = free_of_cost,
-           rule: Rule = greedy) -> Decoded:
+           rule: Rule = greedy,
+           record: Record | None = None) -> Decoded:
     """Decode one answer to the prompt that the target was asked, and let the drafter learn it.
 
     The answer ends exactly where plain decoding ends it. price: called before each pass; tokens per
     second that decoding reaches so far, 0 if proposing is free. Raises target.not_numbers() where a
     token of the answer would come from logits that are not finite; such logits after a refused
-    proposal change nothing.
+    proposal change nothing. record: gets the proposals, outside of the measured seconds.
     """
     decoded = Decoded([])
     branching = drafter if limits.nodes > 0 and isinstance(drafter, Branching) else None
@@ -96,7 +98,12 @@ def decode(target: Target,
             emitted = verified(target, decoded.tokens, proposed, limits, rule)
         if NO_TOKEN in emitted:
             raise target.not_numbers()
-        decoded.add_pass(proposed, emitted, drafted - start, time.perf_counter() - drafted)
+        verified_at = time.perf_counter()
+        if record is not None:
+            record.add(decoded.tokens, proposed)
+        decoded.add_pass(proposed, emitted, drafted - start, verified_at - drafted)
+    if record is not None:
+        record.attribute(drafter)
     start = time.perf_counter()
     drafter.learn(decoded.tokens)
     decoded.draft_s += time.perf_counter() - start

@@ -12,6 +12,7 @@ from decoding.task import MEMORY_FILE, Task
 from drafting.table import LIVE
 from machine.files import make_folder, new_task_folder, write_json
 from reports.decode_figures import FORMAT, one_line, totals
+from reports.decode_page import THUMBNAILS, shown_clips
 from reports.decode_report import write_decode_report
 
 
@@ -19,7 +20,22 @@ def rows_in_order(clips: Clips, journal: DecodingJournal) -> list[dict]:
     """The rows of all answers in the order of the clips, however often the run was broken."""
     places = [(sample.key, number) for sample in clips.samples
               for number in range(len(clips.questions))]
-    return [journal.answers[place] for place in places if place in journal.answers]
+    rows = []
+    for place in places:
+        if place in journal.answers:
+            row = {name: value for name, value in journal.answers[place].items() if name != "words"}
+            if text := journal.draft_texts.get(place):
+                row |= {"draft_text": text, "draft_tokens": journal.drafts[place][0]}
+            rows.append(row)
+    return rows
+
+
+def words_of(journal: DecodingJournal) -> dict[str, str]:
+    """The text of every token that was proposed or emitted, by its id."""
+    words: dict[str, str] = {}
+    for row in journal.answers.values():
+        words |= row.get("words", {})
+    return dict(sorted(words.items(), key=lambda item: int(item[0])))
 
 
 def results_of(task: Task, clips: Clips, journal: DecodingJournal, parallel: dict | None,
@@ -41,6 +57,8 @@ def results_of(task: Task, clips: Clips, journal: DecodingJournal, parallel: dic
         "simulated_tau": task.simulated, "target": journal.facts[TARGET.name],
         "models": journal.facts, "starts": starts, "interrupted": len(starts) > 1,
         "noise": journal.noise, "costs_ms": costs_ms, "answers": rows, "failed": clips.failed,
+        "words": words_of(journal),
+        "titles": {role.role: role.title for role in (DRAFT, TARGET)},
         "totals": {**totals(rows), "parallel": parallel}, "provenance": provenance()
     }
 
@@ -63,12 +81,14 @@ def results_folder(task: Task, journal: DecodingJournal, output_folder: Path | N
     return folder
 
 
-def write_results(folder: Path, results: dict, plots: bool) -> None:
+def write_results(folder: Path, results: dict, clips: Clips, plots: bool) -> None:
     """Everything that a decoding leaves. DECODE.md comes last: a folder with it is whole."""
     from drafting.memory import save_memory
 
     make_folder(folder)
-    write_json(folder / "decode.json", results)
+    write_json(folder / "decode.json", results, rows="answers")
+    if plots:
+        write_json(folder / THUMBNAILS, clips.thumbnails(shown_clips(results)))
     save_memory((row["tokens"] for row in results["answers"]), folder / MEMORY_FILE)
     write_decode_report(folder, plots=plots)
     log(f"RESULT | {folder} | {one_line(results)}")

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from drafting.baselines import LiveCopy
-from drafting.branches import LOOK_AHEAD, NOTHING_TO_SAY, Branch, BranchSteps
+from drafting.branches import LOOK_AHEAD, NOTHING_TO_SAY, Branch, BranchSteps, Row
 from drafting.contract import NOTHING, TOP, Costs, NoDrafts, Timer, seconds_per_token
 from drafting.parts import LiveParts, SimulationParts
 from drafting.steps import TOP_K, AdapterSteps, for_proposing, on_host
-from drafting.tree import MAX_CHILDREN, Upcoming, none_upcoming
+from drafting.tree import MAX_CHILDREN, Sources, Tree, Upcoming, none_upcoming
 from machine.graphs import capture
 from pairs.pairs import Pairs
 from token_adapter import NOT_SCORED, TokenAdapter
@@ -152,16 +152,19 @@ class LiveAdapter(NoDrafts):
     def __init__(self, adapter: TokenAdapter):
         self.steps = AdapterSteps(adapter, top_k=MAX_CHILDREN)
         self.branches = BranchSteps(self.steps)
+        self.chains: dict[int, list[Row]] = {}       # tokens of the prefix -> rows of its chain
 
     def begin(self, draft: list[int], question: Sequence[int] = ()) -> None:
         self.steps.begin(draft)
+        self.chains = {}
 
     def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
         gamma = min(gamma, self.steps.config.max_seq_len - len(prefix))
         if gamma < 1 or not self.steps.can_follow(prefix):
             return []
         proposed, reached = [], 1.0
-        for ids, probabilities in self.steps.after(prefix, gamma - 1):
+        rows = self.chains[len(prefix)] = self.steps.after(prefix, gamma - 1)
+        for ids, probabilities in rows:
             reached *= probabilities[0] if ids else 0.0
             if not ids or reached < self.costs.token_s * price:
                 break
@@ -182,12 +185,21 @@ class LiveAdapter(NoDrafts):
         ids, probabilities = place.row or NOTHING_TO_SAY
         return list(zip(probabilities, ids))
 
+    def sources(self, prefix: list[int], proposed: Tree) -> Sources:
+        rows = [place.row for place in proposed.before] or self.chains.get(len(prefix), [])
+        return {"adapter": [chance(row, token) for row, token in zip(rows, proposed.tokens)]}
+
     def measure(self, draft: list[int], question: Sequence[int], answer: list[int], timer: Timer,
                 verify_s: float = 0.0) -> Costs:
         step_s = self.steps.measure_step(draft, answer, timer)
         proposal_s = seconds_per_token(self, draft, question, answer, timer)
         self.costs = Costs(proposal_s, proposal_s + verify_s, step_s)
         return self.costs
+
+
+def chance(row: Row | None, token: int) -> float | None:
+    """The probability of a token in a row of the adapter, None where it is not among the listed."""
+    return dict(zip(*row)).get(token) if row else None
 
 
 class LiveDraftAdapter(LiveCopy):
@@ -216,6 +228,9 @@ class LiveDraftAdapter(LiveCopy):
         else:
             self._forward()
         self.table = [NOTHING] * config.first_position + self.best.tolist()
+
+    def sources(self, prefix: list[int], proposed: Tree) -> Sources:
+        return {"adapter": [True] * len(proposed.tokens)}
 
     def _forward(self) -> None:
         top, columns = self.adapter(self.draft)[0].max(-1)

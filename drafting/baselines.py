@@ -13,6 +13,7 @@ import numpy as np
 
 from drafting.contract import NOTHING, TOP, NoDrafts
 from drafting.parts import LiveParts, SimulationParts
+from drafting.tree import Sources, Tree
 from pairs.pairs import Pairs
 
 
@@ -56,6 +57,9 @@ class LiveCopy(NoDrafts):
     def propose(self, prefix: list[int], gamma: int, price: float = 0.0) -> list[int]:
         ahead = self.table[len(prefix):len(prefix) + gamma]
         return list(itertools.takewhile(lambda token: token != NOTHING, ahead))
+
+    def sources(self, prefix: list[int], proposed: Tree) -> Sources:
+        return {"draft": [True] * len(proposed.tokens)}
 
 
 # ---------------------------------------------------------------------------------- constant string
@@ -110,6 +114,9 @@ class LiveLookup(NoDrafts):
                 if text[at:at + size] == text[-size:]:
                     return text[at + size:at + size + gamma]
         return []
+
+    def sources(self, prefix: list[int], proposed: Tree) -> Sources:
+        return {"prompt": [True] * len(proposed.tokens)}
 
 
 # ---------------------------------------------------------------------------------------- factories

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from base import log
-from drafting.adapter import Adapter, adapter_passes
-from drafting.branches import LOOK_AHEAD, NOTHING_TO_SAY, Branch, BranchSteps
+from drafting.adapter import Adapter, adapter_passes, chance
+from drafting.branches import LOOK_AHEAD, NOTHING_TO_SAY, Branch, BranchSteps, Row
 from drafting.contract import NOTHING, TOP, Costs, Timer, seconds_per_token
 from drafting.memory import (
     LiveMemory,
@@ -27,7 +27,7 @@ from drafting.memory import (
 from drafting.ngrams import NGrams, State
 from drafting.parts import LiveParts, SimulationParts
 from drafting.steps import AdapterSteps
-from drafting.tree import MAX_CHILDREN, Upcoming, none_upcoming
+from drafting.tree import MAX_CHILDREN, Sources, Tree, Upcoming, none_upcoming
 from drafting.worth import StepWorth
 from token_adapter import TokenAdapter
 
@@ -107,10 +107,12 @@ class LiveHybrid(LiveMemory):
         self.share, self.steps = share, AdapterSteps(adapter)
         self.branches = BranchSteps(self.steps)
         self.worth, self.read_s = StepWorth(), 0.0
+        self.chained: dict[tuple[int, ...], Row] = {}      # tokens -> the row asked for in a chain
 
     def begin(self, draft: list[int], question: Sequence[int] = ()) -> None:
         self.steps.begin(draft)
         self.worth.opinions.clear()
+        self.chained = {}
 
     def forget(self) -> None:
         super().forget()
@@ -129,7 +131,7 @@ class LiveHybrid(LiveMemory):
             return memory
         if not self.worth.pays(reached * doubt, self.costs.adapter_step_s * price):
             return memory
-        ids, probabilities = self.steps.after(tokens)[0]
+        ids, probabilities = self.chained[tuple(tokens)] = self.steps.after(tokens)[0]
         if not ids:
             return memory
         mixture = mixed(ids, probabilities, memory, self.share)
@@ -175,6 +177,12 @@ class LiveHybrid(LiveMemory):
         self.worth.settle(answer)
         self.worth.fade()
         super().learn(answer)
+
+    def sources(self, prefix: list[int], proposed: Tree) -> Sources:
+        rows = [place.branch.row for place in proposed.before] or [
+            self.chained.get(tuple(path)) for path in proposed.paths(prefix)]
+        return {**super().sources(prefix, proposed),
+                "adapter": [chance(row, token) for row, token in zip(rows, proposed.tokens)]}
 
     def measure(self, draft: list[int], question: Sequence[int], answer: list[int], timer: Timer,
                 verify_s: float = 0.0) -> Costs:

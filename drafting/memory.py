@@ -20,7 +20,7 @@ from base import UserError, log
 from drafting.contract import NOTHING, TOP, NoDrafts
 from drafting.ngrams import NGrams, State
 from drafting.parts import LiveParts, SimulationParts
-from drafting.tree import MAX_CHILDREN, Upcoming, none_upcoming
+from drafting.tree import MAX_CHILDREN, Sources, Tree, Upcoming, none_upcoming
 from machine.files import check_format, check_plain, write_whole
 from pairs.formats import MAX_ANSWER
 from pairs.pairs import Pairs
@@ -148,6 +148,16 @@ class LiveMemory(NoDrafts):
     def forget(self) -> None:
         self.known = self.known or self.ngrams
         self.ngrams = NGrams(before=self.known)
+
+    def sources(self, prefix: list[int], proposed: Tree) -> Sources:
+        probabilities: list[float | bool | None] = []
+        root, states = self.ngrams.at(prefix), []
+        for token, parent in zip(proposed.tokens, proposed.parents):
+            after = states[parent] if parent >= 0 else root
+            state = self.ngrams.after(after, proposed.tokens[parent]) if parent >= 0 else root
+            states.append(state)
+            probabilities.append(self.ngrams.distribution_at(state).get(token))
+        return {"memory": probabilities}
 
 
 # ---------------------------------------------------------------------------------------- factories

@@ -50,6 +50,19 @@ class Branching(Drafter, Protocol):
         """
 
 
+# Who proposed a node -> for each node the probability that it gave the token; True where it names a
+# token without a probability, None where it had no say.
+Sources = dict[str, list[float | bool | None]]
+
+
+@runtime_checkable
+class Attributing(Drafter, Protocol):
+    """A live drafter that can tell who proposed what."""
+
+    def sources(self, prefix: list[int], proposed: Tree) -> Sources:
+        """Who proposed the nodes of a tree of the current answer, before the answer is learnt."""
+
+
 @dataclasses.dataclass
 class Tree:
     """Nodes in the order they were chosen: a parent stands before its children."""
@@ -59,6 +72,8 @@ class Tree:
     parents: list[int] = dataclasses.field(default_factory=list)
     # probability that the path up to it is right
     reached: list[float] = dataclasses.field(default_factory=list)
+    # the drafter's place that each node follows; none in a chain that was proposed as such
+    before: list[Any] = dataclasses.field(default_factory=list)
 
     @staticmethod
     def chain(tokens: list[int]) -> Tree:
@@ -106,7 +121,15 @@ class Tree:
                 number[node] = len(tree.tokens)
                 tree.tokens.append(token)
                 tree.parents.append(number[parent])
+                tree.before += self.before[node:node + 1]
         return tree
+
+    def paths(self, prefix: list[int]) -> list[list[int]]:
+        """For each node, the prefix and the tokens of the path before it."""
+        paths: list[list[int]] = []
+        for parent in self.parents:
+            paths.append([*paths[parent], self.tokens[parent]] if parent >= 0 else prefix)
+        return paths
 
     def accepted(self, answer: list[int]) -> int:
         """Length of the longest path of nodes that an answer begins with."""
@@ -173,6 +196,7 @@ def build_tree(drafter: Branching, prefix: list[int], nodes: int, depth: int = M
         tree.tokens.append(token)
         tree.parents.append(parent)
         tree.reached.append(-negative)
+        tree.before.append(before)
         if level < depth and len(tree.tokens) < nodes:
             expand(place_of(number, token, before), len(tree.tokens) - 1, -negative, level + 1)
     return tree

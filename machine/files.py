@@ -96,9 +96,19 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_json(path: Path, results: dict) -> None:
-    """Write results as JSON, without NaN and infinity (json_text)."""
-    write_text(path, json_text(results, path, indent=1) + "\n")
+def write_json(path: Path, results: dict, rows: str | None = None) -> None:
+    """Write results as JSON, without NaN and infinity (json_text).
+
+    rows: the name of a list in it that holds one value a line, so that long lists of numbers stay
+    short.
+    """
+    if rows is None:
+        write_text(path, json_text(results, path, indent=1) + "\n")
+        return
+    text = json_text({**results, rows: []}, path, indent=1)
+    before, name, after = text.partition(f"\n {json.dumps(rows)}: [")
+    lines = ",\n  ".join(json_text(row, path) for row in results[rows])
+    write_text(path, f"{before}{name}\n  {lines}\n {after}\n")
 
 
 def json_text(value, path: Path, indent: int | None = None) -> str:

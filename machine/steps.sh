@@ -36,12 +36,34 @@ trap '' PIPE                               # the reader of the log may go; the w
 bound=()                                   # a step ends with the script even if that gets kill -9
 if command -v setpriv > /dev/null; then bound=(setpriv --pdeathsig TERM); fi
 
+# The steps to come as "NAME WEIGHT", set by the script; what those that ran have taken and weighed.
+plan=(); ran_s=0; ran_weight=0
+
+# announce NAME : sets `weight` and tells the step its place among all, for the bar on a terminal
+announce() {
+  local at number=0 later=0
+  weight=0
+  for (( at = 0; at < ${#plan[@]}; at++ )); do
+    if [[ "${plan[at]% *}" == "$1" ]]; then
+      number=$((at + 1)); weight="${plan[at]##* }"
+    elif (( number )); then
+      later=$((later + ${plan[at]##* }))
+    fi
+  done
+  WORKFLOW_STEP=''
+  if (( number )); then
+    WORKFLOW_STEP="${number} ${#plan[@]} ${ran_s} ${ran_weight} ${weight} ${later}"
+  fi
+  export WORKFLOW_STEP
+}
+
 # step NAME RESULT COMMAND... : run COMMAND unless RESULT exists, which is written whole, and last
 step() {
-  local name="$1" result="$2" start="${SECONDS}" status=0
+  local name="$1" result="$2" start="${SECONDS}" status=0 weight
   shift 2
   if [[ -s "${result}" ]]; then log "${name} | skipped, ${result} exists"; return; fi
   log "${name} | start | $(quoted "$@")"
+  announce "${name}"
   RUN_BY_WORKFLOW=1 ${bound[@]+"${bound[@]}"} "$@" &       # in the foreground a kill would have to wait
   child=$!
   wait "${child}" || status=$?
@@ -52,6 +74,7 @@ step() {
     exit 2
   fi
   [[ -s "${result}" ]] || die "${name} ended well but did not write ${result}"
+  ran_s=$((ran_s + SECONDS - start)); ran_weight=$((ran_weight + weight))
   log "${name} | done in $((SECONDS - start)) s | ${result}"
 }
 

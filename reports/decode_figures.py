@@ -11,7 +11,8 @@ from machine.files import check_format, read_json
 from reports.blocks import number, percent, ratio, times
 from reports.shapes import FIGURE, NUMBER, TEXT, check_shape, optional
 
-FORMAT = 1                     # of decode.json; 0: without a number, before formats were counted
+# of decode.json; 2: with the proposals of each pass and the words of tokens; 0: without a number
+FORMAT = 2
 REDO = "decode again"          # what a user can do about a damaged decode.json
 VERDICTS = ("exact", "tie", "WRONG")
 DRAFT_MODEL = "eventgpt"       # its name among the models

@@ -23,6 +23,8 @@ from reports.decode_figures import (
     speed_ups,
     whole_s,
 )
+from reports.decode_page import Parts, body, read_thumbnails
+from reports.html import PAGE, page
 from reports.shapes import sensible_values
 
 MAX_ROWS = 20                          # of differences and of failed clips on the page
@@ -285,8 +287,17 @@ def markdown(results: dict, pictures: list[str]) -> str:
     ])
 
 
+def decode_page(folder: Path, results: dict) -> str:
+    """REPORT.html of a decoding."""
+    sections = [*drafter_section(results), *verdict_section(results), *length_section(results),
+                *failed_section(results), *settings_section(results)]
+    parts = Parts([part for line in lead_warnings(results) for part in (line, "")],
+                  [who_pays(results)] if results["totals"]["runs"].keys() > {"none"} else [], sections)
+    return page(f"Decoding with {results['task']}", body(results, read_thumbnails(folder), parts))
+
+
 def write_decode_report(folder: Path, plots: bool = True) -> None:
-    """Make the pictures and then DECODE.md of a folder, from its decode.json alone.
+    """Make the pictures, REPORT.html and then DECODE.md of a folder, from its JSON files alone.
 
     Raises UserError when decode.json is missing, another program's or of a later version.
     """
@@ -294,6 +305,9 @@ def write_decode_report(folder: Path, plots: bool = True) -> None:
     with sensible_values(folder / "decode.json", REDO):
         # a damaged file is refused before anything is drawn
         markdown(results, [])
+        html = decode_page(folder, results)
     text = markdown(results, draw_decoding(folder, results) if plots else [])
+    write_text(folder / PAGE, html)
+    log(f"decode | {folder / PAGE}")
     write_text(folder / "DECODE.md", text)
     log(f"decode | {folder / 'DECODE.md'}")

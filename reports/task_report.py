@@ -15,6 +15,7 @@ from reports.blocks import (
     table,
 )
 from reports.charts import Styles, draw_task
+from reports.html import PAGE, page
 from reports.shapes import sensible_values
 from reports.task_figures import (
     LEAD_GAMMA,
@@ -26,6 +27,7 @@ from reports.task_figures import (
     points,
     read_results,
 )
+from reports.task_page import body
 
 CURVE_LINES = 50               # of the text curve in RESULTS.md; longer answers are shown in bins
 
@@ -291,8 +293,16 @@ def markdown(results: dict, pictures: list[str]) -> str:
     return "\n".join(lines)
 
 
+def task_page(results: dict) -> str:
+    """REPORT.html of one task."""
+    sections = [*drafter_section(results), *best_drafter_section(results),
+                *metric_section(results["metrics"]), *position_section(results["metrics"]["test"]),
+                *training_section(results, []), *data_section(results), *settings_section(results)]
+    return page(f"Task {results['task']}", body(results, sections))
+
+
 def write_report(task: Path, styles: Styles, plots: bool = True) -> None:
-    """Make the pictures and then RESULTS.md of a task folder, from its results.json alone.
+    """Make the pictures, REPORT.html and then RESULTS.md of a task folder, from its results.json alone.
 
     styles: line style and colour of each drafter in the pictures; a drafter without one is drawn in
     grey. Raises UserError as read_results does.
@@ -301,6 +311,8 @@ def write_report(task: Path, styles: Styles, plots: bool = True) -> None:
     with sensible_values(task / "results.json", REMEASURE):
         # a damaged file is refused before anything is drawn
         markdown(results, [])
+        html = task_page(results)
     text = markdown(results, draw_task(task, results, styles) if plots else [])
+    write_text(task / PAGE, html)
     write_text(task / "RESULTS.md", text)
     log(f"report | {task / 'RESULTS.md'}")

@@ -30,6 +30,7 @@ stops=0
 stop() { (( ++stops <= ${STUBBORN:-0} )) || { echo "stopped ${result}" >> "${CALLS}"; exit 143; }; }
 trap stop TERM
 echo "begin ${result}" >> "${CALLS}"
+echo "${WORKFLOW_STEP}" >> "${CALLS%/*}/steps"
 for (( i = 0; i < ${LOOPS:-6}; i++ )); do sleep 0.02; done
 mkdir -p "$(dirname "${result}")"
 echo x > "${result}"

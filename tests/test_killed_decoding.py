@@ -91,7 +91,7 @@ def undisturbed(demo, task, warm, tmp_path_factory) -> tuple[tuple, float]:
     seconds = time.monotonic() - began
     results = json.loads((folder / "out" / "decode.json").read_text())
     assert results["interrupted"] is False and [row["answers"] for row in results["starts"]] == [0]
-    assert results["totals"]["verdicts"] == {"exact": CLIPS * 7} and results["format"] == 1
+    assert results["totals"]["verdicts"] == {"exact": CLIPS * 7} and results["format"] == 2
     return read(folder / "out"), seconds
 
 
@@ -125,7 +125,7 @@ def kill_at_random(demo: Demo, task: Path, warm: Warm, folder: Path, undisturbed
             assert warm.wait(start(warm, flags, folder / "log")) == 0, (folder / "log").read_text()
         counts["different"] += read(output) != wanted
         assert {path.name for path in output.iterdir()
-                } == {".lock", "DECODE.md", "decode.json", "memory.npz"}
+                } == {".lock", "DECODE.md", "REPORT.html", "decode.json", "memory.npz"}
     return counts
 
 
@@ -171,7 +171,7 @@ def test_a_stopped_run_says_the_command_that_goes_on(demo, task, warm, undisturb
     assert results["interrupted"] is True
     assert [row["answers"] for row in results["starts"]] == [0, len(left) - drafts]
     assert sorted(path.name for path in output.iterdir()) == [
-        ".lock", "DECODE.md", "decode.json", "memory.npz"
+        ".lock", "DECODE.md", "REPORT.html", "decode.json", "memory.npz"
     ]
 
 

@@ -21,8 +21,10 @@ from tests.recordings import write_sequence
 from tests.stubbed import SCRIPT, STEPS, Stubbed
 
 FILES = {"best_model.pt", "memory.npz", "results.json", "RESULTS.md", "training_curves.png",
-         "loss_curve.png", "accuracy_curve.png", "drafters_by_position.png", "tau_over_gamma.png"}
-DECODE_FILES = {"decode.json", "memory.npz", "DECODE.md", "accepted_lengths.png", "stage_times.png",
+         "loss_curve.png", "accuracy_curve.png", "drafters_by_position.png", "tau_over_gamma.png",
+         "REPORT.html"}
+DECODE_FILES = {"decode.json", "memory.npz", "thumbnails.json", "REPORT.html", "DECODE.md",
+                "accepted_lengths.png", "stage_times.png",
                 "drafter_speed_up.png"}
 SMALL_TRAINING = "--embed_dim 32 --num_layers 1 --num_heads 2 --num_epochs 2 --no-refit --no-online"
 LINE = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] ")
@@ -63,10 +65,14 @@ def test_the_log_is_whole_lines_and_ends_with_the_summary(demo):
     before = demo.log[:phases[2]]
     assert all(LINE.match(line) for line in before.splitlines()), before
     summary = demo.log[phases[2]:]
+    files = (demo.tasks / "SUMMARY.md").read_text().replace("\\", "")
     for path in demo.tasks.glob("*_*"):
-        assert path.name in summary and str(path / "RESULTS.md") in summary
-        assert "accuracy_curve.png" in summary
-    assert len(re.findall(r"decoding: 3 answers \| 3 exact \| hybrid \| tau \d", summary)) == 2
+        assert path.name in summary and path.name in files
+        assert f"{path.name}/RESULTS.md" in files and f"{path.name}/accuracy_curve.png" in files
+    decoded = re.findall(r"/decode_\d+_\d+ +\| hybrid +\| 3 +\| 3 / 0 / 0 ", summary)
+    assert len(decoded) == 2
+    page = demo.tasks / "REPORT.html"
+    assert f"RESULT | open {page} in a browser" in summary.splitlines()[-1] and page.stat().st_size > 10_000
 
 
 def test_a_second_start_skips_everything_and_shows_the_same_summary(demo):
@@ -193,6 +199,16 @@ def test_killed_in_each_phase_it_goes_on_and_leaves_no_orphan(tmp_path, number):
     assert len(results) == len(set(results)) == STEPS and len(stubbed.lines("stopped")) == STEPS
     chosen = (tmp_path / "task" / ".workflow").read_text().splitlines()
     assert len(chosen) == len({line.split("=")[0] for line in chosen}) == 6
+
+
+def test_each_step_is_told_its_place_among_all_and_what_the_others_weigh(tmp_path):
+    stubbed = Stubbed(tmp_path)
+    assert stubbed.start(DEMO_FLAGS="").wait(60) == 0
+    rows = [list(map(int, line.split())) for line in (tmp_path / "steps").read_text().splitlines()]
+    assert [row[:2] for row in rows] == [[number, STEPS] for number in range(1, STEPS + 1)]
+    weights = [row[4] for row in rows]
+    for number, (_, _, _, ran, weight, later) in enumerate(rows):
+        assert (ran, later) == (sum(weights[:number]), sum(weights[number + 1:])) and weight > 0
 
 
 def test_two_workflows_in_one_folder_do_not_trample_each_other(tmp_path):

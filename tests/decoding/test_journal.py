@@ -71,7 +71,8 @@ def test_a_newer_format_is_one_clear_error(tmp_path):
 
 @pytest.mark.parametrize(
     "entry",
-    [{}, {"draft": [4, "5"], "seconds": 0.5, "key": "a", "question_idx": 0}, {"draft": [4]}, {
+    [{}, {"draft": [4, "5"], "seconds": 0.5, "key": "a", "question_idx": 0},
+    {"draft": [4], "seconds": 0.5, "key": "a", "question_idx": 0, "text": 5}, {"draft": [4]}, {
         "answer": {**ROW, "tokens": [True]}, "key": "a", "question_idx": 0, "other_tokens": {}
     }, {"answer": {"tokens": [1]}, "key": "a", "question_idx": 0, "other_tokens": {}}, {
         "answer": {**ROW, "runs": {"memory": {"tokens": 1}}}, "key": "a", "question_idx": 0,

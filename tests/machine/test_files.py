@@ -227,6 +227,18 @@ def test_a_figure_that_is_no_number_becomes_null_and_a_warning_names_it(tmp_path
     assert capsys.readouterr().out == ""
 
 
+def test_rows_of_a_list_stand_one_a_line(tmp_path, capsys):
+    rows = [{"a": [1, 2], "b": '\n "rows": []'}, {"a": [float("nan")]}]
+    results = {"first": 1, "text": '"rows": []', "rows": rows, "last": [3]}
+    files.write_json(tmp_path / "results.json", results, rows="rows")
+    lines = (tmp_path / "results.json").read_text().splitlines()
+    assert sum(line.startswith('  {"a"') for line in lines) == 2
+    assert files.read_json(tmp_path / "results.json") == {**results, "rows": [rows[0], {"a": [None]}]}
+    assert "WARNING" in capsys.readouterr().out
+    files.write_json(tmp_path / "results.json", {"rows": []}, rows="rows")
+    assert files.read_json(tmp_path / "results.json") == {"rows": []}
+
+
 def test_a_file_that_grows_while_it_is_read_is_bounded():
     """/dev/zero has no size and no end."""
     with pytest.raises(UserError, match="wanted at most 1 MiB"):

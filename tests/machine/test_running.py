@@ -330,6 +330,16 @@ def test_progress_is_a_bar_on_a_terminal_and_log_lines_in_a_file():
     assert "\r" not in in_a_file and in_a_file.count("extract | ") == 3
 
 
+def test_in_a_workflow_the_bar_tells_the_step_and_the_time_left_of_all():
+    # 40 s for a weight of 20 so far: this step, of 1, is nearly done, and 120 s of others follow
+    printed = on_a_terminal(STEADY, WORKFLOW_STEP="3 11 40 20 1 60")
+    assert re.search(r"step 3 of 11, about 0:02:0\d left of all \| extract:  33%\|", printed)
+    assert "step 1 of 11 | extract:" in on_a_terminal(STEADY, WORKFLOW_STEP="1 11 0 0 9 60")
+    assert "step" not in on_a_terminal(STEADY, WORKFLOW_STEP="1 of 11")
+    in_a_file = ran(STEADY, env={**os.environ, "WORKFLOW_STEP": "3 11 40 20 1 60"}).stdout
+    assert "extract | 3/3" in in_a_file and "step" not in in_a_file
+
+
 def test_progress_works_without_tqdm_and_on_a_terminal_of_unknown_size(tmp_path):
     (tmp_path / "tqdm.py").write_text("raise ModuleNotFoundError('No module named tqdm', name='tqdm')")
     for printed in (on_a_terminal(STEADY, PYTHONPATH=str(tmp_path)), on_a_terminal(STEADY, lines=0)):

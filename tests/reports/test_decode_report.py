@@ -20,6 +20,7 @@ from reports import decode_report
 from reports.blocks import ratio
 from reports.charts import DECODE_CHARTS
 from reports.decode_figures import FORMAT, one_line, speed_ups, totals
+from reports.html import PAGE
 from tests.reports.test_task_report import HOSTILE, check_hostile_text, write_task
 
 EXACT = {"verdict": "exact"}
@@ -53,6 +54,8 @@ def decoding(compare: bool = True, rows: list[dict] | None = None, parallel: dic
     for row in rows:
         if not compare:
             del row["generate"], row["runs"]["none"], row["runs"]["hybrid"]["verdict"]
+        chosen = row["runs"][changes.get("drafter", "hybrid")]
+        row["tokens"] = (row["tokens"] + [1] * chosen["tokens"])[:chosen["tokens"]]
     costs = {
         "vision": 100.0, "prefill": 20.0,
         "verify": {str(k): 10 + (k - 1) / 2
@@ -361,7 +364,7 @@ def test_pictures_are_drawn_large_enough_and_named_on_the_page(tmp_path):
             assert picture.format == "PNG" and picture.info["dpi"][
                 0] >= 159 and picture.width >= 1000
     # nothing temporary stays
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_dollars_in_names_are_no_formula_in_a_picture(tmp_path):
@@ -415,15 +418,17 @@ def test_the_summary_tells_the_newest_decoding_of_a_task_and_where_it_is(tmp_pat
         if drafter:
             page(task / name, plots=True, drafter=drafter)
     capsys.readouterr()
-    assert report.summary([task, other]) == 0
+    assert report.summary([task, other], html=False) == 0
     lines = [line.split("SUMMARY | ")[1] for line in capsys.readouterr().out.splitlines()]
-    at = lines.index(f"1s_a | decoding: {one_line(decoding())}")
-    assert "1s_a | what the draft adds" in lines[at - 1] and lines[at + 1].startswith(
-        "500ms_b | what the draft adds")
     newest = task / "decode_20260128_041503"
-    assert [line for line in lines if str(task / "decode_") in line] == [
-        str(newest / name) for name in ("DECODE.md", *DECODE_CHARTS)]
-    assert not any("decoding:" in line and "500ms" in line for line in lines)
+    paths = [str(newest / name) for name in (PAGE, "DECODE.md", *DECODE_CHARTS)]
+    assert lines[:len(paths)] == paths                  # then the notes, then the tables
+    assert [line.partition(" | what the draft adds")[0] for line in lines[len(paths):][:2]] == [
+        "1s_a", "500ms_b"]
+    assert [line.split(" | ")[0].strip() for line in lines[-5:]] == [
+        "task", "1s_a", "500ms_b", "decoding", "a/decode_20260128_041503"]
+    assert [cell.strip() for cell in lines[-1].split(" | ")[1:]] == [
+        "hybrid", "2", "2 / 0 / 0", "0", "2.00", "2.00x", "5.00x", "2.91x"]
 
 
 def test_a_wrong_answer_ends_the_summary_with_exit_3_however_often_it_is_asked_for(

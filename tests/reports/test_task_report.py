@@ -5,8 +5,10 @@ smuggles in.
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from pairs.pairs import Pairs
 from reports import charts
 from reports import task_report as report
 from reports.charts import CURVES, DRAFTER_CURVES
+from reports.html import PAGE
 from reports.shapes import check_shape, optional
 from reports.task_figures import FORMAT
 
@@ -184,9 +187,9 @@ def test_the_summary_has_one_line_for_each_task_and_writes_nothing(tmp_path, mon
     monkeypatch.setattr("sys.argv", ["report.py", *map(str, tasks)])
     program.main()
     lines = [line.split("SUMMARY | ")[1] for line in capsys.readouterr().out.splitlines()]
-    assert [line.split()[0] for line in lines[:3]] == ["task", "1s_a", "500ms_b"]
+    assert [line.split()[0] for line in lines[-3:]] == ["task", "1s_a", "500ms_b"]
     # 60 tokens in 15 passes
-    assert "10/10" in lines[1] and "90.0 %" in lines[1] and "4.00" in lines[1]
+    assert "10/10" in lines[-2] and "90.0 %" in lines[-2] and "4.00" in lines[-2]
     assert [path.name for task in tasks for path in task.iterdir()] == ["results.json"] * 2
 
 
@@ -296,3 +299,42 @@ def test_a_task_whose_figures_are_all_null_has_a_page(tmp_path):
     file.write_text(json.dumps(results))
     report.write_report(task, {}, plots=False)
     assert "None" not in (task / "RESULTS.md").read_text().split("## Settings")[0]
+
+
+# ------------------------------------------------------------------------------------- REPORT.html
+def test_the_page_of_a_task_leads_with_its_best_drafter_and_holds_every_table(tmp_path):
+    page(write_task(tmp_path))
+    html = (tmp_path / PAGE).read_text()
+    assert "<strong>90.0 % of the target’s tokens</strong> on 10 answers" in html
+    sections = re.findall(r"<summary><h2>(.*?)</h2>", html)
+    assert sections == re.findall(r"^## (.*)$", (tmp_path / "RESULTS.md").read_text(), re.M)
+    # text alternatives: as many as charts, each with figures
+    assert html.count("<svg role=img") == html.count("<desc") == 3
+
+
+def test_one_page_over_several_tasks_links_to_theirs(tmp_path, monkeypatch, capsys):
+    tasks = [write_task(tmp_path / name, name=name) for name in ("1s_a", "javascript:alert(1)")]
+    page(tasks[0])
+    page(tasks[1])
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["report.py", "--html", *map(str, tasks)])
+    program.main()
+    assert capsys.readouterr().out.splitlines()[-1].endswith(
+        f"RESULT | open {tmp_path / PAGE} in a browser: all clips, figures and files")
+    html = (tmp_path / PAGE).read_text()
+    links = re.findall(r'href="([^"#]+)"', html)
+    assert links == ["./1s_a/REPORT.html", "./javascript%3Aalert%281%29/REPORT.html"]
+    assert all((tmp_path / urllib.parse.unquote(link)).is_file() for link in links)
+    assert "2 tasks side by side" in html
+    summary = (tmp_path / "SUMMARY.md").read_text()
+    assert summary.count("| 10/10 |") == 2 and "- 1s\\_a/RESULTS.md" in summary
+
+
+def test_hostile_texts_of_a_task_stay_text_on_its_page(tmp_path):
+    results = json.loads((write_task(tmp_path) / "results.json").read_text())
+    results |= {"task": HOSTILE, "warnings": [HOSTILE], "date": HOSTILE}
+    results["config"][HOSTILE] = HOSTILE
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    page(tmp_path)
+    html = (tmp_path / PAGE).read_text()
+    assert html.count("<script") == 1 and "evil)" in html and 'href="http' not in html
