@@ -271,12 +271,11 @@ def measuring_of(config: TrainConfig, adapter: TokenAdapter, device: torch.devic
     from training.evaluation import Measuring
 
     is_small = adapter.num_parameters() < SMALL_ADAPTER
-    max_pairs, online = config.max_test_samples, config.online
+    max_pairs, measures_all = config.max_test_samples, device.type == "cuda" or is_small
     if max_pairs is None:
         max_pairs = CPU_SAMPLES if device.type == "cpu" and not is_small else -1
-    if online is None:
-        online = device.type == "cuda" or is_small
-    return Measuring(config.batch_size, max_pairs, config.stream, online, config.seed)
+    online = measures_all if config.online is None else config.online
+    return Measuring(config.batch_size, max_pairs, config.stream, online, config.seed, measures_all)
 
 
 # ------------------------------------------------------------------------------------------ steps

@@ -81,13 +81,14 @@ def stream(drafter: SimulatedDrafter, pairs: Pairs) -> dict:
             "drives": by_drive(hits, lengths, pairs.sequence), "seconds_per_answer": seconds / len(pairs)}
 
 
-def simulate_trees(drafter: Branching, pairs: Pairs, nodes: int) -> dict:
+def simulate_trees(drafter: Branching, pairs: Pairs, nodes: int, streaming: bool = True) -> dict:
     """Speculative decoding of these answers with a tree of so many nodes a pass.
 
-    drafter: a live drafter that can branch; it builds each tree as in decoding, and learns each
-    answer.
+    drafter: a live drafter that can branch; it builds each tree as in decoding. streaming: it learns
+    each answer.
 
-    "tau": tokens a pass, the prefill a pass too; "depth": of a tree on average; "seconds_per_node".
+    "tau": tokens a pass, the prefill a pass too; "nodes" and "depth" of a tree on average;
+    "seconds_per_node".
     """
     passes = tokens = built = depth = 0
     seconds = 0.0
@@ -100,7 +101,8 @@ def simulate_trees(drafter: Branching, pairs: Pairs, nodes: int) -> dict:
             seconds += time.perf_counter() - start
             at += tree.accepted(target[at:]) + 1
             passes, built, depth = passes + 1, built + len(tree.tokens), depth + tree.depth()
-        drafter.learn(target)
+        if streaming:
+            drafter.learn(target)
         tokens += len(target)
     return {"tau": tokens / passes, "passes": passes, "nodes": built / passes, "depth": depth / passes,
             "seconds_per_node": seconds / max(built, 1)}

@@ -181,9 +181,14 @@ def draw_tau(axes, drafters: dict, styles: Styles) -> None:
         gammas = list(map(int, drafter["simulated"]))
         taus = [simulated["tau"] for simulated in drafter["simulated"].values()]
         axes.plot(gammas, taus, "o" + style, color=color, linewidth=1.2, label=name)
+        if trees := drafter.get("trees"):
+            axes.plot(list(map(int, trees)), [tree["tau"] for tree in trees.values()], "^" + style,
+                      color=color, linewidth=1.2, label=f"{name}, trees")
     axes.set(title="Simulated greedy speculative decoding, test",
-             xlabel="gamma (tokens proposed for each pass)",
+             xlabel="tokens proposed for each pass: gamma of chains, nodes of trees",
              ylabel="tau (tokens for each target pass)", ylim=(0.9, None))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(ncols=2, **LEGEND_BELOW)
 
 

@@ -24,10 +24,11 @@ INTERVAL = {"value": FIGURE, "low": FIGURE, "high": FIGURE, "by": str,
             "left_out": optional([FIGURE])}
 SIMULATED = {"tau": FIGURE, "tau_mean": FIGURE, "accepted_lengths": [int],
              "more_passes_than": {str: FIGURE}}
+TREES = {"tau": FIGURE, "nodes": FIGURE, "depth": FIGURE, "seconds_per_node": FIGURE}
 DRIVE = {"clips": int, "alpha": FIGURE, "without_it": FIGURE}
 DRAFTER = {**MEASURES, "simulated": {str: SIMULATED}, "expected_by_gamma": {str: FIGURE},
            "interval": INTERVAL, "parameters": int, "seconds_per_answer": FIGURE,
-           "drives": {str: DRIVE}}
+           "drives": {str: DRIVE}, "trees": optional({str: TREES})}
 EPOCH = {"epoch": int, "phase": str, "train_loss": FIGURE, "train_alpha": FIGURE,
          "validation_loss": FIGURE, "validation_alpha": FIGURE, "validation_top5": FIGURE,
          "learning_rate": FIGURE}

@@ -76,7 +76,8 @@ def drafter_section(results: dict) -> list[str]:
         "drafter", "alpha", "95 % interval", "top-5", *(f"tau, gamma {gamma}" for gamma in gammas),
         "parameters", "ms per answer"
     ]
-    lines = ["## Drafters (test)", "", *table(header, rows), " ".join(drafter_notes(test)), ""]
+    lines = ["## Drafters (test)", "", *table(header, rows), " ".join(drafter_notes(test)), "",
+             *tree_table(test["drafters"])]
     rows = [[
         f"adapter minus {name}", f"{points(minus['value'])} points",
         bounds(minus, True),
@@ -87,6 +88,26 @@ def drafter_section(results: dict) -> list[str]:
         "leaving out one drive at a time"
     ]
     return lines + (table(header, rows) if rows else [])
+
+
+def tree_table(drafters: dict) -> list[str]:
+    """Tokens per pass with trees of several sizes beside the longest chain; nothing without trees."""
+    branching = {name: drafter for name, drafter in drafters.items() if drafter.get("trees")}
+    if not branching:
+        return []
+    first = next(iter(branching.values()))
+    chain = max(first["simulated"], key=int)
+    rows = [[
+        name, number(drafter["simulated"][chain]["tau"]),
+        *(f"{number(tree['tau'])} ({number(tree['depth'], 1)})" for tree in drafter["trees"].values()),
+        number(1e6 * (max(tree["seconds_per_node"] or 0 for tree in drafter["trees"].values())), 0)
+    ] for name, drafter in branching.items()]
+    header = ["trees: tau (depth)", f"chain of {chain}",
+              *(f"{nodes} nodes" for nodes in first["trees"]), "us per node"]
+    return [*table(header, rows),
+            "A tree is built as in decoding, from the most probable nodes, and verified in one pass; "
+            "depth: tokens of its longest path, on average. Microseconds are those of this evaluation, "
+            "at most.", ""]
 
 
 def drafter_notes(test: dict) -> list[str]:

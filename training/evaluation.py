@@ -23,6 +23,7 @@ class Measuring:
     stream: bool                       # drafters may learn from each answer once it is verified
     online: bool                       # measure online gradient steps too
     seed: int                          # of the control that shuffles drafts
+    all_trees: bool = True             # simulate trees that ask the adapter too
 
 
 def evaluate(adapter: TokenAdapter, trained: Trained | None, data: Data, how: Measuring) -> dict:
@@ -50,5 +51,5 @@ def evaluate(adapter: TokenAdapter, trained: Trained | None, data: Data, how: Me
                             and trained.prefix, streaming=how.stream, online=how.online
                             and how.stream, seed=how.seed)
     selected = trained and Selected(trained.selected, data.train, data.validation)
-    metrics["test"].update(measure_drafters(parts, selected), whole_test=len(data.test))
+    metrics["test"].update(measure_drafters(parts, selected, how.all_trees), whole_test=len(data.test))
     return metrics
