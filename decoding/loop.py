@@ -122,12 +122,12 @@ def proposed_tree(drafter: Branching, answer: list[int], limits: Limits, price: 
                   vocab_size: int) -> Tree:
     """The tree that the drafter proposes, as deep as the answer has room.
 
-    A node must be reached with the probability that its time is worth: price * costs.token_s.
+    A node must be reached with the probability that its time is worth: price * costs.node_s.
     """
     room = min(MAX_DEPTH, limits.max_new_tokens - len(answer) - 1)
     if room < 1:
         return Tree()
-    least = price * drafter.costs.token_s
+    least = price * drafter.costs.node_s
     return build_tree(drafter, answer, limits.nodes, room, price, least).below(vocab_size)
 
 

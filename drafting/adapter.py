@@ -193,7 +193,7 @@ class LiveAdapter(NoDrafts):
                 verify_s: float = 0.0) -> Costs:
         step_s = self.steps.measure_step(draft, answer, timer)
         proposal_s = seconds_per_token(self, draft, question, answer, timer)
-        self.costs = Costs(proposal_s, proposal_s + verify_s, step_s)
+        self.costs = Costs(proposal_s, proposal_s + verify_s, step_s, proposal_s + verify_s)
         return self.costs
 
 

@@ -34,6 +34,8 @@ class Costs:
     token_s: float = 0.0
     # One step of the adapter; 0 without an adapter that runs step by step.
     adapter_step_s: float = 0.0
+    # One node more in a tree, its verification included.
+    node_s: float = 0.0
 
 
 class Drafter(Protocol):
@@ -113,7 +115,7 @@ class NoDrafts:
     def measure(self, draft: list[int], question: Sequence[int], answer: list[int], timer: Timer,
                 verify_s: float = 0.0) -> Costs:
         proposal_s = seconds_per_token(self, draft, question, answer, timer)
-        self.costs = Costs(proposal_s, proposal_s + verify_s)
+        self.costs = Costs(proposal_s, proposal_s + verify_s, node_s=proposal_s + verify_s)
         return self.costs
 
 

@@ -27,7 +27,14 @@ from drafting.memory import (
 from drafting.ngrams import NGrams, State
 from drafting.parts import LiveParts, SimulationParts
 from drafting.steps import AdapterSteps
-from drafting.tree import MAX_CHILDREN, Sources, Tree, Upcoming, none_upcoming
+from drafting.tree import (
+    MAX_CHILDREN,
+    Sources,
+    Tree,
+    Upcoming,
+    none_upcoming,
+    seconds_per_node,
+)
 from drafting.worth import StepWorth
 from token_adapter import TokenAdapter
 
@@ -68,28 +75,27 @@ class Hybrid:
 
 
 class Place:
-    """A place in a tree: the state of the memory, the node as the adapter reads it."""
+    """A place in a tree: the state of the memory, and the node as the adapter reads it, made when it
+    is first asked for."""
 
-    __slots__ = ("branch", "memory", "state")
+    __slots__ = ("_branch", "above", "memory", "state", "token")
 
-    def __init__(self, state: State, branch: Branch):
-        self.state, self.branch = state, branch
+    def __init__(self, state: State, above: Place | None, token: int, branch: Branch | None = None):
+        """token: follows the place above; the root has its branch from the beginning."""
+        self.state, self.above, self.token, self._branch = state, above, token, branch
+        # the memory's (probability, token), best first; looked up once
         self.memory: list[tuple[float, int]] | None = None
 
-    def memory_choices(self, ngrams: NGrams) -> list[tuple[float, int]]:
-        """The memory's (probability, token), best first; looked up once."""
-        if self.memory is None:
-            self.memory = ngrams.best(self.state, MEMORY_CHOICES)
-        return self.memory
+    @property
+    def row(self) -> Row | None:
+        """What the adapter said there; None where it was not asked."""
+        return self._branch.row if self._branch is not None else None
 
-    def doubt(self, ngrams: NGrams) -> float:
-        """Probability that the memory's best token is wrong."""
-        memory = self.memory_choices(ngrams)
-        return 1 - memory[0][0] if memory else 1.0
-
-    def is_unsure(self, ngrams: NGrams) -> bool:
-        """Whether the adapter can be asked here, and the memory doubts enough for it."""
-        return self.branch.can_follow and self.doubt(ngrams) > 1 - SURE
+    def branch(self, branches: BranchSteps) -> Branch:
+        if self._branch is None:
+            assert self.above is not None
+            self._branch = branches.below(self.above.branch(branches), self.token)
+        return self._branch
 
 
 def best_of(distribution: dict[int, float]) -> list[int]:
@@ -142,36 +148,52 @@ class LiveHybrid(LiveMemory):
     # ------------------------------------------------------------------------------------ as a tree
     def place_after(self, prefix: list[int]) -> Place:
         self.worth.settle(prefix)
-        return Place(self.ngrams.at(prefix), self.branches.open(prefix))
+        return Place(self.ngrams.at(prefix), None, NOTHING, self.branches.open(prefix))
 
     def next_place(self, place: Place, token: int) -> Place:
-        return Place(self.ngrams.after(place.state, token), self.branches.below(place.branch, token))
+        return Place(self.ngrams.after(place.state, token), place, token)
 
     def choices(self, place: Place, reached: float, price: float,
                 upcoming: Upcoming = none_upcoming) -> list[tuple[float, int]]:
-        memory = place.memory_choices(self.ngrams)
-        if place.branch.row is None and place.is_unsure(self.ngrams):
+        memory = self._remembered(place)
+        if self._doubt(place) <= 1 - SURE:
+            return with_tempered_best(memory[:MAX_CHILDREN])
+        branch = place.branch(self.branches)
+        if branch.row is None and branch.can_follow:
             self._read(place, reached, price, upcoming)
-        ids, probabilities = place.branch.row or NOTHING_TO_SAY
+        ids, probabilities = branch.row or NOTHING_TO_SAY
         if not ids:
             return with_tempered_best(memory[:MAX_CHILDREN])
-        remembered = {token: probability for probability, token in memory}
-        mixture = mixed(ids, probabilities, remembered, self.share)
+        mixture = mixed(ids, probabilities, {token: chance for chance, token in memory}, self.share)
         tokens = heapq.nlargest(MAX_CHILDREN, mixture, key=mixture.__getitem__)
-        self.worth.add(place.branch.tokens, lambda: self.branches.path(place.branch), 0.0,
+        self.worth.add(branch.tokens, lambda: self.branches.path(branch), 0.0,
                        [token for _, token in memory[:MAX_CHILDREN]], tokens)
         return with_tempered_best([(mixture[token], token) for token in tokens])
 
+    def _remembered(self, place: Place) -> list[tuple[float, int]]:
+        if place.memory is None:
+            place.memory = self.ngrams.best(place.state, MEMORY_CHOICES)
+        return place.memory
+
+    def _doubt(self, place: Place) -> float:
+        """Probability that the memory's best token is wrong there."""
+        memory = self._remembered(place)
+        return 1 - memory[0][0] if memory else 1.0
+
     def _read(self, place: Place, reached: float, price: float, upcoming: Upcoming) -> None:
         """Ask the adapter about a place, and about others that may be next, where that pays."""
-        asked = [(place, reached), *((other, chance) for other, chance in upcoming(LOOK_AHEAD)
-                                     if other.branch.row is None and other.is_unsure(self.ngrams))]
-        doubt = sum(chance * other.doubt(self.ngrams) for other, chance in asked)
+        asked, doubt = [place.branch(self.branches)], reached * self._doubt(place)
+        for other, chance in upcoming(LOOK_AHEAD):
+            if self._doubt(other) > 1 - SURE:
+                branch = other.branch(self.branches)
+                if branch.row is None and branch.can_follow:
+                    asked.append(branch)
+                    doubt += chance * self._doubt(other)
         if self.worth.pays(doubt, self.read_s * price):
             self.worth.asked += doubt
-            self.branches.read([other.branch for other, _ in asked])
+            self.branches.read(asked)
         else:
-            place.branch.row = NOTHING_TO_SAY
+            asked[0].row = NOTHING_TO_SAY
 
     def learn(self, answer: list[int]) -> None:
         self.worth.settle(answer)
@@ -179,7 +201,7 @@ class LiveHybrid(LiveMemory):
         super().learn(answer)
 
     def sources(self, prefix: list[int], proposed: Tree) -> Sources:
-        rows = [place.branch.row for place in proposed.before] or [
+        rows = [place.row for place in proposed.before] or [
             self.chained.get(tuple(path)) for path in proposed.paths(prefix)]
         return {**super().sources(prefix, proposed),
                 "adapter": [chance(row, token) for row, token in zip(rows, proposed.tokens)]}
@@ -191,7 +213,9 @@ class LiveHybrid(LiveMemory):
         token_s = seconds_per_token(memory, draft, question, answer, timer) + verify_s
         step_s = self.steps.measure_step(draft, answer, timer)
         self.costs = Costs()                                 # measured unhindered by earlier costs
-        self.costs = Costs(seconds_per_token(self, draft, question, answer, timer), token_s, step_s)
+        proposal_s = seconds_per_token(self, draft, question, answer, timer)
+        node_s = seconds_per_node(memory, answer, timer) + verify_s
+        self.costs = Costs(proposal_s, token_s, step_s, node_s)
         self.read_s = self._measure_read(draft, answer, timer)
         self.worth = StepWorth()
         return self.costs
@@ -204,7 +228,8 @@ class LiveHybrid(LiveMemory):
         def read() -> None:
             root = self.place_after(answer)
             places = [self.next_place(root, token) for token in range(LOOK_AHEAD)]
-            self.branches.read([place.branch for place in places if place.branch.can_follow])
+            nodes = [place.branch(self.branches) for place in places]
+            self.branches.read([node for node in nodes if node.can_follow])
             for place in places:
                 self.choices(place, 1.0, 0.0)
 

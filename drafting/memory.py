@@ -8,19 +8,27 @@ side; save and load at the end.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from base import UserError, log
-from drafting.contract import NOTHING, TOP, NoDrafts
+from drafting.contract import NOTHING, TOP, Costs, NoDrafts, Timer
 from drafting.ngrams import NGrams, State
 from drafting.parts import LiveParts, SimulationParts
-from drafting.tree import MAX_CHILDREN, Sources, Tree, Upcoming, none_upcoming
+from drafting.tree import (
+    MAX_CHILDREN,
+    Sources,
+    Tree,
+    Upcoming,
+    none_upcoming,
+    seconds_per_node,
+)
 from machine.files import check_format, check_plain, write_whole
 from pairs.formats import MAX_ANSWER
 from pairs.pairs import Pairs
@@ -144,6 +152,13 @@ class LiveMemory(NoDrafts):
 
     def learn(self, answer: list[int]) -> None:
         self.ngrams.add(answer)
+
+    def measure(self, draft: list[int], question: Sequence[int], answer: list[int], timer: Timer,
+                verify_s: float = 0.0) -> Costs:
+        costs = super().measure(draft, question, answer, timer, verify_s)
+        node_s = seconds_per_node(self, answer, timer) + verify_s
+        self.costs = dataclasses.replace(costs, node_s=node_s)
+        return self.costs
 
     def forget(self) -> None:
         self.known = self.known or self.ngrams

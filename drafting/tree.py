@@ -9,15 +9,17 @@ single path. Simulation and the live loop both build trees by `build_tree`. OPT-
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import itertools
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from drafting.contract import Drafter
+from drafting.contract import Drafter, Timer
 
 MAX_DEPTH = 24                 # tokens on one path
 MAX_CHILDREN = 6               # of one node
+MEASURED_NODES = 32, 64        # of the trees that `seconds_per_node` compares
 
 # (count) -> (place, probability that it is reached) of the most probable nodes that wait to be chosen
 Upcoming = Callable[[int], list[tuple[Any, float]]]
@@ -158,6 +160,16 @@ class Tree:
         return Tree([self.tokens[node] for node in order],
                     [place[self.parents[node]] for node in order],
                     [self.reached[node] for node in order])
+
+
+def seconds_per_node(drafter: Branching, prefix: list[int], timer: Timer) -> float:
+    """Seconds of one node more in a large tree. The last nodes cost least: nothing follows them."""
+    few, many = MEASURED_NODES
+    added = len(build_tree(drafter, prefix, many).tokens) - few
+    if added <= 0:
+        return 0.0
+    seconds = [timer(functools.partial(build_tree, drafter, prefix, count)) for count in MEASURED_NODES]
+    return max(0.0, seconds[1] - seconds[0]) / added
 
 
 def build_tree(drafter: Branching, prefix: list[int], nodes: int, depth: int = MAX_DEPTH,

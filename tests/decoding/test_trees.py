@@ -156,7 +156,7 @@ def test_live_trees_need_the_passes_that_simulation_foretells(world, kind, nodes
 def test_a_node_that_is_not_worth_its_time_is_left_out(world):  # noqa: F811
     _, training, _, prompts = world
     memory = LiveMemory(NGrams(list(training.answers("target"))))
-    memory.costs = Costs(token_s=0.001)
+    memory.costs = Costs(node_s=0.001)
     target, sizes = Branched(7, 5), []
     # Tokens per second; from 1000 on no node is worth it
     for price in (0.0, 100.0, 500.0, 2000.0):
