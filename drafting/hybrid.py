@@ -164,7 +164,7 @@ class LiveHybrid(LiveMemory):
         ids, probabilities = branch.row or NOTHING_TO_SAY
         if not ids:
             return with_tempered_best(memory[:MAX_CHILDREN])
-        mixture = mixed(ids, probabilities, {token: chance for chance, token in memory}, self.share)
+        mixture = mixed(ids, probabilities, {token: known for known, token in memory}, self.share)
         tokens = heapq.nlargest(MAX_CHILDREN, mixture, key=mixture.__getitem__)
         self.worth.add(branch.tokens, lambda: self.branches.path(branch), 0.0,
                        [token for _, token in memory[:MAX_CHILDREN]], tokens)
@@ -183,12 +183,12 @@ class LiveHybrid(LiveMemory):
     def _read(self, place: Place, reached: float, price: float, upcoming: Upcoming) -> None:
         """Ask the adapter about a place, and about others that may be next, where that pays."""
         asked, doubt = [place.branch(self.branches)], reached * self._doubt(place)
-        for other, chance in upcoming(LOOK_AHEAD):
+        for other, probability in upcoming(LOOK_AHEAD):
             if self._doubt(other) > 1 - SURE:
                 branch = other.branch(self.branches)
                 if branch.row is None and branch.can_follow:
                     asked.append(branch)
-                    doubt += chance * self._doubt(other)
+                    doubt += probability * self._doubt(other)
         if self.worth.pays(doubt, self.read_s * price):
             self.worth.asked += doubt
             self.branches.read(asked)
