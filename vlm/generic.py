@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 ROWS = 32  # answers side by side on a GPU: each has its prompt in memory
 CPU_ROWS = 8
-# Whether layers with a window can be cropped; else they are given a cache that keeps everything.
-RECORDS = hasattr(DynamicCache, "activate_past_recording")
+# Kinds of layers for which a cache keeps all keys and values: the masks know their windows.
+KEPT_WHOLE = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def best_of(logits: torch.Tensor) -> Next:
@@ -96,8 +96,7 @@ class GenericTarget:
         """Discard all but the prompt and `tokens` tokens of the answer."""
         length = self.prompt.length + tokens
         assert length <= self.length, f"{length} positions of {self.length}"
-        # at 0 too: layers with a window drop then what no later token sees
-        if length < self.length or RECORDS:
+        if length < self.length:
             self.cache.crop(length - self.length)
         self.length = length
 
@@ -142,12 +141,10 @@ class GenericTarget:
             )
 
     def _new_cache(self) -> DynamicCache:
-        """A cache that can be cropped; a window of the config's is kept wide until it is."""
-        if not RECORDS:
-            return DynamicCache()  # all layers keep everything: the mask has the window
-        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        cache.activate_past_recording()
-        return cache
+        """A cache that can be cropped: without the config it forgets nothing behind a window."""
+        config = self.model.config.get_text_config(decoder=True)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        return DynamicCache() if kinds <= KEPT_WHOLE else DynamicCache(config=config)
 
     def _forward(self, inputs: dict[str, torch.Tensor], wanted: int) -> Next:
         more: dict[str, Any] = {self.cache_name: self.cache, "use_cache": True}

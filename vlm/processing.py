@@ -185,7 +185,7 @@ class Processing:
             if len({picture.shape for picture in pictures}) > 1:
                 raise MediaError("its pictures differ in size, and a video has one size")
             how |= {
-                "videos": [np.stack(pictures)],
+                "videos": [[np.stack(pictures)]],
                 "do_sample_frames": False,
                 "video_metadata": [
                     {
