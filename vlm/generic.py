@@ -63,6 +63,7 @@ class GenericTarget:
         self.vocab_size = model.get_input_embeddings().num_embeddings
         self.cache: Any = None
         self.length = 0                                  # positions in the cache
+        self.records = False                             # whether it can be cropped but once a pass
 
     def ask(self, prompt: Prompt) -> None:
         """Set the prompt of the next answer."""
@@ -74,6 +75,7 @@ class GenericTarget:
         assert parents is None and self.prompt.inputs is not None
         self.cache = None  # frees the memory of the one before
         self.cache = self._new_cache()
+        self.length = 0
         # A mark of pictures in an answer is a token like any other, but not beside the pictures.
         first = next(
             (at for at, token in enumerate(proposed) if token in self.marks), len(proposed)
@@ -96,7 +98,7 @@ class GenericTarget:
         """Discard all but the prompt and `tokens` tokens of the answer."""
         length = self.prompt.length + tokens
         assert length <= self.length, f"{length} positions of {self.length}"
-        if length < self.length:
+        if length < self.length or self.records:         # then crop(0) drops what no token sees
             self.cache.crop(length - self.length)
         self.length = length
 
@@ -144,14 +146,20 @@ class GenericTarget:
         """A cache that can be cropped: without the config it forgets nothing behind a window."""
         config = self.model.config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ())
-        return DynamicCache() if kinds <= KEPT_WHOLE else DynamicCache(config=config)
+        self.records = not kinds <= KEPT_WHOLE
+        if not self.records:
+            return DynamicCache()
+        cache = DynamicCache(config=config)
+        if hasattr(cache, "activate_past_recording"):
+            cache.activate_past_recording()
+        return cache
 
     def _forward(self, inputs: dict[str, torch.Tensor], wanted: int) -> Next:
         more: dict[str, Any] = {self.cache_name: self.cache, "use_cache": True}
         if self.only_last:
             more["logits_to_keep"] = wanted
         logits = self.model(**inputs, **more).logits[0, -wanted:]
-        self.length = self.cache.get_seq_length()
+        self.length += inputs["input_ids"].shape[1]
         return best_of(logits)
 
 

@@ -252,6 +252,15 @@ def test_a_missing_package_is_named(folder, monkeypatch):
     refused(folder, "needs torchvision, .*requirements-models.txt")
 
 
+def test_a_model_with_a_recurrent_state_is_refused(tmp_path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    heads = {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads")}
+    sizes = {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    maker = tiny_models.llava("qwen3_next", num_hidden_layers=4, **experts, **heads, **sizes)
+    with pytest.raises(UserError, match="keeps a state that can't be set back"):
+        any_model.load(tiny_models.write(tmp_path / "model", *maker), CPU)
+
+
 def test_pictures_that_the_processor_refuses_cost_their_clip(folder):
     model = any_model.load(folder, CPU)
     with pytest.raises(MediaError, match="can't be shown 2 pictures of 5 x 4"):
