@@ -95,10 +95,12 @@ def plain_sentence(results: dict, titles: dict[str, str]) -> str:
             f"pictures to answer</strong> as with transformers’ generate: {each} instead of "
             f"{all_s:.3g} s."
         )
-    return (
-        f"{asked}, from pictures to answer in <strong>{each}</strong>. How much faster that is "
-        "was not measured: run again with --compare."
-    )
+    otherwise = "How much faster that is was not measured: run again with --compare."
+    temperature = results["config"].get("temperature")
+    if temperature and verdicts:
+        otherwise = (f"The answers were sampled at temperature {text(temperature)}; generate draws other "
+                     "random numbers and was not timed.")
+    return f"{asked}, from pictures to answer in <strong>{each}</strong>. {otherwise}"
 
 
 def explained(results: dict, answers: list[Answer]) -> str:

@@ -178,6 +178,16 @@ def test_without_a_comparison_the_page_claims_no_speed_up(tmp_path):
     assert "was not measured: run again with --compare" in text and "word for word" not in text
 
 
+def test_a_sampled_decoding_says_why_generate_was_not_timed(tmp_path):
+    row = recorded()
+    del row["generate"]
+    row["runs"]["hybrid"]["verdict"] = "exact"
+    page = written(tmp_path, rows=[row], config={"temperature": 0.7, "compare": True})
+    text = " ".join("".join(Tags(page).words).split())
+    assert "sampled at temperature 0.7; generate draws other random numbers and was not timed" in text
+    assert "2.0x the speed of the same loop without proposals" in text and "run again" not in text
+
+
 def test_the_worst_clips_come_first():
     wrong = recorded(clip=2)
     wrong["runs"]["hybrid"]["verdict"] = "WRONG"
