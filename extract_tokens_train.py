@@ -41,7 +41,7 @@ from machine.ranks import this_process
 from machine.running import goes_on_with, run
 from machine.team import Team, Work, launch_command
 from pairs.journal import Setting
-from pairs.journals import Journals, finish_removal, open_journals
+from pairs.journals import Journals, finish_removal, open_journals, remove_locks
 from vlm.hub import is_id
 from vlm.roles import DRAFT, NO_MODEL, ROLES, TARGET, Role, View, content_of
 
@@ -211,6 +211,8 @@ def extract(config: ExtractConfig, team: Work) -> None:
         log(f"RESULT | {output_file} | finished before: {earlier.pairs} pairs, "
             f"{len(earlier.failed)} failed")
         team.from_first("state", lambda: "finished")
+        team.outlast()
+        remove_locks(output_file)
         return
     if team.from_first("state", lambda: "open") == "finished":
         return
@@ -244,6 +246,7 @@ def extract(config: ExtractConfig, team: Work) -> None:
         ledgers = answer_all(survey, models, journals, pace, team)
         if is_first:
             team.outlast()
+            remove_locks(output_file)
         if is_first and one_disk:
             journals.refresh()
             head = head_of(config, values_of(settings))

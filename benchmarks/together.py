@@ -120,7 +120,6 @@ def measure_merge(clips: int, questions: int, tokens: int, journals: int) -> dic
     from extraction.together import merged_ledgers
     from pairs.journal import Journal
     from pairs.journals import open_journals
-    from vlm.peers import several_questions
 
     samples = [Sample(number, f"id-{number}", f"street_{number // 1000:02}_a", number)
                for number in range(clips)]
@@ -141,7 +140,8 @@ def measure_merge(clips: int, questions: int, tokens: int, journals: int) -> dic
                         for number in range(questions)])
                 written_s += time.perf_counter() - start
         paths = [Journal.path_of(output, rank) for rank in range(journals)]
-        survey = Survey(samples, several_questions(questions), View(), {name: {} for name in BY_NAME})
+        survey = Survey(samples, [f"question {number}?" for number in range(questions)], View(),
+                        {name: {} for name in BY_NAME})
         start = time.perf_counter()
         merged = open_journals(paths, {}, {})
         write_output(output, {}, survey, merged_ledgers(survey, merged))

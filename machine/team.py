@@ -42,6 +42,7 @@ LOOK_S = 0.05                      # between two looks at the store; later up to
 # of what is left, so that the last blocks are small and no process holds up the others.
 PART_OF_SHARE = 4
 SMALLEST_BLOCK = 16                # smaller ones cost more than they balance, unless work is little
+LAUNCHER_NAMES = ("torchrun", "torch.distributed.run", "accelerate")     # programs in Python
 KEPT = "what this run has finished is kept, give the same command again"
 Item = TypeVar("Item")
 
@@ -343,6 +344,7 @@ def launch_command() -> list[str]:
     with contextlib.suppress(OSError, ValueError):
         with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
             words = [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
-        if os.path.basename(sys.argv[0]) in map(os.path.basename, words):
+        is_launcher = any(name in " ".join(words[1:4]) for name in LAUNCHER_NAMES)
+        if is_launcher and os.path.basename(sys.argv[0]) in map(os.path.basename, words):
             return words[1:]
     return []

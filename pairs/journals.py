@@ -119,18 +119,19 @@ def merged_mark(output_file: Path) -> Path:
 
 
 def remove_others(output_file: Path) -> None:
-    """Remove the journals, and locks, of all processes but the first."""
+    """Remove the journals of all processes but the first."""
     for path in journals_of(output_file):
         if path != Journal.path_of(output_file):
             check_plain(path, follow=False)
             path.unlink(missing_ok=True)
-            lock_of(output_file, path).unlink(missing_ok=True)
 
 
-def lock_of(output_file: Path, journal: Path) -> Path:
-    """The lock of the process that writes this journal, one of several."""
-    rank = journal.name.rsplit(".", 2)[1]
-    return output_file.with_name(f".{output_file.name}.{rank}.lock")
+def remove_locks(output_file: Path) -> None:
+    """Remove the lock files of all processes but the first, when they have left."""
+    pattern = re.compile(rf"\.{re.escape(output_file.name)}\.rank\d+\.lock")
+    for path in output_file.absolute().parent.iterdir():
+        if pattern.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def finish_removal(output_file: Path) -> None:

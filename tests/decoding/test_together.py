@@ -48,14 +48,10 @@ def test_two_processes_decode_what_one_decodes_and_one_goes_on_after_a_kill(
     launch.wait()
     assert not (several / "DECODE.md").exists()
     kept = second.read_bytes()
-    assert Launch(warm, 2, log, PROGRAM).start(*flags).wait() == [0, 0], log.read_text()
+    # More processes than sequences: one is without work
+    assert Launch(warm, 4, log, PROGRAM).start(*flags).wait() == [0] * 4, log.read_text()
     assert read(several) == read(alone) and kept
     assert {path.name for path in several.glob(".*")} == {".lock"}
-    # Processes without a sequence of their own; and flags that belong to one
-    few = tmp_path / "few"
-    flags = flags_of(demo, task, "--output_folder", few, "--max_samples", 1)
-    assert Launch(warm, 2, log, PROGRAM).start(*flags).wait() == [0, 0], log.read_text()
-    assert read(few)[0]["answers"] == read(alone)[0]["answers"][:1]
     flags = flags_of(demo, task, "--output_folder", tmp_path / "none", "--shuffle")
     assert any(Launch(warm, 2, log, PROGRAM).start(*flags).wait())
     assert "--shuffle belongs to one process" in log.read_text()
