@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
     sys.path.insert(0, str(Path(__file__).parent))
@@ -189,6 +189,7 @@ class TrainConfig:
                             f"or -1 for all, got {self.max_train_samples}")
 
     def _check_ranges(self) -> None:
+        assert self.learning_rate is not None and self.dropout is not None          # filled in
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"--learning_rate must be above 0, got {self.learning_rate}")
         if not 0 <= self.dropout < 1:
@@ -231,6 +232,7 @@ def new_task_of(config: TrainConfig, data: Data) -> Path:
 
 # --------------------------------------------------------------------------------------- training
 def open_data(config: TrainConfig) -> Data:
+    assert config.test_benchmark
     split = None if config.checkpoint else ValidationSplit(config.val_fraction, config.seed)
     return load_data(config.train_benchmark, config.test_benchmark, split, config.max_train_samples,
                      config.bos_id)
@@ -242,6 +244,7 @@ def adapter_maker(config: TrainConfig, data: Data,
     from token_adapter import AdapterConfig
     from training.adapters import new_adapter, of_tokenizers, scoring_targets_of, vocab_size_for
 
+    assert config.dropout is not None
     sizes = AdapterConfig(
         vocab_size=vocab_size_for(data, config.vocab_size), embed_dim=config.embed_dim,
         num_layers=config.num_layers, num_heads=config.num_heads, feedforward_dim=4 * config.embed_dim,
@@ -335,10 +338,10 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
         adapter = open_checkpoint(config.checkpoint, data, config.conditioning).to(device)
     else:
         make_adapter = adapter_maker(config, data, device)
-        adapter = make_adapter(data.train)
+        adapter = make_adapter(data.training.train)
     task = Path(team.from_first("task", lambda: str(config.task_folder if going_on else open_task(
         config.task_folder, functools.partial(new_task_of, config, data), locks))))
-    facts = {
+    facts: dict[str, Any] = {
         "format": FORMAT,
         "kind": "checkpoint" if config.checkpoint else "training",
         "task": task.resolve().name,
@@ -363,7 +366,7 @@ def train_and_measure(config: TrainConfig, going_on: bool, locks: contextlib.Exi
         if not is_first:
             return
         adapter = trained.adapter
-        save_memory(remembered(data.all_train), task / "memory.npz")
+        save_memory(remembered(data.training.all_train), task / "memory.npz")
     trained_s = time.monotonic() - start
     metrics = evaluate(adapter, trained, data, measuring_of(config, adapter, device))
     results = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -31,6 +32,14 @@ class ValidationSplit:
     seed: int                        # of the order in which drives are considered
 
 
+class Training(NamedTuple):
+    """The pairs of a training."""
+
+    train: Pairs                     # without the validation pairs
+    all_train: Pairs                 # with them
+    validation: Pairs
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     train: Pairs | None              # without the validation pairs
@@ -42,6 +51,12 @@ class Data:
     warnings: list[str]              # sentences: why the figures are doubtful
     vocab_size: int | None           # as recorded in the files
     largest_ids: list                # (largest id, path) of each file
+
+    @property
+    def training(self) -> Training:
+        """The pairs of a training; an error where nothing is trained."""
+        assert self.train and self.all_train and self.validation
+        return Training(self.train, self.all_train, self.validation)
 
     @property
     def tokenizers(self) -> Tokenizers:
@@ -236,7 +251,10 @@ def check_drafts(pairs: Pairs, conditioning: str) -> None:
                         "--conditioning prefix")
 
 
-def conditioning_for(wanted: str, data: Data) -> str:
+Conditioning = Literal["auto", "prefix+draft", "prefix", "draft"]
+
+
+def conditioning_for(wanted: Conditioning, data: Data) -> Conditioning:
     """The conditioning to train in: as wanted; auto: prefix+draft, or prefix where no pair has drafts.
 
     Raises UserError where the one that is wanted reads drafts and there are none.

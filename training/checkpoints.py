@@ -61,7 +61,8 @@ class Checkpoint(Writing):
 
     def __init__(self, path: Path, writes: bool = True):
         super().__init__(writes)
-        self.path, self.waiting = path, None
+        self.path = path
+        self.waiting: tuple[TokenAdapter, dict] | None = None
 
     def offer(self, adapter: TokenAdapter, **facts) -> None:
         """Queue this adapter for writing, instead of a queued one; don't modify it before that."""
@@ -91,16 +92,19 @@ class Fingerprint:
 
     @classmethod
     def of(cls, data: Data) -> Fingerprint:
-        parts, format_0 = {}, []
-        for which, pairs in (("train", data.all_train), ("test", data.test)):
+        parts: dict[str, int] = {}
+        format_0: list[int] = []
+        training = data.training
+        for which, pairs in (("train", training.all_train), ("test", data.test)):
             starts = (pairs.draft_start, pairs.target_start, pairs.target_length)
-            parts |= {f"{which} tokens": zlib.crc32(pairs.target, zlib.crc32(pairs.draft)),
-                      f"{which} rows": _checksum([*map(zlib.crc32, (*starts, pairs.draft_length))]),
+            parts |= {f"{which} tokens": zlib.crc32(pairs.target.data, zlib.crc32(pairs.draft.data)),
+                      f"{which} rows": _checksum([zlib.crc32(part.data)
+                                                  for part in (*starts, pairs.draft_length)]),
                       f"{which} sequence names": _checksum(pairs.sequence),
                       f"{which} clip names": _checksum(pairs.clip),
                       f"{which} questions": _checksum([file["identity"] for file in pairs.files])}
-            format_0 += [zlib.crc32(part) for part in (pairs.draft, pairs.target, *starts)]
-        split = [data.split, zlib.crc32(data.validation.target_start)]
+            format_0 += [zlib.crc32(part.data) for part in (pairs.draft, pairs.target, *starts)]
+        split = [data.split, zlib.crc32(training.validation.target_start.data)]
         parts |= {"split": _checksum(split), "vocabulary size": _checksum(data.vocab_size)}
         if data.tokenizers != UNKNOWN:        # files of earlier versions don't tell
             parts["tokenizers"] = _checksum(dataclasses.astuple(data.tokenizers))

@@ -36,20 +36,20 @@ def evaluate(adapter: TokenAdapter, trained: Trained | None, data: Data, how: Me
     limit = how.max_pairs if how.max_pairs != -1 else sys.maxsize
     test = shortened(data.test, limit)
     metrics = {}
+    selected, prefix = None, None
     if data.train:
         train = shortened(data.train, limit)
         metrics["train"] = measure_adapter(adapter, train, data.train, how.batch_size, "train")
-    if data.validation:
-        selected = trained.selected.to(device)
-        metrics["validation"] = measure_adapter(selected, data.validation, data.train,
+    if trained:
+        prefix, pairs = trained.prefix, data.training
+        selected = Selected(trained.selected.to(device), pairs.train, pairs.validation)
+        metrics["validation"] = measure_adapter(selected.adapter, pairs.validation, pairs.train,
                                                 how.batch_size, "validation")
     metrics["test"] = measure_adapter(adapter, test, data.all_train, how.batch_size, "test")
     if len(test) < len(data.test):
         log(f"drafters | on {len(test)} of {len(data.test)} test pairs, the first clips of every "
             "sequence; --max_test_samples -1 measures all")
-    parts = SimulationParts(adapter, test, data.all_train, prefix_adapter=trained
-                            and trained.prefix, streaming=how.stream, online=how.online
-                            and how.stream, seed=how.seed)
-    selected = trained and Selected(trained.selected, data.train, data.validation)
+    parts = SimulationParts(adapter, test, data.all_train, prefix_adapter=prefix, streaming=how.stream,
+                            online=how.online and how.stream, seed=how.seed)
     metrics["test"].update(measure_drafters(parts, selected, how.all_trees), whole_test=len(data.test))
     return metrics

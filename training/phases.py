@@ -161,6 +161,12 @@ class Best:
         else:
             self.adapter.load_state_dict(adapter.state_dict())
 
+    @property
+    def model(self) -> TokenAdapter:
+        """The adapter, once an epoch was taken."""
+        assert self.adapter is not None
+        return self.adapter
+
 
 def take_up(saved: dict, phases: list[Phase],
             adapter: TokenAdapter) -> tuple[dict[str, Best], list[dict]]:
@@ -193,14 +199,14 @@ class Selection:
         self.phases, resume = phases_of(settings), files.resume
         self.best, self.history = {phase.name: Best() for phase in self.phases}, []
         device, width = next(adapter.parameters()).device, adapter.config.max_seq_len
-        self.tokens = TokenTensors.of(data.train, width, device)
-        self.validation = Validation(data.validation, width, device, group)
+        self.tokens = TokenTensors.of(data.training.train, width, device)
+        self.validation = Validation(data.training.validation, width, device, group)
         if resume.saved:
             with reading(resume.path, ANEW):
                 known, self.history = take_up(resume.saved, self.phases, adapter)
             self.best |= known
             best = self.best[self.chosen()]              # best_model.pt may be older than resume.pt
-            files.checkpoint.offer(best.adapter, epoch=best.epoch, validation_alpha=best.alpha)
+            files.checkpoint.offer(best.model, epoch=best.epoch, validation_alpha=best.alpha)
 
     def chosen(self) -> str:
         """The phase with the best epoch."""
@@ -218,7 +224,7 @@ class Selection:
                 self._run_phase(phase)
                 log(f"train | {phase.name} | best validation in epoch {best.epoch}, accepted "
                     f"{best.alpha:.1%}")
-            self.adapter.load_state_dict(best.adapter.state_dict())
+            self.adapter.load_state_dict(best.model.state_dict())
 
     def _run_phase(self, phase: Phase) -> None:
         run = PhaseRun(self.adapter, phase, self.tokens, self.settings, self.group)
@@ -254,7 +260,7 @@ class Selection:
         if figures["alpha"] > best.alpha:
             best.take(self.adapter, figures["alpha"], epoch.number, len(self.history))
         if is_best_of_all:
-            checkpoint.offer(best.adapter, epoch=epoch.number, validation_alpha=figures["alpha"])
+            checkpoint.offer(best.model, epoch=epoch.number, validation_alpha=figures["alpha"])
         checkpoint.write_if_due()
         patience = self.settings.early_stopping
         return bool(patience) and epoch.number - best.epoch >= patience
@@ -295,10 +301,11 @@ def train(settings: Settings, adapter: TokenAdapter, data: Data, files: TaskFile
     best = selection.best
     chosen = best[selection.chosen()]
     prefix = best["prefix"].adapter if "prefix" in best else None
-    trained = Trained(chosen.adapter, chosen.adapter, prefix, selection.history, chosen.number)
+    trained = Trained(chosen.model, chosen.model, prefix, selection.history, chosen.number)
     if settings.refit and settings.conditioning != "draft":
-        log(f"train | again, with the validation pairs: {len(data.all_train)} pairs")
-        refit(trained, selection, new_adapter(data.all_train), data.all_train)
+        pairs = data.training.all_train
+        log(f"train | again, with the validation pairs: {len(pairs)} pairs")
+        refit(trained, selection, new_adapter(pairs), pairs)
         if files.checkpoint.writes:
             save_adapter(trained.adapter, files.checkpoint.path, epoch=trained.best_epoch,
                          refitted=True)
