@@ -54,7 +54,8 @@ def results_of(task: Task, clips: Clips, journal: DecodingJournal, parallel: dic
         "reads_draft": [
             name for name, entry in LIVE.items() if entry.reads_draft(task.conditioning)
         ],
-        "simulated_tau": task.simulated, "target": journal.facts[TARGET.name],
+        "simulated_tau": task.simulated,
+        "simulated_trees": task.simulated_trees, "target": journal.facts[TARGET.name],
         "models": journal.facts, "starts": starts, "interrupted": len(starts) > 1,
         "noise": journal.noise, "costs_ms": costs_ms, "answers": rows, "failed": clips.failed,
         "words": words_of(journal),

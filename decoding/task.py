@@ -28,7 +28,7 @@ MEMORY_FILE = exported.MEMORY_FILE
 # All that decoding reads of results.json.
 RESULTS = {
     "files": optional({"train": optional([{"models": optional(dict)}])}),
-    "metrics": {"test": {"drafters": {str: {"simulated": optional(dict)}},
+    "metrics": {"test": {"drafters": {str: {"simulated": optional(dict), "trees": optional(dict)}},
                          "memory_share": optional({"hybrid": optional(NUMBER)})}}}
 MODEL = {"name": TEXT, "vocab_size": optional(int), "revision": optional(str)}
 SIMULATED = {"tau": optional(NUMBER)}
@@ -47,6 +47,8 @@ class Task:
     # name of the model -> facts that the training files recorded of it
     models: dict[str, list[dict]]
     digest: str = ""                             # of results.json, which no two trainings share
+    # the same as `simulated` of trees: nodes -> tau
+    simulated_trees: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     @property
     def adapter(self) -> TokenAdapter:
@@ -78,11 +80,14 @@ def read_task(name: Path, memories: Iterable[Path] = ()) -> Task:
     share = (test.get("memory_share") or {}).get("hybrid")
     parts = LiveParts(adapter, training_answers, verified_answers,
                       MEMORY_SHARE if share is None else share)
-    simulated = {
-        drafter: {gamma: row.get("tau") for gamma, row in (facts.get("simulated") or {}).items()}
-        for drafter, facts in test["drafters"].items()
-    }
-    return Task(exported.results_folder_of(name), parts, simulated, models, digest)
+    return Task(exported.results_folder_of(name), parts, taus(test, "simulated"), models, digest,
+                taus(test, "trees"))
+
+
+def taus(test: dict, kind: str) -> dict[str, dict[str, float]]:
+    """{drafter: {gamma or nodes: tau}} of chains ("simulated") or of "trees"."""
+    return {drafter: {size: row.get("tau") for size, row in (facts.get(kind) or {}).items()}
+            for drafter, facts in test["drafters"].items()}
 
 
 def read_trained(folder: Path) -> tuple[TokenAdapter, dict, dict[str, list[dict]], str]:
@@ -124,7 +129,8 @@ def read_results(folder: Path) -> dict:
     for facts in recorded_models(results).values():
         check_shape(file, facts, [MODEL], REMEASURE)
     for drafter in test["drafters"].values():
-        check_shape(file, list((drafter.get("simulated") or {}).values()), [SIMULATED], REMEASURE)
+        for kind in ("simulated", "trees"):
+            check_shape(file, list((drafter.get(kind) or {}).values()), [SIMULATED], REMEASURE)
     return results
 
 

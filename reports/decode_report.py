@@ -26,6 +26,7 @@ from reports.decode_figures import (
 from reports.decode_page import Parts, body, read_thumbnails
 from reports.html import PAGE, page
 from reports.shapes import sensible_values
+from reports.tree_section import tree_section
 
 MAX_ROWS = 20                          # of differences and of failed clips on the page
 
@@ -281,7 +282,8 @@ def markdown(results: dict, pictures: list[str]) -> str:
     return "\n".join([
         f"# Decoding with {escape(results['task'])}", "", *lead(results), *drafter_section(results),
         *picture("drafter_speed_up.png"), *accounting_section(results), *stage_section(results),
-        *picture("stage_times.png"), *cost_section(results), *verdict_section(results),
+        *picture("stage_times.png"), *cost_section(results), *tree_section(results),
+        *verdict_section(results),
         *length_section(results), *picture("accepted_lengths.png"), *failed_section(results),
         *settings_section(results)
     ])

@@ -501,3 +501,22 @@ def test_a_figure_that_is_null_leaves_a_page_and_a_log_line(tmp_path, monkeypatc
     text = page(tmp_path, plots="totals.runs.*.tau" in places)
     assert "None" not in text.split("## Settings")[0]
     assert "hybrid" in one_line(results)
+
+
+def test_trees_are_described_and_their_sizes_weighed(tmp_path):
+    """Two passes with trees: 3 nodes, 2 deep; 4 nodes, 3 deep. 2 ms drafting a node on average."""
+    rows = answers()
+    for row in rows:
+        row["runs"]["hybrid"] |= {"proposed": [0, 3, 4], "accepted": [0, 2, 1], "draft_s": 0.014}
+        row["passes"] = [{"tokens": []}, {"tokens": [1, 1, 7], "parents": [-1, 0, 0]},
+                         {"tokens": [1, 7, 8, 9], "parents": [-1, 0, 1, -1]}]
+        row["runs"]["hybrid"]["tokens"] = 6
+    costs = decoding()["costs_ms"] | {"verify": {"1": 10.0, "17": 12.0, "33": 14.0}}
+    text = page(tmp_path, rows=rows, tree="auto", costs_ms=costs,
+                simulated_trees={"hybrid": {"16": 6.6, "32": 8.0}})
+    assert "Of the 4 passes whose proposals branched: 3.5 nodes (at most 4), 2.5 deep, of which 1.5" in text
+    # 12 + 16 * 2 = 44 ms: 4.4 plain steps, of which 6.6 tokens make 1.5
+    section = text.split("### Trees")[1]
+    assert cells(section, "16")[1:] == ["12.00", "32.00", "44.00", "4.40", "6.60", "1.50x"]
+    assert cells(section, "32")[4:] == ["7.80", "8.00", "1.03x"]
+    assert "### Trees" not in page(tmp_path)
