@@ -178,7 +178,7 @@ def decoding_section(decodings: list[dict]) -> list[str]:
         return ["## Decoding", "", "Not measured with this task: neither the speed nor whether answers "
                 "equal plain decoding.", ""]
     rows = [[escape(row["date"]), escape(row["device"]), escape(f"{row['dtype']}, {row['quantization']}"),
-             escape(f"{row['drafter']}, gamma {row['gamma']}, tree {row['tree']}"), row["answers"],
+             escape(drafting_of(row)), row["answers"],
              number(row["tau"][row["drafter"]]), exactness(row),
              *(times(row["speed_up"][key]) for key in ("plain", "generate", "whole"))]
             for row in decodings]
@@ -186,6 +186,12 @@ def decoding_section(decodings: list[dict]) -> list[str]:
               "equal to plain decoding", "over our own loop", "over generate", "end to end over generate"]
     return ["## Decoding", "", *table(header, rows),
             "Speed-ups are ratios of totals over the same answers; EventGPT's time is not counted.", ""]
+
+
+def drafting_of(row: dict) -> str:
+    """hybrid, gamma auto, tree auto, sampled at temperature 0.7"""
+    sampled = f", sampled at temperature {row['temperature']}" if row["temperature"] else ""
+    return f"{row['drafter']}, gamma {row['gamma']}, tree {row['tree']}{sampled}"
 
 
 def exactness(row: dict) -> str:

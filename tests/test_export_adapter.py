@@ -71,6 +71,14 @@ def test_the_card_tells_the_figures_of_the_run_and_no_place_of_this_machine(fold
     assert all(facts["tokenizer"] in text for of_role in models.values() for facts in of_role)
 
 
+def test_a_sampled_decoding_is_marked_so_in_the_card(task):
+    results = json.loads((task / "results.json").read_text())
+    decoding = json.loads(next(task.glob("decode_*/decode.json")).read_text())
+    decoding["config"]["temperature"] = 0.7
+    text = card("a", metrics_of(results, [decoding]), {}, None)
+    assert "sampled at temperature 0.7" in text
+
+
 def test_a_task_without_drafts_has_a_card_too(task):
     results = json.loads((task / "results.json").read_text())
     results["metrics"]["test"] |= {"direct_copy": None, "adapter_minus": {}}
