@@ -130,6 +130,17 @@ def tracked_figures(results: dict) -> dict:
             "over": {name: speed_ups(results, name) for name in runs}}
 
 
+def by_question(results: dict) -> list[tuple[str, dict]]:
+    """(question, the results as if nothing else had been asked) for each; [] where there is one."""
+    rows_of: dict[int, list[dict]] = {}
+    for answer in results["answers"]:
+        rows_of.setdefault(answer["question_idx"], []).append(answer)
+    if len(rows_of) < 2:
+        return []
+    return [(str(rows[0].get("query", number)), {**results, "answers": rows, "totals": totals(rows)})
+            for number, rows in sorted(rows_of.items())]
+
+
 def accepted_share(run: dict) -> str:
     return percent(run["accepted"] / run["proposed"] if run["proposed"] else None)
 

@@ -14,6 +14,7 @@ from reports.decode_figures import (
     VERDICTS,
     accepted_lengths,
     accepted_share,
+    by_question,
     counted,
     decode_s,
     other_verdicts,
@@ -193,6 +194,22 @@ def drafter_section(results: dict) -> list[str]:
     ]
 
 
+def question_section(results: dict) -> list[str]:
+    """The chosen drafter on each question, where there are several."""
+    rows, name = [], results["drafter"]
+    for question, alone in by_question(results)[:MAX_ROWS]:
+        run, speed = alone["totals"]["runs"][name], speed_ups(alone, name)
+        rows.append([escape(question), alone["totals"]["answers"], number(run["tau"]), accepted_share(run),
+                     *(times(speed[key]) for key in ("plain", "generate", "whole")),
+                     counted(own_verdicts(alone)) or "-"])
+    if not rows:
+        return []
+    header = ["question", "answers", "tau", "accepted", "decoding over plain", "decoding over generate",
+              "end to end over generate", "verdicts"]
+    return [f"## By question: {escape(name)}", "", *table(header, rows),
+            *more_rows(len(by_question(results)))]
+
+
 def verdict_section(results: dict) -> list[str]:
     """How a verdict is reached, and every difference."""
     if not own_verdicts(results):
@@ -281,9 +298,9 @@ def markdown(results: dict, pictures: list[str]) -> str:
 
     return "\n".join([
         f"# Decoding with {escape(results['task'])}", "", *lead(results), *drafter_section(results),
-        *picture("drafter_speed_up.png"), *accounting_section(results), *stage_section(results),
-        *picture("stage_times.png"), *cost_section(results), *tree_section(results),
-        *verdict_section(results),
+        *picture("drafter_speed_up.png"), *question_section(results), *accounting_section(results),
+        *stage_section(results), *picture("stage_times.png"), *cost_section(results),
+        *tree_section(results), *verdict_section(results),
         *length_section(results), *picture("accepted_lengths.png"), *failed_section(results),
         *settings_section(results)
     ])
@@ -291,7 +308,8 @@ def markdown(results: dict, pictures: list[str]) -> str:
 
 def decode_page(folder: Path, results: dict) -> str:
     """REPORT.html of a decoding."""
-    sections = [*drafter_section(results), *verdict_section(results), *length_section(results),
+    sections = [*drafter_section(results), *question_section(results), *verdict_section(results),
+                *length_section(results),
                 *failed_section(results), *settings_section(results)]
     parts = Parts([part for line in lead_warnings(results) for part in (line, "")],
                   [who_pays(results)] if results["totals"]["runs"].keys() > {"none"} else [], sections)

@@ -520,3 +520,15 @@ def test_trees_are_described_and_their_sizes_weighed(tmp_path):
     assert cells(section, "16")[1:] == ["12.00", "32.00", "44.00", "4.40", "6.60", "1.50x"]
     assert cells(section, "32")[4:] == ["7.80", "8.00", "1.03x"]
     assert "### Trees" not in page(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- by question
+def test_each_of_several_questions_has_its_own_figures(tmp_path):
+    rows = answers()
+    rows[1] |= {"question_idx": 1, "query": "And | now?"}
+    text = page(tmp_path, rows=rows)
+    # 6 tokens in 3 passes, 4 in 2; the second decodes in 0.75 s instead of 1.5
+    assert cells(text, "What?")[1:6] == ["1", "2.00", "50.0 %", "2.00x", "5.00x"]
+    assert r"| And \| now? | 1 | 2.00 | 40.0 % | 2.00x |" in text
+    assert "By question: hybrid" in (tmp_path / PAGE).read_text()
+    assert "By question" not in page(tmp_path)
