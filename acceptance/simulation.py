@@ -13,6 +13,7 @@ from drafting.tree import Branching, build_tree
 from pairs.pairs import Pairs
 
 SIMULATED_GAMMAS = (1, 2, 3, 5, 8, 12)
+QUESTION_GAMMA, MAX_QUESTIONS = 8, 100         # of figures by question
 PASSES_SHOWN = (5, 10, 15, 20, 30)
 
 
@@ -53,6 +54,20 @@ def _passes(top1: np.ndarray, lengths: np.ndarray, gamma: int, histogram: np.nda
     return passes
 
 
+def by_question(top1: np.ndarray, lengths: np.ndarray, question: np.ndarray | None) -> dict:
+    """Number of each question -> answers, alpha and tau; {} where fewer than two are known."""
+    numbers = np.unique(question[question >= 0]) if question is not None else np.zeros(0, np.int32)
+    if not 2 <= len(numbers) <= MAX_QUESTIONS:
+        return {}
+    figures = {}
+    for number in numbers.tolist():
+        rows = np.flatnonzero(question == number)
+        hits = number_right(top1[rows], lengths[rows])
+        figures[str(number)] = {"answers": len(rows), "alpha": float(hits.sum() / lengths[rows].sum()),
+                                "tau": simulate(top1[rows], lengths[rows], QUESTION_GAMMA)["tau"]}
+    return figures
+
+
 def stream(drafter: SimulatedDrafter, pairs: Pairs) -> dict:
     """Let a drafter propose for every answer in clip order and learn each answer afterwards; all
     its figures.
@@ -78,6 +93,7 @@ def stream(drafter: SimulatedDrafter, pairs: Pairs) -> dict:
             "expected_by_gamma": {str(gamma): expected_tokens(metrics["alpha"], gamma)
                                   for gamma in SIMULATED_GAMMAS},
             "interval": interval(hits, lengths, pairs.sequence),
+            "questions": by_question(top1, lengths, pairs.question),
             "drives": by_drive(hits, lengths, pairs.sequence), "seconds_per_answer": seconds / len(pairs)}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import array
 import collections
+import dataclasses
 import json
 import sys
 import zlib
@@ -49,9 +50,15 @@ class Row(NamedTuple):
     sequence: str
     clip: int | str
     copy: list[int]        # the draft in the target's tokens; [] where both have one tokenizer
+    question: int          # its number; -1 where the row tells none
 
 
 # ------------------------------------------------------------------------------------------ one row
+def _question_of(row: dict) -> int:
+    number = row.get("question_idx")
+    return number if type(number) is int and 0 <= number < 2**31 else -1
+
+
 def _answers(row: dict, form: str) -> tuple:
     """(draft tokens, draft text, target tokens, target text) of a row, None where it lacks them."""
     if form == "extraction":
@@ -186,7 +193,7 @@ class _File:
             identity = repr((key, row.get("query"))).encode(errors="surrogatepass")
             self.identity = zlib.crc32(identity, self.identity)
             assert isinstance(copy, list)                    # else there was a reason to drop it
-            yield Row(answers[0], answers[2], *_place_of(row), copy)
+            yield Row(answers[0], answers[2], *_place_of(row), copy, _question_of(row))
         self._check_rows()
         self._record()
 
@@ -281,6 +288,7 @@ def load_pairs(paths: list[Path], bos_id: int | None = None) -> Pairs:
     """
     draft, target, copy = _Answers(), _Answers(), _Answers()
     sequence, clip, files, tokenizers = [], [], [], UNKNOWN
+    question = array.array("i")
     for path in paths:
         file, first = _File(path, bos_id), (len(draft.flat), len(target.flat), len(copy.flat))
         for row in file:
@@ -289,6 +297,7 @@ def load_pairs(paths: list[Path], bos_id: int | None = None) -> Pairs:
             copy.append(row.copy)
             sequence.append(row.sequence)
             clip.append(row.clip)
+            question.append(row.question)
             file.report["used"] += 1
         report = _finished(file.report)
         own = tokenizers_of(report)
@@ -301,8 +310,9 @@ def load_pairs(paths: list[Path], bos_id: int | None = None) -> Pairs:
         files.append(report)
     sizes = [report["vocab_size"] for report in files if "vocab_size" in report]
     copies = copy.arrays() if tokenizers.are_same is False else ()
-    return Pairs(*draft.arrays(), *target.arrays(), sequence, clip, files, max(sizes, default=None),
-                 tokenizers, *copies)
+    pairs = Pairs(*draft.arrays(), *target.arrays(), sequence, clip, files, max(sizes, default=None),
+                  tokenizers, *copies)
+    return dataclasses.replace(pairs, question=np.asarray(question, np.int32))
 
 
 def tokenizers_of(report: dict) -> Tokenizers:

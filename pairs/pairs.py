@@ -43,6 +43,7 @@ class Pairs:
     copy: np.ndarray | None = None
     copy_start: np.ndarray | None = None
     copy_length: np.ndarray | None = None
+    question: np.ndarray | None = None         # (N,) int32 number of each question; -1 or None: unknown
 
     @classmethod
     def of(cls, drafts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]],
@@ -105,8 +106,9 @@ class Pairs:
         parts = {f"{which}_{name}": getattr(self, f"{which}_{name}")[rows]
                  for which in ("draft", "target", *["copy"] * (self.copy is not None))
                  for name in ("start", "length")}
+        question = None if self.question is None else self.question[rows]
         return dataclasses.replace(self, **parts, sequence=[self.sequence[i] for i in rows],
-                                   clip=[self.clip[i] for i in rows])
+                                   clip=[self.clip[i] for i in rows], question=question)
 
     def parts(self, size: int = BLOCK) -> Iterator[Pairs]:
         """All pairs in order, at most `size` at a time."""

@@ -26,9 +26,11 @@ SIMULATED = {"tau": FIGURE, "tau_mean": FIGURE, "accepted_lengths": [int],
              "more_passes_than": {str: FIGURE}}
 TREES = {"tau": FIGURE, "nodes": FIGURE, "depth": FIGURE, "seconds_per_node": FIGURE}
 DRIVE = {"clips": int, "alpha": FIGURE, "without_it": FIGURE}
-DRAFTER = {**MEASURES, "simulated": {str: SIMULATED}, "expected_by_gamma": {str: FIGURE},
-           "interval": INTERVAL, "parameters": int, "seconds_per_answer": FIGURE,
-           "drives": {str: DRIVE}, "trees": optional({str: TREES})}
+QUESTION = {"answers": int, "alpha": FIGURE, "tau": FIGURE}
+DRAFTER = {**MEASURES, "questions": optional(dict), "simulated": {str: SIMULATED},
+           "expected_by_gamma": {str: FIGURE}, "interval": INTERVAL, "parameters": int,
+           "seconds_per_answer": FIGURE, "drives": {str: DRIVE},
+           "trees": optional({str: TREES})}
 EPOCH = {"epoch": int, "phase": str, "train_loss": FIGURE, "train_alpha": FIGURE,
          "validation_loss": FIGURE, "validation_alpha": FIGURE, "validation_top5": FIGURE,
          "learning_rate": FIGURE}
@@ -66,6 +68,8 @@ def read_results(task: Path) -> dict:
         raise UserError(f"{path} has the name {unknown[:40]!a} among its metrics, which no program "
                         f"of ours writes; {REMEASURE}")
     check_shape(path, results, RESULTS, REMEASURE)
+    for drafter in metrics["test"]["drafters"].values():
+        check_shape(path, list((drafter.get("questions") or {}).values()), [QUESTION], REMEASURE)
     for minus in metrics["test"]["adapter_minus"].values():
         check_shape(path, minus, INTERVAL, REMEASURE)
     for files in results["files"].values():

@@ -166,6 +166,26 @@ def best_drafter_section(results: dict) -> list[str]:
     ]
 
 
+def question_section(results: dict) -> list[str]:
+    """The best drafter and the adapter on each question, where there are several."""
+    test = results["metrics"]["test"]
+    best = best_drafter(test)
+    columns = {name: test["drafters"][name].get("questions") or {}
+               for name in dict.fromkeys((best, "adapter")) if name in test["drafters"]}
+    if not columns[best]:
+        return []
+    rows = []
+    for question, of_best in columns[best].items():
+        of_all = [figures.get(question) or {} for figures in columns.values()]
+        rows.append([question, of_best["answers"], *(
+            cell for figures in of_all
+            for cell in (percent(figures.get("alpha")), number(figures.get("tau"))))])
+    header = ["question", "answers",
+              *(f"{measure}, {name}" for name in columns for measure in ("alpha", "tau"))]
+    return ["## By question (test)", "", *table(header, rows),
+            f"question: its `question_idx` in the pair files. tau at gamma {LEAD_GAMMA}, simulated.", ""]
+
+
 def metric_section(metrics: dict) -> list[str]:
     """One column for each set of pairs."""
     sets = [name for name in ("train", "validation", "test") if metrics.get(name)]
@@ -307,7 +327,7 @@ def markdown(results: dict, pictures: list[str]) -> str:
     lines = [f"# {escape(results['task'])}", "", *lead(results)]
     lines += [f"> **Warning:** {escape(warning)}\n" for warning in results["warnings"]]
     lines += [
-        *drafter_section(results), *best_drafter_section(results),
+        *drafter_section(results), *best_drafter_section(results), *question_section(results),
         *metric_section(results["metrics"]), *position_section(results["metrics"]["test"]),
         *training_section(results, pictures), *data_section(results), *settings_section(results)
     ]
@@ -316,7 +336,7 @@ def markdown(results: dict, pictures: list[str]) -> str:
 
 def task_page(results: dict) -> str:
     """REPORT.html of one task."""
-    sections = [*drafter_section(results), *best_drafter_section(results),
+    sections = [*drafter_section(results), *best_drafter_section(results), *question_section(results),
                 *metric_section(results["metrics"]), *position_section(results["metrics"]["test"]),
                 *training_section(results, []), *data_section(results), *settings_section(results)]
     return page(f"Task {results['task']}", body(results, sections))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from acceptance.metrics import measure
-from acceptance.simulation import simulate, stream
+from acceptance.simulation import by_question, simulate, stream
 from drafting.baselines import Fixed
 from tests.acceptance.builders import CONTRACT, random_pairs
 
@@ -54,3 +54,16 @@ def test_tau_of_a_drafter_that_streams_is_that_of_its_hits():
     assert simulated["alpha"] == simulated["top5"] == measure(right, pairs.lengths("target"))["alpha"]
     again = simulate(simulated["top1"], pairs.lengths("target"), 12)
     assert simulated["simulated"]["12"]["tau"] == again["tau"]
+
+
+def test_figures_of_a_question_are_those_of_its_answers_alone():
+    rng = np.random.default_rng(5)
+    lengths, top1 = rng.integers(2, 9, 12), rng.random((12, 9)) < 0.7
+    question = np.array([0, 3, -1] * 4, np.int32)
+    figures = by_question(top1, lengths, question)
+    assert list(figures) == ["0", "3"]
+    rows = question == 3
+    inside = np.arange(9) < lengths[rows][:, None]
+    assert figures["3"] == {"answers": 4, "alpha": pytest.approx(top1[rows][inside].mean()),
+                            "tau": simulate(top1[rows], lengths[rows], 8)["tau"]}
+    assert by_question(top1, lengths, None) == by_question(top1, lengths, question * 0) == {}

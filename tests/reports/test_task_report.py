@@ -338,3 +338,17 @@ def test_hostile_texts_of_a_task_stay_text_on_its_page(tmp_path):
     page(tmp_path)
     html = (tmp_path / PAGE).read_text()
     assert html.count("<script") == 1 and "evil)" in html and 'href="http' not in html
+
+
+def test_each_of_several_questions_has_its_own_row(tmp_path):
+    results = json.loads((write_task(tmp_path)).joinpath("results.json").read_text())
+    adapter = results["metrics"]["test"]["drafters"]["adapter"]
+    adapter["questions"] = {"0": {"answers": 6, "alpha": 0.95, "tau": 5.0},
+                            "4": {"answers": 4, "alpha": 0.825, "tau": None}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = page(tmp_path)
+    assert "| 0 | 6 | 95.0 % | 5.00 |" in text and "| 4 | 4 | 82.5 % | - |" in text
+    adapter["questions"]["4"] = {"answers": "many"}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match="answers is str"):
+        page(tmp_path)
