@@ -22,6 +22,7 @@ from reports.decode_figures import (
 from reports.html import from_markdown, glossary, name, section, text
 from reports.svg import bars, columns, stacked
 from reports.tokens import passes_of, tokens_of, words_of
+from reports.tree_section import tree_section
 from reports.word_sections import SHOWN_CLIPS, clip_section, guess_section, legend, miss_section
 
 THUMBNAILS = "thumbnails.json"
@@ -178,7 +179,8 @@ def body(results: dict, thumbnails: dict, parts: Parts) -> str:
     titles = {**TITLES, **{key: str(value) for key, value in (results.get("titles") or {}).items()}}
     answers = answers_of(results)
     clips = clips_of(answers)
-    costs = from_markdown([*accounting_section(results), *cost_section(results)])
+    costs = from_markdown(
+        [*accounting_section(results), *cost_section(results), *tree_section(results)])
     time_chart = stacked("Seconds an answer", per_answer(results), "s")
     return "".join(
         [

@@ -60,7 +60,7 @@ def test_the_adapter_learns_what_the_draft_tells_and_no_constant_string_could(tr
     assert test["adapter"]["alpha"] > 0.8 > 0.2 > test["constant_string"]["alpha"]
     assert test["improvement"] == test["adapter"]["alpha"] - test["direct_copy"]["alpha"]
     assert task.name.startswith("500ms_")
-    assert names_of(task) == ["RESULTS.md", "best_model.pt", "memory.npz", "results.json"]
+    assert names_of(task) == ["REPORT.html", "RESULTS.md", "best_model.pt", "memory.npz", "results.json"]
 
 
 def test_the_best_epoch_is_the_first_with_the_best_validation_and_it_is_the_one_kept(trained):
