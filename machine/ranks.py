@@ -128,8 +128,8 @@ def this_process(together: bool) -> Ranks:
     is one of several: each of them would do all the work.
     """
     ranks = Ranks.of(os.environ)
+    base.name_process(ranks.name if ranks.rank else "")
     if ranks.world > 1 and not together:
         raise UserError(f"{ranks.launcher} started {ranks.world} processes of a program that runs "
                         f"as one: start it without {ranks.launcher}")
-    base.name_process(ranks.name if ranks.rank else "")
     return ranks
