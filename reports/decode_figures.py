@@ -23,6 +23,11 @@ RUN = {
     "verdicts": dict
 }
 ANSWER = {"sequence": TEXT, "clip": TEXT, "question_idx": int, "runs": dict}
+# Of the chosen drafter: what marks the words on the page.
+MARKED = {"proposed": [int], "accepted": [int]}
+CHANCES = [optional((int, float, bool))]
+PASS = {"tokens": [int], "parents": optional([int]), "by": optional(dict)}
+RECORDED = {"tokens": [int], "query": TEXT, "draft_text": TEXT, "passes": optional([PASS])}
 GENERATE = {"tokens": int, "all_s": NUMBER, "first_token_s": NUMBER, "verdicts": dict}
 DECODING = {
     "task": TEXT, "date": TEXT, "config": dict, "drafter": str, "gamma": TEXT, "memory_share": TEXT,
@@ -90,6 +95,13 @@ def read_decoding(folder: Path) -> dict:
     if results["drafter"] not in results["totals"]["runs"]:
         raise UserError(
             f"{path} holds no answers by its own drafter, {results['drafter'][:40]!a}; {REDO}")
+    check_shape(path, results, {"words": optional(dict), "titles": optional(dict)}, REDO)
+    check_shape(path, list((results.get("words") or {}).values()), [str], REDO)
+    for answer in results["answers"]:
+        check_shape(path, answer, RECORDED, REDO)
+        check_shape(path, answer["runs"].get(results["drafter"]), MARKED, REDO)
+        for row in answer.get("passes") or []:
+            check_shape(path, list((row.get("by") or {}).values()), [CHANCES], REDO)
     return results
 
 

@@ -18,6 +18,7 @@ KINDS = {
     NONE: "the target's own: nothing had been proposed",
     OWN: "the target's own; what had been proposed is not recorded",
 }
+MAX_NODES = 256  # proposed to one pass: more than any drafter proposes
 SEVERAL, UNKNOWN = "several", "unknown"
 PLAIN_WORDS = {"the", "and", "with", "are", "was", "has", "have", "there", "this", "that", "its"}
 
@@ -70,6 +71,8 @@ def passes_of(answer: dict, run: dict, words: dict[str, str]) -> list[Pass]:
     passes, at = [], 0
     for row, accepted in zip(answer.get("passes") or [], run["accepted"]):
         tokens = row["tokens"]
+        if len(tokens) > MAX_NODES:
+            raise ValueError(f"{len(tokens)} proposals of one pass, wanted {MAX_NODES} at most")
         parents = row.get("parents") or list(range(-1, len(tokens) - 1))
         by = row.get("by") or {}
         nodes = [

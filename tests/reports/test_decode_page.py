@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from base import UserError
 from reports import clip_cards, decode_report, word_sections
 from reports.decode_page import THUMBNAILS, answers_of, clips_of, shown_clips
 from reports.html import PAGE, digest, inline, table
@@ -305,3 +306,28 @@ def test_markdown_of_a_section_becomes_html_that_shows_the_same():
 def test_the_bound_of_shown_clips_holds():
     rows = [recorded(clip=clip) for clip in range(word_sections.SHOWN_CLIPS + 1)]
     assert len(shown_clips(decoding(rows=rows, words=WORDS))) == word_sections.SHOWN_CLIPS
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda r: r.update(words=["a"]), "words is list"),
+        (lambda r: r["words"].update({"1": 5}), "is int, wanted str"),
+        (lambda r: r.update(titles="EventGPT"), "titles is str"),
+        (lambda r: r["answers"][0].update(passes={}), "passes is dict"),
+        (lambda r: r["answers"][0]["passes"][0].update(tokens=[None]), r"tokens\[0\] is NoneType"),
+        (lambda r: r["answers"][0]["passes"][0].update(parents=[0, 0, 0, 0]), "don't fit together"),
+        (lambda r: r["answers"][0]["passes"][0].update(by={"memory": 0.5}), "is float, wanted a list"),
+        (lambda r: r["answers"][0]["passes"][0].update(by={"memory": ["x"]}), "is str"),
+        (lambda r: r["answers"][0].update(tokens=[1]), "don't fit together"),
+        (lambda r: r["answers"][0]["passes"][3].update(tokens=[0] * 5000), "5000 proposals of one pass"),
+        (lambda r: r["answers"][0]["runs"]["hybrid"].pop("accepted"), "accepted is NoneType"),
+    ],
+)
+def test_a_damaged_file_is_one_clear_error(tmp_path, change, where):
+    results = decoding(words=dict(WORDS), rows=[recorded()])
+    change(results)
+    (tmp_path / "decode.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=where):
+        decode_report.write_decode_report(tmp_path, plots=False)
+    assert not (tmp_path / PAGE).exists()
