@@ -220,9 +220,10 @@ def test_a_prompt_that_is_no_number_does_not_reach_the_next_one():
 
 def test_layers_whose_kernels_are_broken_give_no_tokens():
     """4-bit layers come from outside PyTorch: NaN of one fused product, whichever it is."""
-    llama = tiny_llama(attention_bias=True, mlp_bias=True)      # not fused: every module is called
+    llama = tiny_llama(attention_bias=True, mlp_bias=True)
     for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.down_proj"):
         steps = started(llama)
+        steps.qkv = steps.gate_up = [None] * steps.depth         # not fused: every module is called
         hook = At(llama.model.layers[1].get_submodule(module), {0}, slice(None))
         assert steps.verify([5]).best.tolist() == [NO_NUMBER], module
         hook.handle.remove()
