@@ -15,6 +15,7 @@ from vlm import hub
 from vlm.contract import same_weights
 from vlm.roles import TARGET, View
 from vlm.video_llava import VideoLlava
+from vlm.vocabulary import digest_of
 
 SOURCE, NAME = ROOT / "demo" / "models" / "video_llava", "LanguageBind/Video-LLaVA-7B-hf"
 A, B = "a" * 40, "0123456789abcdef" * 2 + "01234567"
@@ -54,6 +55,7 @@ def test_the_revision_is_the_commit_of_the_snapshot(cache):
             "revision": commit,
             "vocab_size": 691,
             "bos_id": 1,
+            "tokenizer": digest_of(model.tokenizer),
             "quantization": "none",
             "dtype": "float32",
         }
