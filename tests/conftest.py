@@ -24,6 +24,8 @@ from tests.warm import Warm
 ROOT = Path(__file__).parents[1]
 # A shell ignores it in what it starts with &
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# nohup ignores it in what it starts
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)      # the models are tiny: two threads only get in each other's way
 
 

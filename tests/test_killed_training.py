@@ -19,7 +19,8 @@ from machine.running import run
 from tests.conftest import Demo, names_of
 from tests.warm import Warm
 
-TIMES = {"date", "seconds", "seconds_per_answer", "step_ms", "provenance", "task", "task_folder"}
+TIMES = {"date", "seconds", "seconds_per_answer", "seconds_per_node", "step_ms", "provenance", "task",
+         "task_folder"}
 
 
 def flags_of(demo: Demo, task: Path) -> list:

@@ -244,7 +244,7 @@ def test_several_ids_that_end_an_answer_are_all_known(case):
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "RoPE is of the type 'dynamic'",
         ),
-        ({"model_type": "mistral"}, "language model is a mistral"),
+        ({"model_type": "phi3"}, "language model is a phi3"),
         ({"num_key_value_heads": 3}, "heads"),
     ],
 )
