@@ -274,11 +274,11 @@ def measuring_of(config: TrainConfig, adapter: TokenAdapter, device: torch.devic
     from training.evaluation import Measuring
 
     is_small = adapter.num_parameters() < SMALL_ADAPTER
-    max_pairs, measures_all = config.max_test_samples, device.type == "cuda" or is_small
+    on_gpu, max_pairs = device.type == "cuda", config.max_test_samples
     if max_pairs is None:
         max_pairs = CPU_SAMPLES if device.type == "cpu" and not is_small else -1
-    online = measures_all if config.online is None else config.online
-    return Measuring(config.batch_size, max_pairs, config.stream, online, config.seed, measures_all)
+    online = on_gpu or is_small if config.online is None else config.online
+    return Measuring(config.batch_size, max_pairs, config.stream, online, config.seed, on_gpu)
 
 
 # ------------------------------------------------------------------------------------------ steps

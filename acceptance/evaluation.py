@@ -65,7 +65,7 @@ def measure_drafters(parts: SimulationParts, selected: Selected | None,
 
 
 def tree_figures(parts: SimulationParts, all_trees: bool) -> Iterator[tuple[str, dict]]:
-    """(results name, {nodes: figures}) of the live drafters that have second choices."""
+    """(results name, {nodes: figures}) of the live drafters that propose trees."""
     live = LiveParts(parts.adapter, memory_share=parts.memory_share.get("hybrid", 0.0))
     counts = live.once("training counts", lambda: training_counts(parts))
     for entry in LIVE.values():
@@ -79,7 +79,7 @@ def tree_figures(parts: SimulationParts, all_trees: bool) -> Iterator[tuple[str,
         trees, start = {}, time.monotonic()
         for nodes in TREE_NODES:
             drafter = entry.make_live(live)          # anew: each learns the answers
-            if not isinstance(drafter, Branching):
+            if not isinstance(drafter, Branching) or drafter.prefers_chains:
                 break
             trees[str(nodes)] = simulate_trees(drafter, parts.pairs, nodes, parts.streaming)
         if trees:

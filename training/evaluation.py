@@ -23,7 +23,7 @@ class Measuring:
     stream: bool                       # drafters may learn from each answer once it is verified
     online: bool                       # measure online gradient steps too
     seed: int                          # of the control that shuffles drafts
-    all_trees: bool = True             # simulate trees that ask the adapter too
+    all_trees: bool = True             # simulate trees that ask the adapter too: slow on a CPU
 
 
 def evaluate(adapter: TokenAdapter, trained: Trained | None, data: Data, how: Measuring) -> dict:

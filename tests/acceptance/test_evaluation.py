@@ -98,12 +98,12 @@ def test_an_adapter_whose_logits_are_no_numbers_is_one_clear_error_and_never_a_h
 
 
 @pytest.mark.parametrize("all_trees", [True, False])
-def test_trees_are_simulated_of_what_branches_and_more_nodes_bring_no_less(all_trees):
+def test_trees_are_simulated_of_what_proposes_them_and_more_nodes_bring_no_less(all_trees):
     adapter, pairs = tiny("prefix", 9), random_pairs(CONTRACT)
     parts = SimulationParts(adapter, pairs, pairs)
     drafters = measure_drafters(parts, Selected(adapter, pairs, pairs), all_trees)["drafters"]
     trees = {name: drafter["trees"] for name, drafter in drafters.items() if "trees" in drafter}
-    assert set(trees) == ({"hybrid", "adapter", "memory"} if all_trees else {"memory"})
+    assert set(trees) == ({"hybrid", "memory"} if all_trees else {"memory"})
     for figures in trees.values():
         assert list(figures) == ["16", "32", "64"]
         assert 1 <= figures["16"]["tau"] <= figures["64"]["tau"] + 0.2
