@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-PRIOR = 4.0                    # units of doubt that count as one token each before anything is known
+PRIOR = 1.0                    # units of doubt that count as one token each before anything is known
 FADING = 0.97                  # of what earlier answers told, for each answer
 EXPLORED = 64                  # in one pass of so many every step is taken, so that the count goes on
 
