@@ -130,6 +130,7 @@ def say_overridden(checkpoint: Checkpoint) -> None:
     """Log which generation defaults of the folder play no part: greedy means greedy."""
     file = checkpoint.folder / "generation_config.json"
     settings = read_json(file) if file.is_file() else {}
+    settings = settings if isinstance(settings, dict) else {}
     found = [
         f"{key} {settings[key]}"
         for key, neutral in CHANGES_TOKENS.items()

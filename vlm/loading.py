@@ -155,9 +155,11 @@ def check_room(model: torch.nn.Module, checkpoint: Checkpoint, runtime: Runtime,
     """GiB that the weights will take; a UserError when there is no room, or when a folder can't
     hold that many.
 
-    model: on the meta device; blocks: names of what is quantised.
+    model: on the meta device; blocks: matches the names of the linear layers that are quantised.
     """
     name, weights = checkpoint.name, dict(model.named_parameters())
+    quantised = {f"{key}.weight" for key, module in model.named_modules()
+                 if isinstance(module, torch.nn.Linear) and blocks.match(key)}
     files = checkpoint.weights
     count, size = (
         sum(weight.numel() for weight in weights.values()),
@@ -172,12 +174,7 @@ def check_room(model: torch.nn.Module, checkpoint: Checkpoint, runtime: Runtime,
     bits = 8 * runtime.dtype.itemsize
     needed_gib = (
         sum(
-            weight.numel()
-            * (
-                BITS.get(runtime.quantization, bits)
-                if weight.dim() == 2 and ".layers." in key and "language_model" in key
-                else bits
-            )
+            weight.numel() * (BITS.get(runtime.quantization, bits) if key in quantised else bits)
             for key, weight in weights.items()
         )
         / 8

@@ -46,7 +46,7 @@ class LoadedModel(VisionLanguageModel):
                 **({} if bos_id is None else {"bos_id": bos_id}),
                 "tokenizer": digest_of(self.tokenizer),
                 "quantization": quantization_of(language_model),
-                "dtype": dtype_name(language_model.embed_tokens.weight.dtype)}
+                "dtype": dtype_name(self.model.get_input_embeddings().weight.dtype)}
 
     def clips_that_fit(self, questions: list[str], max_new_tokens: int, pictures: int) -> int:
         from vlm.batches import clips_that_fit

@@ -126,10 +126,12 @@ class Processing:
                 f"{', '.join(self.marks()) or 'the marks of pictures'}; it belongs to another model, "
                 "or is not made for pictures"
             )
-        if query and query.strip() not in text:
+        behind = max(text.rfind(mark) + len(mark) for mark in self.marks() if mark in text)
+        if query.strip() not in text[behind:]:
             raise UserError(
-                f"the chat template of {self.name} leaves out the question; it belongs to another "
-                "model, or is not made for questions about pictures"
+                f"the chat template of {self.name} leaves out the question, or puts it before the "
+                "pictures (wanted behind them); it belongs to another model, or is not made for "
+                "questions about pictures"
             )
         return text
 
@@ -141,8 +143,8 @@ class Processing:
     def mark_ids(self) -> set[int]:
         """The ids that stand for pictures in a prompt."""
         named = (getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video"))
-        ids = {token for token in named if isinstance(token, int)}
-        return ids | {int(self.tokenizer.convert_tokens_to_ids(mark)) for mark in self.marks()}
+        marks = (self.tokenizer.convert_tokens_to_ids(mark) for mark in self.marks())
+        return {token for token in (*named, *marks) if isinstance(token, int)}
 
     # -------------------------------------------------------------------------------------- inputs
     def inputs(self, pictures: list[np.ndarray]) -> ClipInputs:
@@ -165,7 +167,8 @@ class Processing:
 
     def _end(self, tensors: dict[str, torch.Tensor], pictures: int) -> int:
         """The position behind the last that stands for a picture."""
-        marks = torch.isin(tensors["input_ids"][0], torch.tensor(sorted(self.mark_ids())))
+        ids = torch.tensor(sorted(self.mark_ids()), dtype=torch.long)
+        marks = torch.isin(tensors["input_ids"][0], ids)
         if not marks.any():
             raise UserError(
                 f"the processor of {self.name} gives no id of {', '.join(self.marks())}: its files "

@@ -7,11 +7,12 @@ import functools
 import importlib.util
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, Qwen2Config
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MistralConfig, Qwen2Config
 
 from base import UserError
 from clips.limits import MediaError
@@ -25,6 +26,7 @@ from tests.vlm import tiny_models
 from token_adapter import AdapterConfig, TokenAdapter
 from vlm import any_model
 from vlm.fits import why_not
+from vlm.loading import BITS, check_room, on_meta, outside_decoder
 from vlm.roles import DRAFT, TARGET, View
 
 QUESTIONS = ["What is to be seen here?", "Why?"]
@@ -202,8 +204,26 @@ def test_a_chat_template_without_pictures_or_question_is_refused(folder):
     refused(folder, "shows no image")
     (folder / "chat_template.jinja").write_text("<image><image><image><image>")
     refused(folder, "leaves out the question")
+    (folder / "chat_template.jinja").write_text(
+        "{{ messages[0]['content'][-1]['text'] }}<image><image><image><image>"
+    )
+    refused(folder, "puts it before the pictures")
     (folder / "chat_template.jinja").write_text("{% for ")
     refused(folder, "chat template of .* can't be used")
+
+
+def test_a_tokenizer_without_the_marks_of_pictures_is_refused(folder):
+    processing = any_model.Processing.of(any_model.read_config(folder)[2])
+    processing.processor.image_token, processing.processor.image_token_id = "<picture>", None
+    processing.text = lambda query, pictures: f"<picture>{query}"
+    assert tiny_models.ids()["<image>"] not in processing.mark_ids()
+    with pytest.raises(UserError, match="gives no id of <picture>"):
+        processing.inputs([np.zeros((28, 28, 3), np.uint8)])
+
+
+def test_generation_defaults_that_are_no_object_play_no_part(folder):
+    (folder / "generation_config.json").write_text("[]")
+    any_model.check(folder, QUESTIONS, 4, LENGTH)
 
 
 def test_a_processor_that_cant_be_made_is_one_line(folder):
@@ -278,6 +298,30 @@ def test_weights_that_are_no_numbers_fail_their_clip_alone(folder):
         answers = model.open_batches(["Why?"], 4, good, 2).answer([bad, good])()
         assert "no numbers" in str(answers[0])
         assert answers[1] == model.answer([good], ["Why?"], 4)
+
+
+def test_the_facts_need_no_embeddings_in_the_language_model(folder, monkeypatch):
+    model = any_model.load(folder, CPU)
+    bare = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(type(model), "decoder", property(lambda _: (bare, bare)))
+    assert model.facts(folder)["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("maker", [tiny_models.llava, tiny_models.smolvlm])
+def test_room_is_wanted_for_quantised_weights_whatever_the_language_model_is_called(maker, tmp_path):
+    config, _ = maker()
+    model = on_meta(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], "tiny", config)
+    (tmp_path / "weights").write_bytes(bytes(2**20))
+    checkpoint = types.SimpleNamespace(name="tiny", weights=[tmp_path / "weights"])
+    _, blocks = outside_decoder(model)
+    whole, quantised = (
+        check_room(model, checkpoint, dataclasses.replace(CPU, quantization=kind), blocks)
+        for kind in ("none", "4bit")
+    )
+    layer = model.get_decoder().layers[0]
+    linear = sum(part.weight.numel() for part in layer.modules() if isinstance(part, torch.nn.Linear))
+    saved = 2 * linear * (32 - BITS["4bit"]) / 8 / 2**30     # 2 layers
+    assert whole - quantised == pytest.approx(saved)
 
 
 # ------------------------------------------------------------------------------------------- roles
