@@ -153,7 +153,7 @@ def check_tokenizers(task: Task, names: dict[str, str]) -> None:
     names: role -> folder or hub id of the models of this run.
     """
     from drafting.checkpoints import tokenizers_of
-    from vlm.vocabulary import Translation, digest_of, is_same, tokenizer_of
+    from vlm.vocabulary import Translation, digest_of, ends_of, is_same, tokenizer_of
 
     tokenizers = {role: tokenizer_of(name) for role, name in names.items()}
     digests = {role: digest_of(tokenizer) for role, tokenizer in tokenizers.items()}
@@ -165,7 +165,8 @@ def check_tokenizers(task: Task, names: dict[str, str]) -> None:
     if are_same is False:
         log("decode | draft and target have tokenizers of their own: copy proposes the draft's text in "
             "the target's tokens")
-        task.parts.translate = Translation(tokenizers["draft"], tokenizers["target"])
+        task.parts.translate = Translation(tokenizers["draft"], tokenizers["target"],
+                                           ends_of(names["draft"]))
 
 
 def check_model(task: Task, role: Role, name: str, facts: dict) -> None:

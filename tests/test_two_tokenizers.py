@@ -151,6 +151,17 @@ def test_a_translation_is_what_the_target_would_have_written(demo, separate):
         assert row["egpt_vl_tokens"] == wanted["egpt_tokens"] == translation(row["egpt_tokens"])
 
 
+def test_every_id_that_ends_a_draft_answer_becomes_the_end_of_its_translation(demo):
+    words = load_tokenizer(demo.models / "video_llava")
+    other = words.convert_tokens_to_ids("<unk>")
+    text = words("a bus", add_special_tokens=False).input_ids
+    translation = Translation(words, words, ends=[other])
+    for end in (words.eos_token_id, other):
+        assert translation([*text, end]) == [*text, words.eos_token_id]
+    assert translation(text) == text and translation([]) == []
+    assert Translation(words, words)([*text, other])[-1] != words.eos_token_id
+
+
 # -------------------------------------------------------------------------------------------- pairs
 def test_pair_files_record_both_tokenizers(demo, separate):
     output = json.loads(separate["pairs"].read_text())

@@ -8,6 +8,7 @@ different ones.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ def tokenizer_of(name: str | Path) -> Any:
     with silent_panics():
         return guarded(f"can't load a tokenizer from {folder}", lambda: AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False))
+
+
+def ends_of(name: str | Path) -> list[int]:
+    """The ids of a checkpoint's generation_config.json that end an answer, beside its tokenizer's EOS."""
+    return open_checkpoint(name).eos_ids()
 
 
 def tokens_by_id(tokenizer) -> dict[int, str]:
@@ -58,21 +64,22 @@ def is_same(one, other) -> bool:
 def translation_between(draft: str | Path, target: str | Path) -> Translation | None:
     """Drafts in the target's tokens; None where both models share a tokenizer. By folder or hub id."""
     ours, theirs = tokenizer_of(draft), tokenizer_of(target)
-    return None if is_same(ours, theirs) else Translation(ours, theirs)
+    return None if is_same(ours, theirs) else Translation(ours, theirs, ends_of(draft))
 
 
 class Translation:
     """Draft answers in the target's tokens: the same text, encoded as the target would write it."""
 
-    def __init__(self, draft: Any, target: Any):
-        """draft, target: tokenizers."""
+    def __init__(self, draft: Any, target: Any, ends: Iterable[int] = ()):
+        """draft, target: tokenizers; ends: ids that end a draft answer beside its tokenizer's EOS."""
         self.draft, self.target = draft, target
+        self.ends = {draft.eos_token_id, *ends}
 
     def __call__(self, tokens: list[int]) -> list[int]:
         """tokens: of a draft answer, with EOS where the model produced it."""
         text = guarded("the draft's tokenizer can't decode an answer",
                        lambda: self.draft.decode(tokens, skip_special_tokens=True))
-        return self.of_text(text.strip(), ended=tokens[-1:] == [self.draft.eos_token_id])
+        return self.of_text(text.strip(), ended=bool(tokens) and tokens[-1] in self.ends)
 
     def of_text(self, text: str, ended: bool) -> list[int]:
         """ended: the answer had an EOS, and gets the target's."""
