@@ -221,15 +221,17 @@ class Steps(Llama):
         positions[:k] = depths_of(parents)
         positions[:k] += start
         ancestors[:k] = ancestors_of(parents)
-        # Padding positions attend to earlier slots alone
-        ids[k:], positions[k:], ancestors[k:] = 0, start, 0
+        # Padding repeats the first token and sees what it sees: any other token might make NaNs
+        ids[k:], positions[k:], ancestors[k:] = ids[0], start, 0
         places[:] = np.arange(start, start + width)
         root[:] = start
         self.buffer[:INPUTS * width].copy_(staged, non_blocking=True)
         if self.copied is not None:
             self.copied.record(torch.cuda.current_stream(self.device))
         if on_device:
-            self._inputs(width)[0, :k].copy_(tokens)
+            row = self._inputs(width)[0]
+            row[:k].copy_(tokens)
+            row[k:] = row[0]
 
     def _forward(self, k: int) -> Next:
         """The pass over the inputs of k positions: what a graph captures."""

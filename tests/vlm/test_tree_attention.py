@@ -115,6 +115,15 @@ def test_a_node_that_is_no_number_leaves_nothing_behind_once_it_is_forgotten():
     assert alike(repeated.logits, logits_of(model, [*PROMPT, 5, 9, 12])[len(PROMPT):])
 
 
+@pytest.mark.parametrize("tokens", [[7, 9, 4], torch.tensor([7, 9, 4])], ids=["list", "on the device"])
+def test_a_pass_that_is_padded_to_a_graph_reads_no_token_but_its_own(tokens):
+    steps = started(tiny_llama())
+    steps._set_inputs(tokens, [-1, 0, 0], steps.length, 5)
+    ids, positions, _, ancestors, _ = steps._inputs(5).tolist()
+    assert ids == [7, 9, 4, 7, 7] and ancestors == [0, 1, 2, 0, 0]
+    assert [position - steps.length for position in positions] == [0, 1, 1, 0, 0]
+
+
 def test_a_chain_longer_than_a_tree_may_be_is_verified_in_pieces():
     model, tokens = tiny_llama(), [(3 * n) % VOCAB for n in range(90)]
     steps = started(model, room=120)
