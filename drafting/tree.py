@@ -146,21 +146,6 @@ class Tree:
         """Tokens of the longest path."""
         return max(self.depths())
 
-    def chain_first(self) -> Tree:
-        """The same tree with its most probable path first, which is verified like a chain."""
-        chain, parent = [], -1
-        children: dict[int, int] = {}
-        for node, above in enumerate(self.parents):
-            children.setdefault(above, node)  # the first child is the most probable
-        while parent in children:
-            parent = children[parent]
-            chain.append(parent)
-        order = [*chain, *sorted(set(range(len(self.tokens))) - set(chain))]
-        place = {-1: -1, **{node: at for at, node in enumerate(order)}}
-        return Tree([self.tokens[node] for node in order],
-                    [place[self.parents[node]] for node in order],
-                    [self.reached[node] for node in order])
-
 
 def seconds_per_node(drafter: Branching, prefix: list[int], timer: Timer) -> float:
     """Seconds of one node more in a large tree. The last nodes cost least: nothing follows them."""

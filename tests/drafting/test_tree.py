@@ -62,20 +62,6 @@ def test_accepted_is_the_longest_right_path_also_among_equal_siblings():
         assert tree.accepted(answer) == length
 
 
-def test_the_most_probable_path_first_is_the_same_tree():
-    tree = Tree([5, 6, 7, 8], [-1, -1, 0, 2], [0.5, 0.4, 0.3, 0.2])
-    chain = tree.chain_first()
-    assert (chain.tokens, chain.parents, chain.reached) == ([5, 7, 8, 6], [-1, 0, 1, -1],
-                                                            [0.5, 0.3, 0.2, 0.4])
-    for seed in range(4):
-        tree = build_tree(Dice(seed), [2], 20)
-        chain = tree.chain_first()
-        length = next((k for k, parent in enumerate(chain.parents) if parent != k - 1), len(chain.parents))
-        assert length >= 1 and all(parent < node for node, parent in enumerate(chain.parents))
-        for answer in itertools.product(range(4), repeat=4):
-            assert tree.accepted(list(answer)) == chain.accepted(list(answer))
-
-
 def test_a_tree_without_branches_is_worth_what_a_chain_is_worth(monkeypatch):
     rows = answers(40, 2)
     pairs, training = pairs_of(rows, rows), NGrams(answers(40, 1))
