@@ -26,7 +26,8 @@ from machine.files import host, make_folder, sync_folder, write_json, write_text
 from machine.running import run
 from reports.adapter_card import CARD_FILE, METRICS_FILE, card, metrics_of, public_name
 from reports.decode_figures import read_decoding
-from reports.task_figures import read_results
+from reports.shapes import sensible_values
+from reports.task_figures import REMEASURE, read_results
 
 if TYPE_CHECKING:
     from decoding.task import Task
@@ -60,9 +61,10 @@ def main() -> None:
     task, results = read_task(config.task), read_results(config.task)
     decodings = finished_decodings(config.task)
     models = public_models(task.models)
-    metrics = metrics_of(results, decodings)
     answers = len(task.parts.training_answers) if config.memory else 0
-    text = card(config.push or config.folder.name, metrics, models, answers or None)
+    with sensible_values(config.task, REMEASURE):
+        metrics = metrics_of(results, decodings)
+        text = card(config.push or config.folder.name, metrics, models, answers or None)
     write_folder(config.folder, task, {METRICS_FILE: metrics, CARD_FILE: text}, {
         "task": results["task"], "models": models, "memory": bool(answers)})
     log(f"export | {config.folder} | {len(decodings)} decodings in its card | "

@@ -185,7 +185,7 @@ def decoding_section(decodings: list[dict]) -> list[str]:
     header = ["date", "hardware", "dtype, quantization", "drafter", "answers", "tau",
               "equal to plain decoding", "over our own loop", "over generate", "end to end over generate"]
     return ["## Decoding", "", *table(header, rows),
-            "Speed-ups are ratios of totals over the same answers; EventGPT's time is not counted.", ""]
+            "Speed-ups are ratios of totals over the same answers, without the draft model's time.", ""]
 
 
 def drafting_of(row: dict) -> str:

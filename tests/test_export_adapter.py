@@ -79,6 +79,16 @@ def test_a_sampled_decoding_is_marked_so_in_the_card(task):
     assert "sampled at temperature 0.7" in text
 
 
+def test_a_damaged_task_is_one_line_and_nothing_is_written(monkeypatch, task, tmp_path):
+    damaged = shutil.copytree(task, tmp_path / "task")
+    results = json.loads((damaged / "results.json").read_text())
+    del results["adapter"]["num_layers"]
+    (damaged / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=r"values that don't fit together .*num_layers"):
+        export(monkeypatch, damaged, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_task_without_drafts_has_a_card_too(task):
     results = json.loads((task / "results.json").read_text())
     results["metrics"]["test"] |= {"direct_copy": None, "adapter_minus": {}}
