@@ -13,7 +13,7 @@ from pathlib import Path
 if sys.flags.safe_path:            # python -P, PYTHONSAFEPATH
     sys.path.insert(0, str(Path(__file__).parent))
 
-from base import log, option, parse_config, required
+from base import UserError, log, option, parse_config, required
 from drafting.table import styles
 from machine.files import write_text
 from machine.running import run
@@ -32,14 +32,18 @@ class ReportConfig:
     rebuild: bool = option(False, "make the page and the pictures again from results.json or "
                                   "decode.json")
     html: bool = option(False, "write one page over all these tasks and their newest decodings too, "
-                               "REPORT.html, and SUMMARY.md, into the folder of the first task")
+                               "REPORT.html, and SUMMARY.md, beside the first task")
+
+    def __post_init__(self):
+        if self.rebuild and self.html:
+            raise UserError("--rebuild makes each folder's own page, --html one over all: give one of both")
 
 
 def summary(tasks: list[Path], html: bool = False) -> int:
     """Log paths, notes and the tables of these tasks and their newest decodings, the tables last.
 
-    html: write SUMMARY.md and REPORT.html into the folder of the first task instead of naming all
-    paths, and end with the page to open. Returns the number of answers, by any way of decoding,
+    html: write SUMMARY.md and REPORT.html beside the first task instead of naming all paths, and end
+    with the page to open. Returns the number of answers, by any way of decoding,
     that were not the target's own.
     """
     read, home = read_summary(tasks), tasks[0].resolve().parent

@@ -15,7 +15,6 @@ from reports.blocks import table as markdown_table
 from reports.charts import CURVES, DECODE_CHARTS, DRAFTER_CURVES
 from reports.decode_figures import REDO, VERDICTS, own_verdicts, read_decoding, speed_ups
 from reports.decode_page import (
-    TITLES,
     WORDS,
     answers_of,
     clips_of,
@@ -23,6 +22,7 @@ from reports.decode_page import (
     explained,
     plain_sentence,
     read_thumbnails,
+    titles_of,
 )
 from reports.html import PAGE, glossary, name, page, section, table, text
 from reports.shapes import sensible_values
@@ -213,15 +213,15 @@ def shown_decoding(summary: Summary) -> Finished | None:
 def lead(shown: Finished, home: Path) -> str:
     """Sentence and example of one decoding; HTML."""
     results, thumbnails = shown.results, read_thumbnails(shown.folder)
-    answers = answers_of(results)
+    answers, titles = answers_of(results), titles_of(results)
     where = link(shown.folder, home, "All its clips and figures")
     return (
         f"<header><p class=kicker>{name(results['task'])}, {name(results['date'])}, on "
-        f"{name(results['device'])}</p><h1>{plain_sentence(results, TITLES)}</h1>"
+        f"{name(results['device'])}</p><h1>{plain_sentence(results, titles)}</h1>"
         f"<p>{explained(results, answers)}</p><p>{where}</p></header>"
         + section(
             "One example",
-            legend(answers) + example(clips_of(answers), results, TITLES, thumbnails),
+            legend(answers) + example(clips_of(answers), results, titles, thumbnails),
             "example",
         )
     )
@@ -243,21 +243,19 @@ def body(summary: Summary, home: Path) -> str:
             for decoding in summary.decodings
         ]
         speeds = {
-            decoding.row[0]: speed_ups(decoding.results, decoding.results["drafter"])["plain"]
-            or 0.0
+            decoding.row[0]: speed
             for decoding in summary.decodings
+            if (speed := speed_ups(decoding.results, decoding.results["drafter"])["plain"])
         }
         parts.append(
             section(
                 "Decodings",
                 table(DECODE_COLUMNS, rows)
-                + bars("Decoding over our loop without proposals", speeds, times),
+                + (bars("Decoding over our loop without proposals", speeds, times) if speeds else ""),
                 "decodings",
             )
         )
-    taus = {
-        task.row[0]: float(task.row[-1]) if task.row[-1] != "-" else 0.0 for task in summary.tasks
-    }
+    taus = {task.row[0]: float(task.row[-1]) for task in summary.tasks if task.row[-1] != "-"}
     notes = "".join(f"<p>{text(note)}</p>" for note in summary.notes)
     parts += [
         section(

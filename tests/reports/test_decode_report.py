@@ -431,6 +431,21 @@ def test_the_summary_tells_the_newest_decoding_of_a_task_and_where_it_is(tmp_pat
         "hybrid", "2", "2 / 0 / 0", "0", "2.00", "2.00x", "5.00x", "2.91x"]
 
 
+def test_the_page_over_tasks_names_the_models_that_ran_and_no_speed_that_was_not_measured(
+        tmp_path, monkeypatch):
+    task = write_task(tmp_path / "a", name="1s_a")
+    folder = task / "decode_20260128_041503"
+    folder.mkdir()
+    page(folder, compare=False, titles={"target": "Qwen"})
+    report.summary([task], html=True)
+    html = (tmp_path / PAGE).read_text()
+    assert "Qwen answered 2 questions about 2 clips" in html and "Video-LLaVA" not in html
+    assert "0.00x" not in html
+    monkeypatch.setattr(sys, "argv", ["report.py", "--html", "--rebuild", str(task)])
+    with pytest.raises(UserError, match="give one of both"):
+        report.main()
+
+
 def test_a_wrong_answer_ends_the_summary_with_exit_3_however_often_it_is_asked_for(
         tmp_path, capsys, monkeypatch):
     task = write_task(tmp_path / "a", name="1s_a")
