@@ -242,13 +242,14 @@ class Answering:
         }
         if record:
             row["passes"] = record.passes
-            row["words"] = self.words.of({*tokens, *record.tokens()})
         if settings.compare:
             plain = runs[PLAIN].tokens
             for name, run in runs.items():
                 row["runs"][name] |= self._judge(run.tokens, plain, asked, rule_seed)
             if not settings.temperature:         # its random numbers are others
                 row["generate"] = self.generate(question, asked, plain)
+        # last: a word is told once, so that the row with it must not fail any more
+        row["words"] = self.words.new({*tokens, *(record.tokens() if record else ())})
         return row, {name: run.tokens for name, run in runs.items() if run.tokens != tokens}
 
     def _judge(self, ours: list[int], plain: list[int], asked: Asked, rule_seed: str = "") -> dict:

@@ -65,7 +65,8 @@ class Words:
     """The text of single tokens, as it stands inside a sentence."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.texts = tokenizer, {}
+        self.tokenizer = tokenizer
+        self.seen: set[int] = set()
         # Decoded alone, a word loses the blank before it.
         self.before = tokenizer("a", add_special_tokens=False).input_ids[-1:]
         self.start = len(self._decoded([]))
@@ -75,8 +76,8 @@ class Words:
             [*self.before, *tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
-    def of(self, tokens: set[int]) -> dict[str, str]:
-        """{token: text}, with the blank before a word."""
-        for token in tokens - self.texts.keys():
-            self.texts[token] = self._decoded([token])[self.start :]
-        return {str(token): self.texts[token] for token in sorted(tokens)}
+    def new(self, tokens: set[int]) -> dict[str, str]:
+        """{token: text} of those that were in no earlier call, with the blank before a word."""
+        unseen = sorted(tokens - self.seen)
+        self.seen |= tokens
+        return {str(token): self._decoded([token])[self.start :] for token in unseen}

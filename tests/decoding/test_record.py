@@ -127,4 +127,6 @@ def test_a_word_keeps_the_blank_before_it():
         def decode(self, tokens, **how):
             return "".join(self.texts[token] for token in tokens).removeprefix(" ")
 
-    assert Words(Tokenizer()).of({1, 2, 3}) == {"1": " bus", "2": "es", "3": "</s>"}
+    words = Words(Tokenizer())
+    assert words.new({1, 2}) == {"1": " bus", "2": "es"}
+    assert words.new({2, 3}) == {"3": "</s>"}
