@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
-from base import log, now, provenance
+from base import UserError, log, now, provenance
 from decoding.clips import Clips
 from decoding.journal import DecodingJournal
 from decoding.task import MEMORY_FILE, Task
@@ -14,6 +15,9 @@ from machine.files import make_folder, new_task_folder, write_json
 from reports.decode_figures import FORMAT, one_line, totals
 from reports.decode_page import THUMBNAILS, shown_clips
 from reports.decode_report import write_decode_report
+
+if TYPE_CHECKING:
+    from vlm.roles import Role
 
 
 def rows_in_order(clips: Clips, journal: DecodingJournal) -> list[dict]:
@@ -38,6 +42,17 @@ def words_of(journal: DecodingJournal) -> dict[str, str]:
     return dict(sorted(words.items(), key=lambda item: int(item[0])))
 
 
+def title_of(role: Role, facts: dict | None) -> str:
+    """The name of a role's model in sentences: of another than the role was made for, its own."""
+    from vlm.roles import module_of
+
+    name = str((facts or {}).get("name", ""))
+    with contextlib.suppress(UserError, OSError):      # a model that is gone by now is named too
+        if not name or module_of(name) == role.module:
+            return role.title
+    return PurePath(name).name or role.title
+
+
 def results_of(task: Task, clips: Clips, journal: DecodingJournal, parallel: dict | None,
                more: dict) -> dict:
     """The content of decode.json. more: settings and facts of this run."""
@@ -59,7 +74,7 @@ def results_of(task: Task, clips: Clips, journal: DecodingJournal, parallel: dic
         "models": journal.facts, "starts": starts, "interrupted": len(starts) > 1,
         "noise": journal.noise, "costs_ms": costs_ms, "answers": rows, "failed": clips.failed,
         "words": words_of(journal),
-        "titles": {role.role: role.title for role in (DRAFT, TARGET)},
+        "titles": {role.role: title_of(role, journal.facts.get(role.name)) for role in (DRAFT, TARGET)},
         "totals": {**totals(rows), "parallel": parallel}, "provenance": provenance()
     }
 

@@ -27,6 +27,7 @@ from decoding.clips import in_order
 from decoding.costs import Pace
 from decoding.limits import MAX_NODES, MEASURED_SIZES
 from decoding.loop import Decoded
+from decoding.results import title_of
 from decoding.task import Task, check_model, read_task
 from decoding.verdict import judge
 from drafting.checkpoints import save_adapter
@@ -34,7 +35,7 @@ from drafting.parts import LiveParts
 from drafting.table import LIVE_NAMES
 from machine.files import only_writer
 from token_adapter import AdapterConfig, TokenAdapter
-from vlm.roles import ROLES
+from vlm.roles import DRAFT, ROLES, TARGET
 from vlm.video_llava import VideoLlava
 
 
@@ -82,6 +83,25 @@ def test_every_drafter_gives_the_answers_of_transformers_and_of_plain_decoding(c
             assert run["tokens"] == len(
                 answer["tokens"]) <= sum(run["accepted"]) + len(run["accepted"])
             assert all(a <= p <= MAX_NODES for a, p in zip(run["accepted"], run["proposed"]))
+
+
+def test_the_text_of_tokens_is_told_for_answers_whose_proposals_are_not_kept_too(
+        monkeypatch, demo, task, tmp_path):
+    monkeypatch.setattr(decoding.answers, "RECORDED_ANSWERS", 1)
+    results = run_main(monkeypatch, demo, task, tmp_path, "--max_samples", "3", "--drafter", "memory")
+    assert ["passes" in answer for answer in results["answers"]] == [True, False, False]
+    tokens = {str(token) for answer in results["answers"] for token in answer["tokens"]}
+    assert tokens <= results["words"].keys()
+
+
+def test_a_model_of_another_kind_is_called_by_its_own_name(tmp_path):
+    for kind in ("video_llava", "qwen2_5_vl"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind}))
+    models = ("video_llava", "qwen2_5_vl", "gone")
+    assert [title_of(TARGET, {"name": str(tmp_path / name)}) for name in models] == [
+        "Video-LLaVA", "qwen2_5_vl", "gone"]
+    assert title_of(DRAFT, None) == "EventGPT"                       # no draft model ran
 
 
 def test_the_answers_are_those_that_extraction_wrote_for_these_clips(compared, demo):
