@@ -8,7 +8,18 @@ import re
 from base import plain
 from reports.blocks import number, percent
 from reports.html import PICTURE, name, text
-from reports.tokens import ACCEPTED, FULL, MISS, NONE, SEVERAL, UNKNOWN, Pass, Token, missed_words
+from reports.tokens import (
+    ACCEPTED,
+    FULL,
+    MISS,
+    NONE,
+    OWN,
+    SEVERAL,
+    UNKNOWN,
+    Pass,
+    Token,
+    missed_words,
+)
 
 # Who proposed -> the class of page.css
 MARKS = {"memory": "m", "adapter": "a", "draft": "d", "prompt": "q", SEVERAL: "v", UNKNOWN: "u"}
@@ -33,6 +44,11 @@ class Answer:
     @property
     def misses(self) -> int:
         return sum(token.kind == MISS for token in self.tokens)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether decode.json tells what had been proposed in place of the target's own tokens."""
+        return all(token.kind != OWN for token in self.tokens)
 
     @property
     def outcome(self) -> str:
@@ -125,7 +141,7 @@ def marked_answer(answer: Answer) -> str:
                 f'<i title="{"prefill" if number == 0 else f"pass {number}"}">{number}</i>'
             )
         parts.append(marked(token))
-    return f'<p class=words tabindex=0 aria-label="Words of the answer">{"".join(parts)}</p>'
+    return f'<p class=words tabindex=0 role=group aria-label="Words of the answer">{"".join(parts)}</p>'
 
 
 # ---------------------------------------------------------------------------------------- trees
@@ -204,10 +220,11 @@ def marked_draft(answer: Answer) -> str:
 def answer_block(answer: Answer, titles: dict[str, str]) -> str:
     run, row = answer.run, answer.row
     outcome = OUTCOMES.get(answer.outcome, "not compared")
+    misses = f"{answer.misses} misses; " if answer.is_recorded else ""
     facts = (
         f"{len(answer.tokens)} tokens in {len(run['accepted'])} passes, "
         f"{number(answer.tau)} a pass; {sum(run['accepted'])} of {sum(run['proposed'])} "
-        f"proposals accepted; {answer.misses} misses; {outcome}"
+        f"proposals accepted; {misses}{outcome}"
     )
     theirs = (
         f"<h4>{text(titles['draft'])} (the draft)</h4><p class=draft>{marked_draft(answer)}</p>"
@@ -221,13 +238,20 @@ def answer_block(answer: Answer, titles: dict[str, str]) -> str:
     )
 
 
+def outcomes_of(clip: Clip) -> list[str]:
+    """What the filter of outcomes finds the clip by: verdicts, and whether words were missed."""
+    outcomes = list(dict.fromkeys(answer.outcome or "none" for answer in clip.answers))
+    if any(answer.misses for answer in clip.answers):
+        return [*outcomes, "missed"]
+    return [*outcomes, "unmissed"] if all(answer.is_recorded for answer in clip.answers) else outcomes
+
+
 def card(clip: Clip, titles: dict[str, str], thumbnails: dict) -> str:
     """One clip as HTML, with what the filters look at."""
     row = clip.answers[0].row
-    outcomes = " ".join(dict.fromkeys(answer.outcome or "none" for answer in clip.answers))
-    missed = "missed" if any(answer.misses for answer in clip.answers) else "unmissed"
+    outcomes = text(" ".join(outcomes_of(clip)))
     return (
-        f'<article data-s="{text(row["sequence"])}" data-o="{text(outcomes)} {missed}">'
+        f'<article data-s="{text(row["sequence"])}" data-o="{outcomes}">'
         f"<h3>{name(row['sequence'])} <small>clip {name(row['clip'])}</small></h3>"
         f"{pictures_of(clip, thumbnails)}"
         f"{''.join(answer_block(answer, titles) for answer in clip.answers)}</article>"

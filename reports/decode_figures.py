@@ -24,7 +24,7 @@ RUN = {
 }
 ANSWER = {"sequence": TEXT, "clip": TEXT, "question_idx": int, "runs": dict}
 # Of the chosen drafter: what marks the words on the page.
-MARKED = {"proposed": [int], "accepted": [int]}
+MARKED = {"proposed": [int], "accepted": [int], "verdict": optional(str)}
 CHANCES = [optional((int, float, bool))]
 PASS = {"tokens": [int], "parents": optional([int]), "by": optional(dict)}
 RECORDED = {"tokens": [int], "query": TEXT, "draft_text": TEXT, "passes": optional([PASS])}

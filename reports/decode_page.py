@@ -74,13 +74,25 @@ def shown_clips(results: dict) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------ lead
+def titles_of(results: dict) -> dict[str, str]:
+    """The names of both models in sentences."""
+    return TITLES | {role: str(title) for role, title in (results.get("titles") or {}).items()}
+
+
+def clips_in(results: dict) -> str:
+    """8 clips"""
+    count = len({(str(row["sequence"]), str(row["clip"]), str(row.get("sample_id")))
+                 for row in results["answers"]})
+    return f"{count} clip{'s' if count != 1 else ''}"
+
+
 def plain_sentence(results: dict, titles: dict[str, str]) -> str:
     """What was reached, for a reader who knows nothing yet; HTML."""
     drafter, sums = results["drafter"], results["totals"]
     answers, whole = sums["answers"], whole_s(results, drafter)
     speed, verdicts = speed_ups(results, drafter), own_verdicts(results)
     target = text(titles["target"])
-    asked = f"{target} answered {answers} question{'s' if answers != 1 else ''} about driving clips"
+    asked = f"{target} answered {answers} question{'s' if answers != 1 else ''} about {clips_in(results)}"
     if verdicts:
         same = verdicts.get("exact", 0)
         asked += (
@@ -154,13 +166,9 @@ def example(clips: list[Clip], results: dict, titles: dict[str, str], thumbnails
 
 def drafter_chart(results: dict) -> str:
     runs = results["totals"]["runs"]
-    if not {"none"} < set(runs):
+    speeds = {drafter: speed for drafter in runs if (speed := speed_ups(results, drafter)["plain"])}
+    if not speeds:
         return ""
-    speeds = {
-        drafter: speed_ups(results, drafter)["plain"] or 0.0
-        for drafter in runs
-        if drafter != "none"
-    }
     ordered = dict(sorted(speeds.items(), key=lambda item: -item[1]))
     return bars("Decoding over our loop without proposals", ordered, times, results["drafter"])
 
@@ -176,7 +184,7 @@ class Parts:
 
 def body(results: dict, thumbnails: dict, parts: Parts) -> str:
     """The page of a decoding."""
-    titles = {**TITLES, **{key: str(value) for key, value in (results.get("titles") or {}).items()}}
+    titles = titles_of(results)
     answers = answers_of(results)
     clips = clips_of(answers)
     costs = from_markdown(

@@ -46,7 +46,8 @@ def explained(results: dict) -> str:
 def charts(results: dict) -> str:
     drafters = results["metrics"]["test"]["drafters"]
     best = best_drafter(results["metrics"]["test"])
-    alphas = {drafter: figures["alpha"] or 0.0 for drafter, figures in drafters.items()}
+    alphas = {drafter: figures["alpha"] for drafter, figures in drafters.items()
+              if figures["alpha"] is not None}
     taus: dict[str, list[tuple[float, float]]] = {
         drafter: [
             (float(gamma), row["tau"]) for gamma, row in figures["simulated"].items() if row["tau"]

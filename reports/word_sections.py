@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import collections
 
-from reports.clip_cards import MARKS, Answer, Clip, card, marked_draft, share
+from reports.clip_cards import MARKS, Answer, Clip, card, marked_draft, outcomes_of, share
 from reports.html import name, table, text
 from reports.svg import bars
-from reports.tokens import ACCEPTED, FULL, MISS, NONE, OWN, counted, missed_words
+from reports.tokens import (
+    ACCEPTED,
+    FULL,
+    MISS,
+    NONE,
+    OWN,
+    SEVERAL,
+    counted,
+    missed_words,
+    whole_words,
+)
 
 SHOWN_CLIPS = 100
 MAX_BYTES = 4_500_000  # of all clips on a page
@@ -72,8 +82,12 @@ def guess_section(results: dict, answers: list[Answer]) -> str:
             lambda count: f"{count} ({share(count, whole)})",
         )
         + table(["part in the decoding", "tokens", "share"], rows)
-        + "<p>Several: more than one source gave the token at least 10 %. Where the memory is sure, "
-        "the adapter is not asked.</p>"
+        + (
+            "<p>Several: more than one source gave the token at least 10 %. Where the memory is "
+            "sure, the adapter is not asked.</p>"
+            if f"{ACCEPTED}, {SEVERAL}" in counts
+            else ""
+        )
     )
 
 
@@ -95,19 +109,28 @@ def miss_section(answers: list[Answer], titles: dict[str, str]) -> str:
     in_draft: collections.Counter[str] = collections.Counter()
     instead: dict[str, collections.Counter[str]] = {}
     misses = 0
-    for answer in answers:
+    recorded = [answer for answer in answers if answer.is_recorded]
+    for answer in recorded:
         misses += answer.misses
-        for word, holds in missed_words(answer.tokens, answer.row.get("draft_text") or ""):
+        for word, holds in missed_words(answer.tokens, str(answer.row.get("draft_text") or "")):
             words[word] += 1
             in_draft[word] += holds
-    for answer in answers:
-        for token in answer.tokens:
+        for token, word in zip(answer.tokens, whole_words(answer.tokens)):
             for proposal in token.instead[:1]:
-                instead.setdefault(token.text.strip().casefold(), collections.Counter())[
-                    proposal.text.strip()
-                ] += 1
+                instead.setdefault(word, collections.Counter())[proposal.text.strip()] += 1
+    left = len(answers) - len(recorded)
+    unknown = (
+        f"<p class=note>What had been proposed is not recorded for {left} of {len(answers)} "
+        "answers.</p>"
+        if left
+        else ""
+    )
+    if not recorded:
+        return unknown
+    if not any(sum(answer.run["proposed"]) for answer in recorded):
+        return f"<p>Nothing was proposed.</p>{unknown}"
     if not misses:
-        return "<p>No miss: every word that was proposed for a place was right.</p>"
+        return f"<p>No miss: every word that was proposed for a place was right.</p>{unknown}"
     known = sum(in_draft.values())
     drafted = any(answer.row.get("draft_text") for answer in answers)
     lead = f"<p>{misses} misses, {sum(words.values())} of them in words that say something"
@@ -131,19 +154,20 @@ def miss_section(answers: list[Answer], titles: dict[str, str]) -> str:
         ]
         for word, count in words.most_common(MISSED_WORDS)
     ]
-    return lead + table(["missed word", "times", "in the draft", "proposed instead"], rows)
+    return lead + unknown + table(["missed word", "times", "in the draft", "proposed instead"], rows)
 
 
 def clip_section(clips: list[Clip], results: dict, titles: dict[str, str], thumbnails: dict) -> str:
     """All clips that fit, the worst first, with the filters."""
-    cards, size = [], 0
+    cards, shown, size = [], [], 0
     for clip in clips[:SHOWN_CLIPS]:
         html = card(clip, titles, thumbnails)
         if size + len(html.encode()) > MAX_BYTES:
             continue
         cards.append(html)
+        shown.append(clip)
         size += len(html.encode())
-    sequences = sorted({str(clip.answers[0].row["sequence"]) for clip in clips})
+    sequences = sorted({str(clip.answers[0].row["sequence"]) for clip in shown} - {""})
     options = "".join(
         f'<option value="{text(sequence)}">{name(sequence)}</option>'
         for sequence in sequences[:500]
@@ -156,10 +180,7 @@ def clip_section(clips: list[Clip], results: dict, titles: dict[str, str], thumb
         "missed": "with a miss",
         "unmissed": "without a miss",
     }
-    seen = {answer.outcome or "none" for clip in clips for answer in clip.answers} | {
-        "missed",
-        "unmissed",
-    }
+    seen = {outcome for clip in shown for outcome in outcomes_of(clip)}
     kinds = "".join(
         f'<option value="{key}">{says}</option>' for key, says in outcomes.items() if key in seen
     )

@@ -13,7 +13,7 @@ from reports import clip_cards, decode_report, word_sections
 from reports.decode_page import THUMBNAILS, answers_of, clips_of, shown_clips
 from reports.html import PAGE, digest, inline, table
 from reports.tokens import ACCEPTED, FULL, MISS, NONE, counted, missed_words
-from tests.reports.test_decode_report import answers, decoding, ran
+from tests.reports.test_decode_report import TIE, answers, decoding, ran
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)>\u202e'&amp;{{7*7}}\x07"
 WORDS = {
@@ -146,6 +146,32 @@ def test_missed_words_in_the_draft_are_named(tmp_path):
     assert "1 of these stand in EventGPT’s own answer" in text and "2 misses" in text
 
 
+def test_a_missed_word_of_several_tokens_is_shown_with_what_was_proposed_instead(tmp_path):
+    page = written(tmp_path, words={**WORDS, "2": " bu", "3": "ses"})
+    row = page.split("<td>buses</td>")[1].split("</tr>")[0]
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", row) == ["2", "0", "car, truck"]
+
+
+def test_a_speed_that_was_not_measured_is_no_bar(tmp_path):
+    chart = "Decoding over our loop without proposals"
+    assert f"<figcaption>{chart}" in written(tmp_path)
+    rows = [recorded(), recorded(clip=8)]
+    for row in rows:
+        row["runs"]["none"] |= {"draft_s": 0.0, "verify_s": 0.0}
+    page = written(tmp_path, rows=rows)
+    assert f"<figcaption>{chart}" not in page and "0.00x" not in page
+
+
+def test_the_filters_offer_what_the_shown_clips_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(word_sections, "SHOWN_CLIPS", 1)
+    quick = recorded(sequence="bern_01_a")
+    quick["runs"]["hybrid"] |= {"proposed": [6], "accepted": [6], **TIE}
+    quick["passes"] = [{"tokens": [0, 1, 2, 3, 4, 5]}]
+    page = written(tmp_path, rows=[recorded(), quick])
+    assert re.findall(r"<option value=\"([^\"]*)\">", page.split("<form")[1].split("</form>")[0]) == [
+        "", "thun_00_a", "", "exact", "missed"]
+
+
 def test_proposals_are_shown_as_a_tree(tmp_path):
     tree = written(tmp_path).split("<details class=tree>")[1].split("</details>")[0]
     assert "<li><b>✓ A bus</b><ul><li><s>car</s></li></ul></li><li><s>car</s></li>" in tree
@@ -205,6 +231,9 @@ def test_a_file_of_an_older_version_gives_a_page(tmp_path, form):
     page = written(tmp_path, rows=answers(), format=form, words={})
     assert page.count("<article") == 3
     assert "accepted" in page and "own, proposals not recorded" in page
+    # what was missed is unknown there, and not nothing
+    assert "is not recorded for 2 of 2 answers" in page
+    assert "No miss" not in page and "0 misses" not in page and "unmissed" not in page
 
 
 def test_a_clip_with_several_questions_is_one_card(tmp_path):
@@ -322,6 +351,7 @@ def test_the_bound_of_shown_clips_holds():
         (lambda r: r["answers"][0].update(tokens=[1]), "don't fit together"),
         (lambda r: r["answers"][0]["passes"][3].update(tokens=[0] * 5000), "5000 proposals of one pass"),
         (lambda r: r["answers"][0]["runs"]["hybrid"].pop("accepted"), "accepted is NoneType"),
+        (lambda r: r["answers"][0]["runs"]["hybrid"].update(verdict=["exact"]), "verdict is list"),
     ],
 )
 def test_a_damaged_file_is_one_clear_error(tmp_path, change, where):
