@@ -19,7 +19,7 @@ from reports.decode_figures import (
     stages,
     whole_s,
 )
-from reports.html import from_markdown, glossary, name, section, text
+from reports.html import LONGEST_NAME, from_markdown, glossary, name, section, text
 from reports.svg import bars, columns, stacked
 from reports.tokens import passes_of, tokens_of, words_of
 from reports.tree_section import tree_section
@@ -76,7 +76,8 @@ def shown_clips(results: dict) -> list[str]:
 # ------------------------------------------------------------------------------------------ lead
 def titles_of(results: dict) -> dict[str, str]:
     """The names of both models in sentences."""
-    return TITLES | {role: str(title) for role, title in (results.get("titles") or {}).items()}
+    given = results.get("titles") or {}
+    return TITLES | {role: str(title)[:LONGEST_NAME] for role, title in given.items()}
 
 
 def clips_in(results: dict) -> str:

@@ -160,6 +160,19 @@ def test_a_narrow_page_is_not_wider_than_its_screen_and_can_be_read(browser, rep
     assert is_quiet(tab)
 
 
+def test_print_is_dark_on_white_with_sections_open_and_trees_closed(browser, report):
+    tab = browser.open(report, dark=True)
+    dark = {"name": "prefers-color-scheme", "value": "dark"}
+    tab.command("Emulation.setEmulatedMedia", media="print", features=[dark])
+    assert tab.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert tab.value(CONTRAST) >= 4.5
+
+    def seen(selector: str) -> bool:
+        return tab.value(f"document.querySelector('{selector}').checkVisibility()")
+
+    assert seen("#more table") and not seen("details.tree .pass")
+
+
 def test_without_script_the_clips_are_there_and_the_filters_are_not(browser, report):
     tab = browser.open(report, script=False)
     root = tab.command("DOM.getDocument")["root"]["nodeId"]

@@ -330,6 +330,13 @@ def test_one_page_over_several_tasks_links_to_theirs(tmp_path, monkeypatch, caps
     assert summary.count("| 10/10 |") == 2 and "- 1s\\_a/RESULTS.md" in summary
 
 
+def test_a_long_name_does_not_cover_the_figures_of_a_chart(tmp_path):
+    task = write_task(tmp_path / "a", name="x" * 300)
+    program.summary([task], html=True)
+    labels = re.findall(r"<text x=[^>]*>(x+…?)</text>", (tmp_path / PAGE).read_text())
+    assert labels == ["x" * 44 + "…"]
+
+
 def test_hostile_texts_of_a_task_stay_text_on_its_page(tmp_path):
     results = json.loads((write_task(tmp_path) / "results.json").read_text())
     results |= {"task": HOSTILE, "warnings": [HOSTILE], "date": HOSTILE}
