@@ -171,6 +171,10 @@ def test_print_is_dark_on_white_with_sections_open_and_trees_closed(browser, rep
         return tab.value(f"document.querySelector('{selector}').checkVisibility()")
 
     assert seen("#more table") and not seen("details.tree .pass")
+    paper = {"width": 680, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    tab.command("Emulation.setDeviceMetricsOverride", **paper)
+    widths = "[...document.querySelectorAll('.wide, pre')].map((one) => one.scrollWidth - one.clientWidth)"
+    assert max(tab.value(widths)) <= 0                         # no column is cut off
 
 
 def test_without_script_the_clips_are_there_and_the_filters_are_not(browser, report):
