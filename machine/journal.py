@@ -81,6 +81,8 @@ class JournalFile:
             offset = self.counts.end = len(first)
             while offset < size:
                 line = file.readline(min(size - offset, MAX_LINE))      # a longer line: in parts
+                if not line:               # its writer cut off what it had not finished
+                    break
                 if (value := self._judge(line, offset)) is not None:
                     yield offset, value
                 offset += len(line)

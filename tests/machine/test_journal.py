@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 
 import pytest
 
@@ -228,6 +229,20 @@ def test_a_second_first_line_in_the_first_format_ends_what_is_believed(tmp_path)
 
 
 # ----------------------------------------------------------------------------- endless and growing
+def test_a_journal_that_its_writer_cuts_while_another_reads_it_ends_there(tmp_path):
+    file, _ = opened(tmp_path / "journal")
+    places = file.append([{"n": n, "pad": "x" * 50_000} for n in range(5)])
+    file.close()
+    reader = JournalFile(tmp_path / "journal", is_entry)
+    values, rest = reader.lines(), []
+    assert next(values)[1]["n"] == 0
+    os.truncate(tmp_path / "journal", places[3])
+    thread = threading.Thread(target=lambda: rest.extend(values), daemon=True)
+    thread.start()
+    thread.join(20)                                  # it may not read on for ever
+    assert [value["n"] for _, value in rest] == [1, 2]
+
+
 def test_an_endless_line_takes_no_memory(five, monkeypatch):
     """Real bounds are megabytes; the file of 20 GiB is sparse, so that a line of it is zeros."""
     monkeypatch.setattr(module, "MAX_LINE", 200)
