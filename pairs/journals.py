@@ -143,8 +143,12 @@ def finish_removal(output_file: Path) -> None:
 
 
 def discard(output_file: Path) -> None:
-    """Remove the journals of this output, if there are any: that of the first process last."""
+    """Remove the journals of this output, if there are any: that of the first process last.
+
+    A mark that an earlier output is whole goes too: it says nothing of the journals to come.
+    """
     remove_others(output_file)
+    merged_mark(output_file).unlink(missing_ok=True)
     path = Journal.path_of(output_file)
     check_plain(path, follow=False)
     path.unlink(missing_ok=True)
