@@ -201,7 +201,15 @@ def decode(config: DecodeConfig, team: Work) -> dict | None:
     from decoding.drafts import drafters_of
     from decoding.results import results_folder, results_of, write_results
     from decoding.task import check_tokenizers, read_task
-    from decoding.together import agree, check_one_disk, clips_of, gather, other_journals, remove_journals
+    from decoding.together import (
+        agree,
+        check_one_disk,
+        clips_of,
+        discard_together,
+        gather,
+        other_journals,
+        remove_journals,
+    )
     from machine.device import Runtime, gpu_of
 
     task = read_task(config.task, config.memory or [])
@@ -220,7 +228,9 @@ def decode(config: DecodeConfig, team: Work) -> dict | None:
     agree(team, settings, clips.content)
     team.differ("the GPU", gpu_of(runtime.device))
     folder = config.output_folder or hidden_folder(task.folder, settings)
-    with (open_journal(folder, settings, clips.content, config.restart, rank) as journal,
+    if config.restart:
+        discard_together(team, folder)
+    with (open_journal(folder, settings, clips.content, rank) as journal,
           tracking("none" if rank else config.tracker, config.output_folder or task.folder,
                    f"{task.folder.resolve().name} decode {now().replace(':', '')}", settings) as tracker):
         goes_on_with([word for word in launch_command() if word != "--restart"])

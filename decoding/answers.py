@@ -103,7 +103,9 @@ class Answering:
 
         drafts: tokens and seconds of the draft model by clip and question.
         """
-        progress = Progress("decode | answers", len(drafts), len(self.journal.answers), "answers")
+        answers = self.journal.answers
+        of_others = len(answers.keys() - drafts.keys())          # of other processes' sequences
+        progress = Progress("decode | answers", len(drafts), len(answers) - of_others, "answers")
         with finishing("the answer in hand is decoded") as stopping:
             for sample, pixels in self.clips.read(self.role, self.model, self.unanswered(drafts)):
                 for number, text in enumerate(self.clips.questions):
@@ -112,7 +114,7 @@ class Answering:
                     if is_open and not stopping():
                         self._enter(sample.sequence)
                         self._try(question, *drafts[question.place])
-                        progress.update(len(self.journal.answers))
+                        progress.update(len(answers) - of_others)
                         self.track({"answer": figures_of(self.journal.answers.get(question.place))},
                                    len(self.journal.answers))
                 if stopping():

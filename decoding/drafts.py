@@ -78,8 +78,10 @@ class Drafting:
         """Answer every question that has no draft. After a signal only the answer in hand is
         finished.
         """
-        total = len(self.clips.samples) * len(self.clips.questions)
-        progress = Progress("decode | drafts", total, len(self.journal.drafts), "answers")
+        drafts, total = self.journal.drafts, len(self.clips.samples) * len(self.clips.questions)
+        keys = {sample.key for sample in self.clips.samples}
+        of_others = sum(key not in keys for key, _ in drafts)    # of other processes' sequences
+        progress = Progress("decode | drafts", total, len(drafts) - of_others, "answers")
         with finishing("the answer in hand is decoded") as stopping:
             for sample, pixels in self.clips.read(self.role, self.model, self.todo):
                 if self.journal.draft_costs_ms is None and not stopping():
@@ -92,7 +94,7 @@ class Drafting:
                 for number, question in enumerate(self.clips.questions):
                     if (sample.key, number) not in self.journal.drafts and not stopping():
                         self._answer(sample, pixels, number, question)
-                        progress.update(len(self.journal.drafts))
+                        progress.update(len(drafts) - of_others)
                 if stopping():
                     return
 

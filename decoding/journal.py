@@ -71,18 +71,14 @@ def journal_of(folder: Path, rank: int = 0) -> Path:
 
 
 @contextlib.contextmanager
-def open_journal(folder: Path, settings: dict, content: dict, restart: bool,
+def open_journal(folder: Path, settings: dict, content: dict,
                  rank: int = 0) -> Iterator[DecodingJournal]:
     """The journal of this rank in this folder, which no other process writes meanwhile. One that
     holds nothing is not kept.
-
-    restart: throw away what an earlier start left.
     """
     make_folder(folder)
     with only_writer(folder / f"rank{rank}" if rank else folder):
         path = journal_of(folder, rank)
-        if restart:
-            path.unlink(missing_ok=True)
         try:
             with DecodingJournal(path, settings, content) as journal:
                 try:
@@ -110,9 +106,9 @@ class DecodingJournal:
         files.
         """
         self.path, self.file = path, JournalFile(path, is_entry)
-        self.settings = settings
+        self.settings, self.content = settings, content
         self._read()
-        self._check(settings, content)
+        check_head(path, self.file.head, bool(self.drafts or self.answers), settings, content)
         before = (self.file.head or {}).get("clips", {})
         clips = {model: {**before.get(model, {}), **digests} for model, digests in content.items()}
         if self.file.begin({"settings": settings, "clips": {**before, **clips}}):
@@ -162,9 +158,10 @@ class DecodingJournal:
         for path in paths:
             file = JournalFile(path, is_entry)
             entries = [entry for _, entry in file.lines()]
-            if file.head and (differs := differences(file.head.get("settings", {}), self.settings)):
-                raise UserError(f"{path} is the journal of another decoding ({differs}); give that "
-                                f"command again, choose another --output_folder, or {START_AFRESH}")
+            is_used = any(next(iter(entry)) in ("draft", "answer") for entry in entries)
+            check_head(path, file.head, is_used, self.settings, self.content)
+            if not is_used:
+                continue
             for entry in entries:
                 kind = next(iter(entry))
                 known = kind == "model" and entry["model"] in self.facts
@@ -173,26 +170,6 @@ class DecodingJournal:
                     self._take(entry)
 
     # ------------------------------------------------------------------------------------ going on
-    def _check(self, settings: dict, content: dict[str, dict[str, str]]) -> None:
-        head = self.file.head or {}
-        there, before = head.get("settings", {}), head.get("clips", {})
-        if not isinstance(there, dict) or not is_content(before):
-            raise UserError(f"{self.path} is no journal of a decoding; {START_AFRESH}")
-        if not self.drafts and not self.answers:
-            return
-        changed = sorted({
-            key for model, digests in before.items() for key, digest in digests.items()
-            if content.get(model, {}).get(key, digest) != digest
-        })
-        reasons = [differences(there, settings)]
-        if changed:
-            reasons.append(f"the files of {len(changed)} clips have changed, the first: "
-                           f"{changed[0]}")
-        if differs := "; ".join(filter(None, reasons)):
-            raise UserError(
-                f"{self.path} is the journal of another decoding ({differs}); give that command "
-                f"again, choose another --output_folder, or {START_AFRESH}")
-
     def check_revision(self, role: Role, name: str, revision: str) -> None:
         """A UserError where answers are there that a model of another revision gave."""
         recorded = self.facts.get(role.name, {}).get("revision")
@@ -221,6 +198,30 @@ class DecodingJournal:
         if kind is not None and (self.drafts or self.answers):
             log(f"decode | {len(self.drafts)} drafts and {len(self.answers)} answers are kept in "
                 f"{self.path}; the same command goes on from there")
+
+
+def check_head(path: Path, head: dict, is_used: bool, settings: dict,
+               content: dict[str, dict[str, str]]) -> None:
+    """A UserError unless what stands behind this first line was decoded of these files with these
+    settings.
+
+    is_used: whether drafts or answers stand there.
+    """
+    there, before = head.get("settings", {}), head.get("clips", {})
+    if not isinstance(there, dict) or not is_content(before):
+        raise UserError(f"{path} is no journal of a decoding; {START_AFRESH}")
+    if not is_used:
+        return
+    changed = sorted({
+        key for model, digests in before.items() for key, digest in digests.items()
+        if content.get(model, {}).get(key, digest) != digest
+    })
+    reasons = [differences(there, settings)]
+    if changed:
+        reasons.append(f"the files of {len(changed)} clips have changed, the first: {changed[0]}")
+    if differs := "; ".join(filter(None, reasons)):
+        raise UserError(f"{path} is the journal of another decoding ({differs}); give that command "
+                        f"again, choose another --output_folder, or {START_AFRESH}")
 
 
 def is_content(value: object) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from base import UserError
 from decoding.clips import Clips
 from decoding.journal import DecodingJournal, journal_of
+from machine.files import make_folder, only_writer
 from machine.team import Work, share_of
 
 
@@ -51,6 +52,19 @@ def other_journals(folder: Path, rank: int) -> list[Path]:
     pattern = re.compile(rf"{re.escape(first.stem)}\.rank\d+\.jsonl")
     paths = [first, *(path for path in sorted(folder.iterdir()) if pattern.fullmatch(path.name))]
     return [path for path in paths if path.exists() and path != own]
+
+
+def discard_together(team: Work, folder: Path) -> None:
+    """Remove the journals of all ranks in this folder before a process begins a new one."""
+    team.from_first("discarded", lambda: discard(folder))
+
+
+def discard(folder: Path) -> str:
+    make_folder(folder)
+    with only_writer(folder):
+        for path in (*other_journals(folder, 0), journal_of(folder)):
+            path.unlink(missing_ok=True)
+    return "discarded"
 
 
 def gather(team: Work, clips: Clips, own: Clips, journal: DecodingJournal, folder: Path) -> None:

@@ -7,7 +7,9 @@ import pytest
 
 from base import UserError
 from decoding.journal import DecodingJournal, hidden_folder, is_entry, journal_of, open_journal
+from decoding.together import discard_together
 from drafting.memory import load_memory, save_memory
+from machine.team import Alone
 
 SETTINGS, CONTENT = {"gamma": "auto"}, {"eventgpt": {"town/1": "a"}, "videollava": {"town/1": "b"}}
 RUN = {
@@ -85,17 +87,35 @@ def test_what_is_no_entry(entry):
 
 def test_a_journal_that_holds_nothing_is_not_kept(tmp_path):
     folder = hidden_folder(tmp_path, SETTINGS)
-    with pytest.raises(KeyError), open_journal(folder, SETTINGS, CONTENT, restart=False) as journal:
+    with pytest.raises(KeyError), open_journal(folder, SETTINGS, CONTENT) as journal:
         assert journal_of(folder).exists()
         raise KeyError
     assert not folder.exists()
-    with pytest.raises(KeyError), open_journal(folder, SETTINGS, CONTENT, restart=False) as journal:
+    with pytest.raises(KeyError), open_journal(folder, SETTINGS, CONTENT) as journal:
         journal.add(ENTRIES[1])
         raise KeyError
     assert journal_of(folder).exists()
-    with open_journal(folder, SETTINGS, CONTENT, restart=True) as journal:
+    with DecodingJournal(journal_of(folder, 2), SETTINGS, CONTENT) as journal:
+        journal.add(ENTRIES[1])
+    discard_together(Alone(), folder)                # --restart: what processes of all ranks left
+    assert {path.name for path in folder.iterdir()} == {".lock"}
+    with open_journal(folder, SETTINGS, CONTENT) as journal:
         assert not journal.drafts
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(("settings", "content", "message"), [
+    ({"gamma": 4}, CONTENT, r"another decoding \(gamma: "),
+    (SETTINGS, {**CONTENT, "eventgpt": {"town/1": "c"}}, "files of 1 clips have changed")])
+def test_what_another_process_left_is_taken_up_only_of_the_same_decoding(
+        tmp_path, settings, content, message):
+    fill(tmp_path / "other")
+    with DecodingJournal(tmp_path / "same", SETTINGS, CONTENT) as journal:
+        journal.take_up([tmp_path / "other"])
+        assert journal.drafts and journal.answers
+    with DecodingJournal(tmp_path / "own", settings, content) as journal, \
+            pytest.raises(UserError, match=message):
+        journal.take_up([tmp_path / "other"])
 
 
 def test_a_memory_has_a_format_and_one_without_goes_on_loading(tmp_path):
