@@ -38,7 +38,7 @@ class Setting:
 
 
 # What files of earlier versions, which do not name these settings, were made with.
-EARLIER_SETTINGS = {"draft_sees": "events"}
+EARLIER_SETTINGS = {"draft_sees": "events", "fresh_sequences": False}
 
 
 def differences(there: dict, wanted: dict) -> str:
