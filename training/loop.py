@@ -236,8 +236,8 @@ def train_epoch(trainer: Trainer, tokens: TokenTensors, generator: torch.Generat
             on_step()
         trainer.group.sum([figures])
         losses, right = figures.T.tolist()
-    trainer.group.check_equal(trainer.weights)
     check_finite(losses)
+    trainer.group.check_equal(trainer.weights)
     return float(np.average(losses, weights=positions)), sum(right) / int(tokens.lengths.sum())
 
 

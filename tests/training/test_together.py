@@ -3,6 +3,7 @@
 import copy
 import json
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +12,10 @@ import torch
 
 from acceptance.tensors import TokenTensors, predict
 from tests.acceptance.builders import pairs_of
-from tests.launch import Launch
+from tests.launch import Launch, has_ended
 from tests.training.test_training import VOCAB, small_adapter
 from training import together
-from training.loop import Trainer, train_epoch
+from training.loop import Diverged, Trainer, train_epoch
 from training.together import Group, Validation
 
 PROGRAM = "train_and_evaluate.py"
@@ -84,6 +85,23 @@ def test_a_step_of_several_is_that_of_one(in_threads, conditioning, world):
         assert all(map(torch.equal, weights, processes[0][1]))
 
 
+def test_weights_that_are_no_numbers_are_a_diverged_training_in_all_processes(in_threads):
+    made = small_adapter("prefix", dropout=0.0)
+    with torch.no_grad():
+        made.output()[1].fill_(torch.nan)
+
+    def work(group: Group) -> str:
+        trainer = Trainer(copy.deepcopy(made), batch_size=4, rate=1e-2, steps=8)
+        trainer.group = group
+        group.check_equal(trainer.weights)           # NaN in all is no difference
+        with pytest.raises(Diverged, match="the loss became nan in step 1"):
+            train_epoch(trainer, TokenTensors.of(some_pairs(8), 8, torch.device("cpu")),
+                        torch.Generator().manual_seed(1))
+        return "diverged"
+
+    assert in_threads(work, 2) == ["diverged"] * 2
+
+
 @pytest.mark.parametrize(("rows", "world"), [(7, 2), (7, 3), (2, 3)])
 def test_every_validation_row_is_counted_once(in_threads, rows, world):
     pairs, adapter = some_pairs(rows), small_adapter("prefix", dropout=0.0)
@@ -103,7 +121,8 @@ def test_two_gloo_processes_train_like_one_and_go_on_as_three(warm, files, tmp_p
     assert warm.wait(warm.start([*flags, "--task_folder", alone], log, PROGRAM)) == 0
     launch = Launch(warm, 2, log, PROGRAM).start(*flags, "--task_folder", several)
     while not (several / "resume.pt").exists() and not (several / "RESULTS.md").exists():
-        assert launch.processes
+        assert not has_ended(launch.processes[0]), log.read_text()
+        time.sleep(0.005)
     launch.kill(1)
     codes = launch.wait()
     if any(codes):                     # else it was through before it could be killed
