@@ -296,12 +296,13 @@ def open_store(ranks: Ranks) -> Store:
     from machine.device import see_own_gpu
 
     see_own_gpu(ranks)
-    if ranks.launcher != "torchrun":
-        host, port = meeting_place(ranks, os.environ)
-        os.environ.update({"MASTER_ADDR": host, "MASTER_PORT": str(port), **dict(zip(
-            TORCHRUN, map(str, (ranks.rank, ranks.world, ranks.local_rank, ranks.local_world))))})
     timeout = datetime.timedelta(seconds=MEETING_S)
     try:
+        if ranks.launcher != "torchrun":
+            host, port = meeting_place(ranks, os.environ)
+            numbers = ranks.rank, ranks.world, ranks.local_rank, ranks.local_world
+            os.environ.update({"MASTER_ADDR": host, "MASTER_PORT": str(port),
+                               **dict(zip(TORCHRUN, map(str, numbers)))})
         with stopped_at_once():
             store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     except (RuntimeError, ValueError) as error:

@@ -10,7 +10,7 @@ from base import UserError
 from machine import team as team_module
 from machine.ranks import Ranks
 from machine.running import Stopped
-from machine.team import Alone, Team, bounds_of, share_of
+from machine.team import Alone, Team, bounds_of, open_store, share_of
 
 team_module.SPEAK_S = 0.1
 
@@ -119,6 +119,13 @@ def test_nobody_waits_for_one_that_has_died(monkeypatch):
 
     results = together(work)
     assert "rank 1 has not been heard of" in str(results[0])
+
+
+def test_a_port_that_is_no_number_is_a_mistake_of_the_user(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "x")
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+    with pytest.raises(UserError, match=r"can't meet the others at .*: invalid literal"):
+        open_store(Ranks(0, 2, 0, 2, "mpirun"))
 
 
 def test_a_report_sums_what_all_have_told():
