@@ -58,6 +58,10 @@ class Launch:
             time.sleep(0.01)
         return [self.codes[rank] for rank in range(self.world)]
 
+    def check_running(self) -> None:
+        """Assert that no process has ended: what the caller waits for may still come."""
+        assert not any(map(has_ended, self.processes.values())), self.log.read_text()
+
     def signal_others(self, rank: int) -> None:
         time.sleep(0.1)                              # torchrun looks ten times a second
         for other in self.processes.keys() - self.codes.keys() - {rank}:

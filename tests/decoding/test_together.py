@@ -1,7 +1,6 @@
 """Several processes decode together: whole sequences each, the figures of one process for each."""
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def test_two_processes_decode_what_one_decodes_and_one_goes_on_after_a_kill(
     launch = Launch(warm, 2, log, PROGRAM).start(*flags)
     second = several / ".journal.rank1.jsonl"
     while not second.exists() or b'"answer":' not in second.read_bytes():
-        assert all(os.path.exists(f"/proc/{process}") for process in launch.processes.values())
+        launch.check_running()
         time.sleep(0.005)
     launch.kill(0)
     launch.wait()

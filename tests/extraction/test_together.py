@@ -12,7 +12,7 @@ import pytest
 from pairs.journal import Journal
 from pairs.journals import journals_of
 from tests.conftest import Demo
-from tests.launch import Launch
+from tests.launch import Launch, has_ended
 from tests.warm import Warm
 
 CLIPS = 8
@@ -157,6 +157,7 @@ def test_a_journal_of_another_data_set_is_named(demo, warm, copy, tmp_path):
     output, log = tmp_path / "out.json", tmp_path / "log"
     process = warm.start([*flags_of(demo, output), "--dataset_dir", copy], log)
     while len(answers(output)) < 2:
+        assert not has_ended(process), log.read_text()
         time.sleep(0.005)
     os.kill(process, signal.SIGKILL)
     warm.wait(process)
