@@ -113,7 +113,7 @@ def answer(ledger: Ledger, model: VisionLanguageModel, facts: dict, pace: Pace,
     read = functools.partial(role.pictures, view=view)
     job = Job(role.name, read, questions, pace.max_new_tokens, pace.num_workers)
     answering = Answering(model, job, at_once, ledger)
-    answering.first_answers.usable = ledger.done > 0         # in an earlier start
+    answering.first_answers.usable = ledger.start > 0        # in an earlier start
     answering.run(dealt)
     final = dict(facts)
     if answering.size < at_once:                             # memory was short

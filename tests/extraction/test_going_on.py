@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import vlm.contract
 from base import UserError
 from clips.limits import MediaError
 from extraction import output as output_module
@@ -74,6 +75,25 @@ def test_a_stopped_run_goes_on_where_it_was(extract, tmp_path, monkeypatch):
     answers = [(e["model"], e["key"]) for entries in calls for e in entries if "key" in e]
     # Only the torn one was answered twice
     assert len(answers) == len(set(answers)) + 1
+
+
+def test_a_model_that_answered_in_an_earlier_start_may_fail_first_in_the_next(extract, monkeypatch):
+    monkeypatch.setattr(vlm.contract, "FAILURES_AT_START", 1)
+    answer, calls = Batches.answer, []
+
+    def answer_or_fail(batches, pixels, *how):
+        calls.append(len(pixels))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        if len(calls) == 4:
+            return lambda: [vlm.contract.NotNumbers("float32")] * len(pixels)
+        return answer(batches, pixels, *how)
+
+    monkeypatch.setattr(Batches, "answer", answer_or_fail)
+    with pytest.raises(KeyboardInterrupt):
+        extract("--batch_size", 1)
+    resumed = extract("--batch_size", 1)
+    assert len(rows_of(resumed)) == 4 and len(resumed["failed"]) == 1
 
 
 def test_a_finished_output_is_not_touched_again(extract, tmp_path):
