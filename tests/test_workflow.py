@@ -277,7 +277,22 @@ def test_own_data_with_a_draft_model_also_trains_in_draft_conditioning(tmp_path)
         "tokens", "tokens", "own_draft", "own"]
 
 
+@pytest.mark.parametrize(("settings", "processes"), [
+    ({"CUDA_VISIBLE_DEVICES": "0,GPU-b, 5"}, 3), ({"CUDA_VISIBLE_DEVICES": ""}, 1),
+    ({"CUDA_VISIBLE_DEVICES": "0,1", "EXTRACT_FLAGS": "--device cuda:1"}, 1),
+    ({"CUDA_VISIBLE_DEVICES": "0,1", "NUM_PROCESSES": "4"}, 4)])
+def test_each_visible_gpu_has_a_process_that_extracts(tmp_path, settings, processes):
+    run_on_own_data(Stubbed(tmp_path), **settings)
+    lines = [line.split("\x1f") for line in (tmp_path / "words").read_text().splitlines()]
+    launcher = f"-m torch.distributed.run --standalone --nproc_per_node {processes}".split()
+    extractions = [line[len(launcher) * (processes > 1):] for line in lines[:2]]
+    assert all(line[0] == "extract_tokens_train.py" for line in extractions)
+    assert all(line[:5] == launcher for line in lines[:2]) == (processes > 1)
+    assert [line[0] for line in lines[2:]] == ["train_and_evaluate.py", "speculative_decode.py"]
+
+
 @pytest.mark.parametrize(("settings", "reason"), [
+    ({"NUM_PROCESSES": "0"}, "wanted 1 or more"),
     ({"TEST_DATA": ""}, "wanted two folders of clips"), ({"TEST_DATA": "nowhere"}, "wanted two folders"),
     ({"DSEC_ROOT": "test"}, "leave out DSEC_ROOT"), ({"EVENTGPT": "nowhere"}, "no such folder")])
 def test_own_data_that_can_not_be_run_is_one_line(tmp_path, settings, reason):
