@@ -1,6 +1,7 @@
 """Several processes decode together: whole sequences each, the figures of one process for each."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def test_two_processes_decode_what_one_decodes_and_one_goes_on_after_a_kill(
     # More processes than sequences: one is without work
     assert Launch(warm, 4, log, PROGRAM).start(*flags).wait() == [0] * 4, log.read_text()
     assert read(several) == read(alone) and kept
+    counts = re.findall(r"decode \| (?:drafts|answers) \| (\d+)/(\d+)", log.read_text())
+    assert counts and all(int(done) <= int(total) for done, total in counts), counts
     assert {path.name for path in several.glob(".*")} == {".lock"}
     flags = flags_of(demo, task, "--output_folder", tmp_path / "none", "--shuffle")
     assert any(Launch(warm, 2, log, PROGRAM).start(*flags).wait())
