@@ -198,18 +198,10 @@ def decode(config: DecodeConfig, team: Work) -> dict | None:
     """Decode, as one of the team's processes. The content of decode.json; None but in the first."""
     import torch
 
+    from decoding import together
     from decoding.drafts import drafters_of
     from decoding.results import results_folder, results_of, write_results
     from decoding.task import check_tokenizers, read_task
-    from decoding.together import (
-        agree,
-        check_one_disk,
-        clips_of,
-        discard_together,
-        gather,
-        other_journals,
-        remove_journals,
-    )
     from machine.device import Runtime, gpu_of
 
     task = read_task(config.task, config.memory or [])
@@ -225,23 +217,23 @@ def decode(config: DecodeConfig, team: Work) -> dict | None:
         beside = Runtime.choose(config.draft_device, config.dtype, config.quantization)
     clips.content = content_of(clips.samples, roles, config.view)
     settings, rank = settings_of(config, task, clips.questions, runtime), team.ranks.rank
-    agree(team, settings, clips.content)
+    together.agree(team, settings, clips.content)
     team.differ("the GPU", gpu_of(runtime.device))
     folder = config.output_folder or hidden_folder(task.folder, settings)
     if config.restart:
-        discard_together(team, folder)
+        together.discard_together(team, folder)
     with (open_journal(folder, settings, clips.content, rank) as journal,
           tracking("none" if rank else config.tracker, config.output_folder or task.folder,
                    f"{task.folder.resolve().name} decode {now().replace(':', '')}", settings) as tracker):
         goes_on_with([word for word in launch_command() if word != "--restart"])
-        check_one_disk(team, folder)
-        journal.take_up(other_journals(folder, rank))
+        together.check_one_disk(team, folder)
+        journal.take_up(together.other_journals(folder, rank))
         for role, revision in revisions.items():
             journal.check_revision(role, str(getattr(config, role.flag)), revision)
-        mine = clips_of(clips, team)
+        mine = together.clips_of(clips, team)
         stages = Stages(task, mine, journal, drafters, runtime, beside, tracker)
         parallel = decode_all(config, stages, draft_all(config, stages)) if mine.samples else None
-        gather(team, clips, mine, journal, folder)
+        together.gather(team, clips, mine, journal, folder)
         if rank:
             return None
         if not journal.answers:
@@ -250,7 +242,7 @@ def decode(config: DecodeConfig, team: Work) -> dict | None:
         results = results_of(task, clips, journal, parallel, facts_of(config, settings))
         tracker.log({"all": tracked_figures(results)})
         write_results(results_in, results, clips, config.plots)
-        remove_journals(journal, folder)
+        together.remove_journals(journal, folder)
         return results
 
 
