@@ -63,7 +63,7 @@ LAUNCHERS_FLAGS = {
     "nproc_per_node", "nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "standalone",
     "cpu", "num_processes", "multi_gpu", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task",
     "signal", "requeue", "open-mode", "time", "kill-on-bad-exit", "job-name", "output", "master_addr",
-    "master_port", "array"}
+    "master_port", "array", "ntasks"}
 
 
 def test_every_flag_in_the_pages_exists():
