@@ -40,6 +40,7 @@ DECODING = {
     }, "provenance": {"argv": [str], "git_commit": TEXT, "versions": dict}
 }
 FAILED = {"sequence": TEXT, "clip": TEXT, "sample_id": TEXT, "model": TEXT, "reason": TEXT}
+MOST_ACCEPTED = 1000           # proposals of one pass; a damaged file could name any number
 STAGES = ("EventGPT", "vision and prefill", "vision and prompt", "prefill", "drafting",
           "decoding, verifying")
 
@@ -207,7 +208,10 @@ def pass_ms(results: dict) -> dict[int, float]:
 def accepted_lengths(results: dict) -> dict[int, int]:
     """Passes of the chosen drafter by the number of accepted proposals, from 0 to the largest."""
     passes = results["totals"]["runs"][results["drafter"]]["accepted_lengths"]
-    return {length: passes.get(str(length), 0) for length in range(max(map(int, passes)) + 1)}
+    largest = max(map(int, passes))
+    if largest > MOST_ACCEPTED:
+        raise ValueError(f"a pass of {largest} accepted proposals, wanted at most {MOST_ACCEPTED}")
+    return {length: passes.get(str(length), 0) for length in range(largest + 1)}
 
 
 def has_draft_model(results: dict) -> bool:

@@ -547,3 +547,10 @@ def test_each_of_several_questions_has_its_own_figures(tmp_path):
     assert r"| And \| now? | 1 | 2.00 | 40.0 % | 2.00x |" in text
     assert "By question: hybrid" in (tmp_path / PAGE).read_text()
     assert "By question" not in page(tmp_path)
+
+
+def test_a_damaged_count_of_accepted_proposals_is_one_line(tmp_path):
+    results = decoding()
+    results["totals"]["runs"]["hybrid"]["accepted_lengths"]["999999999"] = 1
+    with pytest.raises(UserError, match="a pass of 999999999 accepted proposals"):
+        page(tmp_path, totals=results["totals"])
