@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from drafting.contract import matching
 from drafting.steps import AdapterSteps
 from machine.graphs import capture
 
@@ -109,8 +108,7 @@ class BranchSteps:
         with_row: the last one is read again where the row after it is not known.
         """
         steps = self.steps
-        same = matching(steps.fed, self.prefix)
-        steps.known = {place: row for place, row in steps.known.items() if place <= same}
+        same = steps.keep_shared(self.prefix)
         steps.fed = self.prefix
         if with_row and len(self.prefix) not in steps.known:
             same = min(same, max(0, len(self.prefix) - 1))

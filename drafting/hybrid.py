@@ -27,14 +27,7 @@ from drafting.memory import (
 from drafting.ngrams import NGrams, State
 from drafting.parts import LiveParts, SimulationParts
 from drafting.steps import AdapterSteps
-from drafting.tree import (
-    MAX_CHILDREN,
-    Sources,
-    Tree,
-    Upcoming,
-    none_upcoming,
-    seconds_per_node,
-)
+from drafting.tree import MAX_CHILDREN, Sources, Tree, Upcoming, none_upcoming, seconds_per_node
 from drafting.worth import StepWorth
 from token_adapter import TokenAdapter
 

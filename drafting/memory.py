@@ -21,14 +21,7 @@ from base import UserError, log
 from drafting.contract import NOTHING, TOP, Costs, NoDrafts, Timer
 from drafting.ngrams import NGrams, State
 from drafting.parts import LiveParts, SimulationParts
-from drafting.tree import (
-    MAX_CHILDREN,
-    Sources,
-    Tree,
-    Upcoming,
-    none_upcoming,
-    seconds_per_node,
-)
+from drafting.tree import MAX_CHILDREN, Sources, Tree, Upcoming, none_upcoming, seconds_per_node
 from machine.files import check_format, check_plain, write_whole
 from pairs.formats import MAX_ANSWER
 from pairs.pairs import Pairs

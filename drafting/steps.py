@@ -101,8 +101,7 @@ class AdapterSteps:
         Both lists of a row are empty where the logits are no numbers; the rows after it are then
         worthless too.
         """
-        same = matching(self.fed, prefix)
-        self.known = {place: row for place, row in self.known.items() if place <= same}
+        same = self.keep_shared(prefix)
         if further == 0 and len(prefix) in self.known:
             self.fed = self.fed[:same]
             return [self.known[len(prefix)]]
@@ -125,6 +124,14 @@ class AdapterSteps:
         self.holds_nan = self.holds_nan or not all(ids for ids, _ in rows)
         self.known.update({len(prefix) + k: row for k, row in enumerate(rows)})
         return rows
+
+    def keep_shared(self, prefix: list[int]) -> int:
+        """Forget the rows of positions that this prefix does not share with the tokens in the cache;
+        how many tokens it shares.
+        """
+        same = matching(self.fed, prefix)
+        self.known = {place: row for place, row in self.known.items() if place <= same}
+        return same
 
     def forget_answer(self) -> None:
         """Clear all slots of the answer: a NaN that no position sees still counts in sums, since 0
