@@ -154,6 +154,13 @@ def llava_next_video():
     )
 
 
+def qwen_marks() -> dict[str, int]:
+    """The ids that Qwen's configs name for pictures and videos."""
+    marks = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start",
+             "vision_end": "vision_end"}
+    return {f"{name}_token_id": ids()[f"<|{mark}|>"] for name, mark in marks.items()}
+
+
 def qwen2_5_vl():
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     config = transformers.Qwen2_5_VLConfig(
@@ -170,15 +177,7 @@ def qwen2_5_vl():
             "window_size": 56,
         },
         text_config=text_config("qwen2_5_vl_text", rope_parameters=rope),
-        **{
-            f"{name}_token_id": ids()[f"<|{mark}|>"]
-            for name, mark in (
-                ("image", "image_pad"),
-                ("video", "video_pad"),
-                ("vision_start", "vision_start"),
-                ("vision_end", "vision_end"),
-            )
-        },
+        **qwen_marks(),
     )
     size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 84}
     return config, lambda: transformers.Qwen2_5_VLProcessor(
@@ -213,15 +212,7 @@ def qwen3_vl():
             "deepstack_visual_indexes": [0],
         },
         text_config=text_config("qwen3_vl_text", rope_parameters=rope, head_dim=8),
-        **{
-            f"{name}_token_id": ids()[f"<|{mark}|>"]
-            for name, mark in (
-                ("image", "image_pad"),
-                ("video", "video_pad"),
-                ("vision_start", "vision_start"),
-                ("vision_end", "vision_end"),
-            )
-        },
+        **qwen_marks(),
     )
     size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 84}
     return config, lambda: transformers.Qwen3VLProcessor(
